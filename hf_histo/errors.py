@@ -17,8 +17,8 @@ class HistoError(Exception):
 def run(main: Callable[[], None]) -> None:
     """Run a recipe's `main`; end in one clear line on standard error and a non-zero exit where it fails.
 
-    `HistoError` and `OSError` (a full disk, a read-only folder) exit with 1, an interrupt with 130. A traceback is shown
-    only where the environment variable `HF_HISTO_TRACEBACK` is 1, and for any other exception, which is a bug.
+    `HistoError` and `OSError` (a full disk, a read-only folder) exit with 1, an interrupt with 130. A traceback is
+    shown only where the environment variable `HF_HISTO_TRACEBACK` is 1, and for any other exception, which is a bug.
     """
     if os.environ.get("HF_HISTO_TRACEBACK") == "1":
         return main()

@@ -50,7 +50,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically. NaN is refused (ValueError): write None where a value is undefined."""
+    """Write `content` as indented JSON, atomically; NaN is a ValueError: write None where a value is undefined."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,221 @@
+"""What a run can be told: one dataclass per group of options, and the parser that fills them.
+
+A YAML file (`--config`) sets values, the command line wins over it, and an unknown key is an error that names the
+nearest known one. Both go through the same parser, so a value is checked the same way wherever it comes from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_histo.errors import HistoError
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its default and its line in `--help`."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class DataOptions:
+    _argument_group_name = "data"
+
+    data: str = option("synthetic", "folder with the data set, or 'synthetic' for the built-in one")
+    cache_dir: str | None = option(None, "folder of the converted data (default: the datasets library's cache)")
+    num_workers: int = option(0, "processes that read batches beside each training process")
+
+
+@dataclass
+class ModelOptions:
+    _argument_group_name = "model"
+
+    backbone: str = option("builtin", "'builtin', a local folder, a timm name, or a Hub name (owner/name)")
+    revision: str | None = option(None, "branch, tag or commit of a backbone from the Hub")
+    random_weights: bool = option(False, "build the backbone without its weights, for checks without a network")
+    head_dropout: float = option(0.0, "dropout before the linear classifier, in [0, 1)")
+    batch_norm: Literal["frozen", "track"] = option(
+        "frozen", "keep batch-norm statistics, or let them follow the data"
+    )
+    image_size: int | None = option(None, "pixels on a side that the model sees (default: the backbone's)")
+    resize_size: int | None = option(None, "pixels of the resize before the center crop (default: the backbone's)")
+
+
+@dataclass
+class AdapterOptions:
+    _argument_group_name = "adapter"
+
+    method: Literal["linear", "lora", "full"] = option("lora", "train the classifier, LoRA + classifier, or all")
+    target_modules: str | None = option(None, "preset or regex of the layers with LoRA (default: by architecture)")
+    lora_rank: int = option(8, "rank of the update")
+    lora_alpha: float = option(16.0, "scale of the update: alpha / rank, or alpha / sqrt(rank) with rsLoRA")
+    lora_dropout: float = option(0.0, "dropout on the input of the update, in [0, 1)")
+    use_rslora: bool = option(False, "rank-stabilized scale")
+    use_dora: bool = option(False, "weight-decomposed update")
+    init_lora_weights: str = option("default", "initializer: default (A Kaiming, B zero), gaussian, pissa, ...")
+
+
+@dataclass
+class AugmentationOptions:
+    _argument_group_name = "augmentation"
+
+    augmentation: str = option("standard", "preset of training augmentations: none, flips, standard")
+
+
+@dataclass
+class TrainingOptions:
+    _argument_group_name = "training"
+
+    seed: int = option(0, "seed of the head, the adapter, the order and the augmentation")
+    num_train_epochs: float = option(10.0, "passes over the training set")
+    per_device_train_batch_size: int = option(32, "training images per device and step")
+    per_device_eval_batch_size: int = option(64, "evaluation images per device and step")
+    gradient_accumulation_steps: int | None = option(None, "steps per update (default: the launcher's setting, or 1)")
+    optimizer: Literal["adam", "adamw", "sgd"] = option("adam", "adam couples weight decay to the gradient")
+    learning_rate: float = option(1e-3, "initial learning rate")
+    weight_decay: float = option(1e-4, "weight decay")
+    lr_scheduler_type: str = option("reduce_lr_on_plateau", "any scheduler name of transformers")
+    lr_scheduler_patience: int = option(5, "epochs without progress before the plateau scheduler divides by 10")
+    warmup_steps: float = option(0.0, "steps of warm-up, or a share of all steps if below 1")
+    early_stopping_patience: int = option(10, "epochs without progress before training stops; 0: never")
+    metric_for_best_model: str = option(
+        "auroc", "validation metric that chooses the checkpoint: auroc, accuracy, loss"
+    )
+    class_balance: Literal["weights", "none"] = option("weights", "weight the loss against class imbalance")
+    resume_from_checkpoint: str | None = option(None, "folder of a checkpoint, or 'last' (the default in a begun run)")
+    logging_steps: int = option(10, "updates between two lines of the training log")
+
+
+@dataclass
+class OutputOptions:
+    _argument_group_name = "output"
+
+    output_dir: str | None = option(None, "folder of the run (default: runs/DATA-BACKBONE-METHOD-seedN)")
+    overwrite_output_dir: bool = option(False, "delete what the folder holds of an earlier run")
+    push_to_hub: bool = option(False, "upload the adapter folder when the run is done")
+    hub_model_id: str | None = option(None, "repository on the Hub: owner/name")
+    hub_private: bool = option(False, "create the repository as private")
+
+
+@dataclass
+class Config:
+    """Everything that decides a run's result. `dataclasses.asdict` of it is what a run records."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+
+    def flat(self) -> dict[str, Any]:
+        """All options in one mapping: what a YAML file for `--config` holds."""
+        return {key: value for group in dataclasses.asdict(self).values() for key, value in group.items()}
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise HistoError(f"{message}; --help lists the options")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The recipe's docstring as it is written; a default only where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """One spelling of an option, not also the one with hyphens."""
+        spellings = [s for s in action.option_strings if "_" in s or "-" not in s.lstrip("-")]
+        value = "" if action.nargs == 0 else " " + self._format_args(action, action.dest.upper())
+        return ", ".join(spellings) + value
+
+
+def parse(usage: str | None, arguments: Sequence[str] | None = None) -> Config:
+    """Parse `arguments` (default: the command line) into a `Config`.
+
+    `usage` is the recipe's docstring, shown by `--help`. YAML values go through the parser as if they stood first on
+    the command line.
+
+    Raises `HistoError` for an unknown option or YAML key (with the nearest known one), a value of the wrong type or
+    out of range, and a file that is missing or not a mapping.
+    """
+    groups = list(get_type_hints(Config).values())
+    parser = _Parser(
+        groups,
+        usage="%(prog)s [--config YAML] [--OPTION VALUE ...]",
+        description=usage,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="YAML", help="file with any of these options; the command line wins")
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    known = [f.name for group in groups for f in dataclasses.fields(group)]
+
+    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_only.add_argument("--config")
+    file = config_only.parse_known_args(arguments)[0].config
+    *options, _, unknown = parser.parse_args_into_dataclasses(
+        [*(_yaml_arguments(file, known) if file else []), *arguments],
+        return_remaining_strings=True,
+        look_for_args_file=False,
+    )
+    if unknown:
+        raise HistoError(_unknown("option", unknown[0], [f"--{name}" for name in known]))
+    return _validated(Config(*options))
+
+
+def _yaml_arguments(file: str, known: Sequence[str]) -> list[str]:
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise HistoError(f"--config {file}: cannot be read as YAML ({error})") from None
+    if not isinstance(content, dict):
+        raise HistoError(f"--config {file}: expected a mapping of options, found {type(content).__name__}")
+    arguments = []
+    for key, value in content.items():
+        if key not in known:
+            raise HistoError(f"--config {file}: " + _unknown("key", str(key), list(known)))
+        if isinstance(value, dict | list):
+            raise HistoError(f"--config {file}: {key} takes one value, found {value!r}")
+        if value is not None:
+            arguments.append(f"--{key}={value}")
+    return arguments
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> str:
+    name = name.split("=")[0]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"unknown {kind} {name!r}; " + (f"did you mean {near[0]!r}?" if near else "--help lists the options")
+
+
+def _validated(config: Config) -> Config:
+    values = config.flat()
+    limits: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "at least 0": (
+            "num_workers weight_decay warmup_steps lr_scheduler_patience early_stopping_patience seed",
+            lambda value: value >= 0,
+        ),
+        "more than 0": (
+            "num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+            "learning_rate lora_rank lora_alpha image_size resize_size logging_steps",
+            lambda value: value > 0,
+        ),
+        "in [0, 1)": ("head_dropout lora_dropout", lambda value: 0 <= value < 1),
+    }
+    for expected, (names, holds) in limits.items():
+        for name in names.split():
+            if values[name] is not None and not holds(values[name]):
+                raise HistoError(f"--{name} is {values[name]}, expected {expected}")
+    if config.output.push_to_hub and not config.output.hub_model_id:
+        raise HistoError("--push_to_hub needs --hub_model_id owner/name")
+    return config
