@@ -1,0 +1,190 @@
+"""The predictions table: what a model said about every image, from which everything in this stage is computed.
+
+A table is a `pandas.DataFrame` with one row per image and these columns:
+
+| column | dtype | meaning |
+|---|---|---|
+| `id` | str | the key of the image in its source, unique |
+| `center` | int64 | acquisition center, -1 where unknown |
+| `group` | str | patient, slide or tile family; "" where unknown, and then the image is its own group |
+| `label` | int64 | class index, -1 where hidden |
+| `logit` | float64, or K of them | one logit of the positive class (label 1), or one per class |
+| `probability` | float64, or K of them | sigmoid or softmax of `logit`, in [0, 1] |
+
+`attrs["label_names"]` holds the class names of a table that was read from a file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit, softmax
+
+from hf_histo.errors import HistoError
+from hf_histo.files import atomic_file
+
+COLUMNS = ("id", "center", "group", "label", "logit", "probability")
+
+
+def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the sigmoid of logits of shape (n,), or the softmax over the last axis of logits of shape (n, K)."""
+    logits = np.asarray(logits, dtype=np.float64)
+    return expit(logits) if logits.ndim == 1 else softmax(logits, axis=-1)
+
+
+def make(
+    ids: Iterable[Any],
+    centers: ArrayLike,
+    groups: Iterable[str | None],
+    labels: ArrayLike,
+    logits: ArrayLike,
+) -> pd.DataFrame:
+    """Build a predictions table.
+
+    Args:
+        ids: n keys, unique once written as text.
+        centers: (n,) integers, -1 where unknown.
+        groups: n names; "" or None where unknown.
+        labels: (n,) integers in [-1, K), -1 where hidden.
+        logits: (n,) or (n, 1) for one logit of the positive class, (n, K) for one logit per class, K >= 2.
+
+    Raises:
+        HistoError: lengths differ, an id occurs twice, a logit isn't finite, a label isn't a class.
+    """
+    ids = [str(key) for key in ids]
+    groups = [group or "" for group in groups]
+    centers, labels = _integers("centers", centers), _integers("labels", labels)
+    logits = np.asarray(logits, dtype=np.float64)
+    if logits.ndim == 2 and logits.shape[1] == 1:
+        logits = logits[:, 0]
+    if logits.ndim not in (1, 2):
+        raise HistoError(f"logits have shape {logits.shape}, expected (n,), (n, 1) or (n, K): pool them first")
+    lengths = {"ids": len(ids), "centers": len(centers), "groups": len(groups), "labels": len(labels)}
+    if wrong := {name: length for name, length in lengths.items() if length != len(logits)}:
+        raise HistoError(f"{len(logits)} rows of logits but {wrong}: pass one value per image")
+    index = pd.Series(ids, dtype=str)
+    if index.duplicated().any():
+        raise HistoError(f"ids occur more than once: {_first(index[index.duplicated()])}; pass each image once")
+    finite = np.isfinite(logits).reshape(len(logits), -1).all(axis=1)
+    if not finite.all():
+        raise HistoError(
+            f"logits of {(~finite).sum()} images are NaN or infinite, the first ids: {_first(index[~finite])}; "
+            "training diverged or overflowed: lower the learning rate or train in fp32"
+        )
+    classes = 2 if logits.ndim == 1 else logits.shape[1]
+    strange = (labels < -1) | (labels >= classes)
+    if strange.any():
+        raise HistoError(
+            f"label {labels[strange][0]} of id {_first(index[strange][:1])}, expected -1 (hidden) to {classes - 1}: "
+            "give the model as many outputs as there are classes"
+        )
+    return pd.DataFrame(
+        {
+            "id": index,
+            "center": centers,
+            "group": pd.Series(groups, dtype=str),
+            "label": labels,
+            "logit": logits.tolist(),
+            "probability": probabilities(logits).tolist(),
+        }
+    ).astype({} if logits.ndim == 2 else {"logit": np.float64, "probability": np.float64})
+
+
+def array(predictions: pd.DataFrame, column: str) -> NDArray[np.float64]:
+    """Return the column `logit` or `probability` as an array of shape (n,) or (n, K)."""
+    return np.array(predictions[column].tolist(), dtype=np.float64)
+
+
+def predicted(predictions: pd.DataFrame, threshold: float = 0.5) -> NDArray[np.int64]:
+    """Return the predicted class of every row, shape (n,).
+
+    With two classes it is 1 where the probability of class 1 is at least `threshold`; with more it is the most
+    probable class, the first one on a tie, and `threshold` has no effect.
+
+    Raises:
+        HistoError: `threshold` is outside [0, 1].
+    """
+    if not 0 <= threshold <= 1:
+        raise HistoError(f"threshold is {threshold}, expected a probability: pass a number from 0 to 1")
+    probability = array(predictions, "probability")
+    if probability.ndim == 2 and probability.shape[1] > 2:
+        return probability.argmax(axis=1)
+    positive = probability if probability.ndim == 1 else probability[:, 1]
+    return (positive >= threshold).astype(np.int64)
+
+
+def label_names(predictions: pd.DataFrame) -> list[str]:
+    """Return the class names that came with the table, or "0", "1", ... where none did."""
+    logits = array(predictions, "logit")
+    return predictions.attrs.get("label_names") or [str(i) for i in range(2 if logits.ndim == 1 else logits.shape[1])]
+
+
+def write(path: str | Path, predictions: pd.DataFrame, label_names: Sequence[str]) -> None:
+    """Write the table as parquet, atomically; `label_names` go into the schema metadata as a JSON list.
+
+    Raises:
+        HistoError: the number of names isn't the number of classes.
+    """
+    logits = array(predictions, "logit")
+    classes = 2 if logits.ndim == 1 else logits.shape[1]
+    if len(label_names) != classes:
+        raise HistoError(
+            f"label_names are {list(label_names)} but the logits tell {classes} classes: pass one name each"
+        )
+    number = pa.float64() if logits.ndim == 1 else pa.list_(pa.float64(), classes)
+    types = (pa.string(), pa.int64(), pa.string(), pa.int64(), number, number)
+    schema = pa.schema(list(zip(COLUMNS, types, strict=True)))
+    table = pa.Table.from_pandas(predictions, schema=schema, preserve_index=False)
+    with atomic_file(path) as temporary:
+        pq.write_table(table.replace_schema_metadata({"label_names": json.dumps(list(label_names))}), temporary)
+
+
+def read(path: str | Path) -> pd.DataFrame:
+    """Read a table, with its class names in `attrs["label_names"]` ("0", "1", ... where the file has none).
+
+    Raises:
+        HistoError: the file is missing, isn't parquet, lacks a column, or holds what `make` refuses.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise HistoError(f"{path} is not a file: pass a predictions file that a training recipe wrote (.parquet)")
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        raise HistoError(f"{path} can't be read as parquet: pass a whole predictions file ({error})") from None
+    if missing := [name for name in COLUMNS if name not in table.column_names]:
+        raise HistoError(
+            f"{path} lacks the columns {missing} (it has {table.column_names}): pass a file made by predictions.write"
+        )
+    columns = {name: table[name].to_pylist() for name in COLUMNS}
+    try:
+        logits, probability = (np.array(columns[name], dtype=np.float64) for name in ("logit", "probability"))
+        predictions = make(columns["id"], columns["center"], columns["group"], columns["label"], logits)
+    except (HistoError, ValueError, TypeError) as error:
+        raise HistoError(f"{path}: {error}") from None
+    if probability.shape != logits.shape or not ((probability >= 0) & (probability <= 1)).all():
+        raise HistoError(f"{path}: column probability isn't one number in [0, 1] per logit: predict again")
+    # The stored probabilities stay: a calibrated table's are not the plain sigmoid or softmax of its logits.
+    predictions["probability"] = probability.reshape(array(predictions, "logit").shape).tolist()
+    names = json.loads((table.schema.metadata or {}).get(b"label_names", b"null"))
+    predictions.attrs["label_names"] = names or label_names(predictions)
+    return predictions
+
+
+def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    integers = np.asarray(values)
+    if integers.ndim != 1 or (integers.size and integers.dtype.kind not in "iu"):
+        raise HistoError(f"{name} have shape {integers.shape} and type {integers.dtype}, expected (n,) integers")
+    return integers.astype(np.int64)
+
+
+def _first(ids: pd.Series, n: int = 5) -> str:
+    return ", ".join(ids[:n]) + (", ..." if len(ids) > n else "")
