@@ -1,0 +1,56 @@
+"""What the loaders share: a folder of one layout that is converted once into the schema."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+
+from hf_histo.data import schema
+
+
+@dataclasses.dataclass
+class FolderConfig(datasets.BuilderConfig):
+    """`name` is the fingerprint of the contents, all that the cache is keyed by; `directory` is where they lie now."""
+
+    directory: Path = dataclasses.field(default_factory=Path)
+
+
+class FolderBuilder(datasets.GeneratorBasedBuilder):
+    """A folder in one of the known layouts.
+
+    A subclass says how to recognize its layout and which files it reads, and generates the rows. Its module must not
+    construct a `Path`, since `datasets` replaces that name in the modules of builders: derive from the one given.
+    """
+
+    VERSION = datasets.Version("1.0.0")  # part of the cache key: raise it where a conversion's output changes
+    BUILDER_CONFIG_CLASS = FolderConfig
+
+    LAYOUT: ClassVar[str]  # names the folder in the cache
+    EXPECTED: ClassVar[str]  # tells the user what the folder must hold
+    LABELS: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def matches(cls, directory: Path) -> bool:
+        """Whether `directory` looks like this layout, complete or not."""
+        raise NotImplementedError
+
+    @classmethod
+    def sources(cls, directory: Path) -> list[str]:
+        """The files that the conversion reads: the required ones, present or not, and the optional ones present.
+
+        Names below `directory`, with forward slashes, in an order that depends on nothing else.
+        """
+        raise NotImplementedError
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=schema.features(self.LABELS))
+
+
+def split_generator(name: str, count: int, **arguments: Any) -> datasets.SplitGenerator:
+    """A split of `count` rows; the count is what gives the progress bar its total."""
+    generator = datasets.SplitGenerator(name=name, gen_kwargs=arguments)
+    generator.split_info.num_examples = count
+    return generator

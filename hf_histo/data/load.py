@@ -1,0 +1,103 @@
+"""From a folder to a `datasets.DatasetDict`, whatever its layout: converted once, then mapped from the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import xxhash
+from datasets.exceptions import DatasetGenerationError
+
+from hf_histo.data.builder import FolderBuilder
+from hf_histo.data.hdf5 import Challenge, PatchCamelyon
+from hf_histo.data.tables import WildsCamelyon17
+from hf_histo.errors import HistoError
+from hf_histo.files import atomic_file
+
+LAYOUTS: tuple[type[FolderBuilder], ...] = (Challenge, PatchCamelyon, WildsCamelyon17)
+
+
+def load(directory: str | Path, *, cache_dir: Path | None = None) -> datasets.DatasetDict:
+    """Load a folder in any known layout as splits `train`, `val` and, where present, `test` and others.
+
+    The first time, the files are checked and converted below `cache_dir`, all or nothing and by one process at a time
+    (default: `datasets.config.HF_DATASETS_CACHE`). The cache is keyed by the contents of the files: a folder that
+    moved is not converted again, one with a changed byte is. What was found in the files is in `info.description`.
+
+    Raises HistoError for a folder that is missing, of no known layout or incomplete, and for every fault in a file;
+    OSError where the disk is full or the cache can't be written.
+    """
+    directory = Path(directory)
+    builder_class = _layout(directory)
+    cache_dir = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
+    try:
+        name = _content_fingerprint(directory, builder_class.sources(directory), cache_dir)
+    except FileNotFoundError as error:
+        expected = builder_class.EXPECTED
+        raise HistoError(f"{error.filename}: no such file, expected {expected}; complete the folder") from None
+    builder = builder_class(
+        cache_dir=str(cache_dir),
+        dataset_name=builder_class.LAYOUT,
+        config_name=name,
+        config_id=name,  # given, so that `directory` doesn't enter the key
+        directory=directory,
+    )
+    try:
+        builder.download_and_prepare()
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, HistoError | OSError):
+            raise error.__cause__ from None
+        raise
+    return builder.as_dataset()
+
+
+def fingerprint(dataset: datasets.Dataset | datasets.DatasetDict) -> str:
+    """The hash, 32 hexadecimal digits, of the contents of the files that `dataset` was loaded from."""
+    if isinstance(dataset, datasets.DatasetDict):
+        dataset = next(iter(dataset.values()))
+    return str(dataset.info.config_name)
+
+
+def check_trainable(dataset: datasets.Dataset) -> None:
+    """Raise HistoError unless every image of a training set has a label and there are at least two classes."""
+    labels = set(dataset.unique("label"))
+    names = dataset.features["label"].names
+    if -1 in labels:
+        raise HistoError("train: some labels are hidden (-1), expected one for each image; remove those images")
+    if len(labels) < 2:
+        found = ", ".join(names[label] for label in labels) or "none"
+        raise HistoError(f"train: classes present: {found}, expected at least two of {', '.join(names)}; add images")
+
+
+def _layout(directory: Path) -> type[FolderBuilder]:
+    if not directory.is_dir():
+        raise HistoError(f"{directory}: no such folder; give the folder that holds the data set")
+    for layout in LAYOUTS:
+        if layout.matches(directory):
+            return layout
+    names = sorted(path.name for path in directory.iterdir())
+    found = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
+    expected = "; or ".join(layout.EXPECTED for layout in LAYOUTS)
+    raise HistoError(f"{directory}: no known layout: found {found}; expected {expected}")
+
+
+def _content_fingerprint(directory: Path, names: Sequence[str], cache_dir: Path) -> str:
+    """Hash the names and contents of files, remembering the result as long as none of them is touched or moved."""
+    touched = xxhash.xxh3_128(os.fsencode(directory.resolve()))
+    for name in names:
+        stat = (directory / name).stat()
+        # The change time as well, for a file rewritten in place whose modification time was set back.
+        touched.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}".encode())
+    memo = cache_dir / "hf_histo_fingerprints" / touched.hexdigest()
+    if not memo.is_file():
+        contents = xxhash.xxh3_128()
+        for name in datasets.utils.tqdm(names, desc="Fingerprinting", unit=" files", leave=False):
+            with (directory / name).open("rb") as handle:
+                digest = hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest()
+            contents.update(f"{name}\0{digest}\0".encode())
+        with atomic_file(memo) as temporary:
+            temporary.write_text(contents.hexdigest(), encoding="ascii")
+    return memo.read_text(encoding="ascii")

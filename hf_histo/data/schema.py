@@ -1,0 +1,113 @@
+"""The one schema that every loader yields, and the fast way to read images back out of it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import TypedDict
+
+import datasets
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+
+from hf_histo.errors import HistoError
+
+_PPM = re.compile(rb"P6\s+([1-9]\d*)\s+([1-9]\d*)\s+255\s")
+
+
+class Sample(TypedDict):
+    """One image as training sees it: uint8 (3, H, W) in [0, 255], its label (-1: hidden), its index in the table."""
+
+    image: torch.Tensor
+    label: int
+    index: int
+
+
+def features(label_names: Sequence[str]) -> datasets.Features:
+    """The columns of every data set.
+
+    `id` is the key as the source spells it; `image` is stored as bytes inside the table; `label` is an index into
+    `label_names`, -1 where the source hides it; `center` is the acquisition center, -1 where unknown; `group` is the
+    patient, slide or tile family that must stay on one side of a split, "" where unknown.
+    """
+    return datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=list(label_names)),
+            "center": datasets.Value("int64"),
+            "group": datasets.Value("string"),
+        }
+    )
+
+
+def encode_ppm(image: np.ndarray) -> bytes:
+    """Pack a uint8 array (H, W, 3) as a binary PPM ("P6", https://netpbm.sourceforge.net/doc/ppm.html).
+
+    Lossless and uncompressed: `datasets.Image` and PIL open it as any image file, and NumPy reads it where it lies.
+    """
+    height, width, _ = image.shape
+    return b"P6\n%d %d\n255\n" % (width, height) + image.tobytes()
+
+
+def decode(data: bytes | memoryview, source: str = "image") -> torch.Tensor:
+    """Decode the bytes of an image file into a contiguous uint8 RGB tensor (3, H, W) in [0, 255] that owns its memory.
+
+    8-bit PPM is read by NumPy, any other format by PIL with EXIF orientation applied, exactly as `datasets.Image` does
+    (torchvision's decoders, deprecated since 0.29, give the same bytes). Transparency is dropped, the first frame of
+    an animation is taken, and 16-bit gray values keep their high byte.
+
+    Raises HistoError, starting with `source`, for bytes that are no image or one with more than 8 bits in a way that
+    has no fixed range (32-bit integers, floats).
+    """
+    try:
+        if header := _PPM.match(data):
+            width, height = int(header[1]), int(header[2])
+            pixels = np.frombuffer(data, np.uint8, 3 * height * width, header.end()).reshape(height, width, 3)
+        else:
+            pixels = _decode_with_pil(data)
+    # PIL's readers let almost any exception out on broken bytes: SyntaxError, struct.error, zlib.error, MemoryError...
+    except Exception as error:
+        found = f"{len(data)} bytes starting with {bytes(data[:8])!r}"
+        raise HistoError(f"{source}: not a readable image ({found}: {error}); repair or remove it") from error
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def _decode_with_pil(data: bytes | memoryview) -> np.ndarray:
+    with PIL.Image.open(io.BytesIO(data)) as file:
+        image = PIL.ImageOps.exif_transpose(file)
+    if image.mode.startswith("I;16"):
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixel mode {image.mode} has no fixed range, expected 8 or 16 bits")
+    return np.asarray(image.convert("RGB"))
+
+
+class ImageTable(torch.utils.data.Dataset[Sample]):
+    """The images and labels of a schema table as tensors, straight from its Arrow memory (the hot path).
+
+    Works with `torch.utils.data.DataLoader`, which hands whole batches to `__getitems__`; pickles as the paths of the
+    memory-mapped files, and holds no handle that a fork could break. Reads some 60 thousand PPM patches of 96x96 per
+    second and core, where `datasets.Image` reads some 20 thousand.
+    """
+
+    def __init__(self, dataset: datasets.Dataset) -> None:
+        self._table = dataset.select_columns(["image", "label"]).with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples at `indices`, in that order. Raises HistoError for an image that can't be decoded."""
+        table = self._table[list(indices)]
+        images = (memoryview(row["bytes"].as_buffer()) for row in table["image"])
+        return [
+            {"image": decode(image, f"image {index}"), "label": label, "index": index}
+            for image, label, index in zip(images, table["label"].to_pylist(), indices, strict=True)
+        ]
