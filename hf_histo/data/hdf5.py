@@ -219,8 +219,8 @@ def _detect(file: h5py.File, keys: list[str]) -> PixelFormat:
         peak = max(peak, float(pixels.read_raw(_image(_image_group(file, key))).max()))
     if 1 < peak < DARKEST_PEAK or (peak <= 1 and pixels.dtype == np.uint8):
         raise HistoError(
-            f"{file.filename}: {pixels.dtype} values of {keys[0]}/img and others reach only {peak:.7g}, expected floats "
-            "in [0, 1] or any type in [0, 255]; scale img to one of the two"
+            f"{file.filename}: {pixels.dtype} values of {keys[0]}/img and others reach only {peak:.7g}, expected "
+            "floats in [0, 1] or any type in [0, 255]; scale img to one of the two"
         )
     return dataclasses.replace(pixels, maximum=1 if peak <= 1 else 255)
 
@@ -250,10 +250,8 @@ def _image(group: h5py.Group) -> h5py.Dataset:
             "convert it to RGB"
         )
     if max(shape[0] * shape[1], shape[1] * shape[2]) > MAX_PIXELS:
-        raise HistoError(
-            f"{_where(dataset)}: shape {shape}, expected at most {MAX_PIXELS} pixels; cut it into patches"
-        )
-    if dtype != np.uint8 and dtype not in (np.float16, np.float32, np.float64):
+        raise HistoError(f"{_where(dataset)}: shape {shape}, expected at most {MAX_PIXELS} pixels; cut it into patches")
+    if dtype != np.uint8 and (dtype.kind != "f" or dtype.itemsize > 8):
         raise HistoError(f"{_where(dataset)}: {dtype}, expected uint8, float16, float32 or float64; convert it")
     return dataset
 
@@ -310,9 +308,7 @@ def _patches(file: h5py.File) -> h5py.Dataset:
     shape = dataset.shape
     if dataset.dtype != np.uint8 or len(shape) != 4 or 0 in shape or shape[3] != 3 or shape[1] * shape[2] > MAX_PIXELS:
         found = f"{dataset.dtype} {shape}"
-        raise HistoError(
-            f"{_where(dataset)}: {found}, expected uint8 (N, H, W, 3) with N > 0; download the file again"
-        )
+        raise HistoError(f"{_where(dataset)}: {found}, expected uint8 (N, H, W, 3) with N > 0; download the file again")
     return dataset
 
 
@@ -372,9 +368,7 @@ def _dataset(parent: h5py.Group, name: str, kinds: str) -> h5py.Dataset | None:
     try:
         dtype, outside = dataset.dtype, dataset.external or dataset.is_virtual
     except UNREADABLE as error:
-        raise HistoError(
-            f"{_where(dataset)}: unreadable type ({error}), expected plain numbers; convert it"
-        ) from error
+        raise HistoError(f"{_where(dataset)}: unreadable type ({error}), expected plain numbers; convert it") from error
     if outside:
         raise HistoError(f"{_where(dataset)}: data kept in other files, expected it in this one; copy it in")
     if dtype.kind not in kinds:

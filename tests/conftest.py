@@ -1,0 +1,22 @@
+"""No network, no cache outside the session, two threads."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+# Before anything imports `datasets` or `huggingface_hub`, which read these once.
+_cache = tempfile.TemporaryDirectory(prefix="hf_histo_tests_")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = _cache.name
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    _cache.cleanup()
