@@ -20,7 +20,7 @@ from hf_histo.files import atomic_file
 LAYOUTS: tuple[type[FolderBuilder], ...] = (Challenge, PatchCamelyon, WildsCamelyon17)
 
 
-def load(directory: str | Path, *, cache_dir: Path | None = None) -> datasets.DatasetDict:
+def load(directory: str | Path, *, cache_dir: str | Path | None = None) -> datasets.DatasetDict:
     """Load a folder in any known layout as splits `train`, `val` and, where present, `test` and others.
 
     The first time, the files are checked and converted below `cache_dir`, all or nothing and by one process at a time

@@ -1,0 +1,198 @@
+"""The whole way through the house, for one run: what every recipe does with its data."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+from accelerate import PartialState
+from numpy.typing import NDArray
+from peft import PeftModel
+from torch import nn
+from transformers import set_seed
+
+from hf_histo import hub
+from hf_histo.config import Config
+from hf_histo.data.load import check_trainable, fingerprint
+from hf_histo.data.schema import ImageTable
+from hf_histo.data.splits import shared_groups
+from hf_histo.errors import HistoError
+from hf_histo.evaluation import metrics, report
+from hf_histo.files import write_json
+from hf_histo.inference import Classifier
+from hf_histo.models import adapters, backbones, batchnorm
+from hf_histo.training import losses, runs, trainer
+from hf_histo.transforms import augmentation, preprocessing
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to: its adapter folder, metrics.json, and the seconds it took (None if it was done before)."""
+
+    adapter: Path
+    metrics: dict[str, Any]
+    seconds: float | None
+
+    def summary(self) -> str:
+        """A short table of the evaluated splits, then sizes, seconds and the folder."""
+        names = ("accuracy", "auroc", "loss")
+        rows: list[list[object]] = [["split", "images", *names]]
+        for split, values in self.metrics["splits"].items():
+            overall = values["overall"]
+            rows.append([split, overall["n"], *(overall[name]["value"] for name in names)])
+        parameters, size = self.metrics["parameters"], self.metrics["bytes"]
+        return "\n".join(
+            [
+                report.table(rows),
+                f"trainable parameters: {parameters['trainable']:,} of {parameters['total']:,}",
+                f"adapter weights: {size / 2**20:.2f} MiB",
+                f"seconds: {self.seconds:.0f}" if self.seconds is not None else "finished before, nothing was trained",
+                f"adapter folder: {self.adapter}",
+            ]
+        )
+
+
+def fine_tune(config: Config, data: datasets.DatasetDict) -> Result:
+    """Train on the split `train`, choose the checkpoint on `val`, predict every other split, save the adapter folder.
+
+    Call it in every process of a launch. A run that was interrupted goes on from its last checkpoint; one that is
+    finished is not trained again.
+
+    Raises `HistoError` for data or options that can't be trained on, before anything is trained.
+    """
+    started = time.monotonic()
+    folder = runs.begin(config)
+    adapter = folder / runs.ADAPTER
+    if runs.is_finished(folder):
+        return Result(adapter, hub.read_metrics(adapter), None)
+
+    set_seed(config.training.seed)
+    names = data["train"].features["label"].names
+    num_outputs = 1 if len(names) == 2 else len(names)
+    _check(config, data, num_outputs)
+
+    options = config.model
+    model = backbones.load(
+        options.backbone,
+        num_outputs,
+        revision=options.revision,
+        random_weights=options.random_weights,
+        image_size=options.image_size,
+        head_dropout=options.head_dropout,
+    )
+    source = backbones.locate(options.backbone)
+    views = preprocessing.resolve(model.config, source, options.image_size, options.resize_size)
+    sidecar = hub.Sidecar(
+        method=config.adapter.method,
+        label_names=names,
+        num_outputs=num_outputs,
+        backbone={
+            "name": "builtin" if options.backbone == "builtin" else source,
+            "revision": options.revision,
+            "fingerprint": backbones.fingerprint(model),
+        },
+        batch_norm=options.batch_norm,
+        preprocessing=views,
+        data={
+            "name": Path(config.data.data).resolve().name,
+            "fingerprint": fingerprint(data),
+            "counts": {split: len(rows) for split, rows in data.items()},
+        },
+    )
+    if options.batch_norm == "frozen":
+        batchnorm.freeze(model)
+    trained: nn.Module = model if config.adapter.method == "full" else adapters.add(model, config.adapter)
+    counts = adapters.parameter_counts(trained)
+
+    train_labels = data["train"]["label"]
+    balance = config.training.class_balance == "weights"
+    session = trainer.build(
+        config,
+        folder,
+        model=trained,
+        train=ImageTable(data["train"]),
+        validation=ImageTable(data["val"]),
+        preprocessing=views,
+        augmentation=augmentation.preset(config.augmentation.augmentation),
+        loss=losses.classification(num_outputs, losses.balancing_weights(train_labels, names) if balance else None),
+        compute_metrics=metrics.for_trainer(),
+    )
+    session.train(resume_from_checkpoint=runs.checkpoint(config, folder))
+
+    final = session.accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)
+    classifier = Classifier(final, sidecar)
+    tables = {
+        split: classifier.predict(
+            rows,
+            batch_size=config.training.per_device_eval_batch_size,
+            num_workers=config.data.num_workers,
+            description=f"Predicting {split}",
+        )
+        for split, rows in data.items()
+        if split != "train"
+    }
+    measured = {
+        "selection": {
+            "split": "val",
+            "metric": config.training.metric_for_best_model,
+            "value": session.state.best_metric,
+            "step": session.state.best_global_step,
+        },
+        "splits": {split: metrics.report(table) for split, table in tables.items()},
+        "parameters": counts,
+        "bytes": _bytes(final, options.batch_norm),
+    }
+    if session.is_world_process_zero():
+        _draw(folder / "figures", session.state.log_history, tables, data["val"])
+        hub.save(adapter, final, sidecar, metrics=measured, tables=tables, figures=folder / "figures")
+        seconds = time.monotonic() - started
+        write_json(folder / "cost.json", {"seconds": seconds, "processes": session.args.world_size})
+    PartialState().wait_for_everyone()
+    return Result(adapter, measured, time.monotonic() - started)
+
+
+def _check(config: Config, data: datasets.DatasetDict, num_outputs: int) -> None:
+    check_trainable(data["train"])
+    for (one, other), groups in shared_groups(data).items():
+        if "train" in (one, other):
+            logger.warning("%d groups are both in %s and %s, e.g. %s", len(groups), one, other, groups[0])
+    labels = data["val"]["label"]
+    possible = metrics.of_logits(np.zeros((len(labels), num_outputs)), labels)
+    wanted = config.training.metric_for_best_model
+    if wanted not in possible:
+        raise HistoError(f"--metric_for_best_model is {wanted!r}, expected one of {', '.join(possible)}")
+    if possible[wanted] is None:
+        present = sorted({data["val"].features["label"].names[label] for label in labels if label >= 0})
+        raise HistoError(
+            f"--metric_for_best_model {wanted} is undefined on val, where the labeled classes are {present}; choose "
+            "another metric or another validation split"
+        )
+
+
+def _bytes(model: nn.Module, batch_norm: str) -> int:
+    """Of the weights that are saved."""
+    state = adapters.weights(model, batch_norm=batch_norm) if isinstance(model, PeftModel) else model.state_dict()
+    return sum(tensor.nbytes for tensor in state.values())
+
+
+def _draw(
+    folder: Path, history: list[dict[str, float]], tables: dict[str, pd.DataFrame], validation: datasets.Dataset
+) -> None:
+    labeled = {split: table for split, table in tables.items() if (table["label"] >= 0).any()}
+    report.training_curve(copy.deepcopy(history), folder / "training_curve.png")
+    report.roc_curve(labeled, folder / "roc.png")
+    images, rows = ImageTable(validation), {key: row for row, key in enumerate(validation["id"])}
+
+    def image_of(key: str) -> NDArray[np.uint8]:
+        return images[rows[key]]["image"].permute(1, 2, 0).numpy()
+
+    report.worst_errors(tables["val"], image_of, folder / "worst_errors.png")

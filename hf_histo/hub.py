@@ -1,0 +1,255 @@
+"""The adapter folder: what a run leaves behind, and all that a prediction needs beside the backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_histo.errors import HistoError
+from hf_histo.evaluation import predictions as prediction_tables
+from hf_histo.evaluation import report
+from hf_histo.files import atomic_folder, write_json
+from hf_histo.models import adapters, backbones
+from hf_histo.transforms.preprocessing import Preprocessing
+
+SIDECAR = "hf_histo.json"
+PACKAGES = ("hf_histo", "torch", "transformers", "peft", "timm", "datasets", "accelerate")
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What `hf_histo.json` holds: how to turn an image into a decision with this adapter.
+
+    Attributes:
+        method: "linear", "lora" or "full"; a "full" folder holds the whole model, not an adapter.
+        label_names: classes in the order of their indices.
+        num_outputs: logits of the head; 1 for a binary task, where it speaks for the second class.
+        backbone: name as `backbones.locate` takes it (a local folder as its absolute path), "revision" on the Hub or
+            None, and the "fingerprint" of its weights.
+        batch_norm: "frozen" or "track".
+        preprocessing: of an evaluation image.
+        threshold: probability of the second class from which on it is predicted, in [0, 1].
+        temperature: by which logits are divided before they become probabilities; 1 without calibration.
+        data: "name", content "fingerprint" and "counts" of images per split.
+        versions: of the packages that trained it.
+    """
+
+    method: str
+    label_names: list[str]
+    num_outputs: int
+    backbone: dict[str, Any]
+    batch_norm: str
+    preprocessing: Preprocessing
+    data: dict[str, Any]
+    threshold: float = 0.5
+    temperature: float = 1.0
+    versions: dict[str, str] = dataclasses.field(
+        default_factory=lambda: {name: importlib.metadata.version(name) for name in PACKAGES}
+    )
+
+    @classmethod
+    def read(cls, folder: Path) -> Sidecar:
+        """Read it from an adapter folder. Raises `HistoError` if it is missing or not of this form."""
+        file = folder / SIDECAR
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            declared = content.pop("preprocessing")
+            for key in ("mean", "std"):
+                declared[key] = tuple(float(value) for value in declared[key])
+            sidecar = cls(**content, preprocessing=Preprocessing(**declared))
+        except FileNotFoundError:
+            raise HistoError(f"{folder}: holds no {SIDECAR}; expected the adapter folder of a finished run") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise HistoError(f"{file}: not a description of an adapter ({type(error).__name__}: {error})") from None
+        sidecar._check(file)
+        return sidecar
+
+    def _check(self, file: Path) -> None:
+        faults = {
+            "method": self.method not in ("linear", "lora", "full"),
+            "batch_norm": self.batch_norm not in ("frozen", "track"),
+            "label_names": not isinstance(self.label_names, list) or len(self.label_names) < 2,
+            "num_outputs": self.num_outputs not in (1, len(self.label_names)),
+            "backbone": not isinstance(self.backbone, dict) or not isinstance(self.backbone.get("name"), str),
+            "threshold": not isinstance(self.threshold, int | float) or not 0 <= self.threshold <= 1,
+            "temperature": not isinstance(self.temperature, int | float) or self.temperature <= 0,
+        }
+        for key, fault in faults.items():
+            if fault:
+                raise HistoError(f"{file}: {key} is {getattr(self, key)!r}, which no adapter of this package has")
+
+
+def save(
+    folder: str | Path,
+    model: nn.Module,
+    sidecar: Sidecar,
+    *,
+    metrics: Mapping[str, Any],
+    tables: Mapping[str, pd.DataFrame],
+    figures: Path | None = None,
+) -> None:
+    """Write the adapter folder whole or not at all; an older one of that name is replaced in the end.
+
+    Args:
+        folder: to write, e.g. runs/NAME/adapter.
+        model: a `PeftModel`, or the whole `PreTrainedModel` of a "full" run.
+        sidecar: see `Sidecar`.
+        metrics: goes into metrics.json and the model card; its "splits" maps each to a `metrics.report`.
+        tables: predictions by split.
+        figures: folder of PNG files to take along.
+    """
+    folder = Path(folder)
+    with atomic_folder(folder) as temporary:
+        if isinstance(model, PeftModel):
+            config = model.peft_config["default"]
+            config.base_model_name_or_path = sidecar.backbone["name"]
+            config.revision = sidecar.backbone["revision"]
+            adapters.save(model, temporary, batch_norm=sidecar.batch_norm)
+        else:
+            assert isinstance(model, PreTrainedModel)
+            model.save_pretrained(temporary)
+        write_json(temporary / SIDECAR, dataclasses.asdict(sidecar))
+        write_json(temporary / "metrics.json", metrics)
+        for split, table in tables.items():
+            prediction_tables.write(temporary / "predictions" / f"{split}.parquet", table, sidecar.label_names)
+        if figures:
+            shutil.copytree(figures, temporary / "figures")
+        card(sidecar, metrics).save(temporary / "README.md")
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """metrics.json of an adapter folder. Raises `HistoError` if it can't be read."""
+    try:
+        content: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HistoError(f"{folder / 'metrics.json'}: can't be read ({error}); the adapter folder is damaged") from None
+    return content
+
+
+def load(
+    source: str | Path, *, revision: str | None = None, backbone: str | None = None
+) -> tuple[nn.Module, Sidecar, Path]:
+    """The model in evaluation mode, its sidecar, and the local folder, from an adapter folder or a Hub name.
+
+    `backbone` names the base model where it is no longer where the run had it; its weights must be the same ones.
+
+    Raises `HistoError` if the folder or its backbone can't be had or does not fit.
+    """
+    folder = fetch(source, revision)
+    sidecar = Sidecar.read(folder)
+    whole = sidecar.method == "full"
+    name = str(folder) if whole else backbone or sidecar.backbone["name"]
+    model: nn.Module = backbones.load(
+        name,
+        sidecar.num_outputs,
+        revision=None if whole else sidecar.backbone["revision"],
+        image_size=sidecar.preprocessing.image_size,
+        keep_head=whole,
+    )
+    if not whole:
+        assert isinstance(model, PreTrainedModel)
+        found = backbones.fingerprint(model)
+        if found != sidecar.backbone["fingerprint"]:
+            raise HistoError(
+                f"{source}: was trained on a backbone with other weights than {name} has (fingerprint "
+                f"{sidecar.backbone['fingerprint']}, found {found}); pass the original one as --backbone"
+            )
+        model = adapters.restore(model, folder, batch_norm=sidecar.batch_norm)
+    return model.eval(), sidecar, folder
+
+
+def fetch(source: str | Path, revision: str | None = None) -> Path:
+    """The local folder of an adapter: `source` itself, or the Hub's snapshot of it in the cache."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(source), revision=revision))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise HistoError(
+            f"adapter {source}: no such folder, and not to be had from the Hub ({' '.join(str(error).split())[:200]})"
+        ) from None
+
+
+def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
+    """Upload an adapter folder to the Hub as `repository` (owner/name), and return its address.
+
+    Raises `HistoError` if the Hub refuses; the folder stays as it is, and the same call tries again.
+    """
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload hf_histo adapter")
+    except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise HistoError(f"--hub_model_id {repository}: the upload of {folder} failed ({reason}); try again") from None
+    return str(address)
+
+
+def card(sidecar: Sidecar, metrics: Mapping[str, Any]) -> ModelCard:
+    """The model card, from measured facts: data, protocol, metrics with intervals, sizes, and how to use it."""
+    name = sidecar.backbone["name"]
+    on_hub = not Path(name).is_absolute() and name != "builtin"
+    base = "str(hf_histo.models.backbones.BUILTIN)" if name == "builtin" else repr(name)
+    data = ModelCardData(
+        library_name="peft" if sidecar.method != "full" else "transformers",
+        pipeline_tag="image-classification",
+        base_model=name if on_hub else None,
+        tags=["hf_histo", "medical", sidecar.method],
+    )
+    counts = ", ".join(f"{split} {count}" for split, count in sidecar.data["counts"].items())
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {' / '.join(sidecar.label_names)} on {sidecar.data['name']}",
+        f"{sidecar.method} adaptation of `{name}`, trained with hf_histo {sidecar.versions['hf_histo']}. For research; "
+        "not a medical device, and not validated for diagnosis.",
+        "## Data",
+        f"{sidecar.data['name']} (content fingerprint `{sidecar.data['fingerprint']}`): {counts} images.",
+        "## Metrics",
+        f"The checkpoint was chosen by {metrics['selection']['metric']} on {metrics['selection']['split']}. Intervals "
+        "are 95% bootstrap intervals over groups (slides or patients).",
+    ]
+    for split, values in metrics["splits"].items():
+        if values["overall"]["n"]:
+            sections += [f"### {split}", report.center_table(values)]
+    parameters = metrics["parameters"]
+    sections += [
+        "## Size",
+        f"{parameters['trainable']:,} of {parameters['total']:,} parameters were trained "
+        f"({parameters['trainable'] / parameters['total']:.2%}).",
+        "## Use",
+        "```python\nfrom hf_histo.inference import Classifier\n\n"
+        'table = Classifier.from_pretrained("THIS_FOLDER")(["patch.png"])\n```',
+    ]
+    if sidecar.method != "full":
+        needs = "import hf_histo.models.backbones\n" if name == "builtin" else ""
+        size = sidecar.preprocessing
+        sections += [
+            "With bare transformers and peft:",
+            f"```python\n{needs}from peft import PeftModel\n"
+            "from transformers import AutoModelForImageClassification\n\n"
+            f"base = AutoModelForImageClassification.from_pretrained({base}, num_labels={sidecar.num_outputs}, "
+            'ignore_mismatched_sizes=True, dtype="float32")\n'
+            'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()\n'
+            "logits = model(pixel_values=pixel_values).logits\n```",
+            f"`pixel_values`: RGB in [0, 1], shorter side resized to {size.resize_size} ({size.interpolation}), center "
+            f"crop {size.image_size}, minus {size.mean}, divided by {size.std}.",
+        ]
+    versions = ", ".join(f"{package} {version}" for package, version in sidecar.versions.items())
+    sections += ["## Versions", versions + "."]
+    return ModelCard("\n\n".join(sections) + "\n")

@@ -1,0 +1,310 @@
+"""LoRA on a backbone: which layers, by named regexes, and what can go wrong told before training.
+
+Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models"; the layers and updates are peft's.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_histo.config import AdapterOptions
+from hf_histo.errors import HistoError
+from hf_histo.models import batchnorm, heads
+
+# Initializers that peft implements for linear layers only.
+LINEAR_ONLY_INITIALIZERS = {"pissa", "olora", "eva", "corda", "orthogonal"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Architectures whose layers are named alike, known by a layer name, and the presets that make sense for them.
+
+    Attributes:
+        known_by: regex that fully matches the name of at least one layer of each member, and of no other family.
+        presets: name to regex. A preset takes the convolutions without groups and the linear layers among the modules
+            that its regex fully matches, and never the head.
+        default: the preset that is used when none is asked for.
+    """
+
+    known_by: str
+    presets: dict[str, str]
+    default: str
+
+
+# `all-conv` and `all-linear` are presets of every architecture.
+EVERY = {"all-conv": r".*", "all-linear": r".*"}
+
+FAMILIES = {
+    # timm ResNet-D, -T: a deep stem (conv1.0, conv1.3, conv1.6), downsample with a pooling before its convolution
+    "resnet-d": Family(
+        r".*layer2\.0\.downsample\.2",
+        {
+            "all-conv": r".*\.(conv1\.[036]|layer\d\.\d+\.(conv\d|downsample\.1))",
+            "last-conv": r".*\.layer4\.\d+\.(conv\d|downsample\.1)",
+        },
+        "all-conv",
+    ),
+    # timm ResNet, ResNeXt, Wide ResNet: stem conv1, stages layer1 to layer4 of blocks with conv1, conv2(, conv3)
+    "resnet": Family(
+        r".*layer1\.0\.conv1",
+        {
+            "all-conv": r".*\.(conv\d|downsample\.0)",
+            "last-conv": r".*\.layer4\.\d+\.(conv\d|downsample\.0)",
+        },
+        "all-conv",
+    ),
+    # transformers ResNet
+    "hf-resnet": Family(
+        r"resnet\.embedder\.embedder\.convolution",
+        {"all-conv": r"resnet\..*\.convolution", "last-conv": r"resnet\.encoder\.stages\.3\..*\.convolution"},
+        "all-conv",
+    ),
+    # timm MobileNet, EfficientNet: pointwise convolutions conv_pw (expand) and conv_pwl (project), depthwise conv_dw
+    "mobilenet": Family(
+        r".*blocks\.\d\.\d\.conv_pw",
+        {
+            "all-conv": r".*\.(conv_stem|conv_head|conv_pwl?|conv|conv_reduce|conv_expand)",
+            "pointwise": r".*\.blocks\.\d+\.\d+\.conv_pwl?",
+            "last-conv": r".*\.(blocks\.[56]\.\d+\.conv_pwl?|conv_head)",
+        },
+        "all-conv",
+    ),
+    # timm VGG: its "fully connected" layers are the convolutions pre_logits.fc1 and fc2
+    "vgg": Family(
+        r".*pre_logits\.fc1",
+        {"fc": r".*\.pre_logits\.fc[12]", "all-conv": r".*\.(features\.\d+|pre_logits\.fc[12])"},
+        "fc",
+    ),
+    # timm DenseNet
+    "densenet": Family(
+        r".*denseblock1\.denselayer1\.conv1",
+        {
+            "all-conv": r".*\.features\.(conv0|denseblock\d\.denselayer\d+\.conv\d|transition\d\.conv)",
+            "last-conv": r".*\.features\.denseblock4\.denselayer\d+\.conv\d",
+        },
+        "all-conv",
+    ),
+    # timm ViT, DeiT, EVA, DINOv2, UNI: q, k and v are one layer
+    "timm-vit": Family(
+        r".*blocks\.0\.attn\.qkv",
+        {
+            "attention-qkv": r".*\.blocks\.\d+\.attn\.qkv",
+            "attention-qkvo": r".*\.blocks\.\d+\.attn\.(qkv|proj)",
+            "mlp": r".*\.blocks\.\d+\.mlp\.fc\d",
+            "attention-mlp": r".*\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc\d)",
+        },
+        "attention-qkvo",
+    ),
+    # transformers ViT, DINOv2 (with and without registers)
+    "hf-vit": Family(
+        r".*layers?\.0\.attention\.q_proj",
+        {
+            "attention-qv": r".*\.attention\.[qv]_proj",
+            "attention-qkvo": r".*\.attention\.[qkvo]_proj",
+            "mlp": r".*\.mlp\.fc\d",
+            "attention-mlp": r".*\.(attention\.[qkvo]_proj|mlp\.fc\d)",
+        },
+        "attention-qkvo",
+    ),
+    # transformers CLIP, SigLIP
+    "hf-clip": Family(
+        r".*vision_model\.encoder\.layers\.0\.self_attn\.q_proj",
+        {
+            "attention-qv": r".*vision_model\..*\.self_attn\.[qv]_proj",
+            "attention-qkvo": r".*vision_model\..*\.self_attn\.([qkv]|out)_proj",
+            "mlp": r".*vision_model\..*\.mlp\.fc\d",
+        },
+        "attention-qkvo",
+    ),
+    # timm ConvNeXt: its MLP is pointwise convolutions or linear layers, by version
+    "convnext": Family(
+        r".*stages\.0\.blocks\.0\.conv_dw",
+        {"mlp": r".*\.stages\.\d\.blocks\.\d+\.mlp\.fc\d"},
+        "mlp",
+    ),
+}
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family that a model's layer names show, or one with the presets of every architecture."""
+    names = [name for name, _ in model.named_modules()]
+    for family in FAMILIES.values():
+        if any(re.fullmatch(family.known_by, name) for name in names):
+            return Family(family.known_by, {**EVERY, **family.presets}, family.default)
+    has_convolutions = any(type(module) is nn.Conv2d and module.groups == 1 for module in _adaptable(model).values())
+    return Family("", EVERY, "all-conv" if has_convolutions else "all-linear")
+
+
+def targets(model: PreTrainedModel, target_modules: str | None, rank: int) -> str | list[str]:
+    """What peft's `target_modules` must be: a regex where it says exactly what is adapted, else a list of names.
+
+    Args:
+        model: a backbone with its head.
+        target_modules: a preset's name, a regex that is matched against full layer names (as by `re.fullmatch`, which
+            is also peft's rule), or None for the default preset of the architecture.
+        rank: of the update; a grouped convolution takes only a multiple of its groups.
+
+    Raises `HistoError` for a regex that does not compile, that matches nothing, the head, or a module that LoRA does
+    not fit.
+    """
+    family = family_of(model)
+    wanted = target_modules or family.default
+    is_preset = wanted in family.presets
+    regex = family.presets[wanted] if is_preset else wanted
+    try:
+        pattern = re.compile(regex)
+    except re.error as error:
+        raise HistoError(f"--target_modules {wanted!r} is not a regex ({error})") from None
+    head = heads.name_of(model)
+    adaptable = _adaptable(model)
+    matches = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
+    if is_preset:
+        kinds = {"all-conv": nn.Conv2d, "all-linear": nn.Linear}
+        chosen = [
+            name
+            for name in matches
+            if name in adaptable
+            and name != head
+            and getattr(adaptable[name], "groups", 1) == 1
+            and isinstance(adaptable[name], kinds.get(wanted, nn.Module))
+        ]
+    else:
+        chosen = matches
+        _check(wanted, chosen, adaptable, head, rank)
+    if not chosen:
+        raise HistoError(
+            f"--target_modules {wanted!r} matches no layer; presets here: {', '.join(family.presets)}; layers: "
+            f"{_examples(name for name in adaptable if name != head)}"
+        )
+    return regex if chosen == matches else chosen
+
+
+def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel:
+    """Wrap `model` for training: base frozen, head trainable, and LoRA where `options.method` is 'lora'.
+
+    Raises `HistoError` as `targets` does, and for an initializer that the targeted layers do not have.
+    """
+    lora = options.method == "lora"
+    modules = targets(model, options.target_modules, options.lora_rank) if lora else DUMMY_TARGET_MODULES
+    config = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # peft's division takes a float as well
+        lora_dropout=options.lora_dropout,
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+        init_lora_weights=_initializer(model, modules, options.init_lora_weights) if lora else True,  # type: ignore[arg-type]
+        target_modules=modules,
+        modules_to_save=[heads.name_of(model)],
+    )
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        raise HistoError(f"LoRA does not fit {type(model).__name__} with these options: {error}") from None
+
+
+def weights(model: PeftModel, *, batch_norm: str) -> dict[str, torch.Tensor]:
+    """What `adapter_model.safetensors` holds: LoRA and head, and batch-norm statistics if they are 'track'ed."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if batch_norm == "track":
+        state |= batchnorm.statistics(model)
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+
+
+def save(model: PeftModel, folder: Path, *, batch_norm: str) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json` as `PeftModel.from_pretrained` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights(model, batch_norm=batch_norm), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+def restore(model: PreTrainedModel, folder: Path, *, batch_norm: str) -> PeftModel:
+    """Put the adapter in `folder` on `model`, for prediction.
+
+    Raises `HistoError` for files that are missing or unreadable, weights that are not finite, and weights that do not
+    fit the model to the last key and shape.
+    """
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
+        saved = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise HistoError(f"{folder}: the adapter can't be put on {type(model).__name__} ({error})") from None
+    expected = weights(adapted, batch_norm=batch_norm)
+    strange = sorted(expected.keys() ^ saved.keys())
+    if strange:
+        raise HistoError(f"{folder}: {len(strange)} weights are missing or unknown to the model, first {strange[0]}")
+    for key, tensor in saved.items():
+        if not torch.isfinite(tensor).all():
+            raise HistoError(f"{folder}: {key} holds NaN or infinite values; the training that made it diverged")
+    return adapted
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """{'trainable': ..., 'total': ...}: parameters that training moves, and all that a prediction uses."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    unused = sum(p.numel() for name, p in model.named_parameters() if ".original_module." in name)
+    return {"trainable": trainable, "total": sum(p.numel() for p in model.parameters()) - unused}
+
+
+def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+
+
+def _check(wanted: str, chosen: list[str], adaptable: dict[str, nn.Module], head: str, rank: int) -> None:
+    if head in chosen:
+        raise HistoError(
+            f"--target_modules {wanted!r} matches the head, {head}, which is trained whole; it would also match: "
+            f"{_examples(name for name in chosen if name != head)}"
+        )
+    for name in chosen:
+        if name not in adaptable:
+            raise HistoError(
+                f"--target_modules {wanted!r} matches {name}, which is neither Conv2d nor Linear; those below it: "
+                f"{_examples(other for other in adaptable if other.startswith(name + '.'))}"
+            )
+        groups = getattr(adaptable[name], "groups", 1)
+        if rank % groups:
+            fitting = (other for other in chosen if rank % getattr(adaptable.get(other), "groups", 1) == 0)
+            raise HistoError(
+                f"--target_modules {wanted!r} matches {name}, a convolution in {groups} groups, and --lora_rank "
+                f"{rank} is no multiple of {groups}; leave it out; these fit: {_examples(fitting)}"
+            )
+
+
+def _initializer(model: nn.Module, modules: str | list[str], name: str) -> bool | str:
+    if name == "default":
+        return True
+    convolution = next(
+        (
+            layer
+            for layer, module in _adaptable(model).items()
+            if isinstance(module, nn.Conv2d)
+            and (re.fullmatch(modules, layer) if isinstance(modules, str) else layer in modules)
+        ),
+        None,
+    )
+    if convolution and name.split("_niter")[0] in LINEAR_ONLY_INITIALIZERS:
+        raise HistoError(
+            f"--init_lora_weights {name} is for linear layers, and {convolution} is a convolution; expected default "
+            "or gaussian"
+        )
+    return name
+
+
+def _examples(names: Iterable[str], count: int = 8) -> str:
+    """The first names, with numbers folded into N so that a deep network takes one line."""
+    folded = dict.fromkeys(re.sub(r"\d+", "N", name) for name in names)
+    return ", ".join(list(folded)[:count]) + (", ..." if len(folded) > count else "") if folded else "none"

@@ -1,0 +1,57 @@
+"""Losses in the form that `transformers.Trainer` calls: `loss(outputs, labels, num_items_in_batch)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hf_histo.errors import HistoError
+
+Loss = Callable[..., torch.Tensor]
+
+
+def classification(num_outputs: int, class_weights: Sequence[float] | None = None) -> Loss:
+    """Binary cross entropy with logits for one output, cross entropy for several.
+
+    Args:
+        num_outputs: logits per image, 1 or the number of classes.
+        class_weights: factor of each class's loss. Binary: (1, pos_weight), as in `BCEWithLogitsLoss`.
+
+    The returned loss takes outputs with `.logits` (B, num_outputs) and labels (B,) int64 in which -1 is hidden and
+    counts for nothing. It is summed and divided by `num_items_in_batch` (all images of an update, over accumulation
+    steps and processes) or, where that is None, by the labeled images of the batch.
+    """
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        labeled = labels >= 0
+        logits, targets = outputs.logits[labeled].float(), labels[labeled]
+        weights = None if class_weights is None else torch.tensor(class_weights, device=logits.device)
+        if num_outputs == 1:
+            total = F.binary_cross_entropy_with_logits(
+                logits[:, 0], targets.to(logits), pos_weight=None if weights is None else weights[1], reduction="sum"
+            )
+        else:
+            total = F.cross_entropy(logits, targets, weight=weights, reduction="sum")
+        return total / (labeled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+    return loss
+
+
+def balancing_weights(labels: Sequence[int], label_names: Sequence[str]) -> list[float]:
+    """Class weights that give every class the same total weight in the training set.
+
+    Binary: (1, negatives / positives), the `pos_weight` of BCE-with-logits. K classes: n / (K n_k), scikit-learn's
+    "balanced". Hidden labels (-1) do not count. Raises `HistoError` if a class has no image.
+    """
+    known = np.asarray(labels)
+    counts = np.bincount(known[known >= 0], minlength=len(label_names))
+    if not counts.all():
+        missing = label_names[int(np.argmin(counts))]
+        raise HistoError(f"class {missing!r} has no training image, so it can't be learned; counts: {counts.tolist()}")
+    if len(counts) == 2:
+        return [1.0, counts[0] / counts[1]]
+    return (counts.sum() / (len(counts) * counts)).tolist()

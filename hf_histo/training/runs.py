@@ -1,0 +1,112 @@
+"""The folder of a run: which run it holds, whether it is done, and where to go on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import yaml
+from accelerate import PartialState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_histo.config import Config
+from hf_histo.errors import HistoError
+from hf_histo.files import atomic_file
+
+logger = logging.getLogger(__name__)
+
+RECORD = "run.yaml"
+ADAPTER = "adapter"
+# Options that decide where and how fast a run goes, not what comes out of it.
+INDIFFERENT = {
+    "cache_dir",
+    "num_workers",
+    "per_device_eval_batch_size",
+    "resume_from_checkpoint",
+    "output_dir",
+    "overwrite_output_dir",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private",
+}
+
+
+def folder_of(config: Config) -> Path:
+    """`--output_dir`, or runs/DATA-BACKBONE-METHOD-seedN."""
+    if config.output.output_dir:
+        return Path(config.output.output_dir)
+    data, backbone = Path(config.data.data).resolve().name, Path(config.model.backbone).name
+    return Path("runs") / f"{data}-{backbone}-{config.adapter.method}-seed{config.training.seed}"
+
+
+def begin(config: Config) -> Path:
+    """Make the folder of this run, or find the one that the same command began, and record the options in run.yaml.
+
+    Every process of a launch calls it. Raises `HistoError` if the folder holds a run with other options or other
+    files; `--overwrite_output_dir` deletes what it holds.
+    """
+    folder = folder_of(config)
+    state = PartialState()
+    if not config.output.overwrite_output_dir:
+        _check_same_run(folder, config)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        if config.output.overwrite_output_dir and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / RECORD).exists():
+            with atomic_file(folder / RECORD) as temporary:
+                temporary.write_text(yaml.safe_dump(config.flat(), sort_keys=False), encoding="utf-8")
+    state.wait_for_everyone()
+    return folder
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in `folder` has written its adapter; `hub.save` does so whole and last."""
+    return (folder / ADAPTER).is_dir()
+
+
+def checkpoint(config: Config, folder: Path) -> str | None:
+    """The checkpoint to go on from: the one asked for, else the last complete one in `folder`, else None.
+
+    A checkpoint is complete once it holds the trainer's state, which is written last. Raises `HistoError` if the one
+    that is asked for is not.
+    """
+    wanted = config.training.resume_from_checkpoint
+    if wanted and wanted != "last":
+        if not _is_complete(Path(wanted)):
+            raise HistoError(f"--resume_from_checkpoint {wanted}: no complete checkpoint (no {TRAINER_STATE_NAME})")
+        return wanted
+    complete = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
+    if not complete:
+        if wanted:
+            raise HistoError(f"--resume_from_checkpoint last: {folder} holds no complete checkpoint")
+        return None
+    last = max(complete, key=lambda path: int(path.name.split("-")[-1]))
+    logger.warning("going on from %s", last)
+    return str(last)
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _check_same_run(folder: Path, config: Config) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    remedy = "choose another --output_dir, or delete it with --overwrite_output_dir"
+    try:
+        before = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        raise HistoError(f"--output_dir {folder}: holds other files and no {RECORD} of a run; {remedy}") from None
+    now = config.flat()
+    changed = [key for key in now if key not in INDIFFERENT and before.get(key) != now[key]]
+    if changed:
+        was = ", ".join(f"{key} {before.get(key)!r} (now {now[key]!r})" for key in changed)
+        raise HistoError(f"--output_dir {folder}: holds another run: {was}; {remedy}")

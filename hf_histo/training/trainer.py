@@ -1,0 +1,155 @@
+"""HF `Trainer` fed with uint8 batches that are augmented and normalized on the training device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, TrainingArguments
+
+from hf_histo.config import Config
+from hf_histo.errors import HistoError
+from hf_histo.models import adapters
+from hf_histo.training.losses import Loss
+from hf_histo.transforms.augmentation import Augmentation, augment
+from hf_histo.transforms.preprocessing import Preprocessing
+
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+}
+
+
+class Trainer(transformers.Trainer):
+    """`transformers.Trainer` for batches of {"image": uint8 (B, 3, H, W), "labels": (B,), "index": (B,)}.
+
+    Evaluation returns the label ids as (labels, index), so that a prediction is matched to its sample by `index`.
+    """
+
+    def __init__(
+        self, *args: Any, preprocessing: Preprocessing, augmentation: Augmentation, batch_norm: str, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.preprocessing = preprocessing
+        self.augmentation = augmentation
+        self.batch_norm = batch_norm
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        images = inputs.pop("image")
+        if self.model is not None and self.model.training:
+            views = augment(
+                images,
+                self.augmentation,
+                self.preprocessing.image_size,
+                seed=self.args.seed,
+                epoch=int(self.state.epoch or 0),
+                index=inputs["index"],
+            )
+            return {"pixel_values": self.preprocessing.normalize(views), **inputs}
+        return {"pixel_values": self.preprocessing(images), **inputs}
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "index"}, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if isinstance(self.model, PeftModel):
+            adapters.save(self.model, Path(output_dir or str(self.args.output_dir)), batch_norm=self.batch_norm)
+        else:
+            super()._save(output_dir, state_dict)
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Samples {"image", "label", "index"} to a batch; images must share one size."""
+    return {
+        "image": torch.stack([sample["image"] for sample in samples]),
+        "labels": torch.tensor([sample["label"] for sample in samples]),
+        "index": torch.tensor([sample["index"] for sample in samples]),
+    }
+
+
+def training_arguments(config: Config, folder: Path) -> TrainingArguments:
+    """`TrainingArguments` for `config`: evaluate and save each epoch, keep the last and the best checkpoint.
+
+    Mixed precision and the number of accumulation steps come from the launcher (`accelerate launch`), whose settings
+    transformers and this function read from the environment; the steps can be set by an option instead.
+    """
+    options = config.training
+    steps = options.gradient_accumulation_steps or int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
+    grows = options.metric_for_best_model != "loss"
+    plateau = options.lr_scheduler_type == "reduce_lr_on_plateau"
+    try:
+        return TrainingArguments(
+            output_dir=str(folder),
+            seed=options.seed,
+            num_train_epochs=options.num_train_epochs,
+            per_device_train_batch_size=options.per_device_train_batch_size,
+            per_device_eval_batch_size=options.per_device_eval_batch_size,
+            gradient_accumulation_steps=steps,
+            learning_rate=options.learning_rate,
+            weight_decay=options.weight_decay,
+            lr_scheduler_type=options.lr_scheduler_type,
+            lr_scheduler_kwargs={"mode": "max" if grows else "min", "patience": options.lr_scheduler_patience}
+            if plateau
+            else {},
+            warmup_steps=options.warmup_steps,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            restore_callback_states_from_checkpoint=True,
+            metric_for_best_model=options.metric_for_best_model,
+            greater_is_better=grows,
+            logging_steps=options.logging_steps,
+            logging_nan_inf_filter=False,
+            label_names=["labels", "index"],
+            remove_unused_columns=False,
+            dataloader_num_workers=config.data.num_workers,
+            dataloader_persistent_workers=config.data.num_workers > 0,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            ddp_find_unused_parameters=False,
+            report_to="none",
+        )
+    except ValueError as error:
+        raise HistoError(f"these training options do not go together: {error}") from None
+
+
+def build(
+    config: Config,
+    folder: Path,
+    *,
+    model: nn.Module,
+    train: Dataset[Any],
+    validation: Dataset[Any],
+    preprocessing: Preprocessing,
+    augmentation: Augmentation,
+    loss: Loss,
+    compute_metrics: Callable[..., dict[str, float]],
+) -> Trainer:
+    """A `Trainer` that trains `model` as `config` says, with checkpoints under `folder`."""
+    options = config.training
+    optimizer, settings = OPTIMIZERS[options.optimizer]
+    settings = {**settings, "lr": options.learning_rate, "weight_decay": options.weight_decay}
+    callbacks = [EarlyStoppingCallback(options.early_stopping_patience)] if options.early_stopping_patience else []
+    return Trainer(
+        model=model.to(memory_format=torch.channels_last),
+        args=training_arguments(config, folder),
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=collate,
+        compute_loss_func=loss,
+        compute_metrics=compute_metrics,
+        optimizer_cls_and_kwargs=(optimizer, settings),
+        callbacks=callbacks,
+        preprocessing=preprocessing,
+        augmentation=augmentation,
+        batch_norm=config.model.batch_norm,
+    )

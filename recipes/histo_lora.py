@@ -1,0 +1,31 @@
+"""Fine-tune a vision backbone on histology patches from several acquisition centers.
+
+    accelerate launch recipes/histo_lora.py                                   # built-in data set and backbone
+    accelerate launch recipes/histo_lora.py --data DIR --backbone NAME_OR_FOLDER
+    accelerate launch recipes/histo_lora.py --config recipes/configs/histo_resnet50_lora.yaml --data DIR
+
+DIR holds train.h5, val.h5 (and test.h5), PatchCamelyon's files, or WILDS Camelyon17. The checkpoint is chosen on val;
+test is only predicted. The result is an adapter folder for recipes/predict.py and hf_histo.inference.Classifier.
+"""
+
+from accelerate import PartialState
+
+from hf_histo import hub
+from hf_histo.config import parse
+from hf_histo.data.load import load
+from hf_histo.errors import run
+from hf_histo.finetune import fine_tune
+
+
+def main() -> None:
+    config = parse(__doc__)
+    data = load(config.data.data, cache_dir=config.data.cache_dir)
+    result = fine_tune(config, data)
+    if PartialState().is_main_process:
+        print(result.summary())
+        if config.output.push_to_hub and config.output.hub_model_id:
+            print(hub.push(result.adapter, config.output.hub_model_id, private=config.output.hub_private))
+
+
+if __name__ == "__main__":
+    run(main)
