@@ -1,8 +1,8 @@
 """Synthetic H&E-like patches in the challenge's layout: a demo and test set that needs no download and no license.
 
-The class lies in the structure of the tissue, not in its color. A tumor's nuclei are larger, more varied, more irregular,
-closer packed and coarser inside, and its glands lose the single row of nuclei around one lumen. What a mean color could
-tell, the share of the area under nuclei and lumen and the amount of each stain, is drawn without regard to the class.
+The class lies in the structure of the tissue, not in its color. A tumor's nuclei are larger, more varied, more
+irregular, closer packed and coarser inside, and its glands lose the single row of nuclei around one lumen. What a mean
+color could tell, the area under nuclei and lumen and the amount of each stain, is drawn without regard to the class.
 
 Each center stains and scans in its own way, and each slide departs a little from its center.
 """
@@ -37,10 +37,10 @@ Array = NDArray[np.float64]
 class Slide:
     """How one slide was stained and scanned.
 
-    `hematoxylin` and `eosin` are optical densities per unit of stain in red, green, blue; `amounts` the units of the two
-    stains relative to a well-stained slide; `white` the background's intensity in red, green, blue in (0, 1]; `gamma`
-    the exponent of the scanner's tone curve; `blur` the standard deviation of its point spread in pixels; `noise` the
-    standard deviation of its sensor noise in units of the 0..1 intensity.
+    `hematoxylin` and `eosin` are optical densities per unit of stain in red, green, blue; `amounts` the units of the
+    two stains relative to a well-stained slide; `white` the background's intensity in red, green, blue in (0, 1];
+    `gamma` the exponent of the scanner's tone curve; `blur` the standard deviation of its point spread in pixels;
+    `noise` the standard deviation of its sensor noise in units of the 0..1 intensity.
     """
 
     hematoxylin: tuple[float, ...]
@@ -52,9 +52,9 @@ class Slide:
     noise: float
 
 
-# Stain vectors: (0.65, 0.70, 0.29) and (0.07, 0.99, 0.11) are Ruifrok & Johnston's (2001, Anal Quant Cytol Histol 23:291,
-# normalized as ImageJ and scikit-image do); (0.56, 0.72, 0.41) and (0.22, 0.80, 0.56) are the usual reference of
-# Macenko et al.'s method (2009, ISBI p. 1107). The others, and all the rest of a center, are ours, set by eye.
+# Stain vectors: center 1's hematoxylin is Ruifrok & Johnston's (2001, Anal Quant Cytol Histol 23:291, as scikit-image
+# normalizes it); center 2's pair is the usual reference of Macenko et al.'s method (2009, ISBI p. 1107), as its public
+# implementations ship it. The others, and all the rest of a center, are ours, set by eye.
 CENTERS: dict[int, Slide] = {
     0: Slide((0.62, 0.74, 0.30), (0.20, 0.80, 0.30), (1.00, 0.90), (0.90, 0.86, 0.93), 1.00, 0.60, 0.012),
     1: Slide((0.65, 0.70, 0.29), (0.30, 0.72, 0.24), (1.15, 0.90), (0.80, 0.76, 0.85), 1.05, 0.95, 0.010),
@@ -92,7 +92,7 @@ def slide(rng: np.random.Generator, center: int) -> Slide:
 
 
 def patch(rng: np.random.Generator, source: Slide, *, tumor: bool) -> NDArray[np.uint8]:
-    """Draw one patch of normal or tumor tissue as the slide shows it: uint8 (3, 96, 96), red, green, blue in 0..255."""
+    """Draw one patch of normal or tumor tissue as the slide shows it: uint8 (3, 96, 96), RGB in 0..255."""
     stains = ndimage.gaussian_filter(tissue(rng, tumor=tumor), (0, *[_focus(rng, source.blur)] * 2))
     vectors = np.array([source.hematoxylin, source.eosin, ERYTHROCYTE])
     amounts = np.array([*source.amounts, source.amounts[1]])
@@ -112,10 +112,10 @@ def tissue(rng: np.random.Generator, *, tumor: bool) -> Array:
     size, variety, contour, crowding, disorder, chromatin, architecture = traits
     zoom = np.exp(rng.uniform(np.log(0.85), np.log(1.5)))
     warp = 7 * zoom * np.stack([_smooth(rng, 11 * zoom) for _ in range(2)])
-    grid = np.stack(np.mgrid[:SIZE, :SIZE].astype(float))
+    grid = np.mgrid[:SIZE, :SIZE].astype(float)
 
-    # Architecture: the distance to the lumen in pixels, negative inside; the lumen's share of the area is the class's
-    # no more than the epithelium's depth is: one wide lumen and many narrow ones take the same.
+    # Architecture: the distance to the lumen in pixels, negative inside. Its share of the area and the epithelium's
+    # depth know no class: one wide lumen takes as much as many narrow ones.
     lumens = 1 + rng.binomial(5, architecture**2)
     spots = rng.uniform(-20, SIZE + 20, (1, 2)) if lumens == 1 else rng.uniform(0, SIZE, (lumens, 2))
     away = np.min(np.hypot(*(grid + warp * (0.6 + architecture) - spots[:, :, None, None]).swapaxes(0, 1)), axis=0)
@@ -192,7 +192,7 @@ class _Nuclei:
 def _paint(
     rng: np.random.Generator, grid: Array, nuclei: _Nuclei, share: float, coarseness: float, zoom: float
 ) -> tuple[Array, Array, Array]:
-    """Nuclear mask, hematoxylin, and cell borders, each (96, 96); the mask covers `share` of the area."""
+    """Nuclear mask, hematoxylin, and cell borders, each (96, 96); the mask covers about `share` of the area."""
     pixels = grid.reshape(2, -1).T
     near = min(3, len(nuclei.radii))
     gaps, owners = cKDTree(nuclei.points).query(pixels, k=near)
@@ -224,7 +224,7 @@ def _paint(
 
 
 def _spread(rng: np.random.Generator, points: Array, radii: Array, wish: Array, count: int) -> NDArray[np.intp]:
-    """Indices of up to `count` points, likelier where `wish` is larger, none within the sum of two kept points' radii."""
+    """Indices of up to `count` points, likelier where `wish` is larger, no two closer than the sum of their radii."""
     order = np.argsort(-np.log(wish + 1e-12) - rng.gumbel(size=len(wish)))
     order = order[wish[order] > 0]
     free = np.ones(len(points), bool)
@@ -240,7 +240,7 @@ def _fibers(rng: np.random.Generator, warp: Array, zoom: float) -> tuple[Array, 
     """Wavy stroma: its eosin in about 0..1 and the direction of its fibers in radians, both (96, 96)."""
     angle = rng.uniform(0, np.pi)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    grid = np.stack(np.mgrid[:SIZE, :SIZE].astype(float)) + 0.7 * warp
+    grid = np.mgrid[:SIZE, :SIZE].astype(float) + 0.7 * warp
     across, length = np.einsum("ij,jyx->iyx", turn, grid)
     strands = ndimage.gaussian_filter(rng.normal(size=(SIZE, SIZE)), (0.9 * zoom, 12 * zoom), mode="wrap")
     texture = ndimage.map_coordinates(_normal(strands), (across, length), order=1, mode="grid-wrap")

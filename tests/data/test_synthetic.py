@@ -1,0 +1,128 @@
+"""The synthetic patches: their layout, their determinism, and that color alone does not tell the class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from hf_histo.data import synthetic
+from hf_histo.errors import HistoError
+
+SIZES = {"train": 360, "val": 60, "test": 240}
+
+
+def read(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    with h5py.File(file, "r") as source:
+        keys = sorted(source, key=int)
+        assert keys == [str(index) for index in range(len(keys))]
+        for key in keys:
+            assert set(source[key]) == {"img", "label", "metadata"}
+            assert (source[key]["img"].dtype, source[key]["img"].shape) == (np.uint8, (3, 96, 96))
+            assert (source[key]["label"].dtype, source[key]["label"].shape) == (np.int64, ())
+            assert (source[key]["metadata"].dtype, source[key]["metadata"].shape) == (np.int64, (3,))
+            assert source[key]["metadata"][2] == source[key]["label"][()]
+        return np.stack([source[key]["img"][()] for key in keys]), np.stack(
+            [source[key]["metadata"][()] for key in keys]
+        )
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    folder = tmp_path_factory.mktemp("synthetic") / "demo"
+    synthetic.generate(folder, **SIZES)
+    assert sorted(file.name for file in folder.iterdir()) == ["test.h5", "train.h5", "val.h5"]
+    return {name: read(folder / f"{name}.h5") for name in SIZES}
+
+
+def test_layout(splits: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> None:
+    slides: dict[str, set[int]] = {}
+    for name, (images, metadata) in splits.items():
+        assert len(images) == SIZES[name]
+        center, slide, label = metadata.T
+        assert sorted(set(center)) == list(synthetic.SPLITS[name])
+        for each in synthetic.SPLITS[name]:
+            assert label[center == each].mean() == 0.5
+        assert all(len(set(center[slide == each])) == 1 for each in set(slide))
+        assert len(set(slide)) >= 3 and np.bincount(slide).max() <= synthetic.PATCHES_PER_SLIDE
+        slides[name] = set(slide.tolist())
+    assert not (slides["train"] & slides["val"] or slides["train"] & slides["test"] or slides["val"] & slides["test"])
+
+
+def test_images_differ_and_use_the_range(splits: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> None:
+    images = np.concatenate([images for images, _ in splits.values()])
+    assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
+    assert images.std(axis=(1, 2, 3)).min() > 5
+    assert images.min() < 60 and images.max() > 230
+
+
+def test_centers_look_different(splits: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> None:
+    colors = {
+        center: images[metadata[:, 0] == center].mean(axis=(0, 2, 3))
+        for images, metadata in splits.values()
+        for center in set(metadata[:, 0].tolist())
+    }
+    for center, color in colors.items():
+        assert min(np.abs(color - other).max() for each, other in colors.items() if each != center) > 8
+    assert np.argmax([colors[center].mean() for center in range(5)]) == 2  # the test center is the palest
+
+
+@pytest.mark.parametrize("with_deviation", [False, True])
+def test_color_does_not_tell_the_class(
+    splits: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]], with_deviation: bool
+) -> None:
+    def features(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+        mean, deviation = images.mean(axis=(2, 3)), images.std(axis=(2, 3))
+        return np.concatenate([mean, deviation], axis=1) if with_deviation else mean
+
+    images, metadata = splits["train"]
+    model = make_pipeline(StandardScaler(), LogisticRegression()).fit(features(images), metadata[:, 2])
+    images, metadata = splits["test"]
+    assert model.score(features(images), metadata[:, 2]) < 0.65
+
+
+def test_a_seed_fixes_every_array(tmp_path: Path) -> None:
+    synthetic.generate(tmp_path / "first", seed=3, train=6, val=2, test=2)
+    synthetic.generate(tmp_path / "again", seed=3, train=9, val=2, test=2)
+    synthetic.generate(tmp_path / "other", seed=4, train=6, val=2, test=2)
+    first, again, other = (read(tmp_path / name / "train.h5") for name in ("first", "again", "other"))
+    np.testing.assert_array_equal(first[0], again[0][:6])  # a larger split goes on from the smaller one
+    np.testing.assert_array_equal(first[1], again[1][:6])
+    assert not np.array_equal(first[0], other[0])
+    for name in ("val", "test"):
+        assert (tmp_path / "first" / f"{name}.h5").read_bytes() == (tmp_path / "again" / f"{name}.h5").read_bytes()
+
+
+def test_one_patch() -> None:
+    for center in range(5):
+        source = synthetic.slide(np.random.default_rng(center), center)
+        patches = [synthetic.patch(np.random.default_rng(1), source, tumor=tumor) for tumor in (False, False, True)]
+        assert all((image.dtype, image.shape) == (np.uint8, (3, 96, 96)) for image in patches)
+        np.testing.assert_array_equal(patches[0], patches[1])
+        assert not np.array_equal(patches[0], patches[2])
+
+
+def test_bad_input_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(HistoError, match=r"center=7: expected one of \[0, 1, 2, 3, 4\]"):
+        synthetic.slide(np.random.default_rng(0), 7)
+    with pytest.raises(HistoError, match="val=0: expected at least 1"):
+        synthetic.generate(tmp_path / "demo", val=0)
+    with pytest.raises(HistoError, match="exists, expected a new folder"):
+        synthetic.generate(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_leaves_no_half_written_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(synthetic, "patch", fail)
+    with pytest.raises(OSError, match="No space left"):
+        synthetic.generate(tmp_path / "demo", train=4, val=2, test=2)
+    assert list(tmp_path.iterdir()) == []
