@@ -11,7 +11,8 @@ import pytest
 
 import hf_histo
 
-STAGES = ("data", "transforms", "models", "training", "evaluation", "hub", "inference")
+# `finetune` is the whole way once through, for the recipes: no stage may lean on it.
+STAGES = ("data", "transforms", "models", "training", "evaluation", "hub", "inference", "finetune")
 BASE = ("config", "errors", "files")
 
 PACKAGE = Path(hf_histo.__file__).parent

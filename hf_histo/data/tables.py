@@ -101,9 +101,7 @@ def _table(directory: Path) -> pd.DataFrame:
             raise HistoError(f"{path}: {found}, expected 0 or 1; download it again")
     table["path"] = [
         f"patches/patient_{patient:03}_node_{node}/patch_patient_{patient:03}_node_{node}_x_{x}_y_{y}.png"
-        for patient, node, x, y in zip(
-            table["patient"], table["node"], table["x_coord"], table["y_coord"], strict=True
-        )
+        for patient, node, x, y in zip(table["patient"], table["node"], table["x_coord"], table["y_coord"], strict=True)
     ]
     by_center = {WildsCamelyon17.VAL_CENTER: "val", WildsCamelyon17.TEST_CENTER: "test"}
     table["split"] = table["center"].map(by_center).fillna(table["split"].map({0: "train", 1: "id_val"}))
