@@ -51,16 +51,20 @@ class Challenge(FolderBuilder):
     def sources(cls, directory: Path) -> list[str]:
         return ["train.h5", "val.h5", *(["test.h5"] if (directory / "test.h5").is_file() else [])]
 
+    def _files(self) -> dict[str, Path]:
+        """The file of every split."""
+        names = self.sources(self.config.directory)
+        return {name.removesuffix(".h5"): self.config.directory / name for name in names}
+
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         formats, counts, slides_known = {}, {}, True
-        for name in self.sources(self.config.directory):
-            path = self.config.directory / name
+        for split, path in self._files().items():
             with _open(path) as file:
                 keys = sorted(file)
                 if not keys:
                     raise HistoError(f"{path}: no images, expected one group per image; export the file again")
                 formats[path], counts[path] = _detect(file, keys), len(keys)
-                if path.stem != "test":
+                if split != "test":
                     slides_known = slides_known and _names_slides(file, keys)
         first, *others = formats
         for path in others:
@@ -73,12 +77,19 @@ class Challenge(FolderBuilder):
         self.info.description = f"{found}; group: {'slide (metadata[1])' if slides_known else 'unknown'}"
         logger.info("%s: %s", self.config.directory, self.info.description)
         return [
-            split_generator(path.stem, counts[path], path=path, pixels=pixels, slides_known=slides_known)
-            for path, pixels in formats.items()
+            split_generator(
+                split,
+                counts[path],
+                path=path,
+                pixels=formats[path],
+                slides_known=slides_known,
+                labels_hidden=split == "test",
+            )
+            for split, path in self._files().items()
         ]
 
     def _generate_examples(
-        self, path: Path, pixels: PixelFormat, slides_known: bool
+        self, path: Path, pixels: PixelFormat, slides_known: bool, labels_hidden: bool
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         with _open(path) as file:
             for key in sorted(file):
@@ -91,11 +102,29 @@ class Challenge(FolderBuilder):
                     {
                         "id": key,
                         "image": {"bytes": encode_ppm(pixels.read(_image(group))), "path": None},
-                        "label": _label(group, hidden=path.stem == "test"),
+                        "label": _label(group, hidden=labels_hidden),
                         "center": center,
                         "group": f"slide_{slide}" if slides_known and slide >= 0 else "",
                     },
                 )
+
+
+class ChallengeFile(Challenge):
+    """One file in the layout of `Challenge`'s test.h5, whatever its name, as the split `test`."""
+
+    LAYOUT = "challenge-file"
+    EXPECTED = "an HDF5 file with one group per image"
+
+    @classmethod
+    def matches(cls, directory: Path) -> bool:
+        return directory.is_file()
+
+    @classmethod
+    def sources(cls, directory: Path) -> list[str]:
+        return [""]  # the path itself
+
+    def _files(self) -> dict[str, Path]:
+        return {"test": self.config.directory}
 
 
 class PatchCamelyon(FolderBuilder):

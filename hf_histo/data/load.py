@@ -10,18 +10,24 @@ from pathlib import Path
 import datasets
 import xxhash
 from datasets.exceptions import DatasetGenerationError
+from filelock import FileLock
 
+from hf_histo.data import synthetic
 from hf_histo.data.builder import FolderBuilder
-from hf_histo.data.hdf5 import Challenge, PatchCamelyon
+from hf_histo.data.hdf5 import Challenge, ChallengeFile, PatchCamelyon
 from hf_histo.data.tables import WildsCamelyon17
 from hf_histo.errors import HistoError
 from hf_histo.files import atomic_file
 
+SYNTHETIC = "synthetic"
 LAYOUTS: tuple[type[FolderBuilder], ...] = (Challenge, PatchCamelyon, WildsCamelyon17)
 
 
 def load(directory: str | Path, *, cache_dir: str | Path | None = None) -> datasets.DatasetDict:
     """Load a folder in any known layout as splits `train`, `val` and, where present, `test` and others.
+
+    The name "synthetic" stands for the built-in data set, generated below `cache_dir` the first time. A single file in
+    the challenge layout is loaded as the split `test` alone.
 
     The first time, the files are checked and converted below `cache_dir`, all or nothing and by one process at a time
     (default: `datasets.config.HF_DATASETS_CACHE`). The cache is keyed by the contents of the files: a folder that
@@ -30,9 +36,9 @@ def load(directory: str | Path, *, cache_dir: str | Path | None = None) -> datas
     Raises HistoError for a folder that is missing, of no known layout or incomplete, and for every fault in a file;
     OSError where the disk is full or the cache can't be written.
     """
-    directory = Path(directory)
-    builder_class = _layout(directory)
     cache_dir = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
+    directory = _synthetic(cache_dir) if str(directory) == SYNTHETIC else Path(directory)
+    builder_class = _layout(directory)
     try:
         name = _content_fingerprint(directory, builder_class.sources(directory), cache_dir)
     except FileNotFoundError as error:
@@ -72,7 +78,20 @@ def check_trainable(dataset: datasets.Dataset) -> None:
         raise HistoError(f"train: classes present: {found}, expected at least two of {', '.join(names)}; add images")
 
 
+def _synthetic(cache_dir: Path) -> Path:
+    """The folder of the built-in data set; one process of a launch generates it, the others wait."""
+    generator = xxhash.xxh3_64(Path(synthetic.__file__).read_bytes()).hexdigest()  # a changed one makes other images
+    folder = cache_dir / "hf_histo_synthetic" / generator
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            synthetic.generate(folder)
+    return folder
+
+
 def _layout(directory: Path) -> type[FolderBuilder]:
+    if directory.is_file():
+        return ChallengeFile
     if not directory.is_dir():
         raise HistoError(f"{directory}: no such folder; give the folder that holds the data set")
     for layout in LAYOUTS:

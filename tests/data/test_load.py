@@ -163,3 +163,18 @@ def test_shared_groups(tmp_path: Path) -> None:
     assert shared_groups(splits) == {("train", "val"): ["slide_100", "slide_105"]}
     splits = datasets.DatasetDict({name: split.map(lambda _: {"group": ""}) for name, split in splits.items()})
     assert shared_groups(splits) == {}
+
+
+def test_one_file_is_the_test_split(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    write_challenge(folder)
+    data = load(folder / "train.h5", cache_dir=tmp_path / "cache")
+    assert list(data) == ["test"]
+    assert data["test"]["id"] == load(folder, cache_dir=tmp_path / "cache")["train"]["id"]
+
+
+def test_one_file_that_is_no_hdf5_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "images.h5"
+    file.write_text("not HDF5")
+    with pytest.raises(HistoError, match=r"images\.h5"):
+        load(file, cache_dir=tmp_path / "cache")
