@@ -30,10 +30,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import logsumexp
 
 from hf_histo.errors import HistoError
-from hf_histo.evaluation.predictions import array, make, predicted
+from hf_histo.evaluation.predictions import log_odds, make, predicted
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction  # imports torch, which nothing here needs
@@ -122,25 +121,20 @@ class _Rows:
     """The labeled rows of a table as arrays, and the metrics as a function of how often each group of rows counts."""
 
     def __init__(self, predictions: pd.DataFrame, threshold: float) -> None:
+        own = "\0" + predictions["id"]  # no name of a group starts with this: an image without one is its own group
+        groups = predictions["group"].where(predictions["group"] != "", own)
         labeled = (predictions["label"] >= 0).to_numpy()
-        logits = array(predictions, "logit")[labeled]
-        if logits.ndim == 2 and logits.shape[1] == 2:
-            logits = logits[:, 1] - logits[:, 0]  # the softmax of two logits is the sigmoid of their difference
         self.labels = predictions["label"].to_numpy(np.int64)[labeled]
         self.predicted = predicted(predictions, threshold)[labeled]
-        own = "\0" + predictions["id"]  # no name of a group starts with this: an image without one is its own group
-        self.groups = pd.factorize(predictions["group"].where(predictions["group"] != "", own)[labeled])[0]
+        self.groups = pd.factorize(groups[labeled])[0]
         self.group_count = int(self.groups.max(initial=-1)) + 1
-        self.classes = 2 if logits.ndim == 1 else logits.shape[1]
-        # Rank by log odds, not by probability: float64 probabilities all become 1 from a logit of 37 on, and tie.
-        if logits.ndim == 1:
-            self.losses = np.logaddexp(0, logits) - self.labels * logits
-            self.log_odds = {1: logits}
+        self.scores = {c: score[labeled] for c, score in log_odds(predictions).items()}
+        self.classes = max(self.scores) + 1
+        if self.classes == 2:
+            of_truth = np.where(self.labels == 1, self.scores[1], -self.scores[1])
         else:
-            self.losses = logsumexp(logits, axis=1) - np.take_along_axis(logits, self.labels[:, None], axis=1)[:, 0]
-            self.log_odds = {
-                c: logits[:, c] - logsumexp(np.delete(logits, c, axis=1), axis=1) for c in range(self.classes)
-            }
+            of_truth = np.stack(list(self.scores.values()))[self.labels, np.arange(len(self.labels))]
+        self.losses = np.logaddexp(0, -of_truth)  # -log p of the true class, from its log odds
 
     def metrics(self, counts: Floats | None = None) -> dict[str, Floats]:
         """Return every metric, shape (B,), NaN where undefined, under `counts`: (groups, B), default all 1, B = 1."""
@@ -155,7 +149,7 @@ class _Rows:
             accuracy = hits.sum(axis=1) / n
             balanced = np.where((support > 0).sum(axis=1) > 1, _mean(recall), np.nan)
             loss = counts.T @ np.bincount(self.groups, self.losses, self.group_count) / n
-            ranking = [_ranking(score, self.labels == c, counts[self.groups]) for c, score in self.log_odds.items()]
+            ranking = [_ranking(score, self.labels == c, counts[self.groups]) for c, score in self.scores.items()]
             auroc, average_precision = (_mean(np.stack(values, axis=1)) for values in zip(*ranking, strict=True))
             binary = self.classes == 2
             values = {

@@ -26,7 +26,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit, softmax
+from scipy.special import expit, logsumexp, softmax
 
 from hf_histo.errors import HistoError
 from hf_histo.files import atomic_file
@@ -73,7 +73,7 @@ def make(
     index = pd.Series(ids, dtype=str)
     if index.duplicated().any():
         raise HistoError(f"ids occur more than once: {_first(index[index.duplicated()])}; pass each image once")
-    finite = np.isfinite(logits).reshape(len(logits), -1).all(axis=1)
+    finite = np.isfinite(logits).all(axis=tuple(range(1, logits.ndim)))
     if not finite.all():
         raise HistoError(
             f"logits of {(~finite).sum()} images are NaN or infinite, the first ids: {_first(index[~finite])}; "
@@ -119,6 +119,18 @@ def predicted(predictions: pd.DataFrame, threshold: float = 0.5) -> NDArray[np.i
         return probability.argmax(axis=1)
     positive = probability if probability.ndim == 1 else probability[:, 1]
     return (positive >= threshold).astype(np.int64)
+
+
+def log_odds(predictions: pd.DataFrame) -> dict[int, NDArray[np.float64]]:
+    """Return, for each class, log(p / (1 - p)) of every row, shape (n,); of class 1 alone where there are two.
+
+    It orders rows as the probability does, without the ties: in float64 that is 1 for every logit from 37 on.
+    """
+    logits = array(predictions, "logit")
+    if logits.ndim == 1:
+        return {1: logits}
+    classes = range(logits.shape[1]) if logits.shape[1] > 2 else (1,)
+    return {c: logits[:, c] - logsumexp(np.delete(logits, c, axis=1), axis=1) for c in classes}
 
 
 def label_names(predictions: pd.DataFrame) -> list[str]:

@@ -1,0 +1,224 @@
+"""Figures and tables of a training run and its predictions; no display and none of pyplot's global state needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle, product
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from sklearn.metrics import auc
+from sklearn.metrics import confusion_matrix as count_confusions
+from sklearn.metrics import roc_curve as rates
+
+from hf_histo.evaluation.predictions import array, label_names, log_odds, predicted
+from hf_histo.files import atomic_file
+
+# Told apart by colorblind readers too: Okabe & Ito 2008, "Color Universal Design", fig. 16, without black and yellow.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = tuple(product(("-", "--", "-."), COLORS))
+GRAY = "#666666"
+STYLE: dict[Any, Any] = {
+    "axes.edgecolor": GRAY,
+    "axes.grid": True,
+    "axes.labelsize": 11,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 12,
+    "figure.constrained_layout.h_pad": 0.1,
+    "figure.constrained_layout.w_pad": 0.1,
+    "font.size": 10,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "text.parse_math": False,  # an id or a class name may hold dollar signs
+}
+HEADLINE = ("accuracy", "balanced_accuracy", "auroc", "f1")
+
+
+def training_curve(log_history: Sequence[Mapping[str, float]], path: str | Path) -> None:
+    """Draw loss, validation metrics and learning rate over epochs as a PNG; only the panels that have data.
+
+    Args:
+        log_history: `trainer.state.log_history`: dicts with `epoch` and some of `loss`, `eval_loss` (nats),
+            `eval_accuracy`, `eval_auroc` (0 to 1), `learning_rate`.
+        path: of the PNG.
+    """
+    panels = {
+        "loss (nats)": {"loss": "training", "eval_loss": "validation"},
+        "validation metric": {"eval_accuracy": "accuracy", "eval_auroc": "AUROC"},
+        "learning rate": {"learning_rate": ""},
+    }
+    logged = {key for entry in log_history for key in entry}
+    shown = {title: series for title, series in panels.items() if logged & set(series)}
+    with _figure(path, 7, 0.8 + 2.3 * max(1, len(shown))) as figure:
+        if not shown:
+            return _say(figure, "Nothing was logged.")
+        all_axes = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
+        for axes, (title, series) in zip(all_axes, shown.items(), strict=True):
+            for color, (key, name) in zip(COLORS, series.items(), strict=False):
+                points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry]
+                if points:
+                    # Validation happens a few times per run, and a single point would have no line.
+                    axes.plot(*zip(*points, strict=True), color=color, label=name, marker="o" * key.startswith("eval"))
+            axes.set_ylabel(title)
+            if any(series.values()):
+                axes.legend()
+        all_axes[-1].set_xlabel("epoch")
+        figure.align_ylabels()
+
+
+def roc_curve(predictions_by_split: Mapping[str, pd.DataFrame], path: str | Path) -> None:
+    """Draw ROC curves as a PNG, with the AUROC in the legend.
+
+    With two classes there is one panel with a curve for every split (or center). With more, every split has a panel,
+    with a curve for each class against the rest. Where only one class is labeled, the legend says so and there is no
+    curve.
+    """
+    panels: dict[str, dict[str, tuple[NDArray[np.bool_], NDArray[np.float64]]]] = {}
+    for split, predictions in predictions_by_split.items():
+        names, labeled = label_names(predictions), predictions[predictions["label"] >= 0]
+        for c, score in log_odds(labeled).items():
+            panel, curve = ("", split) if len(names) == 2 else (split, names[c])
+            panels.setdefault(panel, {})[curve] = (labeled["label"] == c).to_numpy(), score
+    with _figure(path, 5.2 * max(1, len(panels)), 5.2) as figure:
+        if not panels:
+            return _say(figure, "There are no predictions.")
+        all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
+            axes.plot([0, 1], [0, 1], color=GRAY, linestyle=":", linewidth=1)
+            for (name, (positive, score)), (line, color) in zip(curves.items(), cycle(LINES), strict=False):
+                if positive.any() and not positive.all():
+                    false_rate, true_rate, _ = rates(positive, score)
+                    name = f"{name}  {auc(false_rate, true_rate):.3f}"
+                    axes.plot(false_rate, true_rate, line, color=color, label=name)
+                else:
+                    axes.plot([], [], line, color=color, label=f"{name}  undefined (one class only)")
+            axes.set(title=title, xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+            axes.legend(loc="lower right", title="AUROC", alignment="left")
+
+
+def confusion_matrix(predictions: pd.DataFrame, path: str | Path, *, threshold: float = 0.5) -> None:
+    """Draw counts of true against predicted class as a PNG, shaded by their share of the true class.
+
+    Args:
+        predictions: a predictions table; rows with a hidden label are left out.
+        path: of the PNG.
+        threshold: the probability from which on class 1 is predicted, where there are two classes.
+    """
+    labeled = predictions[predictions["label"] >= 0]
+    names = label_names(predictions)
+    side = 2.6 + 0.65 * max(3, len(names))
+    with _figure(path, side + 0.8, side) as figure:
+        if labeled.empty:
+            return _say(figure, "No label is known.")
+        truth, answer = labeled["label"].to_numpy(), predicted(labeled, threshold)
+        counts = count_confusions(truth, answer, labels=range(len(names)))
+        shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+        axes = figure.subplots()
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), share in np.ndenumerate(shares):
+            text = f"{counts[row, column]:,}" + (f"\n{share:.0%}" if counts[row].any() else "")
+            color = "white" if share > 0.55 else "black"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=10 if len(names) < 6 else 8)
+        ticks = range(len(names))
+        axes.set_xticks(ticks, names, rotation=45 if len(names) > 2 and max(map(len, names)) > 5 else 0)
+        axes.set_yticks(ticks, names)
+        axes.set(xlabel="predicted class", ylabel="true class")
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        figure.colorbar(image, label="share of the true class", shrink=0.8)
+
+
+def worst_errors(
+    predictions: pd.DataFrame,
+    image_of: Callable[[str], NDArray[np.uint8]],
+    path: str | Path,
+    n: int = 24,
+    *,
+    threshold: float = 0.5,
+) -> None:
+    """Draw the `n` labeled images that were predicted wrong with the least probability for their true class, as a PNG.
+
+    Every title gives the id, the center, the true class, and the probability that the true class was given.
+
+    Args:
+        predictions: a predictions table; rows with a hidden label are left out.
+        image_of: from an id to the image, uint8, (height, width, 3) or (height, width).
+        path: of the PNG.
+        n: how many images at most.
+        threshold: the probability from which on class 1 is predicted, where there are two classes.
+    """
+    labels, probability = predictions["label"].to_numpy(), array(predictions, "probability")
+    if probability.ndim == 1:
+        probability = np.stack([1 - probability, probability], axis=1)
+    of_truth = np.take_along_axis(probability, np.maximum(labels, 0)[:, None], axis=1)[:, 0]
+    wrong = np.flatnonzero((labels >= 0) & (predicted(predictions, threshold) != labels))
+    worst = predictions.assign(of_truth=of_truth).iloc[wrong[np.argsort(of_truth[wrong], kind="stable")][:n]]
+    names, columns = label_names(predictions), 6
+    rows = max(1, -(-len(worst) // columns))
+    with _figure(path, 2.0 * columns, 0.5 + 2.5 * rows) as figure:
+        if worst.empty:
+            return _say(figure, f"No error among {(labels >= 0).sum():,} labeled images.")
+        total = f"{len(wrong):,} errors among {(labels >= 0).sum():,} images"
+        figure.suptitle(
+            f"The {len(worst)} most confident of {total}: true class, and the probability that it was given"
+        )
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, row in zip(panels, worst.to_dict("records"), strict=False):
+            axes.imshow(image_of(row["id"]), cmap="gray", vmin=0, vmax=255)
+            name = row["id"] if len(row["id"]) <= 22 else f"…{row['id'][-21:]}"
+            center = "" if row["center"] < 0 else f"center {row['center']}\n"
+            axes.set_title(f"{name}\n{center}{names[row['label']]}, P = {row['of_truth']:.2g}", fontsize=9)
+
+
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """Return rows, the first of them the header, as an aligned Markdown table, which reads well as plain text too.
+
+    Floats are given to three decimals and None as a dash; the first column is aligned left, the others right.
+    """
+    cells = [["–" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join(
+        f"| {' | '.join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True)))} |"
+        for row in cells
+    )
+
+
+def center_table(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> str:
+    """Return a `metrics.report` as a `table`: a row for each center and one overall, values with their intervals."""
+    named = {f"center {center}": values for center, values in report["centers"].items()}
+    rows: list[list[object]] = [["", "images", "groups", *metrics]]
+    for name, values in {**named, "overall": report["overall"]}.items():
+        rows.append([name, values["n"], values["groups"], *(_interval(values[metric]) for metric in metrics)])
+    return table(rows)
+
+
+def _interval(entry: Mapping[str, float | None]) -> str | None:
+    if entry["value"] is None:
+        return None
+    value = f"{entry['value']:.3f}"
+    return value if entry["low"] is None else f"{value} ({entry['low']:.3f}–{entry['high']:.3f})"
+
+
+@contextmanager
+def _figure(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+    """Yield an empty figure of so many inches; write it to `path` when the block ends."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, dpi=150, format="png")
+
+
+def _say(figure: Figure, message: str) -> None:
+    figure.text(0.5, 0.5, message, ha="center", va="center", fontsize=14, color=GRAY)

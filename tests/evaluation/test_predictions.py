@@ -1,0 +1,122 @@
+"""The predictions table: what it accepts, and that a file gives back what was written."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hf_histo.errors import HistoError
+from hf_histo.evaluation import predictions as tables
+
+
+def small(logits: object = (0.5, -1.0, 40.0), **changes: object) -> pd.DataFrame:
+    columns = {"ids": ["a", "b", "c"], "centers": [0, 3, -1], "groups": ["p", None, ""], "labels": [1, 0, -1]}
+    return tables.make(**(columns | changes), logits=np.array(logits))  # type: ignore[arg-type]
+
+
+def test_columns_and_types() -> None:
+    table = small()
+    assert list(table.columns) == list(tables.COLUMNS)
+    assert table["center"].dtype == table["label"].dtype == np.int64
+    assert table["logit"].dtype == table["probability"].dtype == np.float64
+    assert table["group"].tolist() == ["p", "", ""]
+    np.testing.assert_allclose(table["probability"][:2], 1 / (1 + np.exp([-0.5, 1.0])))
+
+
+def test_one_column_of_logits_is_one_logit() -> None:
+    pd.testing.assert_frame_equal(small(), small([[0.5], [-1.0], [40.0]]))
+
+
+def test_probabilities_do_not_overflow() -> None:
+    assert tables.probabilities(np.array([-1000.0, 0.0, 1000.0])).tolist() == [0, 0.5, 1]
+    np.testing.assert_allclose(tables.probabilities(np.array([[1000.0, 1000.0, -1000.0]])), [[0.5, 0.5, 0]])
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_round_trip(tmp_path: Path, classes: int) -> None:
+    logits = np.random.default_rng(0).normal(size=(3, classes))
+    names = ["normal", "tumor"] if classes < 3 else list("vwxyz")
+    table = small(logits)
+    table["probability"] = (tables.array(table, "probability") * 0.5).tolist()  # as a calibrated table's differ
+    tables.write(tmp_path / "test.parquet", table, names)
+    again = tables.read(tmp_path / "test.parquet")
+    assert again.attrs["label_names"] == tables.label_names(again) == names
+    pd.testing.assert_frame_equal(again, table, check_exact=True)
+    assert tables.array(again, "logit").shape == ((3,) if classes == 1 else (3, classes))
+    assert [file.name for file in tmp_path.iterdir()] == ["test.parquet"]
+
+
+def test_file_made_by_pandas_is_read(tmp_path: Path) -> None:
+    small([[0.0, 1.0, 2.0]] * 3).to_parquet(tmp_path / "test.parquet")
+    assert tables.read(tmp_path / "test.parquet").attrs["label_names"] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": [0.5, np.nan, np.inf]}, "2 images are NaN or infinite, the first ids: b, c"),
+        ({"logits": [[0.5, 1.0], [0.5, np.nan], [1.0, 1.0]]}, "the first ids: b"),
+        ({"logits": [0.5, 1.0]}, "2 rows of logits"),
+        ({"logits": np.zeros((3, 2, 2))}, "shape"),
+        ({"ids": ["a", "b", "a"]}, "more than once: a"),
+        ({"labels": [0, 1]}, "'labels': 2"),
+        ({"labels": [0, 1, 2]}, "label 2 of id c, expected -1"),
+        ({"labels": [0, 1, -2]}, "label -2 of id c"),
+        ({"labels": [0.0, 1.0, 0.5]}, "labels have shape"),
+    ],
+)
+def test_bad_columns_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(HistoError, match=message) as error:
+        small(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_files_are_refused(tmp_path: Path) -> None:
+    good = tmp_path / "good.parquet"
+    tables.write(good, small(), ["normal", "tumor"])
+    (tmp_path / "text.parquet").write_text("id,label\n")
+    (tmp_path / "cut.parquet").write_bytes(good.read_bytes()[:-100])
+    pd.read_parquet(good).drop(columns="group").to_parquet(tmp_path / "narrow.parquet")
+    small().assign(label=[0.0, 1.0, 0.5]).to_parquet(tmp_path / "labels.parquet")
+    small().assign(logit=[0.0, None, 0.5]).to_parquet(tmp_path / "null.parquet")
+    small().assign(logit=[[0.0, 1.0], [1.0], [0.5, 1.0]]).to_parquet(tmp_path / "ragged.parquet")
+    small().assign(probability=[0.0, 1.0, 1.5]).to_parquet(tmp_path / "probability.parquet")
+    expected = {
+        "absent": "is not a file",
+        "text": "can't be read as parquet",
+        "cut": "can't be read as parquet",
+        "narrow": r"lacks the columns \['group'\]",
+        "labels": "labels have shape",
+        "null": "NaN",
+        "ragged": "ragged",
+        "probability": "column probability",
+    }
+    for name, message in expected.items():
+        with pytest.raises(HistoError, match=message) as error:
+            tables.read(tmp_path / f"{name}.parquet")
+        assert str(tmp_path / f"{name}.parquet") in str(error.value)
+
+
+def test_names_must_match_the_classes(tmp_path: Path) -> None:
+    with pytest.raises(HistoError, match="2 classes"):
+        tables.write(tmp_path / "test.parquet", small(), ["normal", "tumor", "other"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_predicted_class() -> None:
+    assert tables.predicted(small([0.0, -0.1, 3.0])).tolist() == [1, 0, 1]
+    assert tables.predicted(small([0.0, -0.1, 3.0]), threshold=0.9).tolist() == [0, 0, 1]
+    assert tables.predicted(small([[0.0, 0.0], [1.0, 0.9], [0.0, 3.0]])).tolist() == [1, 0, 1]
+    assert tables.predicted(small(np.eye(3)), threshold=0.9).tolist() == [0, 1, 2]
+    with pytest.raises(HistoError, match="threshold is 2"):
+        tables.predicted(small(), threshold=2)
+
+
+def test_log_odds_are_those_of_the_probabilities() -> None:
+    for logits in (np.array([0.5, -1.0, 2.0]), np.random.default_rng(0).normal(size=(3, 4))):
+        table = small(logits)
+        p = tables.array(table, "probability").reshape(3, -1)
+        odds = np.stack(list(tables.log_odds(table).values()), axis=1)
+        np.testing.assert_allclose(odds, np.log(p / (1 - p)))
+    np.testing.assert_allclose(tables.log_odds(small([[1.0, 3.0]] * 3))[1], [2, 2, 2])
