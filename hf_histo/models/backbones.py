@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,26 +80,23 @@ def load(
     source = locate(name)
     config = _config(name, source, num_outputs, revision, random_weights)
     _allow_image_size(config, image_size)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # the report on the new head, which is meant to be new
     try:
-        if random_weights:
-            model = AutoModelForImageClassification.from_config(config)
-        else:
-            model, loaded = AutoModelForImageClassification.from_pretrained(
-                source,
-                config=config,
-                revision=revision or "main",
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                use_safetensors=True,
-            )
-            _check_complete(name, loaded, except_for=None if keep_head else heads.name_of(model))
+        with _quiet():
+            if random_weights:
+                model = AutoModelForImageClassification.from_config(config)
+            else:
+                model, loaded = AutoModelForImageClassification.from_pretrained(
+                    source,
+                    config=config,
+                    revision=revision or "main",
+                    dtype=torch.float32,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    use_safetensors=True,
+                )
+                _check_complete(name, loaded, except_for=None if keep_head else heads.name_of(model))
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise HistoError(_unavailable(name, source, error)) from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     if not keep_head:
         heads.reset(model)
     if head_dropout:
@@ -113,6 +113,22 @@ def fingerprint(model: PreTrainedModel) -> str:
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the report on the head, which is meant to be new, the bar, and transformers' own deprecations."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
 
 
 def _config(name: str, source: str, num_outputs: int, revision: str | None, random_weights: bool) -> PreTrainedConfig:
