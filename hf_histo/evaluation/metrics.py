@@ -128,12 +128,13 @@ class _Rows:
         self.predicted = predicted(predictions, threshold)[labeled]
         self.groups = pd.factorize(groups[labeled])[0]
         self.group_count = int(self.groups.max(initial=-1)) + 1
-        self.scores = {c: score[labeled] for c, score in log_odds(predictions).items()}
-        self.classes = max(self.scores) + 1
+        scores = {c: score[labeled] for c, score in log_odds(predictions).items()}
+        self.orders = {c: _order(score) for c, score in scores.items()}
+        self.classes = max(scores) + 1
         if self.classes == 2:
-            of_truth = np.where(self.labels == 1, self.scores[1], -self.scores[1])
+            of_truth = np.where(self.labels == 1, scores[1], -scores[1])
         else:
-            of_truth = np.stack(list(self.scores.values()))[self.labels, np.arange(len(self.labels))]
+            of_truth = np.stack(list(scores.values()))[self.labels, np.arange(len(self.labels))]
         self.losses = np.logaddexp(0, -of_truth)  # -log p of the true class, from its log odds
 
     def metrics(self, counts: Floats | None = None) -> dict[str, Floats]:
@@ -149,7 +150,10 @@ class _Rows:
             accuracy = hits.sum(axis=1) / n
             balanced = np.where((support > 0).sum(axis=1) > 1, _mean(recall), np.nan)
             loss = counts.T @ np.bincount(self.groups, self.losses, self.group_count) / n
-            ranking = [_ranking(score, self.labels == c, counts[self.groups]) for c, score in self.scores.items()]
+            ranking = [
+                _ranking((self.labels == c)[order], counts[self.groups[order]], ties)
+                for c, (order, ties) in self.orders.items()
+            ]
             auroc, average_precision = (_mean(np.stack(values, axis=1)) for values in zip(*ranking, strict=True))
             binary = self.classes == 2
             values = {
@@ -173,12 +177,15 @@ class _Rows:
         return np.bincount(self.groups * self.classes + classes, weights, cells).reshape(-1, self.classes)
 
 
-def _ranking(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> tuple[Floats, Floats]:
-    """Return the AUROC and the average precision, shape (B,) each, of n scores under row weights of shape (n, B)."""
+def _order(scores: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the order of falling scores, and the places in it where a new distinct score starts."""
     order = np.argsort(-scores)
-    ties = np.flatnonzero(np.diff(scores[order], prepend=np.nan))  # where a new distinct score starts
-    weights = weights[order]
-    positives = np.add.reduceat(weights * positive[order, None], ties, axis=0)
+    return order, np.flatnonzero(np.diff(scores[order], prepend=np.nan))
+
+
+def _ranking(positive: NDArray[np.bool_], weights: Floats, ties: NDArray[np.intp]) -> tuple[Floats, Floats]:
+    """Return the AUROC and the average precision, (B,) each, of rows, (n,), with weights, (n, B), by falling score."""
+    positives = np.add.reduceat(weights * positive[:, None], ties, axis=0)
     negatives = np.add.reduceat(weights, ties, axis=0) - positives
     above, total = positives.cumsum(axis=0), (positives + negatives).cumsum(axis=0)
     p, n = positives.sum(axis=0), negatives.sum(axis=0)
