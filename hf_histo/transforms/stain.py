@@ -1,0 +1,226 @@
+"""What one center's scanner and stain do to color, measured per center and taken out.
+
+A center's color is described by statistics in one of three spaces, and normalization is an affine map there, from the
+center's statistics to a reference:
+
+| method | space | statistics |
+|---|---|---|
+| `rgb` | RGB in [0, 1] | mean and deviation of each channel |
+| `reinhard` | CIELAB | mean and deviation of each channel |
+| `macenko` | optical density | hematoxylin and eosin vectors, and the 99th percentile of their concentrations |
+
+Sources: Reinhard et al. 2001, "Color transfer between images", equations 10-11; Macenko et al. 2009, "A method for
+normalizing histology slides for quantitative analysis".
+
+The reference is the mean over the training centers, so every center is moved, and none is moved far. Labels are never
+used: the statistics of a center that training did not see come from its unlabeled images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import kornia.color
+import numpy as np
+import torch
+import torchstain
+from numpy.typing import NDArray
+
+from hf_histo.data.schema import ImageTable
+from hf_histo.errors import HistoError
+
+METHODS = ("none", "rgb", "reinhard", "macenko")
+PIXELS_PER_IMAGE = 256  # that stand for an image in a stain estimate: 400 images give 100,000 pixels
+WHITE = 240.0  # intensity of unstained glass, the value of Macenko's published code
+MIN_STD = 1e-3  # of a channel; below it a center is blank, and dividing by it would make noise
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Color of one center: `location` (3,) and `scale` (3, 3), so that color = location + scale @ standard color.
+
+    `rgb`, `reinhard`: the mean, and the deviations on the diagonal. `macenko`: zero, and in the columns the stain
+    vectors times their maximal concentrations, completed by their unit normal so that nothing is projected away.
+    """
+
+    location: tuple[float, ...]
+    scale: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class CenterNormalizer:
+    """Moves each center's color to a common reference.
+
+    Attributes:
+        method: "rgb", "reinhard" or "macenko".
+        reference: where every center is moved to.
+        centers: statistics by center; -1 stands for the images whose center is unknown.
+    """
+
+    method: str
+    reference: Statistics
+    centers: Mapping[int, Statistics] = field(default_factory=dict)
+
+    @classmethod
+    def fit(cls, dataset: datasets.Dataset, method: str) -> CenterNormalizer:
+        """Measure every center of a training set in one pass; the reference is their mean."""
+        centers = measure(dataset, method)
+        every = list(centers.values())
+        reference = Statistics(
+            tuple(np.mean([s.location for s in every], axis=0).tolist()),
+            tuple(map(tuple, np.mean([s.scale for s in every], axis=0).tolist())),
+        )
+        return cls(method, reference, centers)
+
+    def extended(self, dataset: datasets.Dataset) -> CenterNormalizer:
+        """Also knowing the centers of `dataset` that it does not know yet, measured from its images alone."""
+        unknown = sorted(set(dataset["center"]) - set(self.centers))
+        if not unknown:
+            return self
+        rows = np.flatnonzero(np.isin(dataset["center"], unknown))
+        found = measure(dataset.select(rows), self.method)
+        return CenterNormalizer(self.method, self.reference, {**self.centers, **found})
+
+    def __call__(
+        self, images: torch.Tensor, centers: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Move uint8 (B, 3, H, W) of `centers` (B,) int64 to the reference: float32 in [0, 1], same device.
+
+        `targets` (B, 12) replaces the reference per image: location, then scale row by row.
+        Raises `HistoError` for a center that was not measured.
+        """
+        location, scale = self._of(centers.tolist())
+        goal = torch.tensor(_flat(self.reference)).expand(len(images), 12) if targets is None else targets.cpu()
+        goal_location, goal_scale = goal[:, :3], goal[:, 3:].reshape(-1, 3, 3)
+        matrix = goal_scale @ torch.linalg.inv(scale)
+        shift = goal_location - (matrix @ location[:, :, None])[:, :, 0]
+        color = _into(self.method, images)
+        moved = torch.einsum("bij,bjhw->bihw", matrix.to(color), color) + shift.to(color)[:, :, None, None]
+        return _out_of(self.method, moved).clamp_(0, 1)
+
+    def mixtures(self, draws: torch.Tensor) -> torch.Tensor:
+        """Random targets between the centers, (B, 12), from uniform `draws` (B, number of centers) in [0, 1).
+
+        Weights are uniform over the simplex (normalized exponentials). Mixing the statistics of real centers is stain
+        augmentation without inventing a color that no scanner makes.
+        """
+        every = torch.tensor([_flat(self.centers[center]) for center in sorted(self.centers)])
+        weights = -torch.log1p(-draws[:, : len(every)].float())
+        return (weights / weights.sum(1, keepdim=True)) @ every
+
+    def _of(self, centers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        missing = sorted(set(centers) - set(self.centers))
+        if missing:
+            raise HistoError(
+                f"center {missing[0]} has no statistics, only {sorted(self.centers)}: measure its images first"
+            )
+        flat = torch.tensor([_flat(self.centers[center]) for center in centers])
+        return flat[:, :3], flat[:, 3:].reshape(-1, 3, 3)
+
+    def as_json(self) -> dict[str, Any]:
+        """For the sidecar."""
+        every = {"reference": self.reference, **{str(center): s for center, s in self.centers.items()}}
+        return {
+            "method": self.method,
+            **{key: [list(s.location), list(map(list, s.scale))] for key, s in every.items()},
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> CenterNormalizer:
+        """From `as_json`. Raises ValueError, KeyError or TypeError for anything else."""
+        content = dict(content)
+        method = content.pop("method")
+        if method not in METHODS[1:]:
+            raise ValueError(f"normalizer method {method!r}")
+        every = {}
+        for key, (location, scale) in content.items():
+            numbers = np.array([location, *scale], dtype=float)
+            if numbers.shape != (4, 3) or not np.isfinite(numbers).all() or abs(np.linalg.det(numbers[1:])) < 1e-12:
+                raise ValueError(f"statistics of {key}: {numbers.tolist()}")
+            every[key] = Statistics(tuple(numbers[0].tolist()), tuple(map(tuple, numbers[1:].tolist())))
+        reference = every.pop("reference")
+        return cls(method, reference, {int(center): statistics for center, statistics in every.items()})
+
+
+def measure(dataset: datasets.Dataset, method: str) -> dict[int, Statistics]:
+    """Statistics of every center in a schema table, in one streaming pass; labels are not read.
+
+    Raises `HistoError` for an unknown method and for a center whose images are blank.
+    """
+    if method not in METHODS[1:]:
+        raise HistoError(f"--normalization is {method!r}, expected one of {', '.join(METHODS)}")
+    gathered: dict[int, Any] = {}
+    for center, pixels in _pixels(dataset, method):
+        if method == "macenko":
+            gathered.setdefault(center, []).append(pixels)
+        else:
+            moments = np.array([np.ones(3) * len(pixels), pixels.sum(0), (pixels**2).sum(0)])
+            gathered[center] = gathered.get(center, 0) + moments
+    of = _stains if method == "macenko" else _moments
+    return {center: of(center, found) for center, found in sorted(gathered.items())}
+
+
+def _pixels(dataset: datasets.Dataset, method: str, batch: int = 64) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """(center, pixels (n, 3)) of each image; for stains, an even sample of uint8 values."""
+    images, centers = ImageTable(dataset), dataset["center"]
+    for start in range(0, len(dataset), batch):
+        rows = range(start, min(start + batch, len(dataset)))
+        for row, sample in zip(rows, images.__getitems__(rows), strict=True):
+            image = sample["image"]
+            if method == "macenko":
+                flat = image.reshape(3, -1)
+                step = max(1, flat.shape[1] // PIXELS_PER_IMAGE)
+                yield centers[row], flat[:, ::step].T.numpy()
+            else:
+                yield centers[row], _into(method, image[None])[0].reshape(3, -1).T.double().numpy()
+
+
+def _moments(center: int, sums: NDArray[np.float64]) -> Statistics:
+    count, total, squares = sums
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    if std.min() < MIN_STD:
+        raise HistoError(
+            f"center {center}: its images are blank (channel deviations {std.tolist()}), nothing to measure"
+        )
+    return Statistics(tuple(mean.tolist()), tuple(map(tuple, np.diag(std).tolist())))
+
+
+def _stains(center: int, pixels: list[NDArray[np.uint8]]) -> Statistics:
+    every = torch.from_numpy(np.concatenate(pixels)).T[:, :, None]
+    estimator = torchstain.normalizers.MacenkoNormalizer(backend="torch")
+    try:
+        estimator.fit(every, Io=WHITE)
+        stains = estimator.HERef.double().numpy()
+        maxima = estimator.maxCRef.double().numpy()
+    except (RuntimeError, IndexError) as error:
+        raise HistoError(
+            f"center {center}: no stains can be told in its images ({error}); use another method"
+        ) from None
+    normal = np.cross(stains[:, 0], stains[:, 1])
+    if not np.isfinite(maxima).all() or maxima.min() <= 0 or np.linalg.norm(normal) < MIN_STD:
+        raise HistoError(f"center {center}: no two stains can be told in its images; use another method")
+    columns = np.stack([stains[:, 0] * maxima[0], stains[:, 1] * maxima[1], normal / np.linalg.norm(normal)], axis=1)
+    return Statistics((0.0, 0.0, 0.0), tuple(map(tuple, columns.tolist())))
+
+
+def _into(method: str, images: torch.Tensor) -> torch.Tensor:
+    """uint8 RGB to float32 color in the method's space."""
+    if method == "macenko":
+        return -torch.log((images.float() + 1) / WHITE)
+    floats = images.float() / 255
+    return kornia.color.rgb_to_lab(floats) if method == "reinhard" else floats
+
+
+def _out_of(method: str, color: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_into`, not yet clipped, to RGB in [0, 1]."""
+    if method == "macenko":
+        return (WHITE * torch.exp(-color) - 1) / 255
+    return kornia.color.lab_to_rgb(color, clip=True) if method == "reinhard" else color
+
+
+def _flat(statistics: Statistics) -> list[float]:
+    return [*statistics.location, *(value for row in statistics.scale for value in row)]
