@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,9 +44,7 @@ class ModelOptions:
     revision: str | None = option(None, "branch, tag or commit of a backbone from the Hub")
     random_weights: bool = option(False, "build the backbone without its weights, for checks without a network")
     head_dropout: float = option(0.0, "dropout before the linear classifier, in [0, 1)")
-    batch_norm: Literal["frozen", "track"] = option(
-        "frozen", "keep batch-norm statistics, or let them follow the data"
-    )
+    batch_norm: Literal["frozen", "track"] = option("frozen", "keep batch-norm statistics, or let them follow the data")
     image_size: int | None = option(None, "pixels on a side that the model sees (default: the backbone's)")
     resize_size: int | None = option(None, "pixels of the resize before the center crop (default: the backbone's)")
 
@@ -87,9 +86,7 @@ class TrainingOptions:
     lr_scheduler_patience: int = option(5, "epochs without progress before the plateau scheduler divides by 10")
     warmup_steps: float = option(0.0, "steps of warm-up, or a share of all steps if below 1")
     early_stopping_patience: int = option(10, "epochs without progress before training stops; 0: never")
-    metric_for_best_model: str = option(
-        "auroc", "validation metric that chooses the checkpoint: auroc, accuracy, loss"
-    )
+    metric_for_best_model: str = option("auroc", "validation metric that chooses the checkpoint: auroc, accuracy, loss")
     class_balance: Literal["weights", "none"] = option("weights", "weight the loss against class imbalance")
     resume_from_checkpoint: str | None = option(None, "folder of a checkpoint, or 'last' (the default in a begun run)")
     logging_steps: int = option(10, "updates between two lines of the training log")
@@ -122,9 +119,13 @@ class Config:
         return {key: value for group in dataclasses.asdict(self).values() for key, value in group.items()}
 
 
-class _Parser(HfArgumentParser):
+class _Refusing(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise HistoError(f"{message}; --help lists the options")
+
+
+class _Parser(_Refusing, HfArgumentParser):
+    pass
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -161,7 +162,7 @@ def parse(usage: str | None, arguments: Sequence[str] | None = None) -> Config:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     known = [f.name for group in groups for f in dataclasses.fields(group)]
 
-    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_only = _Refusing(add_help=False, allow_abbrev=False)
     config_only.add_argument("--config")
     file = config_only.parse_known_args(arguments)[0].config
     *options, _, unknown = parser.parse_args_into_dataclasses(
@@ -178,7 +179,9 @@ def _yaml_arguments(file: str, known: Sequence[str]) -> list[str]:
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise HistoError(f"--config {file}: cannot be read as YAML ({error})") from None
+        raise HistoError(f"--config {file}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    if content is None:  # an empty file, or one of comments alone
+        return []
     if not isinstance(content, dict):
         raise HistoError(f"--config {file}: expected a mapping of options, found {type(content).__name__}")
     arguments = []
@@ -211,7 +214,11 @@ def _validated(config: Config) -> Config:
             lambda value: value > 0,
         ),
         "in [0, 1)": ("head_dropout lora_dropout", lambda value: 0 <= value < 1),
+        "at most 4294967295": ("seed", lambda value: value < 2**32),  # NumPy's limit
     }
+    for name, value in values.items():
+        if isinstance(value, float) and math.isinf(value):
+            raise HistoError(f"--{name} is {value}, expected a finite number")
     for expected, (names, holds) in limits.items():
         for name in names.split():
             if values[name] is not None and not holds(values[name]):

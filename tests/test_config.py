@@ -1,0 +1,177 @@
+"""Options as a user gives them: a YAML file, the command line, and what is wrong with either."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_histo.config import Config, parse
+from hf_histo.errors import HistoError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "configs").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> str:
+    file = folder / "options.yaml"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+def refusal(*arguments: str) -> str:
+    """The message with which `arguments` are refused, which is one line."""
+    with pytest.raises(HistoError) as caught:
+        parse(None, arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    assert parse(None, []) == Config()
+
+
+def test_yaml_sets_and_the_command_line_wins(tmp_path: Path) -> None:
+    file = write(tmp_path, "lora_rank: 4\nseed: 7\nmethod: linear\n")
+    config = parse(None, ["--seed", "9", "--config", file])
+    assert (config.adapter.lora_rank, config.adapter.method, config.training.seed) == (4, "linear", 9)
+    assert parse(None, [f"--config={file}", "--method=lora"]).adapter.method == "lora"
+
+
+def test_a_recorded_run_is_a_config(tmp_path: Path) -> None:
+    config = parse(None, ["--use_dora", "--learning_rate", "3e-5", "--target_modules", r".*\.(a|b): #'\""])
+    assert parse(None, ["--config", write(tmp_path, yaml.safe_dump(config.flat()))]) == config
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "'1e-4'"])
+def test_a_learning_rate_as_it_is_written(tmp_path: Path, text: str) -> None:
+    assert parse(None, ["--config", write(tmp_path, f"learning_rate: {text}")]).training.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("true", True), ("false", False), ("yes", True), ("off", False), ("null", False)]
+)
+def test_booleans_in_yaml(tmp_path: Path, text: str, expected: bool) -> None:
+    assert parse(None, ["--config", write(tmp_path, f"use_dora: {text}")]).adapter.use_dora is expected
+
+
+def test_booleans_on_the_command_line(tmp_path: Path) -> None:
+    file = write(tmp_path, "use_dora: true")
+    assert parse(None, ["--use_dora"]).adapter.use_dora is True
+    assert parse(None, ["--config", file, "--use_dora", "false"]).adapter.use_dora is False
+    assert "perhaps" in refusal("--use_dora", "perhaps")
+
+
+def test_null_is_the_default(tmp_path: Path) -> None:
+    file = write(tmp_path, "target_modules: null\nrevision:\ngradient_accumulation_steps: null\nseed: null\n")
+    assert parse(None, ["--config", file]) == Config()
+
+
+def test_numbers_and_switches_for_a_text_option_stay_text(tmp_path: Path) -> None:
+    assert parse(None, ["--config", write(tmp_path, "revision: 1234567")]).model.revision == "1234567"
+
+
+def test_a_value_that_looks_like_an_option(tmp_path: Path) -> None:
+    assert parse(None, ["--config", write(tmp_path, "data: --seed")]).data.data == "--seed"
+
+
+def test_an_unknown_key_suggests_the_nearest(tmp_path: Path) -> None:
+    message = refusal("--config", write(tmp_path, "lora_rang: 4"))
+    assert "options.yaml" in message
+    assert "'lora_rang'" in message
+    assert "'lora_rank'" in message
+    assert "--help" in refusal("--config", write(tmp_path, "xyzzy: 4"))
+    assert "unknown key '7'" in refusal("--config", write(tmp_path, "7: 4"))
+
+
+@pytest.mark.parametrize("given", [["--lora_rang", "4"], ["--lora_rang=4"], ["--seed", "1", "--lora_rang"]])
+def test_an_unknown_option_suggests_the_nearest(given: list[str]) -> None:
+    message = refusal(*given)
+    assert "'--lora_rang'" in message
+    assert "'--lora_rank'" in message
+
+
+def test_an_abbreviation_is_no_option() -> None:
+    assert "'--learning'" in refusal("--learning", "1")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lora_rank", "high"), ("lora_rank", "2.5"), ("learning_rate", "fast"), ("method", "prompt"), ("use_dora", "2")],
+)
+def test_a_value_of_the_wrong_type(tmp_path: Path, key: str, value: str) -> None:
+    for message in (refusal(f"--{key}", value), refusal("--config", write(tmp_path, f"{key}: {value}"))):
+        assert value in message
+        assert key in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("lora_rank", "0", "more than 0"),
+        ("lora_alpha", "-1", "more than 0"),
+        ("learning_rate", "0", "more than 0"),
+        ("learning_rate", "nan", "more than 0"),
+        ("learning_rate", "inf", "finite"),
+        ("num_train_epochs", "0", "more than 0"),
+        ("per_device_train_batch_size", "-8", "more than 0"),
+        ("gradient_accumulation_steps", "0", "more than 0"),
+        ("image_size", "0", "more than 0"),
+        ("weight_decay", "-0.1", "at least 0"),
+        ("num_workers", "-1", "at least 0"),
+        ("seed", "-1", "at least 0"),
+        ("seed", "4294967296", "at most"),
+        ("head_dropout", "1", "in [0, 1)"),
+        ("lora_dropout", "-0.1", "in [0, 1)"),
+        ("lora_dropout", "1.0", "in [0, 1)"),
+    ],
+)
+def test_a_value_out_of_range(key: str, value: str, expected: str) -> None:
+    message = refusal(f"--{key}={value}")
+    assert message.startswith(f"--{key} is ")
+    assert expected in message
+
+
+def test_a_list_is_refused(tmp_path: Path) -> None:
+    assert "target_modules" in refusal("--config", write(tmp_path, "target_modules: [fc1, fc2]"))
+    assert "data" in refusal("--config", write(tmp_path, "data: {train: a}"))
+
+
+def test_a_file_that_is_missing_or_not_a_mapping(tmp_path: Path) -> None:
+    assert "none.yaml" in refusal("--config", str(tmp_path / "none.yaml"))
+    assert str(tmp_path) in refusal("--config", str(tmp_path))
+    assert "expected a mapping of options, found list" in refusal("--config", write(tmp_path, "- seed"))
+    assert "cannot be read as YAML" in refusal("--config", write(tmp_path, "seed: [1\nmethod: lora\n"))
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00seed")
+    assert "cannot be read as YAML" in refusal("--config", str(tmp_path / "binary.yaml"))
+    assert "config" in refusal("--config")
+
+
+def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
+    assert parse(None, ["--config", write(tmp_path, "# all defaults\n")]) == Config()
+
+
+def test_pushing_needs_a_name() -> None:
+    assert "--hub_model_id" in refusal("--push_to_hub")
+    assert parse(None, ["--push_to_hub", "--hub_model_id", "me/model"]).output.push_to_hub
+
+
+def test_help_is_grouped_and_mentions_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("What it does.\n\n    how to call it", ["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "What it does.\n\n    how to call it" in text
+    for group in dataclasses.fields(Config):
+        assert re.search(rf"^{group.name}:", text, re.MULTILINE), group.name
+    listed = re.findall(r"^  (?:-h, )?--(\w+)", text, re.MULTILINE)
+    assert sorted(listed) == sorted([*Config().flat(), "config", "help"])
+
+
+def test_every_published_config_parses() -> None:
+    assert len(CONFIGS) >= 4, CONFIGS
+    for file in CONFIGS:
+        assert parse(None, ["--config", str(file)]) != Config(), file
