@@ -61,7 +61,7 @@ def resolve(
     Raises `HistoError` if nothing is declared, or `resize_size` is smaller than `image_size`.
     """
     declared = getattr(config, "pretrained_cfg", None)
-    own = _from_timm(declared) if declared else _from_image_processor(source)
+    own = _from_timm(declared, source) if declared else _from_image_processor(source)
     size = image_size or own.image_size
     resize = resize_size or math.floor(size * own.resize_size / own.image_size)
     if resize < size:
@@ -69,7 +69,10 @@ def resolve(
     return Preprocessing(size, resize, own.interpolation, own.mean, own.std)
 
 
-def _from_timm(declared: dict[str, Any]) -> Preprocessing:
+def _from_timm(declared: dict[str, Any], source: str) -> Preprocessing:
+    absent = [key for key in ("input_size", "mean", "std") if not declared.get(key)]
+    if absent:  # timm would fill in ImageNet's
+        raise HistoError(f"backbone {source}: the pretrained_cfg in its config.json declares no {', '.join(absent)}")
     data = resolve_data_config(pretrained_cfg=declared)
     size = data["input_size"][-1]
     return Preprocessing(
@@ -82,10 +85,16 @@ def _from_image_processor(source: str) -> Preprocessing:
         declared = AutoImageProcessor.from_pretrained(source).to_dict()
         resize = declared["size"].get("shortest_edge") or declared["size"]["height"]
         size = declared["crop_size"]["height"] if declared.get("do_center_crop") else resize
+        if declared.get("crop_pct") and size < 384:  # ConvNextImageProcessor: `size` is that of the crop, and from 384
+            resize = int(size / declared["crop_pct"])  # pixels on there is none
         interpolation = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}[int(declared["resample"])]
-        return Preprocessing(size, resize, interpolation, tuple(declared["image_mean"]), tuple(declared["image_std"]))
+        mean, std = (tuple(float(value) for value in declared[key]) for key in ("image_mean", "image_std"))
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"image_mean is {mean} and image_std {std}")
+        return Preprocessing(size, resize, interpolation, mean, std)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise HistoError(
-            f"backbone {source}: no usable image processor ({type(error).__name__}: {error}); expected a "
+            f"backbone {source}: no usable image processor ({type(error).__name__}: {reason}); expected a "
             "preprocessor_config.json with size, resample, image_mean and image_std beside its config.json"
         ) from None
