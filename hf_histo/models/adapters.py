@@ -32,7 +32,8 @@ class Family:
     """Architectures whose layers are named alike, known by a layer name, and the presets that make sense for them.
 
     Attributes:
-        known_by: regex that fully matches the name of at least one layer of each member, and of no other family.
+        known_by: regex that fully matches the name of at least one layer of each member. The first family that matches
+            counts: a ResNet-D has all the names of a ResNet.
         presets: name to regex. A preset takes the convolutions without groups and the linear layers among the modules
             that its regex fully matches, and never the head.
         default: the preset that is used when none is asked for.
@@ -47,20 +48,22 @@ class Family:
 EVERY = {"all-conv": r".*", "all-linear": r".*"}
 
 FAMILIES = {
-    # timm ResNet-D, -T: a deep stem (conv1.0, conv1.3, conv1.6), downsample with a pooling before its convolution
+    # timm ResNet-D, -T, -RS: a deep stem (conv1.0, conv1.3, conv1.6; for -RS maxpool.0 is a convolution), downsample
+    # with a pooling before its convolution
     "resnet-d": Family(
         r".*layer2\.0\.downsample\.2",
         {
-            "all-conv": r".*\.(conv1\.[036]|layer\d\.\d+\.(conv\d|downsample\.1))",
+            "all-conv": r".*\.(conv1\.[036]|maxpool\.0|layer\d\.\d+\.(conv\d|downsample\.1|se\.fc\d))",
             "last-conv": r".*\.layer4\.\d+\.(conv\d|downsample\.1)",
         },
         "all-conv",
     ),
-    # timm ResNet, ResNeXt, Wide ResNet: stem conv1, stages layer1 to layer4 of blocks with conv1, conv2(, conv3)
+    # timm ResNet, ResNeXt, Wide ResNet, SE-ResNet: stem conv1, stages layer1 to layer4 of blocks with conv1, conv2(,
+    # conv3); the squeeze-and-excitation of SE-ResNet is of pointwise convolutions, too
     "resnet": Family(
         r".*layer1\.0\.conv1",
         {
-            "all-conv": r".*\.(conv\d|downsample\.0)",
+            "all-conv": r".*\.(conv\d|downsample\.0|se\.fc\d)",
             "last-conv": r".*\.layer4\.\d+\.(conv\d|downsample\.0)",
         },
         "all-conv",
@@ -71,11 +74,12 @@ FAMILIES = {
         {"all-conv": r"resnet\..*\.convolution", "last-conv": r"resnet\.encoder\.stages\.3\..*\.convolution"},
         "all-conv",
     ),
-    # timm MobileNet, EfficientNet: pointwise convolutions conv_pw (expand) and conv_pwl (project), depthwise conv_dw
+    # timm MobileNet, EfficientNet: pointwise convolutions conv_pw (expand) and conv_pwl (project), depthwise conv_dw;
+    # conv_exp where the two former are fused (EfficientNetV2)
     "mobilenet": Family(
         r".*blocks\.\d\.\d\.conv_pw",
         {
-            "all-conv": r".*\.(conv_stem|conv_head|conv_pwl?|conv|conv_reduce|conv_expand)",
+            "all-conv": r".*\.(conv_stem|conv_head|conv_pwl?|conv|conv_exp|conv_reduce|conv_expand)",
             "pointwise": r".*\.blocks\.\d+\.\d+\.conv_pwl?",
             "last-conv": r".*\.(blocks\.[56]\.\d+\.conv_pwl?|conv_head)",
         },
@@ -211,7 +215,8 @@ def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel:
     try:
         return get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-        raise HistoError(f"LoRA does not fit {type(model).__name__} with these options: {error}") from None
+        reason = " ".join(str(error).split())
+        raise HistoError(f"LoRA does not fit {type(model).__name__} with these options: {reason}") from None
 
 
 def weights(model: PeftModel, *, batch_norm: str) -> dict[str, torch.Tensor]:
@@ -238,10 +243,11 @@ def restore(model: PreTrainedModel, folder: Path, *, batch_norm: str) -> PeftMod
     fit the model to the last key and shape.
     """
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
-        saved = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise HistoError(f"{folder}: the adapter can't be put on {type(model).__name__} ({error})") from None
+        saved = load_file(folder / "adapter_model.safetensors")  # before peft, which would unpickle another file
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise HistoError(f"{folder}: the adapter can't be put on {type(model).__name__} ({reason})") from None
     expected = weights(adapted, batch_norm=batch_norm)
     strange = sorted(expected.keys() ^ saved.keys())
     if strange:

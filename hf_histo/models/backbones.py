@@ -134,7 +134,10 @@ def _quiet() -> Iterator[None]:
 def _config(name: str, source: str, num_outputs: int, revision: str | None, random_weights: bool) -> PreTrainedConfig:
     architecture = source.removeprefix("timm/").split(".")[0]
     if random_weights and source.startswith("timm/") and timm.is_model(architecture):
-        declared = timm.get_pretrained_cfg(source.removeprefix("timm/"))
+        try:
+            declared = timm.get_pretrained_cfg(source.removeprefix("timm/"))
+        except RuntimeError:
+            declared = None
         if declared is None:
             raise HistoError(f"--backbone {name}: timm knows no such weights of {architecture}")
         declaration = {"architecture": architecture, "pretrained_cfg": declared.to_dict()}
