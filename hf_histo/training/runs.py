@@ -44,13 +44,12 @@ def folder_of(config: Config) -> Path:
 def begin(config: Config) -> Path:
     """Make the folder of this run, or find the one that the same command began, and record the options in run.yaml.
 
-    Every process of a launch calls it. Raises `HistoError` if the folder holds a run with other options or other
-    files; `--overwrite_output_dir` deletes what it holds.
+    Every process of a launch calls it. Raises `HistoError` if the folder holds a run with other options, unless
+    `--overwrite_output_dir` says to delete that, or if it holds anything but a run.
     """
     folder = folder_of(config)
     state = PartialState()
-    if not config.output.overwrite_output_dir:
-        _check_same_run(folder, config)
+    _check(folder, config)
     state.wait_for_everyone()
     if state.is_main_process:
         if config.output.overwrite_output_dir and folder.exists():
@@ -97,14 +96,20 @@ def _is_complete(path: Path) -> bool:
     return True
 
 
-def _check_same_run(folder: Path, config: Config) -> None:
+def _check(folder: Path, config: Config) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    remedy = "choose another --output_dir, or delete it with --overwrite_output_dir"
+    if not (folder / RECORD).is_file():
+        raise HistoError(f"--output_dir {folder}: holds no run but other files (no {RECORD}); choose another one")
+    if config.output.overwrite_output_dir:
+        return
+    remedy = "choose another --output_dir, or delete the run with --overwrite_output_dir"
     try:
         before = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise HistoError(f"--output_dir {folder}: holds other files and no {RECORD} of a run; {remedy}") from None
+        before = None
+    if not isinstance(before, dict):
+        raise HistoError(f"--output_dir {folder}: its {RECORD} is damaged, expected the options of a run; {remedy}")
     now = config.flat()
     changed = [key for key in now if key not in INDIFFERENT and before.get(key) != now[key]]
     if changed:
