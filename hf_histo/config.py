@@ -67,7 +67,7 @@ class AdapterOptions:
 class AugmentationOptions:
     _argument_group_name = "augmentation"
 
-    augmentation: str = option("standard", "preset of training augmentations: none, flips, standard")
+    augmentation: str = option("crop-jitter", "preset: none, flips, crop-jitter, affine, strong")
 
 
 @dataclass
@@ -82,9 +82,9 @@ class TrainingOptions:
     optimizer: Literal["adam", "adamw", "sgd"] = option("adam", "adam couples weight decay to the gradient")
     learning_rate: float = option(1e-3, "initial learning rate")
     weight_decay: float = option(1e-4, "weight decay")
-    lr_scheduler_type: str = option("reduce_lr_on_plateau", "any scheduler name of transformers")
+    lr_scheduler_type: str = option("cosine", "any scheduler name of transformers, e.g. reduce_lr_on_plateau")
     lr_scheduler_patience: int = option(5, "epochs without progress before the plateau scheduler divides by 10")
-    warmup_steps: float = option(0.0, "steps of warm-up, or a share of all steps if below 1")
+    warmup_steps: float = option(0.1, "steps of warm-up, or a share of all steps if below 1")
     early_stopping_patience: int = option(10, "epochs without progress before training stops; 0: never")
     metric_for_best_model: str = option("auroc", "validation metric that chooses the checkpoint: auroc, accuracy, loss")
     class_balance: Literal["weights", "none"] = option("weights", "weight the loss against class imbalance")

@@ -19,6 +19,8 @@ from hf_histo.errors import HistoError
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights of torchvision's and PIL's gray conversion
 RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))  # NTSC 1953
+# Optical density of red, green and blue for hematoxylin, eosin and DAB: Ruifrok & Johnston 2001, table 1, unit rows
+HED = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,17 @@ class Augmentation:
         ratio: width / height of the crop, (low, high), drawn uniformly in the logarithm.
         horizontal_flip, vertical_flip: probability in [0, 1].
         quarter_turns: whether to rotate by 0, 90, 180 or 270 degrees with equal chance.
+        rotation: further rotation drawn from [-value, value], in degrees.
+        shear: horizontal shear drawn from [-value, value], in degrees.
+        translation: shift drawn from [-value, value], as a share of the image's side. Beyond the border the image is
+            reflected.
         brightness, contrast, saturation: factor drawn from [1 - value, 1 + value].
         hue: rotation of the hue drawn from [-value, value], in turns (0.5 is half the circle).
+        hed: jitter of each stain's density, a factor from [1 - value, 1 + value] and an offset from [-value, value]
+            in units of optical density (Tellez et al. 2018, "Whole-slide mitosis detection ... using PHH3 as a
+            reference", section III-E, where it is 0.05).
+        blur: deviation of a Gaussian point spread drawn from [0, value], in pixels of the image as it is stored.
+        noise: deviation of sensor noise drawn from [0, value], for values in [0, 1].
     """
 
     scale: tuple[float, float] = (1.0, 1.0)
@@ -39,10 +50,16 @@ class Augmentation:
     horizontal_flip: float = 0.0
     vertical_flip: float = 0.0
     quarter_turns: bool = False
+    rotation: float = 0.0
+    shear: float = 0.0
+    translation: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
+    hed: float = 0.0
+    blur: float = 0.0
+    noise: float = 0.0
 
 
 PRESETS = {
@@ -50,7 +67,7 @@ PRESETS = {
     "flips": Augmentation(horizontal_flip=0.5, vertical_flip=0.5),
     # The report's list: random resized crop, flips, color jitter. It gives no strengths; these keep at least half of
     # the tissue in view and move color about as much as one scanner differs from the next.
-    "standard": Augmentation(
+    "crop-jitter": Augmentation(
         scale=(0.5, 1.0),
         ratio=(3 / 4, 4 / 3),
         horizontal_flip=0.5,
@@ -59,6 +76,25 @@ PRESETS = {
         contrast=0.2,
         saturation=0.2,
         hue=0.05,
+    ),
+    # The lab session's list: flip, rotation, affine.
+    "affine": Augmentation(
+        scale=(0.8, 1.0), horizontal_flip=0.5, vertical_flip=0.5, rotation=180.0, shear=10.0, translation=0.1
+    ),
+    # For a shift of domain: every orientation of the tissue, other stains, scanners and sensors.
+    "strong": Augmentation(
+        scale=(0.4, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        horizontal_flip=0.5,
+        vertical_flip=0.5,
+        quarter_turns=True,
+        brightness=0.25,
+        contrast=0.3,
+        saturation=0.3,
+        hue=0.08,
+        hed=0.1,
+        blur=1.0,
+        noise=0.03,
     ),
 }
 
@@ -70,89 +106,149 @@ def preset(name: str) -> Augmentation:
     return PRESETS[name]
 
 
+# What is drawn for a sample, in this order: a new parameter goes to the end, so that the others keep their values.
+PARAMETERS = (
+    *("area", "aspect", "crop_x", "crop_y", "flip_x", "flip_y", "quarter", "angle", "shear", "shift_x", "shift_y"),
+    *("brightness", "contrast", "saturation", "hue", "blur", "noise"),
+    *("hematoxylin", "eosin", "residual", "hematoxylin_offset", "eosin_offset", "residual_offset"),
+)
+Draws = dict[str, np.ndarray]
+
+
 def augment(
     images: torch.Tensor, augmentation: Augmentation, size: int, *, seed: int, epoch: int, index: torch.Tensor
 ) -> torch.Tensor:
-    """Augment uint8 (B, 3, H, W) into float32 (B, 3, size, size) in [0, 1] on the same device.
+    """Augment (B, 3, H, W), uint8 or float in [0, 1], into float32 (B, 3, size, size) in [0, 1] on the same device.
 
+    Color, focus and noise change the image as it is stored, then the geometry resamples it: as in a scanner.
     `index` (B,) int64 holds each sample's place in the data set: with `seed` and `epoch` it decides the parameters.
     """
-    draws = _uniform(seed, epoch, index.cpu().numpy(), count=11).T
-    crops, levels = _geometry(draws[:7], augmentation, images.shape[-2:], size)
-    floats = images.float().div_(255)
-    views = torch.empty(len(images), 3, size, size, device=images.device)
-    for level in np.unique(levels):  # a crop that shrinks is averaged down first, so that it does not alias
-        chosen = torch.from_numpy(np.flatnonzero(levels == level)).to(images.device)
-        source = F.avg_pool2d(floats[chosen], 2 ** int(level)) if level else floats[chosen]
-        grid = F.affine_grid(crops.to(images.device)[chosen], [len(chosen), 3, size, size], align_corners=False)
-        views[chosen] = F.grid_sample(source, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    return _recolor(views, draws[7:], augmentation)
+    draws = dict(zip(PARAMETERS, uniform(seed, epoch, index, len(PARAMETERS)).T, strict=True))
+    floats = images.float() / 255 if images.dtype == torch.uint8 else images
+    for change in (_restain, _recolor, _scan):
+        floats = change(floats, draws, augmentation)
+    return _resample(floats, draws, augmentation, size)
 
 
-def _geometry(
-    draws: np.ndarray, augmentation: Augmentation, shape: torch.Size, size: int
-) -> tuple[torch.Tensor, np.ndarray]:
-    """Affine maps (B, 2, 3) from the view to the image, both in [-1, 1], and how often to halve the image before."""
-    area = _between(draws[0], *augmentation.scale)
-    aspect = np.exp(_between(draws[1], *np.log(augmentation.ratio)))
-    height, width = shape
-    # As in torchvision's RandomResizedCrop the ratio is that of pixels; a box that does not fit is cut to the image.
-    box_width = np.minimum(np.sqrt(area * aspect * height / width), 1.0)
-    box_height = np.minimum(np.sqrt(area / aspect * width / height), 1.0)
-    center_x = (2 * draws[2] - 1) * (1 - box_width)
-    center_y = (2 * draws[3] - 1) * (1 - box_height)
-    flip_x = np.where(draws[4] < augmentation.horizontal_flip, -1.0, 1.0)
-    flip_y = np.where(draws[5] < augmentation.vertical_flip, -1.0, 1.0)
-    turn = np.floor(draws[6] * 4) * (math.pi / 2) * augmentation.quarter_turns
-    cos, sin = np.round(np.cos(turn)), np.round(np.sin(turn))
-    rows = [
-        [box_width * flip_x * cos, -box_width * flip_x * sin, center_x],
-        [box_height * flip_y * sin, box_height * flip_y * cos, center_y],
-    ]
-    maps = torch.from_numpy(np.array(rows, dtype=np.float32)).permute(2, 0, 1).contiguous()
-    shrink = np.sqrt(box_width * width * box_height * height) / size
-    return maps, np.maximum(np.floor(np.log2(shrink) + 1e-6), 0).astype(int)
+def uniform(seed: int, epoch: int, index: torch.Tensor, count: int) -> np.ndarray:
+    """Numbers in [0, 1), (B, count) float64, a pure function of (seed, epoch, index, place).
+
+    A counter-based generator: SplitMix64's mixing function (Steele, Lea & Flood 2014, "Fast splittable pseudorandom
+    number generators", figure 17) is applied to each coordinate in turn.
+    """
+    state = _mix(np.array(seed, dtype=np.uint64))
+    state = _mix(state ^ np.uint64(epoch))
+    state = _mix(state ^ index.cpu().numpy().astype(np.uint64))
+    state = _mix(state[:, None] ^ np.arange(1, count + 1, dtype=np.uint64))
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _recolor(views: torch.Tensor, draws: np.ndarray, augmentation: Augmentation) -> torch.Tensor:
-    """Brightness b, contrast c, saturation and hue as x -> b c M x + b (1 - c) m, m being the view's mean luma.
+def _restain(images: torch.Tensor, draws: Draws, augmentation: Augmentation) -> torch.Tensor:
+    """Jitter the densities of the stains: an affine map in the space of optical density."""
+    if not augmentation.hed:
+        return images
+    stains = ("hematoxylin", "eosin", "residual")
+    factor = np.stack([_between(draws[s], 1 - augmentation.hed, 1 + augmentation.hed) for s in stains], axis=1)
+    offset = np.stack([_between(draws[f"{s}_offset"], -augmentation.hed, augmentation.hed) for s in stains], axis=1)
+    rows = np.array(HED) / np.linalg.norm(HED, axis=1, keepdims=True)
+    matrix = np.einsum("ik,bk,kj->bij", rows.T, factor, np.linalg.inv(rows.T))
+    density = -torch.log(images.clamp(min=1 / 255))
+    return torch.exp(-_affine(density, matrix, offset @ rows)).clamp_(0, 1)
+
+
+def _recolor(images: torch.Tensor, draws: Draws, augmentation: Augmentation) -> torch.Tensor:
+    """Brightness b, contrast c, saturation and hue as x -> b c M x + b (1 - c) m, m being the image's mean luma.
 
     M mixes with the gray (saturation) and rotates in the IQ plane (hue); both keep the luma.
     """
-    strengths = (augmentation.brightness, augmentation.contrast, augmentation.saturation)
-    if not any((*strengths, augmentation.hue)):
-        return views
-    bright, contrast, saturation = (_between(draws[i], 1 - s, 1 + s) for i, s in enumerate(strengths))
-    angle = 2 * math.pi * _between(draws[3], -augmentation.hue, augmentation.hue)
+    strengths = {name: getattr(augmentation, name) for name in ("brightness", "contrast", "saturation")}
+    if not any((*strengths.values(), augmentation.hue)):
+        return images
+    bright, contrast, saturation = (_between(draws[name], 1 - s, 1 + s) for name, s in strengths.items())
+    angle = 2 * math.pi * _between(draws["hue"], -augmentation.hue, augmentation.hue)
     rotation = np.zeros((len(angle), 3, 3))
     rotation[:, 0, 0] = 1
     rotation[:, 1, 1] = rotation[:, 2, 2] = saturation * np.cos(angle)
     rotation[:, 2, 1] = saturation * np.sin(angle)
     rotation[:, 1, 2] = -rotation[:, 2, 1]
     to_yiq = np.array(RGB_TO_YIQ)
-    mix = (bright * contrast)[:, None, None] * (np.linalg.inv(to_yiq) @ rotation @ to_yiq)
-    shift = torch.from_numpy(bright * (1 - contrast)).to(views)
-    luma = torch.tensor(LUMA, device=views.device)
-    mean = torch.einsum("bchw,c->b", views, luma) / views[0, 0].numel()
-    mixed = torch.einsum("bij,bjhw->bihw", torch.from_numpy(mix).to(views), views)
-    return mixed.add_((shift * mean).view(-1, 1, 1, 1)).clamp_(0, 1)
+    matrix = (bright * contrast)[:, None, None] * (np.linalg.inv(to_yiq) @ rotation @ to_yiq)
+    luma = torch.einsum("bchw,c->b", images, torch.tensor(LUMA, device=images.device)) / images[0, 0].numel()
+    shift = (bright * (1 - contrast) * luma.double().cpu().numpy())[:, None] * np.ones(3)
+    return _affine(images, matrix, shift).clamp_(0, 1)
+
+
+def _scan(images: torch.Tensor, draws: Draws, augmentation: Augmentation) -> torch.Tensor:
+    """Point spread and sensor noise."""
+    if augmentation.blur:
+        radius = math.ceil(2 * augmentation.blur)
+        deviation = torch.from_numpy(np.maximum(draws["blur"] * augmentation.blur, 0.1)).to(images)
+        offsets = torch.arange(-radius, radius + 1, device=images.device)
+        kernel = torch.exp(-0.5 * (offsets / deviation[:, None]) ** 2)
+        kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None, None]
+        flat = F.pad(images, [radius] * 4, mode="reflect").flatten(0, 1)[None]
+        flat = F.conv2d(F.conv2d(flat, kernel, groups=len(kernel)), kernel.transpose(2, 3), groups=len(kernel))
+        images = flat[0].view_as(images)
+    if augmentation.noise:
+        fields = [  # drawn on the CPU, so that they are the same on every device
+            torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(int(draw * 2**53)))
+            for draw in draws["noise"]
+        ]
+        deviation = torch.from_numpy((draws["noise"] * augmentation.noise)[:, None, None, None]).to(images)
+        images = (images + torch.stack(fields).to(images.device) * deviation).clamp_(0, 1)
+    return images
+
+
+def _resample(images: torch.Tensor, draws: Draws, augmentation: Augmentation, size: int) -> torch.Tensor:
+    maps, levels = _geometry(draws, augmentation, images.shape[-2:], size)
+    views = torch.empty(len(images), 3, size, size, device=images.device)
+    for level in np.unique(levels):  # a crop that shrinks is averaged down first, so that it does not alias
+        chosen = torch.from_numpy(np.flatnonzero(levels == level)).to(images.device)
+        source = F.avg_pool2d(images[chosen], 2 ** int(level)) if level else images[chosen]
+        grid = F.affine_grid(maps.to(images.device)[chosen], [len(chosen), 3, size, size], align_corners=False)
+        views[chosen] = F.grid_sample(source, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return views
+
+
+def _geometry(
+    draws: Draws, augmentation: Augmentation, shape: torch.Size, size: int
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Affine maps (B, 2, 3) from the view to the image, both in [-1, 1], and how often to halve the image before."""
+    height, width = shape
+    area = _between(draws["area"], *augmentation.scale)
+    aspect = np.exp(_between(draws["aspect"], *np.log(augmentation.ratio)))
+    # As in torchvision's RandomResizedCrop the ratio is that of pixels; a box that does not fit is cut to the image.
+    box_width = np.minimum(np.sqrt(area * aspect * height / width), 1.0)
+    box_height = np.minimum(np.sqrt(area / aspect * width / height), 1.0)
+    shift = augmentation.translation
+    center_x = (2 * draws["crop_x"] - 1) * (1 - box_width) + 2 * _between(draws["shift_x"], -shift, shift)
+    center_y = (2 * draws["crop_y"] - 1) * (1 - box_height) + 2 * _between(draws["shift_y"], -shift, shift)
+    # In pixels from the center: flip and scale to the box, shear, turn.
+    to_x = box_width * width * np.where(draws["flip_x"] < augmentation.horizontal_flip, -1.0, 1.0)
+    to_y = box_height * height * np.where(draws["flip_y"] < augmentation.vertical_flip, -1.0, 1.0)
+    shear = np.tan(np.radians(_between(draws["shear"], -augmentation.shear, augmentation.shear)))
+    quarters = np.floor(draws["quarter"] * 4) * augmentation.quarter_turns
+    free = np.radians(_between(draws["angle"], -augmentation.rotation, augmentation.rotation))
+    cos, sin = np.cos(free), np.sin(free)
+    for turn in range(1, 4):  # exactly, so that a quarter turn moves pixels and mixes none
+        cos, sin = np.where(quarters >= turn, -sin, cos), np.where(quarters >= turn, cos, sin)
+    rows = [
+        [to_x * cos / width, to_y * (shear * cos - sin) / width, center_x],
+        [to_x * sin / height, to_y * (shear * sin + cos) / height, center_y],
+    ]
+    maps = torch.from_numpy(np.array(rows, dtype=np.float32)).permute(2, 0, 1).contiguous()
+    shrink = np.sqrt(np.abs(to_x * to_y)) / size
+    return maps, np.maximum(np.floor(np.log2(shrink) + 1e-6), 0).astype(int)
+
+
+def _affine(images: torch.Tensor, matrix: np.ndarray, shift: np.ndarray) -> torch.Tensor:
+    """matrix (B, 3, 3) @ color + shift (B, 3), for every pixel."""
+    mixed = torch.einsum("bij,bjhw->bihw", torch.from_numpy(matrix).to(images), images)
+    return mixed.add_(torch.from_numpy(shift).to(images)[:, :, None, None])
 
 
 def _between(draw: np.ndarray, low: float, high: float) -> np.ndarray:
     return low + (high - low) * draw
-
-
-def _uniform(seed: int, epoch: int, index: np.ndarray, count: int) -> np.ndarray:
-    """Numbers in [0, 1), (B, count), a pure function of (seed, epoch, index, place): a counter-based generator.
-
-    SplitMix64's mixing function (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", figure
-    17) is applied to each coordinate in turn.
-    """
-    state = _mix(np.array(seed, dtype=np.uint64))
-    state = _mix(state ^ np.uint64(epoch))
-    state = _mix(state ^ index.astype(np.uint64))
-    state = _mix(state[:, None] ^ np.arange(1, count + 1, dtype=np.uint64))
-    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mix(z: np.ndarray) -> np.ndarray:

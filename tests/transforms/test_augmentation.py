@@ -31,6 +31,11 @@ def luma(views: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bchw,c->bhw", views, torch.tensor(LUMA))
 
 
+def drawn(count: int, *, seed: int = 0, epoch: int = 0) -> dict[str, np.ndarray]:
+    values = module.uniform(seed, epoch, torch.arange(count), len(module.PARAMETERS))
+    return dict(zip(module.PARAMETERS, values.T, strict=True))
+
+
 def test_none_changes_nothing() -> None:
     images = batch(5)
     torch.testing.assert_close(view(images, preset("none")), images / 255, **EXACT)
@@ -84,26 +89,26 @@ def test_a_turned_crop_is_the_crop_turned() -> None:
 
 
 def test_a_view_depends_only_on_seed_epoch_and_sample() -> None:
-    images, standard = batch(8), preset("standard")
-    together = view(images, standard, seed=3, epoch=2)
+    images, jitter = batch(8), preset("crop-jitter")
+    together = view(images, jitter, seed=3, epoch=2)
     order = torch.tensor([5, 0, 7])
-    some = augment(images[order], standard, 24, seed=3, epoch=2, index=order)
+    some = augment(images[order], jitter, 24, seed=3, epoch=2, index=order)
     torch.testing.assert_close(some, together[order], rtol=0, atol=1e-6)
-    alone = augment(images[4:5], standard, 24, seed=3, epoch=2, index=torch.tensor([4]))
+    alone = augment(images[4:5], jitter, 24, seed=3, epoch=2, index=torch.tensor([4]))
     torch.testing.assert_close(alone, together[4:5], rtol=0, atol=1e-6)
     torch.manual_seed(123)
-    assert torch.equal(view(images, standard, seed=3, epoch=2), together)
+    assert torch.equal(view(images, jitter, seed=3, epoch=2), together)
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}, {"first": 1}])
 def test_another_seed_epoch_or_sample_is_another_view(change: dict[str, int]) -> None:
     images = batch(1).expand(8, -1, -1, -1)
-    changed = view(images, preset("standard"), **change)
-    assert ((view(images, preset("standard")) - changed).abs().amax(dim=(1, 2, 3)) > 0.01).all()
+    changed = view(images, preset("crop-jitter"), **change)
+    assert ((view(images, preset("crop-jitter")) - changed).abs().amax(dim=(1, 2, 3)) > 0.01).all()
 
 
 def test_samples_differ() -> None:
-    views = view(batch(1).expand(8, -1, -1, -1), preset("standard"))
+    views = view(batch(1).expand(8, -1, -1, -1), preset("crop-jitter"))
     assert torch.pdist(views.flatten(1)).min() > 0.1
 
 
@@ -136,8 +141,7 @@ def test_crops_stay_within_the_image(shape: tuple[int, int]) -> None:
 
 def test_the_declared_shares_and_ratios_are_drawn() -> None:
     augmentation = Augmentation(scale=(0.2, 0.8), ratio=(0.5, 2.0))
-    draws = module._uniform(0, 0, np.arange(4000), 11).T
-    maps, _ = module._geometry(draws[:7], augmentation, torch.Size((60, 60)), 24)
+    maps, _ = module._geometry(drawn(4000), augmentation, torch.Size((60, 60)), 24)
     width, height = maps[:, 0, 0].numpy(), maps[:, 1, 1].numpy()
     fits = (width < 1) & (height < 1)
     area, ratio = (width * height)[fits], (width / height)[fits]
@@ -154,19 +158,19 @@ def test_the_declared_shares_and_ratios_are_drawn() -> None:
 
 
 def test_draws_are_uniform_and_independent() -> None:
-    draws = module._uniform(0, 0, np.arange(20000), 11)
+    draws = module.uniform(0, 0, torch.arange(20000), 11)
     assert draws.min() >= 0
     assert draws.max() < 1
     for column in draws.T:
         assert np.abs(np.histogram(column, 10, (0, 1))[0] - 2000).max() < 220  # five deviations
-    along = [draws, np.roll(draws, 1, axis=0), module._uniform(0, 1, np.arange(20000), 11)]
+    along = [draws, np.roll(draws, 1, axis=0), module.uniform(0, 1, torch.arange(20000), 11)]
     correlation = np.corrcoef(np.concatenate(along, axis=1), rowvar=False) - np.eye(33)
     assert np.abs(correlation).max() < 0.04
 
 
 def test_a_flip_has_the_probability_declared() -> None:
-    draws = module._uniform(5, 3, np.arange(10000), 11).T
-    maps, _ = module._geometry(draws[:7], Augmentation(horizontal_flip=0.2), torch.Size((8, 8)), 8)
+    draws = drawn(10000, seed=5, epoch=3)
+    maps, _ = module._geometry(draws, Augmentation(horizontal_flip=0.2), torch.Size((8, 8)), 8)
     assert abs((maps[:, 0, 0] < 0).float().mean() - 0.2) < 0.02
     assert (maps[:, 1, 1] > 0).all()
 
@@ -229,5 +233,57 @@ def test_contrast_keeps_the_mean_luma() -> None:
 
 
 def test_an_unknown_preset_lists_the_known() -> None:
-    with pytest.raises(HistoError, match=r"'stain'.*none, flips, standard"):
+    with pytest.raises(HistoError, match=r"'stain'.*none, flips, crop-jitter"):
         preset("stain")
+
+
+def test_rotation_turns_the_picture_about_its_center() -> None:
+    """A dot off the center goes to every angle, at its distance."""
+    images = torch.zeros(200, 3, 65, 65, dtype=torch.uint8)
+    images[:, :, 30:35, 44:49] = 255  # its middle lies 14 pixels to the right of the center, (32, 32)
+    inner = view(images, Augmentation(rotation=180), 65)[:, 0, 12:53, 12:53]  # corners show reflections
+    grid = torch.arange(41) - 20.0
+    weight = inner.sum(dim=(1, 2))
+    x, y = (inner * grid).sum(dim=(1, 2)) / weight, (inner * grid[:, None]).sum(dim=(1, 2)) / weight
+    assert (torch.hypot(x, y) - 14).abs().max() < 0.5
+    quadrants = torch.stack([x > 0, y > 0]).int()
+    assert all((torch.tensor(corner) == quadrants.T).all(1).sum() > 25 for corner in ((0, 0), (0, 1), (1, 0), (1, 1)))
+
+
+def test_translation_and_shear_move_as_declared() -> None:
+    maps, _ = module._geometry(drawn(2000), Augmentation(translation=0.1), torch.Size((40, 40)), 40)
+    assert 0.19 < maps[:, :, 2].abs().max() <= 0.2  # in a frame that is 2 wide
+    assert (maps[:, :, :2] == torch.eye(2)).all()
+    maps, _ = module._geometry(drawn(2000), Augmentation(shear=30), torch.Size((40, 40)), 40)
+    assert 0.5 < maps[:, 0, 1].abs().max() <= 3**-0.5 + 1e-6
+    assert (maps[:, 1, 0] == 0).all()
+
+
+def test_stain_jitter_leaves_white_nearly_white_and_moves_stain() -> None:
+    """The offset alone moves white, by at most its density; a strong stain moves with its factor."""
+    white, stained = torch.full((64, 3, 8, 8), 255, dtype=torch.uint8), torch.zeros(64, 3, 8, 8, dtype=torch.uint8)
+    stained[:] = torch.tensor([110, 60, 150], dtype=torch.uint8)[:, None, None]
+    jitter = Augmentation(hed=0.05)
+    assert view(white, jitter, 8).min() > np.exp(-3 * 0.05)
+    moved = view(stained, jitter, 8)
+    assert (moved - stained / 255).abs().amax(dim=(1, 2, 3)).min() > 0.001
+    assert moved.std(dim=0).min() > 0.01
+
+
+def test_blur_smooths_and_keeps_the_mean() -> None:
+    images = batch(64)
+    views = view(images, Augmentation(blur=2.0))
+    spread = views.std(dim=(1, 2, 3)) / (images / 255).std(dim=(1, 2, 3))
+    assert spread.max() <= 1.001
+    assert spread.min() < 0.4
+    torch.testing.assert_close(views.mean(dim=(1, 2, 3)), (images / 255).mean(dim=(1, 2, 3)), rtol=0, atol=0.03)
+
+
+def test_noise_has_the_declared_deviation_and_belongs_to_the_sample() -> None:
+    gray = torch.full((400, 3, 16, 16), 128, dtype=torch.uint8)
+    noisy = view(gray, Augmentation(noise=0.1), 16) - 128 / 255
+    deviations = noisy.std(dim=(1, 2, 3))
+    assert 0.09 < deviations.max() < 0.11
+    assert abs(deviations.mean() - 0.05) < 0.005
+    alone = augment(gray[:1], Augmentation(noise=0.1), 16, seed=0, epoch=0, index=torch.tensor([7]))
+    torch.testing.assert_close(alone[0], noisy[7] + 128 / 255, rtol=0, atol=1e-6)
