@@ -71,6 +71,15 @@ class AugmentationOptions:
 
 
 @dataclass
+class CenterOptions:
+    _argument_group_name = "centers"
+
+    normalization: Literal["none", "rgb", "reinhard", "macenko"] = option("none", "take out each center's color")
+    stain_mixing: float = option(0.0, "probability of training on a mixture of the centers' colors, in [0, 1]")
+    test_time_views: int = option(1, "views that a prediction averages: 1, or 8 for every turn and flip of the square")
+
+
+@dataclass
 class TrainingOptions:
     _argument_group_name = "training"
 
@@ -111,6 +120,7 @@ class Config:
     model: ModelOptions = field(default_factory=ModelOptions)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
+    centers: CenterOptions = field(default_factory=CenterOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
 
@@ -223,6 +233,12 @@ def _validated(config: Config) -> Config:
         for name in names.split():
             if values[name] is not None and not holds(values[name]):
                 raise HistoError(f"--{name} is {values[name]}, expected {expected}")
+    if not 0 <= config.centers.stain_mixing <= 1:
+        raise HistoError(f"--stain_mixing is {config.centers.stain_mixing}, expected in [0, 1]")
+    if config.centers.stain_mixing and config.centers.normalization == "none":
+        raise HistoError("--stain_mixing needs --normalization rgb, reinhard or macenko: the space it mixes in")
+    if config.centers.test_time_views not in (1, 8):
+        raise HistoError(f"--test_time_views is {config.centers.test_time_views}, expected 1 or 8")
     if config.output.push_to_hub and not config.output.hub_model_id:
         raise HistoError("--push_to_hub needs --hub_model_id owner/name")
     return config

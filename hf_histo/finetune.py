@@ -30,6 +30,7 @@ from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones, batchnorm
 from hf_histo.training import losses, runs, trainer
 from hf_histo.transforms import augmentation, preprocessing
+from hf_histo.transforms.stain import CenterNormalizer
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,8 @@ def fine_tune(config: Config, data: datasets.DatasetDict) -> Result:
     )
     source = backbones.locate(options.backbone)
     views = preprocessing.resolve(model.config, source, options.image_size, options.resize_size)
+    color = config.centers.normalization
+    normalizer = None if color == "none" else CenterNormalizer.fit(data["train"], color)
     sidecar = hub.Sidecar(
         method=config.adapter.method,
         label_names=names,
@@ -102,6 +105,8 @@ def fine_tune(config: Config, data: datasets.DatasetDict) -> Result:
         },
         batch_norm=options.batch_norm,
         preprocessing=views,
+        normalizer=normalizer,
+        views=config.centers.test_time_views,
         data={
             "name": Path(config.data.data).resolve().name,
             "fingerprint": fingerprint(data),
@@ -123,6 +128,7 @@ def fine_tune(config: Config, data: datasets.DatasetDict) -> Result:
         validation=ImageTable(data["val"]),
         preprocessing=views,
         augmentation=augmentation.preset(config.augmentation.augmentation),
+        normalizer=normalizer and normalizer.extended(data["val"]),
         loss=losses.classification(num_outputs, losses.balancing_weights(train_labels, names) if balance else None),
         compute_metrics=metrics.for_trainer(),
     )

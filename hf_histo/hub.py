@@ -24,6 +24,7 @@ from hf_histo.evaluation import report
 from hf_histo.files import atomic_folder, write_json
 from hf_histo.models import adapters, backbones
 from hf_histo.transforms.preprocessing import Preprocessing
+from hf_histo.transforms.stain import CenterNormalizer
 
 SIDECAR = "hf_histo.json"
 PACKAGES = ("hf_histo", "torch", "transformers", "peft", "timm", "datasets", "accelerate")
@@ -41,6 +42,8 @@ class Sidecar:
             None, and the "fingerprint" of its weights.
         batch_norm: "frozen" or "track".
         preprocessing: of an evaluation image.
+        normalizer: of the centers' color, or None.
+        views: that a prediction averages, 1 or 8.
         threshold: probability of the second class from which on it is predicted, in [0, 1].
         temperature: by which logits are divided before they become probabilities; 1 without calibration.
         data: "name", content "fingerprint" and "counts" of images per split.
@@ -54,6 +57,8 @@ class Sidecar:
     batch_norm: str
     preprocessing: Preprocessing
     data: dict[str, Any]
+    normalizer: CenterNormalizer | None = None
+    views: int = 1
     threshold: float = 0.5
     temperature: float = 1.0
     versions: dict[str, str] = dataclasses.field(
@@ -66,10 +71,11 @@ class Sidecar:
         file = folder / SIDECAR
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            declared = content.pop("preprocessing")
+            declared, color = content.pop("preprocessing"), content.pop("normalizer")
             for key in ("mean", "std"):
                 declared[key] = tuple(float(value) for value in declared[key])
-            sidecar = cls(**content, preprocessing=Preprocessing(**declared))
+            normalizer = None if color is None else CenterNormalizer.from_json(color)
+            sidecar = cls(**content, preprocessing=Preprocessing(**declared), normalizer=normalizer)
         except FileNotFoundError:
             raise HistoError(f"{folder}: holds no {SIDECAR}; expected the adapter folder of a finished run") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -84,6 +90,7 @@ class Sidecar:
             "label_names": not isinstance(self.label_names, list) or len(self.label_names) < 2,
             "num_outputs": self.num_outputs not in (1, len(self.label_names)),
             "backbone": not isinstance(self.backbone, dict) or not isinstance(self.backbone.get("name"), str),
+            "views": self.views not in (1, 8),
             "threshold": not isinstance(self.threshold, int | float) or not 0 <= self.threshold <= 1,
             "temperature": not isinstance(self.temperature, int | float) or self.temperature <= 0,
         }
@@ -121,7 +128,8 @@ def save(
         else:
             assert isinstance(model, PreTrainedModel)
             model.save_pretrained(temporary)
-        write_json(temporary / SIDECAR, dataclasses.asdict(sidecar))
+        color = sidecar.normalizer and sidecar.normalizer.as_json()
+        write_json(temporary / SIDECAR, dataclasses.asdict(sidecar) | {"normalizer": color})
         write_json(temporary / "metrics.json", metrics)
         for split, table in tables.items():
             prediction_tables.write(temporary / "predictions" / f"{split}.parquet", table, sidecar.label_names)

@@ -62,12 +62,18 @@ class Classifier:
     ) -> pd.DataFrame:
         """Predictions table of a schema table (see `hf_histo.evaluation.predictions`) with the column `predicted`.
 
+        Where the adapter normalizes color, a center that training did not see is measured on `dataset` as a whole:
+        give all its images at once, not one by one.
+
         `probability` is calibrated by the stored temperature; `predicted` is the class's name at the stored threshold.
         """
+        normalizer = self.sidecar.normalizer
         logits = forward(
             self.model,
             dataset,
             self.sidecar.preprocessing,
+            normalizer=normalizer and normalizer.extended(dataset),
+            views=self.sidecar.views,
             batch_size=batch_size,
             num_workers=num_workers,
             description=description,
@@ -76,6 +82,7 @@ class Classifier:
         table = predictions.make(
             columns["id"], columns["center"], columns["group"], columns["label"], logits / self.sidecar.temperature
         )
+        table.attrs["label_names"] = self.sidecar.label_names
         names = np.array(self.sidecar.label_names)
         return table.assign(predicted=names[predictions.predicted(table, self.sidecar.threshold)])
 

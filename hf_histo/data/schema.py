@@ -19,10 +19,14 @@ _PPM = re.compile(rb"P6\s+([1-9]\d*)\s+([1-9]\d*)\s+255\s")
 
 
 class Sample(TypedDict):
-    """One image as training sees it: uint8 (3, H, W) in [0, 255], its label (-1: hidden), its index in the table."""
+    """One image as training sees it.
+
+    uint8 (3, H, W) in [0, 255], its label (-1: hidden), its center (-1: unknown), its index in the table.
+    """
 
     image: torch.Tensor
     label: int
+    center: int
     index: int
 
 
@@ -95,7 +99,7 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:
-        self._table = dataset.select_columns(["image", "label"]).with_format("arrow")
+        self._table = dataset.select_columns(["image", "label", "center"]).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self._table)
@@ -107,7 +111,8 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
         """The samples at `indices`, in that order. Raises HistoError for an image that can't be decoded."""
         table = self._table[list(indices)]
         images = (memoryview(row["bytes"].as_buffer()) for row in table["image"])
+        labels, centers = table["label"].to_pylist(), table["center"].to_pylist()
         return [
-            {"image": decode(image, f"image {index}"), "label": label, "index": index}
-            for image, label, index in zip(images, table["label"].to_pylist(), indices, strict=True)
+            {"image": decode(image, f"image {index}"), "label": label, "center": center, "index": index}
+            for image, label, center, index in zip(images, labels, centers, indices, strict=True)
         ]

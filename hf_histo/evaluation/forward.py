@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import datasets
 import numpy as np
 import torch
@@ -12,7 +15,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_histo.data.schema import ImageTable, Sample
+from hf_histo.training import runs
 from hf_histo.transforms.preprocessing import Preprocessing
+from hf_histo.transforms.stain import CenterNormalizer
 
 
 @torch.inference_mode()
@@ -21,6 +26,8 @@ def forward(
     dataset: datasets.Dataset,
     preprocessing: Preprocessing,
     *,
+    normalizer: CenterNormalizer | None = None,
+    views: int = 1,
     batch_size: int = 64,
     num_workers: int = 0,
     description: str = "Predicting",
@@ -29,8 +36,19 @@ def forward(
 
     Computed in float32 whatever the launcher's mixed precision, so that a saved prediction can be reproduced. `model`
     is moved to this process's device and left in evaluation mode.
+
+    Args:
+        model: takes `pixel_values` and returns an object with `logits` (B, outputs).
+        dataset: of the one schema.
+        preprocessing: of an evaluation view.
+        normalizer: of the centers' color, which must know the centers of `dataset`.
+        views: 1, or 8 for the mean logit over the four quarter turns and their mirror images.
+        batch_size, num_workers: of the loader in each process.
+        description: of the progress bar.
     """
-    accelerator = Accelerator()  # of the launch; the model is not prepared, so its mixed precision stays out
+    accelerator = Accelerator(
+        cpu=runs.use_cpu()
+    )  # of the launch; the model is not prepared, so its mixed precision stays out
     model = model.to(accelerator.device).eval()
     loader = accelerator.prepare(
         DataLoader(
@@ -42,14 +60,26 @@ def forward(
         )
     )
     gathered = []
-    for images, index in tqdm(loader, desc=description, disable=not accelerator.is_local_main_process, leave=False):
-        logits = model(pixel_values=preprocessing(images)).logits.float()
+    for images, centers, index in tqdm(
+        loader, desc=description, disable=not accelerator.is_local_main_process, leave=False
+    ):
+        pixels = preprocessing(images if normalizer is None else normalizer(images, centers))
+        logits = torch.stack([model(pixel_values=view).logits.float() for view in _views(pixels, views)]).mean(0)
         gathered.append([part.cpu() for part in accelerator.gather_for_metrics((logits, index))])
-    logits, index = (torch.cat(parts).numpy() for parts in zip(*gathered, strict=True))
-    if not np.array_equal(np.sort(index), np.arange(len(dataset))):
-        raise RuntimeError(f"{len(index)} predictions for {len(dataset)} images: each must come once")
-    return logits[np.argsort(index)].astype(np.float64)
+    every, order = (torch.cat(parts).numpy() for parts in zip(*gathered, strict=True))
+    if not np.array_equal(np.sort(order), np.arange(len(dataset))):
+        raise RuntimeError(f"{len(order)} predictions for {len(dataset)} images: each must come once")
+    return every[np.argsort(order)].astype(np.float64)
 
 
-def _stack(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.stack([s["image"] for s in samples]), torch.tensor([s["index"] for s in samples])
+def _views(pixels: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+    yield pixels
+    if count == 8:
+        for turns, mirrored in list(itertools.product(range(4), (False, True)))[1:]:
+            view = torch.rot90(pixels.flip(-1) if mirrored else pixels, turns, (-2, -1))
+            yield view.contiguous(memory_format=torch.channels_last)
+
+
+def _stack(samples: list[Sample]) -> tuple[torch.Tensor, ...]:
+    images = torch.stack([sample["image"] for sample in samples])
+    return images, torch.tensor([s["center"] for s in samples]), torch.tensor([s["index"] for s in samples])

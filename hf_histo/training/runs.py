@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate import PartialState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -33,6 +35,16 @@ INDIFFERENT = {
 }
 
 
+def use_cpu() -> bool:
+    """Whether the launcher asks for the CPU or there is nothing else.
+
+    accelerate must be told: unless it is, each of the processes that torchrun starts without a GPU takes itself for the
+    only one.
+    """
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return asked or not torch.accelerator.is_available()
+
+
 def folder_of(config: Config) -> Path:
     """`--output_dir`, or runs/DATA-BACKBONE-METHOD-seedN."""
     if config.output.output_dir:
@@ -48,7 +60,7 @@ def begin(config: Config) -> Path:
     `--overwrite_output_dir` says to delete that, or if it holds anything but a run.
     """
     folder = folder_of(config)
-    state = PartialState()
+    state = PartialState(cpu=use_cpu())
     _check(folder, config)
     state.wait_for_everyone()
     if state.is_main_process:

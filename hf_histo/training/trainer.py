@@ -17,9 +17,11 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from hf_histo.config import Config
 from hf_histo.errors import HistoError
 from hf_histo.models import adapters
+from hf_histo.training import runs
 from hf_histo.training.losses import Loss
-from hf_histo.transforms.augmentation import Augmentation, augment
+from hf_histo.transforms.augmentation import Augmentation, augment, uniform
 from hf_histo.transforms.preprocessing import Preprocessing
+from hf_histo.transforms.stain import CenterNormalizer
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {}),
@@ -29,33 +31,55 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 
 
 class Trainer(transformers.Trainer):
-    """`transformers.Trainer` for batches of {"image": uint8 (B, 3, H, W), "labels": (B,), "index": (B,)}.
+    """`transformers.Trainer` for the batches of `collate`, which it turns into views on the training device.
 
     Evaluation returns the label ids as (labels, index), so that a prediction is matched to its sample by `index`.
+
+    Args:
+        preprocessing: of an evaluation view.
+        augmentation: of a training view.
+        normalizer: of the centers' color, knowing those of training and validation; None leaves color as it is.
+        stain_mixing: probability that a training view gets the color of a random mixture of the training centers.
+        batch_norm: "frozen" or "track"; a tracked one is part of a checkpoint.
     """
 
     def __init__(
-        self, *args: Any, preprocessing: Preprocessing, augmentation: Augmentation, batch_norm: str, **kwargs: Any
+        self,
+        *args: Any,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation,
+        batch_norm: str,
+        normalizer: CenterNormalizer | None = None,
+        stain_mixing: float = 0.0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.preprocessing = preprocessing
         self.augmentation = augmentation
+        self.normalizer = normalizer
+        self.stain_mixing = stain_mixing
         self.batch_norm = batch_norm
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
-        images = inputs.pop("image")
-        if self.model is not None and self.model.training:
-            views = augment(
-                images,
-                self.augmentation,
-                self.preprocessing.image_size,
-                seed=self.args.seed,
-                epoch=int(self.state.epoch or 0),
-                index=inputs["index"],
-            )
-            return {"pixel_values": self.preprocessing.normalize(views), **inputs}
-        return {"pixel_values": self.preprocessing(images), **inputs}
+        images, centers = inputs.pop("image"), inputs.pop("center")
+        if self.model is None or not self.model.training:
+            colored = images if self.normalizer is None else self.normalizer(images, centers)
+            return {"pixel_values": self.preprocessing(colored), **inputs}
+        index, epoch = inputs["index"], int(self.state.epoch or 0)
+        if self.normalizer is not None:
+            images = self.normalizer(images, centers, self._stains(index, epoch) if self.stain_mixing else None)
+        views = augment(
+            images, self.augmentation, self.preprocessing.image_size, seed=self.args.seed, epoch=epoch, index=index
+        )
+        return {"pixel_values": self.preprocessing.normalize(views), **inputs}
+
+    def _stains(self, index: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Where the color of each training view goes: the reference, or a mixture of the training centers."""
+        assert self.normalizer is not None
+        # Epochs beyond any real one: a stream of its own beside the other parameters'.
+        draws = torch.from_numpy(uniform(self.args.seed, 2**32 + epoch, index, 1 + len(self.normalizer.training)))
+        return self.normalizer.targets(mixed=draws[:, 0] < self.stain_mixing, draws=draws[:, 1:])
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "index"}, *args, **kwargs)
@@ -68,10 +92,14 @@ class Trainer(transformers.Trainer):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Samples {"image", "label", "index"} to a batch; images must share one size."""
+    """Samples of an `ImageTable` to {"image": uint8 (B, 3, H, W), "labels", "center", "index": int64 (B,)}.
+
+    Images must share one size.
+    """
     return {
         "image": torch.stack([sample["image"] for sample in samples]),
         "labels": torch.tensor([sample["label"] for sample in samples]),
+        "center": torch.tensor([sample["center"] for sample in samples]),
         "index": torch.tensor([sample["index"] for sample in samples]),
     }
 
@@ -116,10 +144,11 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
             dataloader_persistent_workers=config.data.num_workers > 0,
             dataloader_pin_memory=torch.cuda.is_available(),
             ddp_find_unused_parameters=False,
+            use_cpu=runs.use_cpu(),
             report_to="none",
         )
     except ValueError as error:
-        raise HistoError(f"these training options do not go together: {error}") from None
+        raise HistoError(f"these training options do not go together: {' '.join(str(error).split())}") from None
 
 
 def build(
@@ -131,6 +160,7 @@ def build(
     validation: Dataset[Any],
     preprocessing: Preprocessing,
     augmentation: Augmentation,
+    normalizer: CenterNormalizer | None,
     loss: Loss,
     compute_metrics: Callable[..., dict[str, float]],
 ) -> Trainer:
@@ -151,5 +181,7 @@ def build(
         callbacks=callbacks,
         preprocessing=preprocessing,
         augmentation=augmentation,
+        normalizer=normalizer,
+        stain_mixing=config.centers.stain_mixing,
         batch_norm=config.model.batch_norm,
     )

@@ -33,13 +33,16 @@ class Preprocessing:
     std: tuple[float, float, float]
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Evaluation view: uint8 (B, 3, H, W) to normalized float32 (B, 3, image_size, image_size), same device."""
+        """Evaluation view of (B, 3, H, W), uint8 or float in [0, 1]: normalized float32 (B, 3, image_size, image_size).
+
+        It stays on the images' device.
+        """
         resized = images
         if min(images.shape[-2:]) != self.resize_size or images.shape[-2] != images.shape[-1]:
             mode = InterpolationMode(self.interpolation)
             resized = functional.resize(images, [self.resize_size], interpolation=mode, antialias=True)
         cropped = functional.center_crop(resized, [self.image_size, self.image_size])
-        return self.normalize(cropped.float().div_(255))
+        return self.normalize(cropped.float() / 255 if cropped.dtype == torch.uint8 else cropped.clamp(0, 1))
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Float (B, 3, H, W) in [0, 1] to zero mean and unit deviation of the backbone's training data."""

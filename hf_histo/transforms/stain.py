@@ -18,8 +18,9 @@ used: the statistics of a center that training did not see come from its unlabel
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -58,11 +59,13 @@ class CenterNormalizer:
         method: "rgb", "reinhard" or "macenko".
         reference: where every center is moved to.
         centers: statistics by center; -1 stands for the images whose center is unknown.
+        training: the centers that the reference is the mean of.
     """
 
     method: str
     reference: Statistics
-    centers: Mapping[int, Statistics] = field(default_factory=dict)
+    centers: Mapping[int, Statistics]
+    training: tuple[int, ...]
 
     @classmethod
     def fit(cls, dataset: datasets.Dataset, method: str) -> CenterNormalizer:
@@ -73,7 +76,7 @@ class CenterNormalizer:
             tuple(np.mean([s.location for s in every], axis=0).tolist()),
             tuple(map(tuple, np.mean([s.scale for s in every], axis=0).tolist())),
         )
-        return cls(method, reference, centers)
+        return cls(method, reference, centers, tuple(centers))
 
     def extended(self, dataset: datasets.Dataset) -> CenterNormalizer:
         """Also knowing the centers of `dataset` that it does not know yet, measured from its images alone."""
@@ -82,7 +85,7 @@ class CenterNormalizer:
             return self
         rows = np.flatnonzero(np.isin(dataset["center"], unknown))
         found = measure(dataset.select(rows), self.method)
-        return CenterNormalizer(self.method, self.reference, {**self.centers, **found})
+        return dataclasses.replace(self, centers={**self.centers, **found})
 
     def __call__(
         self, images: torch.Tensor, centers: torch.Tensor, targets: torch.Tensor | None = None
@@ -101,15 +104,17 @@ class CenterNormalizer:
         moved = torch.einsum("bij,bjhw->bihw", matrix.to(color), color) + shift.to(color)[:, :, None, None]
         return _out_of(self.method, moved).clamp_(0, 1)
 
-    def mixtures(self, draws: torch.Tensor) -> torch.Tensor:
-        """Random targets between the centers, (B, 12), from uniform `draws` (B, number of centers) in [0, 1).
+    def targets(self, mixed: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """Targets (B, 12) for a call: a random mixture of the training centers where `mixed` (B,), else the reference.
 
-        Weights are uniform over the simplex (normalized exponentials). Mixing the statistics of real centers is stain
-        augmentation without inventing a color that no scanner makes.
+        `draws` (B, number of training centers), uniform in [0, 1), become weights that are uniform over the simplex
+        (normalized exponentials). Mixing the statistics of real centers is stain augmentation that does not invent a
+        color which no scanner makes.
         """
-        every = torch.tensor([_flat(self.centers[center]) for center in sorted(self.centers)])
-        weights = -torch.log1p(-draws[:, : len(every)].float())
-        return (weights / weights.sum(1, keepdim=True)) @ every
+        every = torch.tensor([_flat(self.centers[center]) for center in self.training])
+        weights = -torch.log1p(-draws.float())
+        mixtures = (weights / weights.sum(1, keepdim=True)) @ every
+        return torch.where(mixed[:, None], mixtures, torch.tensor(_flat(self.reference)))
 
     def _of(self, centers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         missing = sorted(set(centers) - set(self.centers))
@@ -121,12 +126,10 @@ class CenterNormalizer:
         return flat[:, :3], flat[:, 3:].reshape(-1, 3, 3)
 
     def as_json(self) -> dict[str, Any]:
-        """For the sidecar."""
-        every = {"reference": self.reference, **{str(center): s for center, s in self.centers.items()}}
-        return {
-            "method": self.method,
-            **{key: [list(s.location), list(map(list, s.scale))] for key, s in every.items()},
-        }
+        """For the sidecar, with the training centers only: the others are measured where they are predicted."""
+        every = {"reference": self.reference} | {str(center): self.centers[center] for center in self.training}
+        numbers = {key: [list(found.location), *map(list, found.scale)] for key, found in every.items()}
+        return {"method": self.method, **numbers}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> CenterNormalizer:
@@ -136,13 +139,14 @@ class CenterNormalizer:
         if method not in METHODS[1:]:
             raise ValueError(f"normalizer method {method!r}")
         every = {}
-        for key, (location, scale) in content.items():
-            numbers = np.array([location, *scale], dtype=float)
+        for key, rows in content.items():
+            numbers = np.array(rows, dtype=float)
             if numbers.shape != (4, 3) or not np.isfinite(numbers).all() or abs(np.linalg.det(numbers[1:])) < 1e-12:
                 raise ValueError(f"statistics of {key}: {numbers.tolist()}")
             every[key] = Statistics(tuple(numbers[0].tolist()), tuple(map(tuple, numbers[1:].tolist())))
         reference = every.pop("reference")
-        return cls(method, reference, {int(center): statistics for center, statistics in every.items()})
+        centers = {int(center): statistics for center, statistics in every.items()}
+        return cls(method, reference, centers, tuple(centers))
 
 
 def measure(dataset: datasets.Dataset, method: str) -> dict[int, Statistics]:
