@@ -10,13 +10,9 @@ probability of class 1 (for more than two classes: of the predicted one).
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError, run
 from hf_histo.evaluation import predictions
-from hf_histo.files import atomic_file
 from hf_histo.inference import Classifier
 
 
@@ -38,12 +34,7 @@ def main() -> None:
         raise HistoError(f"--split {options.split}: {options.data} has {', '.join(data)}")
     table = classifier.predict(data[options.split], batch_size=options.batch_size)
 
-    chosen = predictions.predicted(table, classifier.sidecar.threshold)
-    probability = predictions.array(table, "probability")
-    if probability.ndim == 2:
-        probability = np.take_along_axis(probability, chosen[:, None], axis=1)[:, 0]
-    with atomic_file(options.output) as temporary:
-        pd.DataFrame({"ID": table["id"], "Pred": chosen, "Prob": probability}).to_csv(temporary, index=False)
+    predictions.write_submission(options.output, table, classifier.sidecar.threshold)
     print(f"{len(table)} predictions: {options.output}")
 
 

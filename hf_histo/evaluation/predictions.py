@@ -98,6 +98,13 @@ def make(
     ).astype({} if logits.ndim == 2 else {"logit": np.float64, "probability": np.float64})
 
 
+def with_logits(predictions: pd.DataFrame, logits: ArrayLike) -> pd.DataFrame:
+    """Return the table of the same images with other logits, as `make` takes them, and the probabilities of these."""
+    table = make(predictions["id"], predictions["center"], predictions["group"], predictions["label"], logits)
+    table.attrs.update(predictions.attrs)
+    return table
+
+
 def array(predictions: pd.DataFrame, column: str) -> NDArray[np.float64]:
     """Return the column `logit` or `probability` as an array of shape (n,) or (n, K)."""
     return np.array(predictions[column].tolist(), dtype=np.float64)
@@ -117,8 +124,21 @@ def predicted(predictions: pd.DataFrame, threshold: float = 0.5) -> NDArray[np.i
     probability = array(predictions, "probability")
     if probability.ndim == 2 and probability.shape[1] > 2:
         return probability.argmax(axis=1)
-    positive = probability if probability.ndim == 1 else probability[:, 1]
-    return (positive >= threshold).astype(np.int64)
+    return (positive_probability(predictions) >= threshold).astype(np.int64)
+
+
+def positive_probability(predictions: pd.DataFrame) -> NDArray[np.float64]:
+    """Return the probability of class 1 of every row, shape (n,), where there are two classes.
+
+    Raises:
+        HistoError: there are more.
+    """
+    probability = array(predictions, "probability")
+    if probability.ndim == 1:
+        return probability
+    if probability.shape[1] > 2:
+        raise HistoError(f"the predictions tell {probability.shape[1]} classes, expected two: no one class is positive")
+    return probability[:, 1]
 
 
 def log_odds(predictions: pd.DataFrame) -> dict[int, NDArray[np.float64]]:
@@ -157,6 +177,24 @@ def write(path: str | Path, predictions: pd.DataFrame, label_names: Sequence[str
     table = pa.Table.from_pandas(predictions, schema=schema, preserve_index=False)
     with atomic_file(path) as temporary:
         pq.write_table(table.replace_schema_metadata({"label_names": json.dumps(list(label_names))}), temporary)
+
+
+def write_submission(path: str | Path, predictions: pd.DataFrame, threshold: float = 0.5) -> None:
+    """Write the table as a CSV with a header, one row per image in the table's order, atomically.
+
+    Columns: `ID`, the image's key; `Pred`, the class index that `predicted` gives at `threshold`; `Prob`, the
+    probability of class 1, or, for more than two classes, of the predicted one.
+
+    Raises:
+        HistoError: `threshold` is outside [0, 1].
+    """
+    chosen, probability = predicted(predictions, threshold), array(predictions, "probability")
+    if probability.ndim == 2 and probability.shape[1] > 2:
+        probability = np.take_along_axis(probability, chosen[:, None], axis=1)[:, 0]
+    else:
+        probability = positive_probability(predictions)
+    with atomic_file(path) as temporary:
+        pd.DataFrame({"ID": predictions["id"], "Pred": chosen, "Prob": probability}).to_csv(temporary, index=False)
 
 
 def read(path: str | Path) -> pd.DataFrame:

@@ -1,44 +1,22 @@
-"""Figures and tables of a training run and its predictions; no display and none of pyplot's global state needed."""
+"""Figures and tables of a training run and its predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import cycle, product
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.metrics import auc
 from sklearn.metrics import confusion_matrix as count_confusions
 from sklearn.metrics import roc_curve as rates
 
+from hf_histo.evaluation.figures import COLORS, GRAY, LINES, drawing, say
 from hf_histo.evaluation.predictions import array, label_names, log_odds, predicted
-from hf_histo.files import atomic_file
 
-# Told apart by colorblind readers too: Okabe & Ito 2008, "Color Universal Design", fig. 16, without black and yellow.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LINES = tuple(product(("-", "--", "-."), COLORS))
-GRAY = "#666666"
-STYLE: dict[Any, Any] = {
-    "axes.edgecolor": GRAY,
-    "axes.grid": True,
-    "axes.labelsize": 11,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 12,
-    "figure.constrained_layout.h_pad": 0.1,
-    "figure.constrained_layout.w_pad": 0.1,
-    "font.size": 10,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "text.parse_math": False,  # an id or a class name may hold dollar signs
-}
 HEADLINE = ("accuracy", "balanced_accuracy", "auroc", "f1")
 
 
@@ -57,9 +35,9 @@ def training_curve(log_history: Sequence[Mapping[str, float]], path: str | Path)
     }
     logged = {key for entry in log_history for key in entry}
     shown = {title: series for title, series in panels.items() if logged & set(series)}
-    with _figure(path, 7, 0.8 + 2.3 * max(1, len(shown))) as figure:
+    with drawing(path, 7, 0.8 + 2.3 * max(1, len(shown))) as figure:
         if not shown:
-            return _say(figure, "Nothing was logged.")
+            return say(figure, "Nothing was logged.")
         all_axes = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
         for axes, (title, series) in zip(all_axes, shown.items(), strict=True):
             for color, (key, name) in zip(COLORS, series.items(), strict=False):
@@ -87,9 +65,9 @@ def roc_curve(predictions_by_split: Mapping[str, pd.DataFrame], path: str | Path
         for c, score in log_odds(labeled).items():
             panel, curve = ("", split) if len(names) == 2 else (split, names[c])
             panels.setdefault(panel, {})[curve] = (labeled["label"] == c).to_numpy(), score
-    with _figure(path, 5.2 * max(1, len(panels)), 5.2) as figure:
+    with drawing(path, 5.2 * max(1, len(panels)), 5.2) as figure:
         if not panels:
-            return _say(figure, "There are no predictions.")
+            return say(figure, "There are no predictions.")
         all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
             axes.plot([0, 1], [0, 1], color=GRAY, linestyle=":", linewidth=1)
@@ -115,9 +93,9 @@ def confusion_matrix(predictions: pd.DataFrame, path: str | Path, *, threshold: 
     labeled = predictions[predictions["label"] >= 0]
     names = label_names(predictions)
     side = 2.6 + 0.65 * max(3, len(names))
-    with _figure(path, side + 0.8, side) as figure:
+    with drawing(path, side + 0.8, side) as figure:
         if labeled.empty:
-            return _say(figure, "No label is known.")
+            return say(figure, "No label is known.")
         truth, answer = labeled["label"].to_numpy(), predicted(labeled, threshold)
         counts = count_confusions(truth, answer, labels=range(len(names)))
         shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
@@ -163,9 +141,9 @@ def worst_errors(
     worst = predictions.assign(of_truth=of_truth).iloc[wrong[np.argsort(of_truth[wrong], kind="stable")][:n]]
     names, columns = label_names(predictions), 6
     rows = max(1, -(-len(worst) // columns))
-    with _figure(path, 2.0 * columns, 0.5 + 2.5 * rows) as figure:
+    with drawing(path, 2.0 * columns, 0.5 + 2.5 * rows) as figure:
         if worst.empty:
-            return _say(figure, f"No error among {(labels >= 0).sum():,} labeled images.")
+            return say(figure, f"No error among {(labels >= 0).sum():,} labeled images.")
         total = f"{len(wrong):,} errors among {(labels >= 0).sum():,} images"
         figure.suptitle(
             f"The {len(worst)} most confident of {total}: true class, and the probability that it was given"
@@ -208,17 +186,3 @@ def _interval(entry: Mapping[str, float | None]) -> str | None:
         return None
     value = f"{entry['value']:.3f}"
     return value if entry["low"] is None else f"{value} ({entry['low']:.3f}–{entry['high']:.3f})"
-
-
-@contextmanager
-def _figure(path: str | Path, width: float, height: float) -> Iterator[Figure]:
-    """Yield an empty figure of so many inches; write it to `path` when the block ends."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure
-        with atomic_file(path) as temporary:
-            figure.savefig(temporary, dpi=150, format="png")
-
-
-def _say(figure: Figure, message: str) -> None:
-    figure.text(0.5, 0.5, message, ha="center", va="center", fontsize=14, color=GRAY)

@@ -1,0 +1,233 @@
+"""Whether probabilities mean what they say, and one number that mends them: temperature scaling.
+
+With two classes, calibration is that of the probability of class 1: among images that are given 0.8, 80% should be of
+class 1 (Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning", sec. 4). With more, it
+is that of the predicted class: among images predicted with 0.8, 80% should be right (Guo et al. 2017, "On Calibration
+of Modern Neural Networks", sec. 2). Rows with a hidden label (-1) are left out everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import softmax
+
+from hf_histo.errors import HistoError
+from hf_histo.evaluation.figures import COLORS, GRAY, drawing, say
+from hf_histo.evaluation.predictions import array, label_names, positive_probability, with_logits
+
+BINS = 15  # Guo et al. 2017, table 1
+LOWEST, HIGHEST = 0.01, 100.0  # a temperature beyond these says that the optimum is at 0 or infinity
+
+Binning = Literal["equal_width", "equal_mass"]
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """What logits are to be divided by, and, where none could be fitted and `value` is therefore 1, why not."""
+
+    value: float
+    reason: str | None = None
+
+
+def reliability(predictions: pd.DataFrame, *, bins: int = BINS, binning: Binning = "equal_width") -> pd.DataFrame:
+    """Return what was promised and what came true, by bins of the probability.
+
+    Bins are closed on the right (Guo et al. 2017, sec. 2), the first one on both sides. Equal probabilities share a
+    bin, so bins of "equal" mass hold as many images as the ties allow.
+
+    Args:
+        predictions: a predictions table.
+        bins: how many, at least 1.
+        binning: "equal_width" divides [0, 1] evenly; "equal_mass" divides at the quantiles of the probabilities
+            (Nguyen & O'Connor 2015, "Posterior Calibration and Exploratory Analysis", sec. 2.3).
+
+    Returns:
+        One row for each bin that holds an image, in rising order: `probability`, the mean in the bin, and `frequency`,
+        the share of its images that are of class 1 (two classes) or predicted right (more), float64 in [0, 1]; `n`,
+        its number of images, int64.
+
+    Raises:
+        HistoError: `bins` is less than 1, or `binning` is none of the two.
+    """
+    if bins < 1:
+        raise HistoError(f"bins is {bins}, expected at least 1: {BINS} is usual")
+    if binning not in ("equal_width", "equal_mass"):
+        raise HistoError(f"binning is {binning!r}, expected 'equal_width' or 'equal_mass'")
+    probability, outcome = _claims(predictions)
+    edges = np.linspace(0, 1, bins + 1)
+    if binning == "equal_mass" and len(probability):
+        edges = np.quantile(probability, edges)
+    place = np.searchsorted(edges[1:-1], probability)
+    rows = pd.DataFrame({"probability": probability, "frequency": outcome.astype(np.float64)}).groupby(place)
+    return rows.mean().assign(n=rows.size()).reset_index(drop=True)
+
+
+def expected_calibration_error(
+    predictions: pd.DataFrame, *, bins: int = BINS, binning: Binning = "equal_width"
+) -> float | None:
+    """Return the mean over images of |frequency - probability| of their bin, in [0, 1]; None without a label.
+
+    Naeini et al. 2015, sec. 4, for two classes; Guo et al. 2017, eq. 3, for more. Arguments and errors are those of
+    `reliability`.
+    """
+    found = reliability(predictions, bins=bins, binning=binning)
+    if found.empty:
+        return None
+    return float(np.average((found["frequency"] - found["probability"]).abs(), weights=found["n"]))
+
+
+def brier_score(predictions: pd.DataFrame) -> float | None:
+    """Return the mean squared error of the probabilities; None without a label.
+
+    With two classes it is that of class 1, in [0, 1]; with more it is summed over the classes, in [0, 2] (Brier 1950,
+    "Verification of Forecasts Expressed in Terms of Probability", eq. 2, which with two classes gives twice ours).
+    """
+    labeled = _labeled(predictions)
+    if labeled.empty:
+        return None
+    labels, classes = labeled["label"].to_numpy(), len(label_names(labeled))
+    if classes == 2:
+        return float(np.mean((positive_probability(labeled) - labels) ** 2))
+    return float(np.mean(((array(labeled, "probability") - np.eye(classes)[labels]) ** 2).sum(axis=1)))
+
+
+def compute(predictions: pd.DataFrame) -> dict[str, float | None]:
+    """Return `n` labeled images, `ece` (equal width), `ece_equal_mass` and `brier`; None where undefined."""
+    return {
+        "n": len(_labeled(predictions)),
+        "ece": expected_calibration_error(predictions),
+        "ece_equal_mass": expected_calibration_error(predictions, binning="equal_mass"),
+        "brier": brier_score(predictions),
+    }
+
+
+def report(predictions: pd.DataFrame) -> dict[str, Any]:
+    """Return `compute` as `{"overall": ..., "centers": {"0": ..., ...}, "bins": ...}`, ready for JSON.
+
+    Rows of the unknown center (-1) count in "overall" only.
+    """
+    centers = sorted(set(predictions["center"]) - {-1})
+    return {
+        "overall": compute(predictions),
+        "centers": {str(center): compute(predictions[predictions["center"] == center]) for center in centers},
+        "bins": BINS,
+    }
+
+
+def fit_temperature(predictions: pd.DataFrame) -> Temperature:
+    """Return the temperature T that minimizes the negative log likelihood of softmax(logits / T).
+
+    Guo et al. 2017, sec. 4.2; with one logit, softmax is over (0, logit). Fit it on validation predictions, never on
+    those that are reported. The likelihood is concave in 1 / T, so T is the only root of its derivative.
+
+    No temperature is fitted, `value` is 1 and `reason` says why, where a class is all that is labeled, where the
+    logits separate the classes (T would go to 0), or where they say no more than chance (T would go to infinity).
+
+    Args:
+        predictions: a labeled table. The logits are taken as they stand in it: on a table that was already calibrated,
+            the result is a factor on top of the temperature that it has.
+    """
+    labeled = _labeled(predictions)
+    labels = labeled["label"].to_numpy()
+    if len(np.unique(labels)) < 2:
+        found = f"only class {label_names(labeled)[labels[0]]!r}" if len(labels) else "no image"
+        return Temperature(1.0, f"{found} is labeled: at least two classes are needed")
+    logits = array(labeled, "logit")
+    if logits.ndim == 1:
+        logits = np.stack([np.zeros_like(logits), logits], axis=1)
+    # Relative to the true class, no term is positive where every image is right, not even by rounding.
+    relative = logits - np.take_along_axis(logits, labels[:, None], axis=1)
+
+    def slope(inverse: float) -> float:
+        """Of the negative log likelihood, along 1 / T."""
+        return float((softmax(inverse * logits, axis=1) * relative).sum(axis=1).mean())
+
+    if slope(1 / HIGHEST) >= 0:
+        return Temperature(1.0, f"the logits say no more than chance: the best temperature is beyond {HIGHEST:g}")
+    if slope(1 / LOWEST) <= 0:
+        return Temperature(1.0, f"the logits separate the classes: the best temperature is below {LOWEST:g}")
+    return Temperature(1 / brentq(slope, 1 / HIGHEST, 1 / LOWEST))
+
+
+def apply(predictions: pd.DataFrame, temperature: float) -> pd.DataFrame:
+    """Return the table with `logit` divided by `temperature`, and `probability` from that; other columns are dropped.
+
+    The order of two-class probabilities stays, and so do AUROC and, at a threshold of 0.5, the predicted classes.
+
+    Raises:
+        HistoError: `temperature` isn't a finite positive number.
+    """
+    if not (np.isfinite(temperature) and temperature > 0):
+        raise HistoError(f"temperature is {temperature}, expected a finite number above 0: fit_temperature gives one")
+    return with_logits(predictions, array(predictions, "logit") / temperature)
+
+
+def reliability_diagram(predictions: pd.DataFrame, path: str | Path, *, bins: int = BINS) -> None:
+    """Draw the frequency over the probability, in bins of equal width, as a PNG; below, how many images a bin holds.
+
+    The first panel is overall, and each further one a center, where several are known. On the dotted diagonal,
+    probabilities mean what they say; below it they are too high.
+
+    Args:
+        predictions: a predictions table; rows with a hidden label are left out.
+        path: of the PNG.
+        bins: how many, at least 1.
+
+    Raises:
+        HistoError: `bins` is less than 1.
+    """
+    names = label_names(predictions)
+    panels = dict(_panels(_labeled(predictions)))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    with drawing(path, 3.8 * columns + 0.4, 5.0 * rows) as figure:
+        if panels["overall"].empty:
+            return say(figure, "No label is known.")
+        grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[4, 1] * rows)
+        for axes in grid.ravel():
+            axes.set_axis_off()
+        for i, (title, labeled) in enumerate(panels.items()):
+            row, column = divmod(i, columns)
+            upper, lower = grid[2 * row : 2 * row + 2, column]
+            found = reliability(labeled, bins=bins)
+            upper.plot([0, 1], [0, 1], color=GRAY, linestyle=":", linewidth=1)
+            upper.plot("probability", "frequency", data=found, color=COLORS[0], marker="o", clip_on=False)
+            lower.hist(_claims(labeled)[0], np.linspace(0, 1, bins + 1), color=COLORS[0], alpha=0.6)
+            error = expected_calibration_error(labeled, bins=bins)
+            upper.set_title(f"{title}\n{len(labeled):,} images, ECE {error:.3f}")
+            upper.set(xlim=(0, 1), ylim=(0, 1), xticklabels=[])
+            lower.set(xlim=(0, 1), xlabel=f"probability of {names[1] if len(names) == 2 else 'the predicted class'}")
+            if column == 0:
+                upper.set_ylabel(f"share of {names[1]}" if len(names) == 2 else "share predicted right")
+                lower.set_ylabel("images")
+            for axes in (upper, lower):
+                axes.set_axis_on()
+
+
+def _panels(labeled: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    yield "overall", labeled
+    centers = sorted(set(labeled["center"]) - {-1})
+    if len(centers) > 1:
+        yield from ((f"center {center}", labeled[labeled["center"] == center]) for center in centers)
+
+
+def _labeled(predictions: pd.DataFrame) -> pd.DataFrame:
+    return predictions[predictions["label"] >= 0]
+
+
+def _claims(predictions: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return, for each labeled image, the probability that is to be checked, and whether its event came true."""
+    labeled = _labeled(predictions)
+    labels = labeled["label"].to_numpy()
+    if labeled.empty or len(label_names(labeled)) == 2:
+        return positive_probability(labeled), labels == 1
+    probability = array(labeled, "probability")
+    return probability.max(axis=1), labels == probability.argmax(axis=1)

@@ -1,0 +1,49 @@
+"""How every figure looks, and how one is written; no display and none of pyplot's global state needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from hf_histo.files import atomic_file
+
+# Told apart by colorblind readers too: Okabe & Ito 2008, "Color Universal Design", fig. 16, without black and yellow.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = tuple(product(("-", "--", "-."), COLORS))
+GRAY = "#666666"
+STYLE: dict[Any, Any] = {
+    "axes.edgecolor": GRAY,
+    "axes.grid": True,
+    "axes.labelsize": 11,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 12,
+    "figure.constrained_layout.h_pad": 0.1,
+    "figure.constrained_layout.w_pad": 0.1,
+    "font.size": 10,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "text.parse_math": False,  # an id or a class name may hold dollar signs
+}
+
+
+@contextmanager
+def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+    """Yield an empty figure of so many inches; write it to `path` as a PNG, atomically, when the block ends."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, dpi=150, format="png")
+
+
+def say(figure: Figure, message: str) -> None:
+    """Write `message` where there is nothing to draw."""
+    figure.text(0.5, 0.5, message, ha="center", va="center", fontsize=14, color=GRAY)
