@@ -1,0 +1,87 @@
+"""Several models' predictions of the same images: averaged, or side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from hf_histo.errors import HistoError
+from hf_histo.evaluation import calibration, metrics
+from hf_histo.evaluation.predictions import array, label_names, log_odds, with_logits
+
+
+def average(tables: Sequence[pd.DataFrame], weights: Sequence[float] | None = None) -> pd.DataFrame:
+    """Return the table of the mean logits of several tables of the same images.
+
+    The mean of logits is the normalized geometric mean of the probabilities (the "logarithmic opinion pool", Genest &
+    Zidek 1986, "Combining Probability Distributions", sec. 3). With two classes the result has one logit per image.
+
+    Args:
+        tables: predictions tables, matched by `id`; order, `center` and `group` are taken from the first one.
+        weights: of the tables, at least 0 each and not all 0; only their ratios matter. Equal by default.
+
+    Raises:
+        HistoError: there is no table; their ids, labels, number or names of classes differ; `weights` are not as above.
+    """
+    aligned = _aligned({f"table {i}": table for i, table in enumerate(tables)})
+    given = np.ones(len(tables)) if weights is None else np.asarray(weights, dtype=np.float64)
+    if given.shape != (len(tables),) or not np.isfinite(given).all() or (given < 0).any() or not given.any():
+        raise HistoError(f"weights are {weights}, expected {len(tables)} numbers, at least 0 and not all 0")
+    first = aligned[0]
+    two = len(label_names(first)) == 2
+    logits = np.average([log_odds(table)[1] if two else array(table, "logit") for table in aligned], 0, given)
+    return with_logits(first, logits)
+
+
+def compare(tables: Mapping[str, pd.DataFrame], *, threshold: float = 0.5) -> pd.DataFrame:
+    """Return the metrics of several tables of the same images, one row each.
+
+    Args:
+        tables: predictions tables by the name of their model, matched by `id`.
+        threshold: the probability in [0, 1] from which on class 1 is predicted, where there are two classes.
+
+    Returns:
+        The values of `metrics.compute` and `calibration.compute` as float64 columns, NaN where undefined; the index
+        holds the names.
+
+    Raises:
+        HistoError: the tables' ids, labels, number or names of classes differ, or `threshold` is outside [0, 1].
+    """
+    aligned = dict(zip(tables, _aligned(tables), strict=True))
+    rows = {
+        name: metrics.compute(table, threshold=threshold) | calibration.compute(table)
+        for name, table in aligned.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index", dtype=np.float64)
+
+
+def _aligned(tables: Mapping[str, pd.DataFrame]) -> list[pd.DataFrame]:
+    """Return the tables with their rows in the order of the first one."""
+    if not tables:
+        raise HistoError("tables are empty, expected at least one predictions table")
+    (reference, first), *others = tables.items()
+    names, labels = label_names(first), first["label"].to_numpy()
+    aligned = [first]
+    for name, table in others:
+        found = label_names(table)
+        both_named = "label_names" in table.attrs and "label_names" in first.attrs
+        if len(found) != len(names) or (both_named and found != names):
+            raise HistoError(
+                f"{name} has the classes {found}, expected those of {reference}, {names}: pass predictions of one task"
+            )
+        if differing := sorted(set(first["id"]) ^ set(table["id"])):
+            raise HistoError(
+                f"{name} and {reference} differ in {len(differing)} ids, e.g. {differing[0]}, expected none: "
+                "predict the same split with every model"
+            )
+        table = table.set_index("id", drop=False).loc[first["id"]].reset_index(drop=True)
+        for key, label, expected in zip(table["id"], table["label"], labels, strict=True):
+            if label != expected:
+                raise HistoError(
+                    f"{name} has label {label} for id {key}, expected that of {reference}, {expected}: predict the "
+                    "same split with every model"
+                )
+        aligned.append(table)
+    return aligned

@@ -1,0 +1,191 @@
+"""Thresholds against brute force over every possible one, and their behavior on ties."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn.metrics as sk
+
+from hf_histo.errors import HistoError
+from hf_histo.evaluation import metrics, thresholds
+from hf_histo.evaluation.predictions import array, make, predicted
+
+
+def table(logits: object, labels: object = None, centers: object = None) -> pd.DataFrame:
+    n = len(np.asarray(logits))
+    hidden = np.full(n, -1)
+    return make(
+        range(n),
+        hidden if centers is None else centers,  # type: ignore[arg-type]
+        [""] * n,
+        hidden if labels is None else labels,  # type: ignore[arg-type]
+        logits,  # type: ignore[arg-type]
+    )
+
+
+def random_table(n: int = 300, classes: int = 1, seed: int = 0) -> pd.DataFrame:
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, max(2, classes), n)
+    noise = (8 * random.normal(size=(n, classes))).round() / 8  # scores tie
+    return table(noise + (labels[:, None] if classes == 1 else np.eye(classes)[labels]), labels, labels * 0 + seed)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.77, 1.0])
+def test_share_is_met_without_labels(share: float) -> None:
+    predictions = table(np.random.default_rng(0).normal(3, 1, size=1000))
+    found = thresholds.for_share(predictions, share)
+    assert found.achieved == share
+    assert predicted(predictions, found.value).mean() == share
+    assert (found.criterion, found.n) == ("share", 1000)
+
+
+def test_two_logits_are_the_same_as_one() -> None:
+    logits = np.random.default_rng(0).normal(size=100)
+    two = thresholds.for_share(table(np.stack([-logits, logits], axis=1)), 0.3)
+    assert two.value == pytest.approx(thresholds.for_share(table(2 * logits), 0.3).value)
+
+
+@pytest.mark.parametrize(
+    ("logits", "share", "achieved"),
+    [
+        ([1.0, 1.0, 1.0, 1.0], 0.5, 0.0),  # all or none are equally near: the smaller share
+        ([1.0, 1.0, 1.0, 1.0], 0.6, 1.0),
+        ([-1.0, 0.0, 0.0, 2.0], 0.5, 0.25),  # 1/4 and 3/4 are equally near
+        ([-1.0, 0.0, 0.0, 2.0], 0.6, 0.75),
+        ([1.0, 2.0, 3.0], 0.5, 1 / 3),
+        ([-800.0, -800.0], 1.0, 1.0),  # probability 0: threshold 0
+        ([-800.0, 800.0], 0.5, 0.5),
+        ([800.0, 800.0], 0.0, 1.0),  # probability 1 is above every threshold
+        ([40.0, 36.0], 0.5, 0.5),  # 1 and its neighbors
+    ],
+)
+def test_ties_and_ends(logits: list[float], share: float, achieved: float) -> None:
+    predictions = table(logits)
+    found = thresholds.for_share(predictions, share)
+    assert found.achieved == achieved
+    assert 0 <= found.value <= 1
+    assert predicted(predictions, found.value).mean() == achieved
+    assert thresholds.for_share(predictions[::-1], share) == found
+
+
+def test_neighboring_floats_are_parted() -> None:
+    low = 0.3
+    predictions = table([0.0, 0.0]).assign(probability=[low, np.nextafter(low, 1)])
+    assert predicted(predictions, thresholds.for_share(predictions).value).tolist() == [0, 1]
+
+
+def test_thresholds_keep_a_distance_from_the_probabilities() -> None:
+    predictions = table([-1.0, 1.0])
+    assert thresholds.for_share(predictions).value == pytest.approx(0.5)
+
+
+def test_share_by_center() -> None:
+    shifted = table([0.0, 1.0, 5.0, 6.0, -9.0], centers=[0, 0, 3, 3, -1])
+    found = thresholds.for_share_by_center(shifted)
+    assert list(found) == [-1, 0, 3]
+    assert found[3] == thresholds.for_share(shifted[2:4])
+    assert found[0].achieved == found[3].achieved == 0.5
+
+
+SCORES: dict[str, Callable[..., float]] = {
+    "balanced_accuracy": sk.balanced_accuracy_score,
+    "f1": sk.f1_score,
+    "accuracy": sk.accuracy_score,
+}
+
+
+@pytest.mark.parametrize("criterion", [*SCORES, "sensitivity"])
+@pytest.mark.parametrize("seed", range(3))
+def test_chosen_threshold_is_the_best_of_all(criterion: thresholds.Criterion, seed: int) -> None:
+    predictions = random_table(seed=seed)
+    found = thresholds.choose(predictions, criterion, specificity=0.9)
+    labels = predictions["label"].to_numpy()
+
+    def value(threshold: float) -> float:
+        answer = predicted(predictions, threshold)
+        if criterion != "sensitivity":
+            return SCORES[criterion](labels, answer)
+        enough = sk.recall_score(labels, answer, pos_label=0) >= 0.9
+        return sk.recall_score(labels, answer) if enough else -1.0
+
+    possible = [value(t) for t in [*np.unique(array(predictions, "probability")), 1.0]]
+    assert found.achieved == pytest.approx(max(possible))
+    assert value(found.value) == pytest.approx(found.achieved)
+    if criterion != "sensitivity":
+        assert metrics.compute(predictions, threshold=found.value)[criterion] == pytest.approx(found.achieved)
+    assert (found.criterion, found.n) == (criterion, 300)
+
+
+def test_of_equally_good_thresholds_the_nearest_to_one_half() -> None:
+    # Above 0.4 or above 0.9, one of six is wrong.
+    p = np.array([0.1, 0.3, 0.5, 0.8, 0.88, 0.92])
+    predictions = table(np.log(p / (1 - p)), [0, 0, 1, 0, 1, 1])
+    assert thresholds.choose(predictions, "accuracy").value == pytest.approx(0.4)
+
+
+def test_of_equally_sensitive_thresholds_the_most_specific() -> None:
+    p = np.array([0.1, 0.2, 0.3, 0.9])
+    predictions = table(np.log(p / (1 - p)), [0, 0, 0, 1])
+    assert thresholds.choose(predictions, "sensitivity", specificity=0.5).value == pytest.approx(0.6)
+
+
+def test_hidden_labels_are_left_out() -> None:
+    predictions = random_table()
+    predictions.loc[100:, "label"] = -1
+    for criterion in (*SCORES, "sensitivity"):
+        assert thresholds.choose(predictions, criterion) == thresholds.choose(predictions[:100], criterion)  # type: ignore[arg-type]
+    assert thresholds.screening(predictions) == thresholds.screening(predictions[:100])
+
+
+@pytest.mark.parametrize("specificity", [0.0, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("classes", [1, 2, 4])
+def test_screening_is_a_point_of_the_roc_curve(classes: int, specificity: float) -> None:
+    predictions = random_table(classes=classes)
+    predictions.attrs["label_names"] = ["normal", "tumor"] if classes < 3 else ["a", "b", "normal", "c"]
+    healthy = predictions.attrs["label_names"].index("normal")
+    probability = array(predictions, "probability")
+    score = probability if classes == 1 else 1 - probability[:, healthy]
+    false_rate, true_rate, _ = sk.roc_curve(predictions["label"] != healthy, score.round(12), drop_intermediate=False)
+    expected = true_rate[1 - false_rate >= specificity - 1e-9].max()
+    found = thresholds.screening(predictions, negative="normal", specificity=specificity)
+    assert found.sensitivity == pytest.approx(expected)
+    assert found.specificity == pytest.approx(1 - false_rate[true_rate == expected].min())
+    assert found.n == 300
+
+
+def test_screening_for_the_other_class_and_saturated_probabilities() -> None:
+    predictions = table([50.0, 60.0, 70.0, 80.0], [0, 0, 1, 1])  # every probability is 1
+    assert thresholds.screening(predictions) == thresholds.Screening(1.0, 1.0, 4)
+    # Seen from class 1, every image of class 0 ranks above it.
+    assert thresholds.screening(predictions, negative="1") == thresholds.Screening(1.0, 1.0, 4)
+    swapped = predictions.assign(label=1 - predictions["label"])
+    assert thresholds.screening(swapped) == thresholds.Screening(0.0, 1.0, 4)
+
+
+def test_screening_of_one_class_is_undefined() -> None:
+    for labels in ([0, 0], [1, 1], [-1, -1]):
+        found = thresholds.screening(table([0.0, 1.0], labels))
+        assert found.sensitivity is None and found.specificity is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: thresholds.for_share(table([0.0]), 1.5), "share is 1.5"),
+        (lambda: thresholds.for_share(table([]), 0.5), "no image"),
+        (lambda: thresholds.for_share(table(np.eye(3))), "3 classes"),
+        (lambda: thresholds.choose(table(np.eye(3), [0, 1, 2])), "3 classes"),
+        (lambda: thresholds.choose(table([0.0, 1.0], [1, 1])), "only '1' is labeled"),
+        (lambda: thresholds.choose(table([0.0, 1.0])), "no class is labeled"),
+        (lambda: thresholds.choose(table([0.0, 1.0], [0, 1]), "auroc"), "criterion is 'auroc'"),  # type: ignore[arg-type]
+        (lambda: thresholds.choose(table([0.0, 1.0], [0, 1]), "sensitivity", specificity=95), "specificity is 95"),
+        (lambda: thresholds.choose(table([800.0, 800.0], [0, 1]), "sensitivity"), "no threshold reaches"),
+        (lambda: thresholds.screening(table([0.0, 1.0], [0, 1]), specificity=-1), "specificity is -1"),
+        (lambda: thresholds.screening(table([0.0, 1.0], [0, 1]), negative="normal"), "one of 0, 1"),
+    ],
+)
+def test_bad_input_is_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(HistoError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
