@@ -1,61 +1,132 @@
-"""Say how good predictions are: metrics with 95% intervals, overall and per acquisition center, and figures.
+"""Say how good predictions are: metrics with 95% intervals, calibration, per acquisition center, and figures.
 
     python recipes/evaluate.py --predictions output/predictions/test.parquet --output_dir report
     python recipes/evaluate.py --predictions output/predictions/val.parquet output/predictions/test.parquet \
         --output_dir report --threshold 0.4
+    python recipes/evaluate.py --predictions a/test.parquet b/test.parquet --ensemble --balanced --output_dir report \
+        --calibrate_on a/val.parquet b/val.parquet --submission preds.csv
 
 A predictions file is what a training recipe writes, one for each split; its name, without the suffix, is the name of
-the split here. Into the output folder go `metrics.json`, `roc.png`, and `confusion_<split>.png` for each split. Neither
-a GPU nor the images are needed.
+the split here. With `--ensemble`, all files are predictions of one split by different models, and so are those of
+`--calibrate_on` and `--threshold_on`. First the temperature is fitted and applied, then the threshold is chosen.
+
+Into the output folder go `metrics.json`, `roc.png`, and for each split `confusion_<split>.png`,
+`reliability_<split>.png` and `predictions/<split>.parquet`, the predictions as evaluated. Neither a GPU nor the images
+are needed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
-from transformers import HfArgumentParser
+import pandas as pd
 
 from hf_histo.errors import HistoError, run
+from hf_histo.evaluation import calibration, thresholds
 from hf_histo.evaluation import predictions as tables
+from hf_histo.evaluation.ensembling import average
 from hf_histo.evaluation.metrics import report
-from hf_histo.evaluation.report import center_table, confusion_matrix, roc_curve
+from hf_histo.evaluation.report import center_table, confusion_matrix, roc_curve, table
 from hf_histo.files import write_json
 
 
-@dataclass
-class Arguments:
-    """What to evaluate, and where the result goes."""
+def parse() -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--predictions", nargs="+", required=True, help="predictions files, one for each split")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder for metrics.json and the figures")
+    parser.add_argument("--ensemble", action="store_true", help="average the files, of one split by several models")
+    parser.add_argument("--calibrate_on", nargs="+", metavar="VAL", help="labeled files to fit a temperature on")
+    threshold = parser.add_mutually_exclusive_group()
+    threshold.add_argument(
+        "--threshold", type=float, default=0.5, help="probability from which on class 1 is predicted"
+    )
+    threshold.add_argument("--threshold_on", nargs="+", metavar="VAL", help="labeled files to choose a threshold on")
+    threshold.add_argument(
+        "--balanced", nargs="?", type=float, const=0.5, metavar="SHARE", help="predict class 1 for this share (0.5)"
+    )
+    parser.add_argument(
+        "--criterion",
+        choices=get_args(thresholds.Criterion),
+        default="balanced_accuracy",
+        help="what --threshold_on maximizes (default: balanced_accuracy)",
+    )
+    parser.add_argument("--specificity", type=float, default=0.95, help="that sensitivity is given at (default: 0.95)")
+    parser.add_argument("--submission", type=Path, metavar="CSV", help="write ID, Pred, Prob of the one split")
+    parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples for the intervals")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier metrics.json and its figures")
+    return parser.parse_args()
 
-    predictions: list[str] = field(metadata={"help": "predictions files (.parquet), one for each split"})
-    output_dir: str = field(metadata={"help": "folder for metrics.json and the figures"})
-    threshold: float = field(default=0.5, metadata={"help": "probability from which on class 1 is predicted, 0 to 1"})
-    resamples: int = field(default=1000, metadata={"help": "bootstrap resamples for the intervals"})
-    seed: int = field(default=0, metadata={"help": "seed of the bootstrap"})
-    overwrite: bool = field(default=False, metadata={"help": "replace an earlier metrics.json and its figures"})
+
+def read(option: str, paths: list[str], ensemble: bool) -> pd.DataFrame:
+    """The one table of an option's files."""
+    if len(paths) > 1 and not ensemble:
+        raise HistoError(f"{option} has {len(paths)} files, expected 1: add --ensemble to average several models")
+    return average([tables.read(path) for path in paths]) if ensemble else tables.read(paths[0])
 
 
 def main() -> None:
-    arguments = Arguments(**vars(HfArgumentParser(Arguments).parse_args()))  # type: ignore[arg-type]
-    output = Path(arguments.output_dir)
-    if (output / "metrics.json").exists() and not arguments.overwrite:
+    options = parse()
+    output = options.output_dir
+    if (output / "metrics.json").exists() and not options.overwrite:
         raise HistoError(f"--output_dir {output} already holds a metrics.json: pass another folder or --overwrite")
-    paths = {Path(path).stem: path for path in arguments.predictions}
-    if len(paths) < len(arguments.predictions):
-        raise HistoError(f"--predictions {arguments.predictions} share a file name: rename them after their splits")
+    stems = [Path(path).stem for path in options.predictions]
+    if options.ensemble:
+        files = {stems[0] if len(set(stems)) == 1 else "ensemble": options.predictions}
+    else:
+        files = {stem: [path] for stem, path in zip(stems, options.predictions, strict=True)}
+        if len(files) < len(stems):
+            raise HistoError(
+                f"--predictions {options.predictions} share a file name: rename them after their splits, or add "
+                "--ensemble if they are of different models"
+            )
+    if options.submission and len(files) > 1:
+        raise HistoError(f"--submission takes one split, found {', '.join(files)}: pass one file, or --ensemble")
 
-    splits = {split: tables.read(path) for split, path in paths.items()}
+    splits = {split: read("--predictions", paths, options.ensemble) for split, paths in files.items()}
+    temperature = calibration.Temperature(1.0, "--calibrate_on was not given")
+    if options.calibrate_on:
+        temperature = calibration.fit_temperature(read("--calibrate_on", options.calibrate_on, options.ensemble))
+        print(f"temperature {temperature.value:.3f}" + (f": {temperature.reason}" if temperature.reason else ""))
+        splits = {split: calibration.apply(predictions, temperature.value) for split, predictions in splits.items()}
+    chosen = None
+    if options.threshold_on:
+        validation = read("--threshold_on", options.threshold_on, options.ensemble)
+        if options.calibrate_on:
+            validation = calibration.apply(validation, temperature.value)
+        chosen = thresholds.choose(validation, options.criterion, specificity=options.specificity)
+
     metrics = {}
     for split, predictions in splits.items():
-        result = report(predictions, threshold=arguments.threshold, resamples=arguments.resamples, seed=arguments.seed)
-        metrics[split] = {"predictions": paths[split], **result}
-        print(f"\n{split}, 95% intervals from resampled groups\n\n{center_table(result)}")
+        if options.balanced is not None:
+            chosen = thresholds.for_share(predictions, options.balanced)
+        threshold = chosen.value if chosen else options.threshold
+        result = report(predictions, threshold=threshold, resamples=options.resamples, seed=options.seed)
+        calibrated = calibration.report(predictions)
+        metrics[split] = {
+            "predictions": files[split],
+            **result,
+            "threshold_choice": asdict(chosen) if chosen else None,
+            "screening": asdict(thresholds.screening(predictions, specificity=options.specificity)),
+            "calibration": {**calibrated, "temperature": asdict(temperature), "fitted_on": options.calibrate_on},
+        }
+        print(f"\n{split} at threshold {threshold:.3f}, 95% intervals from resampled groups\n\n{center_table(result)}")
+        overall = calibrated["overall"]
+        print("\n" + table([["calibration", *overall], ["overall", *overall.values()]]))
 
     for split, predictions in splits.items():
-        confusion_matrix(predictions, output / f"confusion_{split}.png", threshold=arguments.threshold)
+        threshold = metrics[split]["threshold"]
+        confusion_matrix(predictions, output / f"confusion_{split}.png", threshold=threshold)
+        calibration.reliability_diagram(predictions, output / f"reliability_{split}.png")
+        tables.write(output / "predictions" / f"{split}.parquet", predictions, tables.label_names(predictions))
+        if options.submission:
+            tables.write_submission(options.submission, predictions, threshold)
     roc_curve(splits, output / "roc.png")
     write_json(output / "metrics.json", metrics)  # last, so that its presence means that all is there
-    print(f"\nwrote {output / 'metrics.json'} and {len(splits) + 1} figures")
+    print(f"\nwrote {output / 'metrics.json'} and {2 * len(splits) + 1} figures")
 
 
 if __name__ == "__main__":

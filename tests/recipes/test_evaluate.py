@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from hf_histo.evaluation import metrics
+from hf_histo.evaluation import calibration, metrics, thresholds
 from hf_histo.evaluation import predictions as tables
+from hf_histo.evaluation.ensembling import average
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate.py"
 
@@ -18,32 +21,47 @@ def evaluate(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, RECIPE, *map(str, arguments)], capture_output=True, text=True)
 
 
+def random_table(seed: int, sharpness: float = 1.0) -> pd.DataFrame:
+    """Of 60 images in two centers, whose labels don't depend on the seed."""
+    labels, random = np.random.default_rng(0).integers(0, 2, 60), np.random.default_rng(seed)
+    logits = sharpness * (random.normal(size=60) + 2 * labels - 1)
+    return tables.make(range(60), np.arange(60) % 2, [f"p{i % 12}" for i in range(60)], labels, logits)
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    random = np.random.default_rng(0)
-    paths = [tmp_path / "predictions" / f"{split}.parquet" for split in ("val", "test")]
-    for path in paths:
-        labels = random.integers(0, 2, 60)
-        groups = [f"p{i % 12}" for i in range(60)]
-        table = tables.make(range(60), random.integers(0, 2, 60), groups, labels, random.normal(size=60) + labels)
-        tables.write(path, table, ["normal", "tumor"])
+    """One model's val and test, then another's."""
+    paths = [tmp_path / model / f"{split}.parquet" for model in "ab" for split in ("val", "test")]
+    for seed, path in enumerate(paths):
+        tables.write(path, random_table(seed, sharpness=6.0), ["normal", "tumor"])
     return paths
 
 
 def test_end_to_end_and_no_overwriting(files: list[Path], tmp_path: Path) -> None:
     output = tmp_path / "report"
-    done = evaluate("--predictions", *files, "--output_dir", output, "--threshold", 0.6)
+    done = evaluate("--predictions", *files[:2], "--output_dir", output, "--threshold", 0.6)
     assert done.returncode == 0, done.stderr
     assert sorted(file.name for file in output.iterdir()) == [
         "confusion_test.png",
         "confusion_val.png",
         "metrics.json",
+        "predictions",
+        "reliability_test.png",
+        "reliability_val.png",
         "roc.png",
     ]
     written = json.loads((output / "metrics.json").read_text())
     assert list(written) == ["val", "test"]
-    assert written["test"].pop("predictions") == str(files[1])
-    assert written["test"] == metrics.report(tables.read(files[1]), threshold=0.6)
+    test = tables.read(files[1])
+    assert written["test"].pop("predictions") == [str(files[1])]
+    assert written["test"].pop("threshold_choice") is None
+    assert written["test"].pop("screening") == asdict(thresholds.screening(test))
+    measured = written["test"].pop("calibration")
+    assert measured.pop("fitted_on") is None and measured.pop("temperature")["value"] == 1
+    assert measured == calibration.report(test)
+    assert written["test"] == metrics.report(test, threshold=0.6)
+    pd.testing.assert_frame_equal(tables.read(output / "predictions" / "test.parquet"), test)
+    assert f"{measured['overall']['ece']:.3f}" in done.stdout
     assert f"{written['test']['overall']['auroc']['value']:.3f} (" in done.stdout
     assert done.stdout.count("| center 1 |") == 2
 
@@ -56,12 +74,66 @@ def test_end_to_end_and_no_overwriting(files: list[Path], tmp_path: Path) -> Non
     assert list(json.loads((output / "metrics.json").read_text())) == ["val"]
 
 
+def test_ensemble_calibrated_and_balanced(files: list[Path], tmp_path: Path) -> None:
+    output, submission = tmp_path / "report", tmp_path / "preds.csv"
+    arguments = ["--predictions", files[1], files[3], "--ensemble", "--calibrate_on", files[0], files[2]]
+    done = evaluate(*arguments, "--balanced", 0.4, "--submission", submission, "--output_dir", output)
+    assert done.returncode == 0, done.stderr
+    validation, test = (average([tables.read(files[i]) for i in pair]) for pair in ((0, 2), (1, 3)))
+    temperature = calibration.fit_temperature(validation)
+    assert temperature.value > 1.2
+    expected = calibration.apply(test, temperature.value)
+    pd.testing.assert_frame_equal(tables.read(output / "predictions" / "test.parquet"), expected)
+    written = json.loads((output / "metrics.json").read_text())["test"]
+    assert written["calibration"]["temperature"] == asdict(temperature)
+    assert written["calibration"]["fitted_on"] == [str(files[0]), str(files[2])]
+    assert written["calibration"]["overall"] == calibration.compute(expected)
+    assert written["threshold"] == thresholds.for_share(expected, 0.4).value
+    assert written["threshold_choice"]["achieved"] == 0.4
+
+    csv = pd.read_csv(submission, dtype={"ID": str})
+    assert list(csv.columns) == ["ID", "Pred", "Prob"]
+    assert csv["ID"].tolist() == expected["id"].tolist()
+    assert csv["Pred"].sum() == 24
+    np.testing.assert_allclose(csv["Prob"], expected["probability"])
+
+
+def test_threshold_from_calibrated_validation(files: list[Path], tmp_path: Path) -> None:
+    output = tmp_path / "report"
+    done = evaluate(
+        *("--predictions", files[1], "--output_dir", output, "--calibrate_on", files[0], "--threshold_on", files[0]),
+        *("--criterion", "sensitivity", "--specificity", 0.8),
+    )
+    assert done.returncode == 0, done.stderr
+    validation = tables.read(files[0])
+    validation = calibration.apply(validation, calibration.fit_temperature(validation).value)
+    expected = thresholds.choose(validation, "sensitivity", specificity=0.8)
+    written = json.loads((output / "metrics.json").read_text())["test"]
+    assert written["threshold_choice"] == asdict(expected)
+    assert written["threshold"] == expected.value
+
+
+def test_submission_of_several_classes_gives_the_predicted_one(tmp_path: Path) -> None:
+    logits = np.array([[0.0, 1.0, 2.0], [3.0, 1.0, 2.0]])
+    tables.write_submission(tmp_path / "preds.csv", tables.make("ab", [0, 0], ["", ""], [-1, -1], logits))
+    csv = pd.read_csv(tmp_path / "preds.csv")
+    assert csv["Pred"].tolist() == [2, 0]
+    np.testing.assert_allclose(csv["Prob"], tables.probabilities(logits).max(axis=1))
+    two = tables.make("ab", [0, 0], ["", ""], [-1, -1], logits[:, :2])
+    tables.write_submission(tmp_path / "preds.csv", two, threshold=0.9)
+    csv = pd.read_csv(tmp_path / "preds.csv")
+    assert csv["Pred"].tolist() == [0, 0]
+    np.testing.assert_allclose(csv["Prob"], tables.probabilities(logits[:, :2])[:, 1])
+
+
 def test_bad_input_is_one_line(files: list[Path], tmp_path: Path) -> None:
     output = tmp_path / "report"
     files[0].write_text("not parquet")
     for arguments, message in [
         (["--predictions", files[0]], "can't be read as parquet"),
-        (["--predictions", files[1], files[1]], "share a file name"),
+        (["--predictions", files[1], files[3]], "share a file name"),
+        (["--predictions", files[1], files[2], "--submission", tmp_path / "preds.csv"], "--submission takes one split"),
+        (["--predictions", files[1], "--calibrate_on", files[2], files[3]], "--calibrate_on has 2 files"),
         (["--predictions", files[1], "--threshold", 2], "threshold is 2"),
     ]:
         done = evaluate(*arguments, "--output_dir", output)
