@@ -1,9 +1,10 @@
 """Say how good predictions are: metrics with 95% intervals, calibration, per acquisition center, and figures.
 
     python recipes/evaluate.py --predictions output/predictions/test.parquet --output_dir report
-    python recipes/evaluate.py --predictions output/predictions/val.parquet output/predictions/test.parquet \
-        --output_dir report --threshold 0.4
-    python recipes/evaluate.py --predictions a/test.parquet b/test.parquet --ensemble --balanced --output_dir report \
+    python recipes/evaluate.py --predictions a/val.parquet a/test.parquet --output_dir report --threshold 0.4
+    python recipes/evaluate.py --predictions a/test.parquet --calibrate_on a/val.parquet --threshold_on a/val.parquet \\
+        --output_dir report
+    python recipes/evaluate.py --predictions a/test.parquet b/test.parquet --ensemble --balanced --output_dir report \\
         --calibrate_on a/val.parquet b/val.parquet --submission preds.csv
 
 A predictions file is what a training recipe writes, one for each split; its name, without the suffix, is the name of
@@ -65,7 +66,15 @@ def read(option: str, paths: list[str], ensemble: bool) -> pd.DataFrame:
     """The one table of an option's files."""
     if len(paths) > 1 and not ensemble:
         raise HistoError(f"{option} has {len(paths)} files, expected 1: add --ensemble to average several models")
-    return average([tables.read(path) for path in paths]) if ensemble else tables.read(paths[0])
+    return average({path: tables.read(path) for path in paths}) if ensemble else tables.read(paths[0])
+
+
+def read_validation(option: str, paths: list[str], ensemble: bool, names: list[str]) -> pd.DataFrame:
+    """The one table of an option's files, which must tell the classes `names`."""
+    validation = read(option, paths, ensemble)
+    if (found := tables.label_names(validation)) != names:
+        raise HistoError(f"{option} {paths[0]} has the classes {found}, expected those of --predictions, {names}")
+    return validation
 
 
 def main() -> None:
@@ -87,14 +96,16 @@ def main() -> None:
         raise HistoError(f"--submission takes one split, found {', '.join(files)}: pass one file, or --ensemble")
 
     splits = {split: read("--predictions", paths, options.ensemble) for split, paths in files.items()}
+    names = tables.label_names(next(iter(splits.values())))
     temperature = calibration.Temperature(1.0, "--calibrate_on was not given")
     if options.calibrate_on:
-        temperature = calibration.fit_temperature(read("--calibrate_on", options.calibrate_on, options.ensemble))
+        validation = read_validation("--calibrate_on", options.calibrate_on, options.ensemble, names)
+        temperature = calibration.fit_temperature(validation)
         print(f"temperature {temperature.value:.3f}" + (f": {temperature.reason}" if temperature.reason else ""))
         splits = {split: calibration.apply(predictions, temperature.value) for split, predictions in splits.items()}
     chosen = None
     if options.threshold_on:
-        validation = read("--threshold_on", options.threshold_on, options.ensemble)
+        validation = read_validation("--threshold_on", options.threshold_on, options.ensemble, names)
         if options.calibrate_on:
             validation = calibration.apply(validation, temperature.value)
         chosen = thresholds.choose(validation, options.criterion, specificity=options.specificity)

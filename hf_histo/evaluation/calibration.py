@@ -1,7 +1,7 @@
 """Whether probabilities mean what they say, and one number that mends them: temperature scaling.
 
 With two classes, calibration is that of the probability of class 1: among images that are given 0.8, 80% should be of
-class 1 (Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning", sec. 4). With more, it
+class 1 (Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI). With more, it
 is that of the predicted class: among images predicted with 0.8, 80% should be right (Guo et al. 2017, "On Calibration
 of Modern Neural Networks", sec. 2). Rows with a hidden label (-1) are left out everywhere.
 """
@@ -47,7 +47,7 @@ def reliability(predictions: pd.DataFrame, *, bins: int = BINS, binning: Binning
         predictions: a predictions table.
         bins: how many, at least 1.
         binning: "equal_width" divides [0, 1] evenly; "equal_mass" divides at the quantiles of the probabilities
-            (Nguyen & O'Connor 2015, "Posterior Calibration and Exploratory Analysis", sec. 2.3).
+            (Nguyen & O'Connor 2015, "Posterior Calibration and Exploratory Analysis for NLP Models", EMNLP).
 
     Returns:
         One row for each bin that holds an image, in rising order: `probability`, the mean in the bin, and `frequency`,
@@ -75,7 +75,7 @@ def expected_calibration_error(
 ) -> float | None:
     """Return the mean over images of |frequency - probability| of their bin, in [0, 1]; None without a label.
 
-    Naeini et al. 2015, sec. 4, for two classes; Guo et al. 2017, eq. 3, for more. Arguments and errors are those of
+    Naeini et al. 2015 for two classes; Guo et al. 2017, eq. 3, for more. Arguments and errors are those of
     `reliability`.
     """
     found = reliability(predictions, bins=bins, binning=binning)

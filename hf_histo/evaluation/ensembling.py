@@ -12,20 +12,25 @@ from hf_histo.evaluation import calibration, metrics
 from hf_histo.evaluation.predictions import array, label_names, log_odds, with_logits
 
 
-def average(tables: Sequence[pd.DataFrame], weights: Sequence[float] | None = None) -> pd.DataFrame:
+def average(
+    tables: Sequence[pd.DataFrame] | Mapping[str, pd.DataFrame], weights: Sequence[float] | None = None
+) -> pd.DataFrame:
     """Return the table of the mean logits of several tables of the same images.
 
     The mean of logits is the normalized geometric mean of the probabilities (the "logarithmic opinion pool", Genest &
-    Zidek 1986, "Combining Probability Distributions", sec. 3). With two classes the result has one logit per image.
+    Zidek 1986, "Combining Probability Distributions", Statistical Science 1(1):114-135). With two classes the
+    result has one logit per image.
 
     Args:
-        tables: predictions tables, matched by `id`; order, `center` and `group` are taken from the first one.
+        tables: predictions tables, matched by `id`, with the names that errors call them by, if given; order, `center`
+            and `group` are taken from the first one.
         weights: of the tables, at least 0 each and not all 0; only their ratios matter. Equal by default.
 
     Raises:
         HistoError: there is no table; their ids, labels, number or names of classes differ; `weights` are not as above.
     """
-    aligned = _aligned({f"table {i}": table for i, table in enumerate(tables)})
+    named = tables if isinstance(tables, Mapping) else {f"table {i}": table for i, table in enumerate(tables)}
+    aligned = _aligned(named)
     given = np.ones(len(tables)) if weights is None else np.asarray(weights, dtype=np.float64)
     if given.shape != (len(tables),) or not np.isfinite(given).all() or (given < 0).any() or not given.any():
         raise HistoError(f"weights are {weights}, expected {len(tables)} numbers, at least 0 and not all 0")

@@ -127,13 +127,16 @@ def test_submission_of_several_classes_gives_the_predicted_one(tmp_path: Path) -
 
 
 def test_bad_input_is_one_line(files: list[Path], tmp_path: Path) -> None:
-    output = tmp_path / "report"
+    output, other = tmp_path / "report", tmp_path / "other.parquet"
+    tables.write(other, random_table(0), ["benign", "malignant"])
     files[0].write_text("not parquet")
     for arguments, message in [
         (["--predictions", files[0]], "can't be read as parquet"),
         (["--predictions", files[1], files[3]], "share a file name"),
         (["--predictions", files[1], files[2], "--submission", tmp_path / "preds.csv"], "--submission takes one split"),
         (["--predictions", files[1], "--calibrate_on", files[2], files[3]], "--calibrate_on has 2 files"),
+        (["--predictions", files[1], "--calibrate_on", other], "has the classes ['benign', 'malignant']"),
+        (["--predictions", files[1], other, "--ensemble"], f"{other} has the classes"),
         (["--predictions", files[1], "--threshold", 2], "threshold is 2"),
     ]:
         done = evaluate(*arguments, "--output_dir", output)
