@@ -1,0 +1,48 @@
+"""Backbones and runs small enough for a test: random weights, saved as a local folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import h5py
+import torch
+from fixtures import write_challenge
+
+from hf_histo.config import Config, parse
+from hf_histo.models import backbones, batchnorm
+
+COUNTS = {"train": 24, "val": 13, "test": 7}
+SIZE = 32
+
+
+def write_backbone(folder: Path, name: str = "test_resnet.r160_in1k", seed: int = 0) -> Path:
+    """Save a timm test model with random weights, and the batch-norm statistics of its activations."""
+    torch.manual_seed(seed)
+    model = backbones.load(name, 10, random_weights=True)
+    # Statistics of real activations: with those of a fresh layer the features, and all logits, come out alike.
+    for layer in batchnorm.layers(model).values():
+        layer.momentum = 1.0
+        layer.weight.data.uniform_(0.5, 1.5)
+    with torch.no_grad():
+        model.train()(pixel_values=torch.randn(16, 3, 96, 96) + torch.randn(16, 3, 1, 1))
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_data(folder: Path, counts: Mapping[str, int] = COUNTS) -> Path:
+    """Save a challenge folder of `counts` images of `SIZE` pixels; those of label 1 are darker."""
+    write_challenge(folder, counts=counts, size=SIZE, test_labels=True)
+    for path in folder.glob("*.h5"):
+        with h5py.File(path, "r+") as file:
+            for group in file.values():
+                if group["label"][()] == 1:
+                    group["img"][...] = group["img"][...] // 3
+    return folder
+
+
+def config(folder: Path, backbone: Path, data: Path, *more: str) -> Config:
+    """Options of a run in `folder` that takes about a second per epoch; `more` wins."""
+    quick = f"--image_size={SIZE} --resize_size={SIZE} --per_device_train_batch_size=8 --num_train_epochs=2"
+    fixed = f"--output_dir={folder} --backbone={backbone} --data={data} --learning_rate=0.01"
+    return parse(None, [*quick.split(), *fixed.split(), *more])

@@ -1,0 +1,99 @@
+"""Two processes of a launch give what one gives: the same updates, and predictions of each image exactly once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from miniature import SIZE, write_backbone, write_data
+from safetensors.numpy import load_file
+
+from hf_histo.evaluation import predictions
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "histo_lora.py"
+COUNTS = {"train": 24, "val": 37, "test": 11}
+# SGD, whose step is the gradient itself: Adam would hide a wrong scale and blow up rounding.
+OPTIONS = f"""--image_size={SIZE} --resize_size={SIZE} --num_train_epochs=2 --optimizer=sgd --learning_rate=0.05
+    --per_device_eval_batch_size=4 --target_modules=last-conv --logging_steps=1""".split()
+
+
+def launch(processes: int, arguments: Sequence[str]) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(RECIPE), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The run's folder, by the number of processes, at a global batch of 8."""
+    folder = tmp_path_factory.mktemp("launch")
+    backbone, data = write_backbone(folder / "backbone"), write_data(folder / "data", COUNTS)
+    common = [f"--backbone={backbone}", f"--data={data}", f"--cache_dir={folder / 'cache'}", *OPTIONS]
+    started = {
+        n: launch(n, [*common, f"--output_dir={folder / f'of{n}'}", f"--per_device_train_batch_size={8 // n}"])
+        for n in (1, 2)
+    }
+    for process in started.values():
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        assert output.count("trainable parameters:") == 1  # only one process speaks
+    return {n: folder / f"of{n}" for n in started}
+
+
+def table(run: Path, split: str) -> pd.DataFrame:
+    return predictions.read(run / "adapter" / "predictions" / f"{split}.parquet")
+
+
+def test_two_processes_really_ran(runs: dict[int, Path]) -> None:
+    for processes, run in runs.items():
+        assert json.loads((run / "cost.json").read_text(encoding="utf-8"))["processes"] == processes
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_every_image_is_predicted_once_and_alike(runs: dict[int, Path], split: str) -> None:
+    one, two = (table(runs[n], split) for n in (1, 2))
+    assert len(two) == two["id"].nunique() == COUNTS[split]
+    pd.testing.assert_frame_equal(two[["id", "center", "group", "label"]], one[["id", "center", "group", "label"]])
+    assert one["logit"].std() > 1e-3
+    np.testing.assert_allclose(two["logit"], one["logit"], rtol=0, atol=1e-5)
+
+
+def test_the_metrics_agree(runs: dict[int, Path]) -> None:
+    one, two = (json.loads((runs[n] / "adapter" / "metrics.json").read_text(encoding="utf-8")) for n in (1, 2))
+    assert two["splits"]["val"]["overall"]["n"] == 37
+    for split in ("val", "test"):
+        for name, value in one["splits"][split]["overall"].items():
+            other = two["splits"][split]["overall"][name]
+            assert (
+                other == value if isinstance(value, int) else other["value"] == pytest.approx(value["value"], abs=1e-5)
+            )
+    assert two["selection"]["step"] == one["selection"]["step"]
+    assert two["selection"]["value"] == pytest.approx(one["selection"]["value"], abs=1e-5)
+
+
+def test_the_updates_agree(runs: dict[int, Path]) -> None:
+    one, two = (load_file(runs[n] / "adapter" / "adapter_model.safetensors") for n in (1, 2))
+    assert one.keys() == two.keys()
+    for key, weight in one.items():
+        np.testing.assert_allclose(two[key], weight, rtol=0, atol=1e-5, err_msg=key)
+
+
+def log(run: Path) -> list[dict[str, float]]:
+    state = json.loads((run / "checkpoint-6" / "trainer_state.json").read_text(encoding="utf-8"))
+    return [line for line in state["log_history"] if "loss" in line]
+
+
+def test_the_losses_agree(runs: dict[int, Path]) -> None:
+    one, two = log(runs[1]), log(runs[2])
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)

@@ -1,0 +1,177 @@
+"""Training itself: that it learns, and that neither accumulation nor an interruption changes where it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from miniature import config, write_backbone, write_data
+from transformers import TrainerCallback
+
+from hf_histo import finetune
+from hf_histo.config import parse
+from hf_histo.data.load import load
+from hf_histo.data.schema import ImageTable
+from hf_histo.errors import HistoError
+from hf_histo.evaluation import metrics
+from hf_histo.models import adapters, backbones, batchnorm
+from hf_histo.training import losses, trainer
+from hf_histo.transforms import augmentation, preprocessing
+
+PLATEAU = ["--lr_scheduler_type=reduce_lr_on_plateau", "--lr_scheduler_patience=3"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("source")
+    return write_backbone(folder / "backbone"), write_data(folder / "data")
+
+
+def session(folder: Path, source: tuple[Path, Path], *more: str) -> trainer.Trainer:
+    options = config(folder, *source, *more)
+    torch.manual_seed(0)
+    model = backbones.load(str(source[0]), 1)
+    batchnorm.freeze(model)
+    data = load(source[1])
+    return trainer.build(
+        options,
+        folder,
+        model=adapters.add(model, options.adapter),
+        train=ImageTable(data["train"]),
+        validation=ImageTable(data["val"]),
+        preprocessing=preprocessing.resolve(model.config, str(source[0]), 32, 32),
+        augmentation=augmentation.preset(options.augmentation.augmentation),
+        normalizer=None,
+        loss=losses.classification(1),
+        compute_metrics=metrics.for_trainer(),
+    )
+
+
+def history(session: trainer.Trainer, key: str) -> list[float]:
+    return [line[key] for line in session.state.log_history if key in line]
+
+
+def trained_weights(session: trainer.Trainer) -> dict[str, torch.Tensor]:
+    assert session.model is not None
+    return {n: p.detach().clone() for n, p in session.model.named_parameters() if p.requires_grad}
+
+
+def test_training_learns_its_images(tmp_path: Path, source: tuple[Path, Path]) -> None:
+    quick = ["--num_train_epochs=6", "--logging_steps=3", "--augmentation=none", "--target_modules=last-conv"]
+    run = session(tmp_path, source, *quick, "--metric_for_best_model=loss")
+    run.train()
+    loss = history(run, "loss")
+    assert len(loss) == 6
+    assert loss[-1] < 0.5 * loss[0]
+
+
+def test_accumulation_does_not_change_the_trajectory(tmp_path: Path, source: tuple[Path, Path]) -> None:
+    """SGD, whose step is the gradient itself: Adam would hide a wrong scale and blow up rounding."""
+    found = []
+    for batch, steps in ((8, 1), (1, 8)):
+        sizes = [f"--per_device_train_batch_size={batch}", f"--gradient_accumulation_steps={steps}"]
+        more = ["--optimizer=sgd", "--learning_rate=0.01", "--logging_steps=1", "--target_modules=last-conv"]
+        run = session(tmp_path / str(batch), source, *sizes, *more)
+        run.train()
+        assert run.state.global_step == 6
+        found.append((history(run, "loss"), history(run, "grad_norm"), trained_weights(run)))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-3)
+    for key, tensor in found[0][2].items():
+        torch.testing.assert_close(tensor, found[1][2][key], rtol=0, atol=1e-5)
+
+
+class Interrupt(TrainerCallback):
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.epoch >= 2:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_ends_in_the_same_bytes(
+    tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [
+        "--num_train_epochs=3",
+        "--target_modules=last-conv",
+        "--augmentation=crop-jitter",
+        "--lora_dropout=0.1",
+        "--head_dropout=0.1",
+        *PLATEAU,
+    ]
+    data = load(source[1])
+    straight = finetune.fine_tune(config(tmp_path / "straight", *source, *more), data)
+
+    build = trainer.build
+
+    def build_to_interrupt(*args: Any, **kwargs: Any) -> trainer.Trainer:
+        session = build(*args, **kwargs)
+        session.add_callback(Interrupt())
+        return session
+
+    options = config(tmp_path / "resumed", *source, *more)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "build", build_to_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.fine_tune(options, data)
+    assert not (tmp_path / "resumed" / "adapter").exists()
+    assert (tmp_path / "resumed" / "checkpoint-6").exists()
+    resumed = finetune.fine_tune(options, data)
+    for name in ("adapter_model.safetensors", "metrics.json"):
+        assert (resumed.adapter / name).read_bytes() == (straight.adapter / name).read_bytes(), name
+    state = json.loads((tmp_path / "resumed" / "checkpoint-9" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["global_step"] == 9
+
+
+def test_every_image_gets_a_new_view_in_every_epoch(
+    tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def record(images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.extend((kwargs["epoch"], i) for i in kwargs["index"].tolist())
+        return augmentation.augment(images, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "augment", record)
+    session(tmp_path, source, "--num_train_epochs=3", "--target_modules=last-conv").train()
+    assert sorted(seen) == [(epoch, i) for epoch in range(3) for i in range(24)]
+    assert [i for _, i in seen[:24]] != [i for _, i in seen[24:48]]
+
+
+@pytest.mark.parametrize(("metric", "mode"), [("auroc", "max"), ("accuracy", "max"), ("loss", "min")])
+def test_the_plateau_follows_the_metric(tmp_path: Path, metric: str, mode: str) -> None:
+    arguments = trainer.training_arguments(parse(None, [f"--metric_for_best_model={metric}", *PLATEAU]), tmp_path)
+    assert arguments.lr_scheduler_kwargs == {"mode": mode, "patience": 3}
+    assert arguments.greater_is_better is (mode == "max")
+
+
+def test_the_scheduler_built_has_that_mode(tmp_path: Path, source: tuple[Path, Path]) -> None:
+    run = session(tmp_path, source, *PLATEAU)
+    scheduler = run.create_scheduler(10, run.create_optimizer())
+    assert (scheduler.mode, scheduler.patience, scheduler.factor) == ("max", 3, 0.1)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+def test_adam_is_not_adamw(tmp_path: Path, source: tuple[Path, Path], name: str, kind: type) -> None:
+    optimizer = session(tmp_path, source, f"--optimizer={name}", "--weight_decay=0.3").create_optimizer()
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    assert type(optimizer) is kind
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+    decayed = [len(group["params"]) for group in optimizer.param_groups if group["weight_decay"] == 0.3]
+    assert sum(decayed) > 0
+
+
+def test_accumulation_comes_from_the_launcher_unless_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert trainer.training_arguments(parse(None, []), tmp_path).gradient_accumulation_steps == 4
+    given = parse(None, ["--gradient_accumulation_steps=2"])
+    assert trainer.training_arguments(given, tmp_path).gradient_accumulation_steps == 2
+
+
+def test_an_unknown_scheduler_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(HistoError) as caught:
+        trainer.training_arguments(parse(None, ["--lr_scheduler_type=zigzag"]), tmp_path)
+    assert "zigzag" in str(caught.value)
+    assert "\n" not in str(caught.value)
