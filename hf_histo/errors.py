@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from tqdm import tqdm
+
 
 class HistoError(Exception):
     """Bad input or an impossible request.
@@ -25,8 +27,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (HistoError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        # A bare print would go on the line of a progress bar that the error cut off.
+        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        tqdm.write("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None

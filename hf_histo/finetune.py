@@ -72,6 +72,11 @@ def fine_tune(config: Config, data: datasets.DatasetDict) -> Result:
     """
     started = time.monotonic()
     folder = runs.begin(config)
+    with runs.disk_space_for(folder):
+        return _fine_tune(config, data, folder, started)
+
+
+def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started: float) -> Result:
     adapter = folder / runs.ADAPTER
     if runs.is_finished(folder):
         return Result(adapter, hub.read_metrics(adapter), None)

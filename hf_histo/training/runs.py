@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_histo.config import Config
@@ -72,6 +76,24 @@ def begin(config: Config) -> Path:
                 temporary.write_text(yaml.safe_dump(config.flat(), sort_keys=False), encoding="utf-8")
     state.wait_for_everyone()
     return folder
+
+
+@contextmanager
+def disk_space_for(folder: Path) -> Iterator[None]:
+    """Tell a full disk from other failures: torch and safetensors report it as a RuntimeError or an error of their own.
+
+    Raises `HistoError` where writing failed and fewer than 16 MiB are left, or the system said so itself.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        left = shutil.disk_usage(folder).free if folder.exists() else 0
+        if getattr(error, "errno", None) != errno.ENOSPC and left >= 2**24:
+            raise
+        raise HistoError(
+            f"{folder}: the disk is full ({left / 2**20:.1f} MiB left); make room and give the same command again: it "
+            "goes on from the last complete checkpoint"
+        ) from error
 
 
 def is_finished(folder: Path) -> bool:

@@ -1,0 +1,154 @@
+"""Whatever is wrong, a recipe ends in one clear line and a non-zero exit, and loses nothing that was written."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import pytest
+from fixtures import damage_chunk, truncate
+from miniature import write_backbone, write_data
+
+from hf_histo.errors import run
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def only_error(text: str) -> str:
+    """The one line of an error stream that says what is wrong; a progress bar may close after it."""
+    assert "Traceback" not in text
+    (line,) = (line for line in text.splitlines() if line.startswith("error: "))
+    return line
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_backbone(tmp_path_factory.mktemp("backbone") / "model")
+
+
+@pytest.fixture
+def fails(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run histo_lora.py's main in this process; return the line it ends in."""
+    main = runpy.run_path(str(RECIPES / "histo_lora.py"), run_name="recipe")["main"]
+
+    def call(data: Path, *more: str) -> str:
+        quick = "--image_size=32 --resize_size=32 --per_device_train_batch_size=8 --num_train_epochs=1"
+        fixed = f"--data={data} --backbone={backbone} --output_dir={tmp_path / 'run'} --cache_dir={tmp_path / 'cache'}"
+        monkeypatch.setattr(sys, "argv", ["histo_lora.py", *quick.split(), *fixed.split(), *more])
+        with pytest.raises(SystemExit) as end:
+            run(main)
+        assert end.value.code == 1
+        error = only_error(capsys.readouterr().err)
+        assert not (tmp_path / "run" / "adapter").exists()
+        return error
+
+    return call
+
+
+def test_a_missing_folder(fails: Callable[..., str], tmp_path: Path) -> None:
+    assert str(tmp_path / "nothing") in fails(tmp_path / "nothing")
+
+
+def test_a_missing_file(fails: Callable[..., str], tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    (data / "val.h5").unlink()
+    assert "val.h5" in fails(data)
+
+
+def test_a_truncated_file(fails: Callable[..., str], tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    truncate(data / "train.h5")
+    assert "train.h5" in fails(data)
+
+
+def test_one_corrupt_image_among_many(fails: Callable[..., str], tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    damage_chunk(data / "train.h5", "7/img")
+    error = fails(data)
+    assert "train.h5" in error
+    assert "7" in error
+
+
+def test_an_empty_split(fails: Callable[..., str], tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    with h5py.File(data / "val.h5", "w"):
+        pass
+    assert "val.h5" in fails(data)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_single_class(fails: Callable[..., str], tmp_path: Path, split: str) -> None:
+    data = write_data(tmp_path / "data")
+    with h5py.File(data / f"{split}.h5", "r+") as file:
+        for group in file.values():
+            group["label"][()] = 1
+    error = fails(data)
+    assert split in error
+    assert "tumor" in error
+
+
+def test_an_image_of_another_size(fails: Callable[..., str], tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    with h5py.File(data / "train.h5", "r+") as file:
+        image = file["3/img"][:, :16]
+        del file["3/img"]
+        file["3/img"] = image
+    error = fails(data)
+    assert "train.h5" in error
+    assert "3" in error
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--backbone=resnet51", "resnet50"),
+        ("--backbone=timm/resnet18.a1_in1k", "hf download"),
+        ("--target_modules=nothing_like_it", "all-conv"),
+        ("--metric_for_best_model=speed", "accuracy"),
+        ("--augmentation=strange", "crop-jitter"),
+        ("--learning_rat=1", "--learning_rate"),
+        ("--resume_from_checkpoint=nowhere", "nowhere"),
+    ],
+)
+def test_an_impossible_option(fails: Callable[..., str], tmp_path: Path, option: str, expected: str) -> None:
+    error = fails(write_data(tmp_path / "data"), option)
+    assert option.split("=")[-1 if "learning" not in option else 0] in error
+    assert expected in error
+
+
+def test_a_folder_that_holds_other_files_keeps_them(fails: Callable[..., str], tmp_path: Path) -> None:
+    thesis = tmp_path / "run" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    assert "holds no run but other files" in fails(write_data(tmp_path / "data"))
+    fails(write_data(tmp_path / "more"), "--overwrite_output_dir")
+    assert thesis.read_text() == "years of work"
+
+
+def test_a_full_disk(tmp_path: Path, backbone: Path) -> None:
+    """On a file system of 400 KiB, which takes root to mount; what was there stays whole."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(small)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small file system takes root")
+    try:
+        (small / "precious").write_text("kept")
+        data = write_data(tmp_path / "data")
+        options = f"--data {data} --backbone {backbone} --image_size 32 --resize_size 32 --num_train_epochs 1"
+        command = [sys.executable, str(RECIPES / "histo_lora.py"), *options.split(), "--output_dir", str(small / "run")]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == 1
+        assert "the disk is full" in only_error(ended.stderr)
+        assert not (small / "run" / "adapter").exists()
+        assert (small / "precious").read_text() == "kept"
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
