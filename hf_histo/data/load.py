@@ -14,17 +14,20 @@ from filelock import FileLock
 
 from hf_histo.data import synthetic
 from hf_histo.data.builder import FolderBuilder
+from hf_histo.data.folders import ClassFolders
 from hf_histo.data.hdf5 import Challenge, ChallengeFile, PatchCamelyon
 from hf_histo.data.tables import WildsCamelyon17
 from hf_histo.errors import HistoError
 from hf_histo.files import atomic_file
 
 SYNTHETIC = "synthetic"
-LAYOUTS: tuple[type[FolderBuilder], ...] = (Challenge, PatchCamelyon, WildsCamelyon17)
+LAYOUTS: tuple[type[FolderBuilder], ...] = (Challenge, PatchCamelyon, WildsCamelyon17, ClassFolders)
 
 
 def load(directory: str | Path, *, cache_dir: str | Path | None = None) -> datasets.DatasetDict:
     """Load a folder in any known layout as splits `train`, `val` and, where present, `test` and others.
+
+    Class folders may come without `val`, or as the single split `full`: callers that need a split must look for it.
 
     The name "synthetic" stands for the built-in data set, generated below `cache_dir` the first time. A single file in
     the challenge layout is loaded as the split `test` alone.

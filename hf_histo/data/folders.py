@@ -1,0 +1,192 @@
+"""Image files in one folder per class."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import PIL.Image
+
+from hf_histo.data import schema
+from hf_histo.data.builder import FolderBuilder, split_generator
+from hf_histo.errors import HistoError
+
+logger = logging.getLogger(__name__)
+
+MAX_PIXELS = 100_000_000  # per image, looked at before it is decoded
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+SINGLE = "full"  # the split of class folders that are not below folders of splits; `datasets` reserves "all"
+CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")  # of operating systems; hidden files are left out as well
+
+
+class ClassFolders(FolderBuilder):
+    """`train/`, `val/` and `test/` with one folder per class, or class folders alone.
+
+    Splits may also be called training, valid, validation or testing, in any capitalization, and be missing; without
+    any, the one split is `full`. The classes are the names of the folders in `train` (without one: in all splits),
+    sorted. A class folder holds images of any size and format that PIL reads, directly or in folders below it, in the
+    text order of their paths. They are stored as they are; `id` is the path below the data set's folder, with forward
+    slashes. `group` is unknown.
+
+    Files whose suffix is none of PIL's are left out with a warning, hidden ones silently. Links are followed within
+    the data set's folder.
+
+    Raises HistoError, naming the file or folder, for an image that can't be decoded or has over 100 megapixels, a
+    folder without images, an image beside the class folders, a class that `train` lacks, two folders for one split,
+    and a link that leads outside or to a folder above itself.
+    """
+
+    LAYOUT = "class_folders"
+    EXPECTED = "train/, val/ and test/ (any of them) with one folder of images per class, or such class folders alone"
+
+    @classmethod
+    def matches(cls, directory: Path) -> bool:
+        folders = _folders(directory)
+        return any(_split_of(folder) for folder in folders) or any(_is_image(p) for f in folders for p in f.iterdir())
+
+    @classmethod
+    def sources(cls, directory: Path) -> list[str]:
+        return [_name(path, directory) for classes in _scan(directory).values() for p in classes.values() for path in p]
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=schema.features(_labels(_scan(self.config.directory))))
+
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+        splits = _scan(self.config.directory)
+        counts = {split: sum(map(len, classes.values())) for split, classes in splits.items()}
+        self.info.description = f"image files; group: unknown; {counts}"
+        logger.info("%s: %s", self.config.directory, self.info.description)
+        return [split_generator(split, counts[split], classes=classes) for split, classes in splits.items()]
+
+    def _generate_examples(self, classes: dict[str, list[Path]]) -> Iterator[tuple[str, dict[str, Any]]]:
+        for label, paths in classes.items():
+            for path in paths:
+                name = _name(path, self.config.directory)
+                image = {"bytes": _checked(path), "path": None}
+                yield name, {"id": name, "image": image, "label": label, "center": -1, "group": ""}
+
+
+def _scan(directory: Path) -> dict[str, dict[str, list[Path]]]:
+    """The image files by split and class, everything in text order; splits as train, val, test."""
+    folders: dict[str, Path] = {}
+    for folder in _folders(directory):
+        if split := _split_of(folder):
+            if split in folders:
+                raise HistoError(
+                    f"{directory}: {folders[split].name} and {folder.name} both name the split {split}, "
+                    "expected one; merge them"
+                )
+            folders[split] = folder
+    others = [f.name for f in _folders(directory) if f not in folders.values()]
+    if folders and others:
+        logger.warning("%s: left out the folders %s, which are no split", directory, ", ".join(others))
+    folders = {split: folders[split] for split in SPLITS if split in folders} or {SINGLE: directory}
+    root = directory.resolve()
+    splits = {split: _classes(folder, root) for split, folder in folders.items()}
+    labels = _labels(splits)
+    for split, classes in splits.items():
+        for name in classes.keys() - set(labels):
+            raise HistoError(
+                f"{folders[split] / name}: a class that {folders['train']} lacks, expected one of "
+                f"{', '.join(labels)}; add training images or remove the folder"
+            )
+    return splits
+
+
+def _labels(splits: dict[str, dict[str, list[Path]]]) -> list[str]:
+    return sorted(splits["train"]) if "train" in splits else sorted({name for c in splits.values() for name in c})
+
+
+def _classes(folder: Path, root: Path) -> dict[str, list[Path]]:
+    """The images of every class folder in `folder`."""
+    _check_link(folder, root)
+    for path in sorted(folder.iterdir()):
+        if _is_image(path):
+            raise HistoError(f"{path}: an image beside the class folders; move it into one or remove it")
+    classes = {path.name: _images(path, root) for path in _folders(folder)}
+    if not classes:
+        raise HistoError(f"{folder}: no folders, expected one for each class; add them or remove this one")
+    return classes
+
+
+def _images(folder: Path, root: Path) -> list[Path]:
+    """The images in and below `folder`, in text order."""
+    _check_link(folder, root)
+    images, ignored = [], []
+    for path in sorted(folder.iterdir()):
+        if _is_clutter(path):
+            continue
+        if path.is_dir():
+            images += _images(path, root)
+        elif _is_image(path):
+            _check_link(path, root)
+            images.append(path)
+        else:
+            ignored.append(path.name)
+    if not images:
+        raise HistoError(f"{folder}: no images in this folder, expected at least one; add some or remove the folder")
+    if ignored:
+        logger.warning("%s: left out %d files that are no images, e.g. %s", folder, len(ignored), ignored[0])
+    return images
+
+
+def _check_link(path: Path, root: Path) -> None:
+    """Raise HistoError for a symbolic link that leads outside `root`, to nothing, or to a folder above itself."""
+    if not path.is_symlink():
+        return
+    target = path.resolve()
+    if not target.is_relative_to(root) or not target.exists() or target in (p.resolve() for p in path.parents):
+        raise HistoError(
+            f"{path}: a link to {target}, expected one to a file or another folder within {root}; "
+            "put the images themselves there"
+        )
+
+
+def _checked(path: Path) -> bytes:
+    """The bytes of an image that is small enough and can be decoded."""
+    try:
+        # PIL warns from 89 megapixels on and refuses from 179 on, both from the header alone.
+        quietly = warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning)
+        with quietly, PIL.Image.open(path) as image:
+            size = f"{image.width:,} x {image.height:,} pixels"
+            too_large = image.width * image.height > MAX_PIXELS
+    except PIL.Image.DecompressionBombError as error:
+        size, too_large = str(error), True
+    except Exception:  # `decode` names it
+        too_large = False
+    if too_large:
+        raise HistoError(f"{path}: {size}, expected at most {MAX_PIXELS:,} in all; scale it down or cut it up")
+    data = path.read_bytes()
+    schema.decode(data, str(path))
+    return data
+
+
+def _folders(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.is_dir() and not _is_clutter(path))
+
+
+def _split_of(folder: Path) -> str | None:
+    return next((split for split, names in SPLITS.items() if folder.name.lower() in names), None)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in PIL.Image.registered_extensions() and not path.is_dir() and not _is_clutter(path)
+
+
+def _is_clutter(path: Path) -> bool:
+    return path.name.startswith(".") or path.name.lower() in CLUTTER
+
+
+def _name(path: Path, directory: Path) -> str:
+    name = path.relative_to(directory).as_posix()
+    if not name.isprintable():  # bytes that are no text, which no table could hold
+        raise HistoError(f"{directory}: a file is named {name!r}, expected printable text; rename it")
+    return name
