@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,16 +88,33 @@ class Sidecar:
         faults = {
             "method": self.method not in ("linear", "lora", "full"),
             "batch_norm": self.batch_norm not in ("frozen", "track"),
-            "label_names": not isinstance(self.label_names, list) or len(self.label_names) < 2,
+            "label_names": not isinstance(self.label_names, list)
+            or len(self.label_names) < 2
+            or not all(isinstance(name, str) for name in self.label_names),
             "num_outputs": self.num_outputs not in (1, len(self.label_names)),
-            "backbone": not isinstance(self.backbone, dict) or not isinstance(self.backbone.get("name"), str),
+            "backbone": not isinstance(self.backbone, dict)
+            or not self.backbone.keys() >= {"name", "revision", "fingerprint"}
+            or not isinstance(self.backbone["name"], str),
+            "preprocessing": not _is_sound(self.preprocessing),
             "views": self.views not in (1, 8),
             "threshold": not isinstance(self.threshold, int | float) or not 0 <= self.threshold <= 1,
-            "temperature": not isinstance(self.temperature, int | float) or self.temperature <= 0,
+            "temperature": not isinstance(self.temperature, int | float) or not 0 < self.temperature < math.inf,
         }
         for key, fault in faults.items():
             if fault:
                 raise HistoError(f"{file}: {key} is {getattr(self, key)!r}, which no adapter of this package has")
+
+
+def _is_sound(views: Preprocessing) -> bool:
+    return (
+        isinstance(views.image_size, int)
+        and isinstance(views.resize_size, int)
+        and 0 < views.image_size <= views.resize_size
+        and views.interpolation in ("nearest", "bilinear", "bicubic", "lanczos")
+        and len(views.mean) == len(views.std) == 3
+        and all(map(math.isfinite, (*views.mean, *views.std)))
+        and min(views.std) > 0
+    )
 
 
 def save(

@@ -45,8 +45,10 @@ class Classifier:
         Returns what `predict` does; `id` is the path, or the place in the sequence.
         """
         several = [images] if isinstance(images, str | Path | PIL.Image.Image | np.ndarray) else list(images)
-        if isinstance(images, torch.Tensor) and images.ndim == 3:
-            several = [images]
+        if isinstance(images, torch.Tensor | np.ndarray):
+            several = list(images) if images.ndim == 4 else [images]
+        if not several:
+            raise HistoError("no image was given; pass at least one")
         rows = {
             "id": [str(image) if isinstance(image, str | Path) else str(i) for i, image in enumerate(several)],
             "image": [{"bytes": _as_bytes(image, i), "path": None} for i, image in enumerate(several)],
