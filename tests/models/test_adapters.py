@@ -204,7 +204,7 @@ def trained(backbone: Path, options: AdapterOptions, batch_norm: str) -> PeftMod
     if batch_norm == "frozen":
         batchnorm.freeze(model)
     adapted = adapters.add(model, options).train()
-    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.3)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.03)
     for _ in range(3):
         loss = nn.functional.binary_cross_entropy_with_logits(
             adapted(pixel_values=PIXELS).logits[:, 0], torch.tensor([0.0, 1.0, 0.0, 1.0])
