@@ -1,11 +1,17 @@
-"""Checks on splits."""
+"""Checks on splits, and splits that pass them: no copy and no group on both sides."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import datasets
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold
+
+from hf_histo.data.inventory import components
+from hf_histo.errors import HistoError
 
 
 def shared_groups(splits: Mapping[str, datasets.Dataset]) -> dict[tuple[str, str], list[str]]:
@@ -16,3 +22,97 @@ def shared_groups(splits: Mapping[str, datasets.Dataset]) -> dict[tuple[str, str
     groups = {name: set(dataset.unique("group")) - {""} for name, dataset in splits.items()}
     shared = {pair: sorted(groups[pair[0]] & groups[pair[1]]) for pair in combinations(groups, 2)}
     return {pair: names for pair, names in shared.items() if names}
+
+
+def with_families(data: datasets.DatasetDict, table: pd.DataFrame) -> datasets.DatasetDict:
+    """The same images, with `group` telling which must not be on both sides of a split: copies, and known groups.
+
+    Args:
+        data: any splits.
+        table: their `inventory`.
+
+    A group that shares no copy with another keeps its name. Others, and images of unknown group, get the name of
+    their first group or `family_N`. Raises HistoError if `table` is of other data.
+    """
+    _check_same(data, table)
+    group = table["group"].to_numpy()
+    # Rows of unknown group are alone, whatever copies add.
+    labels = np.where(group == "", -1 - np.arange(len(table)), pd.factorize(group)[0])
+    first = table["family"].drop_duplicates()
+    leader = first.index.to_numpy()[pd.Index(first).get_indexer(table["family"])]
+    joined = pd.Series(components(labels, np.stack([leader, np.arange(len(table))], axis=1)))
+    known = pd.Series(group).where(group != "")
+    names = known.groupby(joined).transform("first").fillna("family_" + joined.astype(str))
+    # `group` is the last column of the schema, so the order stays.
+    return datasets.DatasetDict(
+        {
+            name: split.remove_columns("group").add_column("group", names[table["split"] == name].to_list())
+            for name, split in data.items()
+        }
+    )
+
+
+def clean(
+    data: datasets.DatasetDict, table: pd.DataFrame, *, first: Sequence[str] = ("train", "val")
+) -> datasets.DatasetDict:
+    """One image of every family of copies, in the first split that has it: nothing of `train` and `val` in `test`.
+
+    Args:
+        data: any splits.
+        table: their `inventory`.
+        first: the splits that keep what later ones lose, in this order; the others follow as they are in `data`.
+
+    A family in which labels conflict is left out of every split, for nobody knows which label is true. Raises
+    HistoError if `table` is of other data, and if a split would lose all its images.
+    """
+    _check_same(data, table)
+    rank = {name: i for i, name in enumerate(dict.fromkeys([*first, *data]))}
+    labels = table["label"].where(table["label"] >= 0)  # missing where hidden, which conflicts with nothing
+    clear = labels.groupby(table["family"]).transform("nunique") <= 1
+    order = table["split"].map(rank).sort_values(kind="stable").index
+    kept = (~table["family"].reindex(order).duplicated()).reindex(table.index) & clear
+    cleaned = {}
+    for name, split in data.items():
+        rows = table.loc[kept & (table["split"] == name), "row"].to_list()
+        if not rows:
+            raise HistoError(f"{name}: all {len(split)} images are copies of others, expected some that are not")
+        cleaned[name] = split.select(rows)
+    return datasets.DatasetDict(cleaned)
+
+
+def resplit(data: datasets.DatasetDict, table: pd.DataFrame, *, folds: int = 5, seed: int = 0) -> datasets.DatasetDict:
+    """New splits `train`, `val` and `test` of all labeled images; neither a group nor a family on two sides.
+
+    Args:
+        data: any splits.
+        table: their `inventory`.
+        folds: 1 / `folds` of the images go to `val`, as many to `test`, the rest to `train`; at least 3.
+        seed: of the assignment; the same gives the same splits.
+
+    Folds have about the same size and shares of the classes (scikit-learn's `StratifiedGroupKFold`), and `group` names
+    what was kept together. Copies stay in: `clean` before or after takes them out.
+
+    Raises HistoError where a class has fewer groups than there are folds, and if `table` is of other data.
+    """
+    if folds < 3:
+        raise HistoError(f"folds is {folds}, expected at least 3: one for val, one for test, the rest for train")
+    pool = datasets.concatenate_datasets(list(with_families(data, table).values()))
+    pool = pool.select(np.flatnonzero(np.array(pool["label"]) >= 0))
+    labels, groups = np.array(pool["label"]), np.array(pool["group"])
+    for label, name in enumerate(pool.features["label"].names):
+        count = len(set(groups[labels == label]))
+        if 0 < count < folds:
+            raise HistoError(f"{name}: {count} groups or families, expected at least folds={folds}; lower folds")
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    parts = [held_out for _, held_out in splitter.split(labels, labels, groups)]
+    rows = {"train": np.sort(np.concatenate(parts[2:])), "val": parts[0], "test": parts[1]}
+    return datasets.DatasetDict({name: pool.select(part) for name, part in rows.items()})
+
+
+def _check_same(data: datasets.DatasetDict, table: pd.DataFrame) -> None:
+    counts = {name: len(split) for name, split in data.items()}
+    listed = table["split"].value_counts().to_dict()
+    if listed != {name: count for name, count in counts.items() if count} or list(table["id"]) != [
+        key for split in data.values() for key in split["id"]
+    ]:
+        raise HistoError(f"table: lists {listed}, expected the inventory of this data, {counts}; take it again")

@@ -1,0 +1,165 @@
+"""One pass over the pixels of a data set: a table of its images, and which of them are copies of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import datasets
+import numpy as np
+import pandas as pd
+import PIL.Image
+import xxhash
+from numpy.typing import NDArray
+from scipy.fft import dctn
+from scipy.ndimage import gaussian_filter
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from hf_histo.data.schema import ImageTable
+from hf_histo.errors import HistoError
+
+CHANNELS = ("red", "green", "blue")
+
+BLANK = 2.0  # gray levels of 255: a deviation below this in every channel is that of noise or compression
+SIMILARITY = 0.95
+"""Correlation of details from which on two images count as copies. Measured on 150 images of each of four data sets
+(brain MRI, H&E, two of cervical cytology): of the copies that were halved, doubled, or had their gamma changed to 0.7,
+all reach it, of those saved as JPEG of quality 30, 99%. Different images of the last three data sets stay below 0.82.
+Neighboring slices of one MRI volume reach it where one can hardly tell them apart; 0.8 relates more of them."""
+
+_SIDE = 64  # pixels of the thumbnails on which images are compared
+_SIGMA = 2.0  # pixels there; what a Gaussian filter of this width takes away are the details
+_DISTANCE = 10  # of 64 bits; the copies above differ in up to 8
+_TURNS = 8  # quarter turns, mirrored or not
+_BLOCK = 64  # images that are compared to all others at a time
+
+
+def inventory(data: datasets.DatasetDict, *, similarity: float = SIMILARITY) -> pd.DataFrame:
+    """Measure all images and find families of copies, across splits; deterministic.
+
+    Returns a row for each image, splits one after the other in the order of `data`, with the columns:
+
+    - `split`, `row` (its index there), `id`, `label` (-1: hidden), `center`, `group`: as the schema has them
+    - `height`, `width`: pixels
+    - `red`, `green`, `blue`: mean of the channel, 0 to 255; `red_deviation` and so on: its standard deviation
+    - `blank`: whether all three deviations are below 2
+    - `identical`: number of the family of images with the same size and the same decoded pixels
+    - `family`: number of the family of copies, connected through any chain of pairs of them; holds whole `identical`
+      families
+
+    Two images are copies if they are the same picture but for compression, size, brightness, contrast, color, quarter
+    turns and mirroring. A crop of more than 1 or 2% on a side is not found. Candidates differ in at most 10 bits of
+    their perceptual hashes: signs, about the median, of the 8x8 lowest frequencies of the cosine transform of the
+    grayscale thumbnail (pHash: C. Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010,
+    sec. 3.2.1). Of those, copies are the pairs whose details, 64x64 thumbnails minus their Gaussian blur, correlate
+    (Pearson) by at least `similarity`, in (0, 1]. Blank images have no details and only identical ones are related.
+
+    Holds 8 KB per image in memory, and compares all hashes to all: 100 thousand images take some minutes.
+
+    Raises HistoError for a `similarity` out of range, an image that can't be decoded, and data without images.
+    """
+    if not 0 < similarity <= 1:
+        raise HistoError(f"similarity is {similarity}, expected a correlation above 0 and up to 1, e.g. {SIMILARITY}")
+    columns = ["id", "label", "center", "group"]
+    total = sum(map(len, data.values()))
+    if not total:
+        raise HistoError("no images in any split, expected at least one; choose another data set")
+    table = pd.concat(
+        [
+            split.select_columns(columns).to_pandas().assign(split=name, row=range(len(split)))
+            for name, split in data.items()
+        ],
+        ignore_index=True,
+    )[["split", "row", *columns]]
+
+    digests: list[bytes] = []
+    measures = np.empty((total, 2 + 2 * len(CHANNELS)))
+    hashes, details = np.empty((total, _TURNS), np.uint64), np.empty((total, _SIDE, _SIDE), np.float16)
+    for i, image in enumerate(
+        datasets.utils.tqdm(_images(data), total=total, desc="Looking at images", unit=" images")
+    ):
+        digests.append(xxhash.xxh3_128_digest(np.array(image.shape).tobytes() + np.ascontiguousarray(image).tobytes()))
+        measures[i] = *image.shape[:2], *image.mean((0, 1)), *image.std((0, 1))
+        thumbnail = _thumbnail(image)
+        hashes[i] = _hashes(thumbnail)
+        details[i] = _details(thumbnail)
+
+    deviations = [f"{channel}_deviation" for channel in CHANNELS]
+    table[["height", "width"]] = measures[:, :2].astype(np.int64)
+    table[[*CHANNELS, *deviations]] = measures[:, 2:]
+    table["blank"] = (table[deviations] < BLANK).all(axis=1)
+    table["identical"] = pd.factorize(np.array(digests, dtype=object))[0]
+    distinct = np.flatnonzero(~table["identical"].duplicated() & ~table["blank"])
+    pairs = distinct[_copies(hashes[distinct], details[distinct], similarity)]
+    table["family"] = components(table["identical"].to_numpy(), pairs)
+    return table
+
+
+def components(labels: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Join the rows that have equal `labels` (n,) or stand in one of `pairs` (m, 2), and whatever is linked by them.
+
+    Returns the number of each row's component (n,), counted by first appearance.
+    """
+    first = pd.Series(labels).drop_duplicates()
+    leader = first.index.to_numpy()[pd.Index(first).get_indexer(labels)]
+    one = np.concatenate([np.arange(len(labels)), pairs[:, 0]])
+    other = np.concatenate([leader, pairs[:, 1]])
+    graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(labels), len(labels)))
+    return pd.factorize(connected_components(graph, directed=False)[1])[0].astype(np.int64)
+
+
+def _images(data: datasets.DatasetDict) -> Iterator[NDArray[np.uint8]]:
+    """All images, uint8 (H, W, 3)."""
+    for split in data.values():
+        images = ImageTable(split)
+        for index in range(len(images)):
+            yield images[index]["image"].permute(1, 2, 0).numpy()
+
+
+def _thumbnail(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Grayscale, whatever the aspect ratio a square, float32 (64, 64)."""
+    gray = PIL.Image.fromarray(image).convert("L")
+    return np.asarray(gray.resize((_SIDE, _SIDE), PIL.Image.Resampling.BILINEAR), np.float32)
+
+
+def _turned(images: np.ndarray, turn: int) -> np.ndarray:
+    """Images (..., S, S) under one of the eight symmetries of the square; 0 leaves them as they are."""
+    mirrored = images.swapaxes(-1, -2) if turn >= 4 else images
+    return np.rot90(mirrored, turn % 4, axes=(-2, -1))
+
+
+def _hashes(thumbnail: NDArray[np.float32]) -> NDArray[np.uint64]:
+    """The perceptual hash of the thumbnail in each of its turns, uint64 (8,)."""
+    turns = np.stack([_turned(thumbnail, turn) for turn in range(_TURNS)])
+    lowest = dctn(turns, axes=(1, 2))[:, :8, :8].reshape(_TURNS, 64)
+    return np.packbits(lowest > np.median(lowest, axis=1, keepdims=True), axis=1).view(np.uint64)[:, 0]
+
+
+def _details(thumbnail: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The fine structure of the thumbnail, of zero mean and unit norm (zero where there is none), float32 (64, 64)."""
+    details = thumbnail - gaussian_filter(thumbnail, _SIGMA)
+    details -= details.mean()
+    return details / max(float(np.linalg.norm(details)), 1e-6)
+
+
+def _copies(hashes: NDArray[np.uint64], details: NDArray[np.float16], similarity: float) -> NDArray[np.int64]:
+    """The pairs (m, 2) of rows that are copies, the smaller row first.
+
+    Counting the bits that differ takes a few nanoseconds per pair and turn, so all pairs need no index of the hashes.
+    """
+    pairs = [np.empty((0, 2), np.int64)]
+    progress = datasets.utils.tqdm(total=len(hashes), desc="Looking for copies", unit=" images")
+    for start in range(0, len(hashes), _BLOCK):
+        for turn in range(_TURNS):
+            turned = hashes[start : start + _BLOCK, turn]
+            distances = np.bitwise_count(turned[:, None] ^ hashes[None, start:, 0])
+            one, other = (rows + start for rows in np.nonzero(distances <= _DISTANCE))
+            one, other = one[one < other], other[one < other]
+            for part in range(0, len(one), 1024):
+                rows, others = one[part : part + 1024], other[part : part + 1024]
+                correlation = np.einsum("nyx,nyx->n", _turned(details[rows], turn), details[others], dtype=np.float32)
+                alike = correlation >= similarity
+                pairs.append(np.stack([rows[alike], others[alike]], axis=1))
+        progress.update(len(hashes[start : start + _BLOCK]))
+    progress.close()
+    return np.concatenate(pairs)

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import PIL.Image
+import pytest
+from fixtures import write_challenge
+
+from hf_histo.data import schema
+from hf_histo.data.inventory import components, inventory
+from hf_histo.data.load import fingerprint, load
+from hf_histo.data.schema import ImageTable
+from hf_histo.data.splits import clean, resplit, shared_groups, with_families
+from hf_histo.errors import HistoError
+
+
+def png(value: int) -> bytes:
+    """A file whose pixels are told from `value` alone."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(value).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def made(splits: dict[str, list[tuple[int, int, str]]]) -> tuple[datasets.DatasetDict, pd.DataFrame]:
+    """Splits of images given as (picture, label, group), with ids "train 0" and so on; and their inventory."""
+    data = datasets.DatasetDict(
+        {
+            name: datasets.Dataset.from_list(
+                [
+                    {
+                        "id": f"{name} {i}",
+                        "image": {"bytes": png(picture), "path": None},
+                        "label": label,
+                        "center": 0,
+                        "group": group,
+                    }
+                    for i, (picture, label, group) in enumerate(rows)
+                ],
+                features=schema.features(["normal", "tumor"]),
+            )
+            for name, rows in splits.items()
+        }
+    )
+    return data, inventory(data)
+
+
+def ids(data: datasets.DatasetDict) -> dict[str, list[str]]:
+    return {name: list(split["id"]) for name, split in data.items()}
+
+
+def test_components() -> None:
+    labels = np.array([5, 7, 5, 9, 1, 7])
+    assert components(labels, np.empty((0, 2), np.int64)).tolist() == [0, 1, 0, 2, 3, 1]
+    assert components(labels, np.array([[2, 3], [3, 5]])).tolist() == [0, 0, 0, 0, 1, 0]
+
+
+def test_clean_keeps_one_of_each_family_in_the_first_split() -> None:
+    data, table = made(
+        {
+            "test": [(0, 0, ""), (1, 1, ""), (2, 0, ""), (2, 0, ""), (9, 1, "")],
+            "train": [(0, 0, ""), (3, 1, ""), (3, 1, ""), (4, 0, "")],
+            "val": [(1, 1, ""), (4, 0, ""), (5, 1, "")],
+        }
+    )
+    cleaned = clean(data, table)
+    assert ids(cleaned) == {
+        "test": ["test 2", "test 4"],
+        "train": ["train 0", "train 1", "train 3"],
+        "val": ["val 0", "val 2"],
+    }
+    assert fingerprint(cleaned) == fingerprint(data)
+    again = inventory(cleaned)
+    assert again["family"].nunique() == len(again)
+
+
+def test_clean_can_favor_test() -> None:
+    data, table = made({"train": [(0, 0, ""), (1, 1, "")], "test": [(0, 0, ""), (2, 1, "")]})
+    assert ids(clean(data, table, first=["test"])) == {"train": ["train 1"], "test": ["test 0", "test 1"]}
+
+
+def test_clean_drops_contradictions() -> None:
+    rows = [(0, 0, ""), (0, 1, ""), (1, 1, ""), (2, -1, ""), (2, 0, "")]
+    data, table = made({"train": rows, "test": [(0, 0, ""), (3, 0, "")]})
+    # A hidden label contradicts nothing.
+    assert ids(clean(data, table)) == {"train": ["train 2", "train 3"], "test": ["test 1"]}
+
+
+def test_clean_refuses_to_empty_a_split() -> None:
+    data, table = made({"train": [(0, 0, ""), (1, 1, "")], "test": [(0, 0, "")]})
+    with pytest.raises(HistoError, match="test: all 1 images are copies"):
+        clean(data, table)
+
+
+def test_families_become_groups_and_join_known_ones() -> None:
+    data, table = made(
+        {
+            "train": [(0, 0, "a"), (1, 1, "a"), (2, 0, "b"), (3, 0, ""), (3, 1, ""), (4, 0, "")],
+            "test": [(1, 1, "c"), (5, 0, "c"), (4, 1, ""), (6, 0, "d")],
+        }
+    )
+    grouped = with_families(data, table)
+    train, test = grouped["train"]["group"][:], grouped["test"]["group"][:]
+    assert train[:3] == ["a", "a", "b"]
+    assert test[:2] == ["a", "a"] and test[3] == "d"  # c shares a picture with a
+    assert train[3] == train[4] != train[5] == test[2]
+    assert all(name.startswith("family_") for name in train[3:])
+    assert shared_groups(grouped) == {("train", "test"): ["a", train[5]]}
+    assert grouped["train"].features == data["train"].features
+    assert np.array_equal(ImageTable(grouped["test"])[1]["image"], ImageTable(data["test"])[1]["image"])
+
+
+def pool() -> dict[str, list[tuple[int, int, str]]]:
+    """60 pictures, each in train and in test; the first 20 in 5 groups; every third a tumor."""
+    rows = [(i, int(i % 3 == 0), f"slide {i // 4}" if i < 20 else "") for i in range(60)]
+    return {"train": rows, "test": [(picture, label, "") for picture, label, _ in rows]}
+
+
+def test_resplit() -> None:
+    data, table = made(pool())
+    new = resplit(data, table, folds=4)
+    assert list(new) == ["train", "val", "test"]
+    assert shared_groups(new) == {}
+    assert sorted(key for split in ids(new).values() for key in split) == sorted(table["id"])
+    pictures = {name: set(table.set_index("id").loc[split["id"], "family"]) for name, split in new.items()}
+    assert sum(map(len, pictures.values())) == 60  # no picture on two sides
+    assert {name: len(split) for name, split in new.items()} == pytest.approx(
+        {"train": 60, "val": 30, "test": 30}, abs=6
+    )
+    for split in new.values():
+        assert np.mean(split["label"]) == pytest.approx(1 / 3, abs=0.1)
+    assert new["train"].features == data["train"].features
+    assert fingerprint(new) == fingerprint(data)
+
+
+def test_resplit_is_deterministic_and_follows_the_seed() -> None:
+    data, table = made(pool())
+    assert ids(resplit(data, table, seed=1)) == ids(resplit(data, table, seed=1))
+    assert ids(resplit(data, table, seed=1)) != ids(resplit(data, table, seed=2))
+
+
+def test_resplit_leaves_out_hidden_labels() -> None:
+    splits = pool()
+    splits["test"] = [(100 + picture, -1, "") for picture, *_ in splits["test"]]
+    data, table = made(splits)
+    new = resplit(data, table)
+    assert sum(map(len, new.values())) == 60
+    assert all(min(split["label"]) == 0 for split in new.values())
+
+
+def test_resplit_refusals() -> None:
+    data, table = made({"train": [(i, 0, "") for i in range(9)] + [(20 + i, 1, f"{i // 2}") for i in range(6)]})
+    assert list(resplit(data, table, folds=3)) == ["train", "val", "test"]
+    with pytest.raises(HistoError, match="tumor: 3 groups or families, expected at least folds=4"):
+        resplit(data, table, folds=4)
+    with pytest.raises(HistoError, match="folds is 2"):
+        resplit(data, table, folds=2)
+
+
+def test_another_inventory_is_refused() -> None:
+    _, table = made({"train": [(0, 0, ""), (1, 1, "")]})
+    other, _ = made({"train": [(0, 0, ""), (1, 1, ""), (2, 1, "")]})
+    for function in (clean, resplit, with_families):
+        with pytest.raises(HistoError, match="expected the inventory of this data"):
+            function(other, table)  # type: ignore[operator]
+
+
+def test_loaded_data(tmp_path: Path) -> None:
+    write_challenge(tmp_path, counts={"train": 24, "val": 12}, size=40)
+    data = load(tmp_path)
+    new = resplit(data, inventory(data), folds=3)
+    assert shared_groups(new) == {}
+    assert fingerprint(new) == fingerprint(data)
+    assert sum(map(len, new.values())) == 36

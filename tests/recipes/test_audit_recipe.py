@@ -1,0 +1,96 @@
+"""The recipe as a user runs it: a process, its files, and its one line of error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import PIL.Image
+import pytest
+from fixtures import write_challenge
+from scipy.ndimage import gaussian_filter
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "audit.py"
+
+
+def run(tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, RECIPE, *arguments, "--cache_dir", tmp_path / "cache"]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+
+
+@pytest.fixture
+def leaking(tmp_path: Path) -> Path:
+    """Class folders in which test holds one image of train as it is and another one as a JPEG."""
+    random = np.random.default_rng(0)
+    for i in range(12):
+        split, name = ("Training" if i < 8 else "Testing"), ("no_tumor", "$tumor$")[i % 2]
+        pixels = gaussian_filter(random.normal(size=(60, 64, 3)), (2, 2, 0))
+        image = PIL.Image.fromarray((128 + 40 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
+        (tmp_path / "data" / split / name).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "data" / split / name / f"{i}.png")
+        if i == 2:
+            image.save(tmp_path / "same.png")
+        if i == 3:
+            image.save(tmp_path / "near.jpg", quality=60)
+    (tmp_path / "same.png").rename(tmp_path / "data/Testing/no_tumor/same.png")
+    (tmp_path / "near.jpg").rename(tmp_path / "data/Testing/no_tumor/near.jpg")
+    return tmp_path / "data"
+
+
+def test_end_to_end_and_no_overwriting(leaking: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report"
+    done = run(tmp_path, "--data", leaking, "--output_dir", output)
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.name for file in output.iterdir()) == [
+        "audit.json",
+        "colors.png",
+        "distribution.png",
+        "duplicates.png",
+        "inventory.parquet",
+        "samples_test.png",
+        "samples_train.png",
+    ]
+    found = {finding["kind"]: finding for finding in json.loads((output / "audit.json").read_text())["findings"]}
+    assert list(found) == ["overlap", "similar_overlap", "similar_label_conflict"]
+    named = [[image["id"] for group in finding["groups"] for image in group] for finding in found.values()]
+    assert named[0] == ["Training/no_tumor/2.png", "Testing/no_tumor/same.png"]
+    assert named[1] == named[2] == ["Training/$tumor$/3.png", "Testing/no_tumor/near.jpg"]
+    assert all(finding["message"] in done.stdout for finding in found.values())
+    assert "train: Training/$tumor$/3.png ($tumor$)  =  test: Testing/no_tumor/near.jpg (no_tumor)" in done.stdout
+    assert len(pd.read_parquet(output / "inventory.parquet")) == 14
+
+    before = (output / "audit.json").read_bytes()
+    again = run(tmp_path, "--data", leaking, "--output_dir", output)
+    assert again.returncode == 1
+    assert again.stderr.startswith("error: --output_dir") and "--overwrite" in again.stderr
+    strict = run(tmp_path, "--data", leaking, "--output_dir", output, "--overwrite", "--strict")
+    assert strict.returncode == 1
+    assert "error: --strict: 3 findings" in strict.stderr
+    assert (output / "audit.json").read_bytes() == before
+
+
+def test_several_centers_and_hidden_labels(tmp_path: Path) -> None:
+    write_challenge(tmp_path / "data", size=40)
+    done = run(tmp_path, "--data", tmp_path / "data", "--output_dir", tmp_path / "report", "--strict")
+    assert done.returncode == 0, done.stderr
+    sheets = sorted(file.name for file in (tmp_path / "report").glob("samples*"))
+    assert sheets == [
+        "samples_test_center_2.png",
+        "samples_train_center_0.png",
+        "samples_train_center_3.png",
+        "samples_train_center_4.png",
+        "samples_val_center_1.png",
+    ]
+    assert "nothing found" in done.stdout and "center 2: normal 0, tumor 0, (hidden) 4" in done.stdout
+
+
+def test_bad_input_is_one_line(tmp_path: Path) -> None:
+    done = run(tmp_path, "--data", tmp_path / "absent", "--output_dir", tmp_path / "report")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "absent: no such folder" in done.stderr
+    assert not (tmp_path / "report").exists()
