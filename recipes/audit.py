@@ -53,7 +53,9 @@ def main() -> None:
     write_json(output / "audit.json", report.to_json())  # last, so that its presence means that all is there
     print(f"\nwrote {output / 'audit.json'}, inventory.parquet and figures")
     if options.strict and report.findings:
-        raise HistoError(f"--strict: {len(report.findings)} findings in {options.data}, expected none")
+        raise HistoError(
+            f"--strict: findings in {options.data}: {len(report.findings)}, expected none; see {output / 'audit.json'}"
+        )
 
 
 if __name__ == "__main__":

@@ -86,9 +86,9 @@ class Audit:
         return dataclasses.asdict(self)
 
     def summary(self, examples: int = 3) -> str:
-        """A text to read: a paragraph for each split, then the findings with the first few examples of each."""
+        """A text to read: a paragraph for each split, then the findings (if any) with the first few examples of each."""
         lines = [line for split in self.splits for line in _described(split)]
-        lines += ["", f"{len(self.findings)} findings" if self.findings else "nothing found"]
+        lines += ["", f"findings: {len(self.findings)}"]
         for number, finding in enumerate(self.findings, start=1):
             lines += ["", f"{number}. {finding.message}"]
             for group in finding.groups[:examples]:

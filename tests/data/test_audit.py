@@ -80,7 +80,7 @@ def test_nothing_is_found_in_sound_data() -> None:
     found, table = judged({"train": plain(_BLOCK + 10, 0), "val": plain(10, 500), "test": plain(10, 1000)})
     assert found.findings == []
     assert table["family"].nunique() == len(table) == _BLOCK + 30
-    assert "nothing found" in found.summary()
+    assert "findings: 0" in found.summary()
 
 
 @pytest.mark.parametrize(
