@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import time
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from hf_histo.data.load import check_trainable, fingerprint
 from hf_histo.data.schema import ImageTable
 from hf_histo.data.splits import shared_groups
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import metrics, report
+from hf_histo.evaluation import metrics, report, thresholds
 from hf_histo.files import write_json
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones, batchnorm
@@ -162,6 +163,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         "parameters": counts,
         "bytes": _bytes(final, options.batch_norm),
     }
+    sidecar = dataclasses.replace(sidecar, thresholds=_thresholds(tables) if num_outputs == 1 else {})
     if session.is_world_process_zero():
         _draw(folder / "figures", session.state.log_history, tables, data["val"])
         hub.save(adapter, final, sidecar, metrics=measured, tables=tables, figures=folder / "figures")
@@ -169,6 +171,14 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         write_json(folder / "cost.json", {"seconds": seconds, "processes": session.args.world_size})
     PartialState().wait_for_everyone()
     return Result(adapter, measured, time.monotonic() - started)
+
+
+def _thresholds(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
+    found = {f"balanced-{split}": thresholds.for_share(table).value for split, table in tables.items()}
+    labels = tables["val"]["label"]
+    if labels[labels >= 0].nunique() > 1:
+        found["validation"] = thresholds.choose(tables["val"]).value
+    return found
 
 
 def _check(config: Config, data: datasets.DatasetDict, num_outputs: int) -> None:

@@ -46,6 +46,8 @@ class Sidecar:
         normalizer: of the centers' color, or None.
         views: that a prediction averages, 1 or 8.
         threshold: probability of the second class from which on it is predicted, in [0, 1].
+        thresholds: others to choose from by name, for a binary task: "validation" (best balanced accuracy there) and
+            "balanced-SPLIT" (calls half of that split's images positive, found without its labels).
         temperature: by which logits are divided before they become probabilities; 1 without calibration.
         data: "name", content "fingerprint" and "counts" of images per split.
         versions: of the packages that trained it.
@@ -61,6 +63,7 @@ class Sidecar:
     normalizer: CenterNormalizer | None = None
     views: int = 1
     threshold: float = 0.5
+    thresholds: dict[str, float] = dataclasses.field(default_factory=dict)
     temperature: float = 1.0
     versions: dict[str, str] = dataclasses.field(
         default_factory=lambda: {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -72,7 +75,7 @@ class Sidecar:
         file = folder / SIDECAR
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            declared, color = content.pop("preprocessing"), content.pop("normalizer")
+            declared, color = content.pop("preprocessing"), content.pop("normalizer", None)
             for key in ("mean", "std"):
                 declared[key] = tuple(float(value) for value in declared[key])
             normalizer = None if color is None else CenterNormalizer.from_json(color)
@@ -83,6 +86,24 @@ class Sidecar:
             raise HistoError(f"{file}: not a description of an adapter ({type(error).__name__}: {error})") from None
         sidecar._check(file)
         return sidecar
+
+    def threshold_named(self, name: str | None) -> float:
+        """The threshold of that name in `thresholds`, or the number that `name` spells; None is the adapter's own.
+
+        Raises `HistoError` for an unknown name or a number outside [0, 1].
+        """
+        if name is None:
+            return self.threshold
+        try:
+            value = self.thresholds[name] if name in self.thresholds else float(name)
+        except ValueError:
+            value = -1.0
+        if not _is_probability(value):
+            known = ", ".join(self.thresholds) or "none"
+            raise HistoError(
+                f"--threshold is {name!r}, expected a probability, or a name that the adapter holds: {known}"
+            )
+        return value
 
     def _check(self, file: Path) -> None:
         faults = {
@@ -97,7 +118,9 @@ class Sidecar:
             or not isinstance(self.backbone["name"], str),
             "preprocessing": not _is_sound(self.preprocessing),
             "views": self.views not in (1, 8),
-            "threshold": not isinstance(self.threshold, int | float) or not 0 <= self.threshold <= 1,
+            "threshold": not _is_probability(self.threshold),
+            "thresholds": not isinstance(self.thresholds, dict)
+            or not all(map(_is_probability, self.thresholds.values())),
             "temperature": not isinstance(self.temperature, int | float) or not 0 < self.temperature < math.inf,
         }
         for key, fault in faults.items():
@@ -115,6 +138,10 @@ def _is_sound(views: Preprocessing) -> bool:
         and all(map(math.isfinite, (*views.mean, *views.std)))
         and min(views.std) > 0
     )
+
+
+def _is_probability(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 1
 
 
 def save(

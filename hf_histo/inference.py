@@ -60,12 +60,20 @@ class Classifier:
         return self.predict(datasets.Dataset.from_dict(rows, features=features), batch_size=batch_size)
 
     def predict(
-        self, dataset: datasets.Dataset, *, batch_size: int = 64, num_workers: int = 0, description: str = "Predicting"
+        self,
+        dataset: datasets.Dataset,
+        *,
+        views: int | None = None,
+        adapt_batch_norm: bool = False,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        description: str = "Predicting",
     ) -> pd.DataFrame:
         """Predictions table of a schema table (see `hf_histo.evaluation.predictions`) with the column `predicted`.
 
         Where the adapter normalizes color, a center that training did not see is measured on `dataset` as a whole:
-        give all its images at once, not one by one.
+        give all its images at once, not one by one. `views` (1 or 8) overrides the adapter's own number;
+        `adapt_batch_norm` takes the batch-norm statistics from `dataset`, too.
 
         `probability` is calibrated by the stored temperature; `predicted` is the class's name at the stored threshold.
         """
@@ -75,7 +83,8 @@ class Classifier:
             dataset,
             self.sidecar.preprocessing,
             normalizer=normalizer and normalizer.extended(dataset),
-            views=self.sidecar.views,
+            views=views or self.sidecar.views,
+            adapt_batch_norm=adapt_batch_norm,
             batch_size=batch_size,
             num_workers=num_workers,
             description=description,

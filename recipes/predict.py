@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError, run
-from hf_histo.evaluation import predictions
+from hf_histo.evaluation import predictions, thresholds
 from hf_histo.inference import Classifier
 
 
@@ -24,6 +24,13 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="HDF5 file or folder")
     parser.add_argument("--split", default="test", help="part of a folder to predict (default: test)")
     parser.add_argument("--output", required=True, type=Path, help="CSV file to write")
+    decision = parser.add_mutually_exclusive_group()
+    decision.add_argument("--threshold", help="a probability, or a name that the adapter holds, e.g. validation")
+    decision.add_argument(
+        "--balanced", type=float, nargs="?", const=0.5, metavar="SHARE", help="call this share 1 (0.5)"
+    )
+    parser.add_argument("--test_time_views", type=int, choices=(1, 8), help="average 8 turns and flips of the square")
+    parser.add_argument("--adapt_batch_norm", action="store_true", help="take batch-norm statistics from these images")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--cache_dir", help="folder of the converted data (default: the datasets library's cache)")
     options = parser.parse_args()
@@ -32,10 +39,18 @@ def main() -> None:
     data = load(options.data, cache_dir=options.cache_dir)
     if options.split not in data:
         raise HistoError(f"--split {options.split}: {options.data} has {', '.join(data)}")
-    table = classifier.predict(data[options.split], batch_size=options.batch_size)
-
-    predictions.write_submission(options.output, table, classifier.sidecar.threshold)
-    print(f"{len(table)} predictions: {options.output}")
+    table = classifier.predict(
+        data[options.split],
+        views=options.test_time_views,
+        adapt_batch_norm=options.adapt_batch_norm,
+        batch_size=options.batch_size,
+    )
+    if options.balanced is not None:
+        threshold = thresholds.for_share(table, options.balanced).value
+    else:
+        threshold = classifier.sidecar.threshold_named(options.threshold)
+    predictions.write_submission(options.output, table, threshold)
+    print(f"{len(table)} predictions at threshold {threshold:.4f}: {options.output}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import datasets
 import numpy as np
@@ -15,12 +16,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_histo.data.schema import ImageTable, Sample
+from hf_histo.models import batchnorm
 from hf_histo.training import runs
 from hf_histo.transforms.preprocessing import Preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def forward(
     model: nn.Module,
     dataset: datasets.Dataset,
@@ -28,6 +30,7 @@ def forward(
     *,
     normalizer: CenterNormalizer | None = None,
     views: int = 1,
+    adapt_batch_norm: bool = False,
     batch_size: int = 64,
     num_workers: int = 0,
     description: str = "Predicting",
@@ -43,29 +46,34 @@ def forward(
         preprocessing: of an evaluation view.
         normalizer: of the centers' color, which must know the centers of `dataset`.
         views: 1, or 8 for the mean logit over the four quarter turns and their mirror images.
+        adapt_batch_norm: use batch-norm statistics of `dataset`'s own unlabeled images (see `batchnorm.adapted`); every
+            process measures them on all images.
         batch_size, num_workers: of the loader in each process.
         description: of the progress bar.
     """
-    accelerator = Accelerator(
-        cpu=runs.use_cpu()
-    )  # of the launch; the model is not prepared, so its mixed precision stays out
+    # Of the launch; the model is not prepared, so the launch's mixed precision stays out.
+    accelerator = Accelerator(cpu=runs.use_cpu())
     model = model.to(accelerator.device).eval()
-    loader = accelerator.prepare(
-        DataLoader(
-            ImageTable(dataset),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=_stack,
-            pin_memory=torch.cuda.is_available(),
-        )
+    loader = DataLoader(
+        ImageTable(dataset),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_stack,
+        pin_memory=torch.cuda.is_available(),
     )
+
+    def batches(loader: DataLoader[Sample], description: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        hidden = not accelerator.is_local_main_process
+        for images, centers, index in tqdm(loader, desc=description, disable=hidden, leave=False):
+            images = images.to(accelerator.device)
+            yield preprocessing(images if normalizer is None else normalizer(images, centers)), index
+
     gathered = []
-    for images, centers, index in tqdm(
-        loader, desc=description, disable=not accelerator.is_local_main_process, leave=False
-    ):
-        pixels = preprocessing(images if normalizer is None else normalizer(images, centers))
-        logits = torch.stack([model(pixel_values=view).logits.float() for view in _views(pixels, views)]).mean(0)
-        gathered.append([part.cpu() for part in accelerator.gather_for_metrics((logits, index))])
+    adaptation = (pixels for pixels, _ in batches(loader, "Adapting batch norm"))
+    with batchnorm.adapted(model, adaptation) if adapt_batch_norm else nullcontext():
+        for pixels, index in batches(accelerator.prepare(loader), description):
+            logits = torch.stack([model(pixel_values=view).logits.float() for view in _views(pixels, views)]).mean(0)
+            gathered.append([part.cpu() for part in accelerator.gather_for_metrics((logits, index))])
     every, order = (torch.cat(parts).numpy() for parts in zip(*gathered, strict=True))
     if not np.array_equal(np.sort(order), np.arange(len(dataset))):
         raise RuntimeError(f"{len(order)} predictions for {len(dataset)} images: each must come once")

@@ -6,11 +6,15 @@ part of a saved adapter: the reloaded model would give other logits.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from hf_histo.errors import HistoError
 
 
 def layers(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -36,6 +40,45 @@ def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, layer in layers(model).items()
         for buffer in ("running_mean", "running_var")
     }
+
+
+@contextmanager
+def adapted(model: nn.Module, batches: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Within the block, batch norm uses the statistics of `batches` (B, 3, H, W); afterwards its own again.
+
+    The statistics are the mean over the batches' (cumulative average), each measured behind layers that normalize with
+    the batch's own: Li et al. 2017, "Revisiting batch normalization for practical domain adaptation" (AdaBN), without
+    labels and without a gradient. Works on frozen layers, too.
+
+    Raises `HistoError` if the model has no batch norm.
+    """
+    found, before = layers(model), statistics(model)
+    if not found:
+        raise HistoError(f"{type(model).__name__} has no batch norm to adapt; leave --adapt_batch_norm out")
+    momenta = {name: layer.momentum for name, layer in found.items()}
+    hooks = [layer.register_forward_pre_hook(_follow) for layer in found.values()]
+    try:
+        for layer in found.values():
+            layer.reset_running_stats()
+            layer.momentum = None
+        with torch.no_grad():
+            for pixels in batches:
+                model(pixel_values=pixels)
+        for hook in hooks:
+            hook.remove()
+        model.eval()
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, layer in found.items():
+            layer.momentum = momenta[name]
+        model.load_state_dict(before, strict=False)
+        model.eval()
+
+
+def _follow(layer: nn.Module, inputs: Any) -> None:
+    layer.training = True
 
 
 def _evaluate(layer: nn.Module, inputs: Any) -> None:

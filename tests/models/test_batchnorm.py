@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from hf_histo.errors import HistoError
 from hf_histo.models import backbones, batchnorm
 
 
@@ -57,3 +59,31 @@ def test_batch_norm_of_the_efficientnet_kind_is_found() -> None:
     assert before
     train(model)
     assert all(torch.equal(before[key], tensor) for key, tensor in batchnorm.statistics(model).items())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_adapted_statistics_are_those_of_the_batches_and_go_away(frozen: bool) -> None:
+    torch.manual_seed(0)
+    model = backbones.load("test_resnet", 2, random_weights=True).eval()
+    if frozen:
+        batchnorm.freeze(model)
+    pixels = torch.randn(6, 3, 64, 64) * 3 + 1
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plain = model(pixel_values=pixels).logits
+    first = next(iter(batchnorm.layers(model).values()))
+    seen: list[torch.Tensor] = []
+    hook = first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    with batchnorm.adapted(model, pixels.split(3)):
+        expected = torch.stack([part.mean(dim=(0, 2, 3)) for part in seen]).mean(0)
+        torch.testing.assert_close(first.running_mean, expected)
+        assert not first.training
+        assert not torch.allclose(model(pixel_values=pixels).logits, plain, atol=1e-3)
+    hook.remove()
+    torch.testing.assert_close(model(pixel_values=pixels).logits, plain)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items() if "tracked" not in key)
+
+
+def test_a_model_without_batch_norm_is_not_adapted() -> None:
+    model = backbones.load("test_vit", 2, random_weights=True)
+    with pytest.raises(HistoError, match="no batch norm"), batchnorm.adapted(model, []):
+        pass

@@ -1,0 +1,111 @@
+"""Each center's color is measured and taken out; labels and other centers play no part."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from hf_histo.data import schema
+from hf_histo.data.load import load
+from hf_histo.data.synthetic import generate
+from hf_histo.errors import HistoError
+from hf_histo.transforms.stain import METHODS, CenterNormalizer, measure
+
+
+@pytest.fixture(scope="module")
+def tissue(tmp_path_factory: pytest.TempPathFactory) -> datasets.DatasetDict:
+    folder = tmp_path_factory.mktemp("tissue")
+    generate(folder / "data", train=90, val=30, test=30)
+    return load(folder / "data", cache_dir=folder / "cache")
+
+
+def colors(data: datasets.Dataset, normalizer: CenterNormalizer | None) -> dict[int, torch.Tensor]:
+    """Mean and deviation of each center's channels, (6,)."""
+    samples = schema.ImageTable(data).__getitems__(range(len(data)))
+    images = torch.stack([sample["image"] for sample in samples])
+    centers = torch.tensor([sample["center"] for sample in samples])
+    moved = images / 255 if normalizer is None else normalizer(images, centers)
+    found = {}
+    for center in centers.unique().tolist():
+        pixels = moved[centers == center].transpose(0, 1).flatten(1)
+        found[center] = torch.cat([pixels.mean(1), pixels.std(1)])
+    return found
+
+
+def spread(by_center: dict[int, torch.Tensor]) -> float:
+    return float(torch.stack(list(by_center.values())).std(0).mean())
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_centers_look_more_alike_the_unseen_one_too(tissue: datasets.DatasetDict, method: str) -> None:
+    normalizer = CenterNormalizer.fit(tissue["train"], method).extended(tissue["test"])
+    every = datasets.concatenate_datasets([tissue["train"], tissue["test"]])
+    assert spread(colors(every, normalizer)) < 0.7 * spread(colors(every, None))
+
+
+def test_rgb_gives_every_center_the_mean_color_of_training(tissue: datasets.DatasetDict) -> None:
+    plain, moved = colors(tissue["train"], None), colors(tissue["train"], CenterNormalizer.fit(tissue["train"], "rgb"))
+    reference = torch.stack(list(plain.values())).mean(0)
+    for found in moved.values():  # but for what is clipped to [0, 1]
+        torch.testing.assert_close(found, reference, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_a_center_moved_to_itself_is_unchanged(tissue: datasets.DatasetDict, method: str) -> None:
+    one = tissue["train"].filter(lambda row: row["center"] == 0)
+    samples = schema.ImageTable(one).__getitems__(range(8))
+    images = torch.stack([sample["image"] for sample in samples])
+    moved = CenterNormalizer.fit(one, method)(images, torch.zeros(8, dtype=torch.int64))
+    torch.testing.assert_close(moved, images / 255, rtol=0, atol=0.02)
+
+
+def test_labels_do_not_matter(tissue: datasets.DatasetDict) -> None:
+    hidden = tissue["train"].map(lambda row: {"label": -1})
+    assert measure(hidden, "rgb") == measure(tissue["train"], "rgb")
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_it_survives_the_sidecar(tissue: datasets.DatasetDict, method: str) -> None:
+    normalizer = CenterNormalizer.fit(tissue["train"], method)
+    extended = normalizer.extended(tissue["test"])
+    assert set(extended.centers) == {0, 2, 3, 4}
+    assert CenterNormalizer.from_json(json.loads(json.dumps(extended.as_json()))) == normalizer
+
+
+def test_mixtures_lie_between_the_centers(tissue: datasets.DatasetDict) -> None:
+    normalizer = CenterNormalizer.fit(tissue["train"], "rgb")
+    draws = torch.from_numpy(np.random.default_rng(0).random((500, 3)))
+    targets = normalizer.targets(torch.arange(500) < 400, draws)
+    every = torch.tensor([[*s.location, *np.ravel(s.scale)] for s in normalizer.centers.values()], dtype=torch.float32)
+    assert (targets >= every.min(0).values - 1e-6).all()
+    assert (targets <= every.max(0).values + 1e-6).all()
+    assert targets[:400].std(0)[:3].min() > 0.1 * every.std(0)[:3].min()
+    torch.testing.assert_close(targets[400:], every.mean(0).expand(100, -1))
+    torch.testing.assert_close(targets[:400].mean(0), every.mean(0), rtol=0, atol=0.02)
+
+
+def test_an_unknown_center_is_refused(tissue: datasets.DatasetDict) -> None:
+    normalizer = CenterNormalizer.fit(tissue["train"], "rgb")
+    with pytest.raises(HistoError, match=r"center 7 .*\[0, 3, 4\]"):
+        normalizer(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([7]))
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_blank_images_have_no_statistics(method: str) -> None:
+    white = {"bytes": schema.encode_ppm(np.full((8, 8, 3), 255, np.uint8)), "path": None}
+    rows = {"id": ["a", "b"], "image": [white] * 2, "label": [0, 1], "center": [5, 5], "group": ["", ""]}
+    blank = datasets.Dataset.from_dict(rows, features=schema.features(["normal", "tumor"]))
+    with pytest.raises(HistoError, match="center 5"):
+        measure(blank, method)
+
+
+def test_damaged_statistics_are_refused(tissue: datasets.DatasetDict, tmp_path: Path) -> None:
+    good = CenterNormalizer.fit(tissue["train"], "rgb").as_json()
+    for bad in ({"method": "magic"}, {"0": [[0.0] * 3] * 4}, {"0": [[float("nan")] * 3] * 4}, {"0": [[1.0]]}):
+        with pytest.raises((ValueError, KeyError, TypeError)):
+            CenterNormalizer.from_json(good | bad)
