@@ -99,13 +99,14 @@ def test_nothing_is_found_in_sound_data() -> None:
     ids=["jpeg", "smaller jpeg", "half", "larger", "brighter", "recolored", "mirrored", "turned", "both"],
 )
 def test_finds_a_copy_in_test(copy: bytes) -> None:
-    # More than one block of images lie between the two.
-    found, table = judged({"train": plain(_BLOCK + 8, 0), "test": [*plain(9, 500), ("copy", copy, 1, 0, "")]})
-    (finding,) = [f for f in found.findings if f.kind != "size_shift"]
+    late = jpeg(picture(_BLOCK + 5))  # of an image beyond the first block
+    rows = [*plain(9, 500), ("copy", copy, 1, 0, ""), ("late", late, 1, 0, "")]
+    found, table = judged({"train": plain(_BLOCK + 8, 0), "test": rows})
+    (finding,) = found.findings
     assert (finding.kind, finding.split, finding.other) == ("similar_overlap", "test", "train")
-    assert ids(finding) == [["train/3", "test/copy"]]
+    assert ids(finding) == [["train/3", "test/copy"], [f"train/{_BLOCK + 5}", "test/late"]]
     assert table["identical"].nunique() == len(table)
-    assert table["family"].nunique() == len(table) - 1
+    assert table["family"].nunique() == len(table) - 2
 
 
 def test_the_same_pixels_in_another_file_are_identical() -> None:
@@ -127,6 +128,20 @@ def test_the_same_bytes_in_another_shape_are_not_identical() -> None:
 def test_a_part_of_an_image_is_no_copy() -> None:
     found, _ = judged({"train": [*plain(6, 0), ("part", png(picture(0)[:64, :64]), 0, 0, "")]})
     assert found.findings == []
+
+
+def test_alike_from_afar_is_no_copy() -> None:
+    def built(seed: int) -> bytes:
+        """Six by six large spots, the same ones, under a fine structure of its own."""
+        large = zoom(np.random.default_rng(0).normal(size=(6, 6)), 16, order=1)
+        fine = zoom(np.random.default_rng(seed).normal(size=(32, 32)), 3, order=1)
+        gray = np.clip(128 + 60 * large + 12 * fine, 0, 255).astype(np.uint8)
+        return png(np.repeat(gray[..., None], 3, axis=2))
+
+    data = datasets.DatasetDict({"train": split([("a", built(1), 0, 0, ""), ("b", built(2), 0, 0, "")])})
+    assert inventory(data)["family"].tolist() == [0, 1]
+    # Their hashes alone would relate them, and so does a low similarity.
+    assert inventory(data, similarity=0.05)["family"].tolist() == [0, 0]
 
 
 def test_families_are_chains() -> None:
@@ -155,18 +170,19 @@ def test_label_conflicts() -> None:
 
 
 def test_blank_and_tiny_images() -> None:
-    noise = np.random.default_rng(0).integers(200, 203, (96, 96, 3)).astype(np.uint8)
+    faint = (200 + picture(8) / picture(8).std()).round().astype(np.uint8)
     train = [
         *plain(4, 0),
         ("white", png(np.full((96, 96, 3), 255, np.uint8)), 0, 0, ""),
-        ("gray", png(noise), 1, 0, ""),
+        ("gray", png(faint), 1, 0, ""),
+        ("mirrored", png(faint[::-1]), 1, 0, ""),
         ("dot", png(picture(9)[:1, :1]), 0, 0, ""),
         ("strip", png(picture(9)[:31]), 0, 0, ""),
         ("enough", png(picture(9)[:32]), 0, 0, ""),
     ]
     found, table = judged({"train": train})
     assert [(f.kind, [g for (g,) in ids(f)]) for f in found.findings if f.kind in ("blank", "tiny")] == [
-        ("blank", ["train/white", "train/gray", "train/dot"]),
+        ("blank", ["train/white", "train/gray", "train/mirrored", "train/dot"]),
         ("tiny", ["train/dot", "train/strip"]),
     ]
     # Blank images differ, however alike they are, unless their pixels are the same.
