@@ -135,7 +135,7 @@ def test_alike_from_afar_is_no_copy() -> None:
         """Six by six large spots, the same ones, under a fine structure of its own."""
         large = zoom(np.random.default_rng(0).normal(size=(6, 6)), 16, order=1)
         fine = zoom(np.random.default_rng(seed).normal(size=(32, 32)), 3, order=1)
-        gray = np.clip(128 + 60 * large + 12 * fine, 0, 255).astype(np.uint8)
+        gray = np.clip(128 + 60 * large + 8 * fine, 0, 255).astype(np.uint8)
         return png(np.repeat(gray[..., None], 3, axis=2))
 
     data = datasets.DatasetDict({"train": split([("a", built(1), 0, 0, ""), ("b", built(2), 0, 0, "")])})
