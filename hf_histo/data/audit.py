@@ -86,7 +86,7 @@ class Audit:
         return dataclasses.asdict(self)
 
     def summary(self, examples: int = 3) -> str:
-        """A text to read: a paragraph for each split, then the findings (if any) with the first few examples of each."""
+        """A text to read: a paragraph for each split, then the findings with a few examples of each."""
         lines = [line for split in self.splits for line in _described(split)]
         lines += ["", f"findings: {len(self.findings)}"]
         for number, finding in enumerate(self.findings, start=1):
