@@ -1,0 +1,119 @@
+"""Leave-one-center-out cross-validation: every labeled center once as the one that training never saw."""
+
+from __future__ import annotations
+
+import warnings
+
+import datasets
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from sklearn.model_selection import StratifiedGroupKFold
+
+from hf_histo.data.load import fingerprint
+from hf_histo.errors import HistoError
+
+POOLED = ("train", "val")
+
+
+def leave_one_center_out(
+    data: datasets.DatasetDict, *, seed: int, validation_share: float = 0.15
+) -> dict[int, datasets.DatasetDict]:
+    """For every center, the splits `train` and `val` of the other centers, and `test`: that center.
+
+    The images are the labeled ones of `train` and `val`; any other split stays out. `id` gets its split as a prefix
+    ("train/0"), since both files may count from 0. A group is never on two sides: where the held-out center shares one
+    with others, their images of it are in no split. `val` is that fold of a `StratifiedGroupKFold` over label and
+    center that is nearest to `validation_share` of each; an image of unknown group is its own.
+
+    Args:
+        data: splits with known centers.
+        seed: of the parts; the same gives the same.
+        validation_share: of the images outside the held-out center that go to `val`, in (0, 0.5]; about, because
+            groups stay whole.
+
+    Returns:
+        The splits by the center held out, in rising order. The fingerprints of any two that differ in an image differ.
+
+    Raises:
+        HistoError: the share is outside its range; there is no labeled image, an unknown center (-1), or fewer than
+            two centers; without a center, there are fewer than two groups, or `train` would have fewer than two
+            classes.
+    """
+    if not 0 < validation_share <= 0.5:
+        raise HistoError(f"validation_share is {validation_share}, expected more than 0 and at most 0.5, e.g. 0.15")
+    pool = _pool(data)
+    centers = np.array(pool["center"])
+    if unknown := int((centers < 0).sum()):
+        raise HistoError(
+            f"{unknown} of {len(pool)} labeled images have no known center (-1); leave them out of the data"
+        )
+    names = np.unique(centers).tolist()
+    if len(names) < 2:
+        raise HistoError(f"train and val: labeled images of centers {names}, expected at least two centers; add images")
+    return {center: _fold(pool, center, seed, validation_share, fingerprint(data)) for center in names}
+
+
+def _pool(data: datasets.DatasetDict) -> datasets.Dataset:
+    """The labeled images of `train` and `val`, with ids that name the split."""
+    parts = []
+    for name in POOLED:
+        if name in data:
+            split = data[name].remove_columns("id").add_column("id", [f"{name}/{key}" for key in data[name]["id"]])
+            parts.append(split.select_columns(data[name].column_names).cast(data[name].features))
+    if not parts:
+        raise HistoError(f"the data has the splits {', '.join(data)}, expected train or val; rename one")
+    pool = datasets.concatenate_datasets(parts)
+    labeled = np.flatnonzero(np.array(pool["label"]) >= 0)
+    if not len(labeled):
+        raise HistoError("train and val: all labels are hidden (-1), expected labeled images; add labels")
+    return pool.select(labeled)
+
+
+def _fold(pool: datasets.Dataset, center: int, seed: int, validation_share: float, source: str) -> datasets.DatasetDict:
+    labels, centers = np.array(pool["label"]), np.array(pool["center"])
+    # A name that no group has: an image of unknown group is alone.
+    groups = np.array([group or f"\0{key}" for group, key in zip(pool["group"], pool["id"], strict=True)])
+    held_out = centers == center
+    rest = np.flatnonzero(~held_out & ~np.isin(groups, groups[held_out]))
+    strata = np.unique(np.stack([labels[rest], centers[rest]]), axis=1, return_inverse=True)[1]
+    validation = _nearest_fold(strata, groups[rest], seed, validation_share, center)
+    rows = {"train": rest[~validation], "val": rest[validation], "test": np.flatnonzero(held_out)}
+    classes = pool.features["label"].names
+    present = np.unique(labels[rows["train"]])
+    if len(present) < 2:
+        found = ", ".join(classes[label] for label in present) or "none"
+        raise HistoError(
+            f"center {center} held out: classes present in train: {found}, expected at least two of "
+            f"{', '.join(classes)}; add images of other centers, or leave fewer of them to validation"
+        )
+    fold = datasets.DatasetDict({name: pool.select(part) for name, part in rows.items()})
+    content = xxhash.xxh3_128(source.encode())
+    for name, split in fold.items():
+        content.update("\0".join(["", name, *split["id"]]).encode())
+    for split in fold.values():
+        split.info.config_name = content.hexdigest()  # what `fingerprint` reads: a fold is other data
+    return fold
+
+
+def _nearest_fold(
+    strata: NDArray[np.int64], groups: NDArray[np.str_], seed: int, share: float, center: int
+) -> NDArray[np.bool_]:
+    """Of equal folds of whole groups, that with about `share` of every stratum, as a mask of shape (n,)."""
+    counts = np.bincount(strata)
+    # The splitter refuses more folds than the most frequent stratum has images.
+    folds = min(round(1 / share), len(np.unique(groups)), int(counts.max(initial=0)))
+    if folds < 2:
+        raise HistoError(
+            f"center {center} held out: {len(strata)} images in {len(np.unique(groups))} groups are left for train and "
+            "val, expected at least two groups, and two images of a class and center; add images of other centers"
+        )
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        # A stratum with fewer images than there are folds is in some of them only.
+        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
+        parts = [part for _, part in splitter.split(strata, strata, groups)]
+    distances = [np.abs(np.bincount(strata[part], minlength=len(counts)) - share * counts).sum() for part in parts]
+    mask = np.zeros(len(strata), dtype=bool)
+    mask[parts[int(np.argmin(distances))]] = True
+    return mask
