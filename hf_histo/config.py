@@ -14,12 +14,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from hf_histo.errors import HistoError
+
+Extra = TypeVar("Extra")
 
 
 def option(default: Any, help: str) -> Any:
@@ -76,6 +78,9 @@ class CenterOptions:
 
     normalization: Literal["none", "rgb", "reinhard", "macenko"] = option("none", "take out each center's color")
     stain_mixing: float = option(0.0, "probability of training on a mixture of the centers' colors, in [0, 1]")
+    balance_centers: bool = option(False, "draw every training center equally often")
+    domain_loss: Literal["none", "group_dro", "coral"] = option("none", "raise hard centers, or align their features")
+    domain_weight: float = option(1.0, "weight of the CORAL penalty; for GroupDRO, hundredths of a step of its weights")
     test_time_views: int = option(1, "views that a prediction averages: 1, or 8 for every turn and flip of the square")
 
 
@@ -128,6 +133,29 @@ class Config:
         """All options in one mapping: what a YAML file for `--config` holds."""
         return {key: value for group in dataclasses.asdict(self).values() for key, value in group.items()}
 
+    def at(self, output_dir: str | Path, seed: int) -> Config:
+        """The same options for a run of its own: another folder and seed."""
+        return dataclasses.replace(
+            self,
+            training=dataclasses.replace(self.training, seed=seed),
+            output=dataclasses.replace(self.output, output_dir=str(output_dir)),
+        )
+
+    def parent_folder(self) -> Path:
+        """`--output_dir`, where it is to hold several runs; raises `HistoError` for options that are of one run."""
+        if self.output.output_dir is None:
+            raise HistoError("--output_dir is not given, expected a folder for the runs")
+        for name, value in (
+            ("push_to_hub", self.output.push_to_hub),
+            ("resume_from_checkpoint", self.training.resume_from_checkpoint),
+        ):
+            if value:
+                raise HistoError(
+                    f"--{name} is {value!r}, which is for one run and not for several; leave it out (begun runs go on "
+                    "by themselves)"
+                )
+        return Path(self.output.output_dir)
+
 
 class _Refusing(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -160,7 +188,20 @@ def parse(usage: str | None, arguments: Sequence[str] | None = None) -> Config:
     Raises `HistoError` for an unknown option or YAML key (with the nearest known one), a value of the wrong type or
     out of range, and a file that is missing or not a mapping.
     """
-    groups = list(get_type_hints(Config).values())
+    return _parse(usage, arguments, [])[0]
+
+
+def parse_with(extra: type[Extra], usage: str | None, arguments: Sequence[str] | None = None) -> tuple[Config, Extra]:
+    """`parse` for a recipe with options of its own: `extra` is a dataclass like the groups of `Config`.
+
+    A YAML file can't set these, so that it means the same to every recipe.
+    """
+    config, (own,) = _parse(usage, arguments, [extra])
+    return config, own
+
+
+def _parse(usage: str | None, arguments: Sequence[str] | None, extra: list[type]) -> tuple[Config, list[Any]]:
+    groups = [*get_type_hints(Config).values(), *extra]
     parser = _Parser(
         groups,
         usage="%(prog)s [--config YAML] [--OPTION VALUE ...]",
@@ -176,13 +217,14 @@ def parse(usage: str | None, arguments: Sequence[str] | None = None) -> Config:
     config_only.add_argument("--config")
     file = config_only.parse_known_args(arguments)[0].config
     *options, _, unknown = parser.parse_args_into_dataclasses(
-        [*(_yaml_arguments(file, known) if file else []), *arguments],
+        [*(_yaml_arguments(file, list(Config().flat())) if file else []), *arguments],
         return_remaining_strings=True,
         look_for_args_file=False,
     )
     if unknown:
         raise HistoError(_unknown("option", unknown[0], [f"--{name}" for name in known]))
-    return _validated(Config(*options))
+    shared = len(options) - len(extra)
+    return _validated(Config(*options[:shared])), options[shared:]
 
 
 def _yaml_arguments(file: str, known: Sequence[str]) -> list[str]:
@@ -215,7 +257,7 @@ def _validated(config: Config) -> Config:
     values = config.flat()
     limits: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "at least 0": (
-            "num_workers weight_decay warmup_steps lr_scheduler_patience early_stopping_patience seed",
+            "num_workers weight_decay domain_weight warmup_steps lr_scheduler_patience early_stopping_patience seed",
             lambda value: value >= 0,
         ),
         "more than 0": (

@@ -101,6 +101,11 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
     def __init__(self, dataset: datasets.Dataset) -> None:
         self._table = dataset.select_columns(["image", "label", "center"]).with_format("arrow")
 
+    @property
+    def centers(self) -> list[int]:
+        """Of every row."""
+        return self._table["center"][:].to_pylist()
+
     def __len__(self) -> int:
         return len(self._table)
 

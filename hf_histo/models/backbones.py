@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,14 +116,12 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the report on the head, which is meant to be new, the bar, and transformers' own deprecations."""
+    """Without the report on the head, which is meant to be new, and without the bar."""
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
+        yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bar:

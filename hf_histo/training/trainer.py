@@ -11,13 +11,15 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_histo.config import Config
+from hf_histo.config import CenterOptions, Config
+from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
-from hf_histo.models import adapters
-from hf_histo.training import runs
+from hf_histo.models import adapters, heads
+from hf_histo.training import domains, runs
 from hf_histo.training.losses import Loss
 from hf_histo.transforms.augmentation import Augmentation, augment, uniform
 from hf_histo.transforms.preprocessing import Preprocessing
@@ -39,7 +41,7 @@ class Trainer(transformers.Trainer):
         preprocessing: of an evaluation view.
         augmentation: of a training view.
         normalizer: of the centers' color, knowing those of training and validation; None leaves color as it is.
-        stain_mixing: probability that a training view gets the color of a random mixture of the training centers.
+        options: of stain mixing, sampling and the loss over centers.
         batch_norm: "frozen" or "track"; a tracked one is part of a checkpoint.
     """
 
@@ -49,26 +51,32 @@ class Trainer(transformers.Trainer):
         preprocessing: Preprocessing,
         augmentation: Augmentation,
         batch_norm: str,
+        options: CenterOptions,
         normalizer: CenterNormalizer | None = None,
-        stain_mixing: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.preprocessing = preprocessing
         self.augmentation = augmentation
         self.normalizer = normalizer
-        self.stain_mixing = stain_mixing
+        self.options = options
+        self.loss: Loss = kwargs["compute_loss_func"]
         self.batch_norm = batch_norm
+        if options.domain_loss == "group_dro":
+            self.add_callback(domains.GroupDRO(self._centers(), 0.01 * options.domain_weight))
+        if options.domain_loss == "coral":
+            base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            self.features = domains.HeadInput(base.get_submodule(heads.name_of(base)))  # type: ignore[union-attr,arg-type]
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
-        images, centers = inputs.pop("image"), inputs.pop("center")
+        images, centers = inputs.pop("image"), inputs["center"]
         if self.model is None or not self.model.training:
             colored = images if self.normalizer is None else self.normalizer(images, centers)
             return {"pixel_values": self.preprocessing(colored), **inputs}
         index, epoch = inputs["index"], int(self.state.epoch or 0)
         if self.normalizer is not None:
-            images = self.normalizer(images, centers, self._stains(index, epoch) if self.stain_mixing else None)
+            images = self.normalizer(images, centers, self._stains(index, epoch) if self.options.stain_mixing else None)
         views = augment(
             images, self.augmentation, self.preprocessing.image_size, seed=self.args.seed, epoch=epoch, index=index
         )
@@ -79,10 +87,45 @@ class Trainer(transformers.Trainer):
         assert self.normalizer is not None
         # Epochs beyond any real one: a stream of its own beside the other parameters'.
         draws = torch.from_numpy(uniform(self.args.seed, 2**32 + epoch, index, 1 + len(self.normalizer.training)))
-        return self.normalizer.targets(mixed=draws[:, 0] < self.stain_mixing, draws=draws[:, 1:])
+        return self.normalizer.targets(mixed=draws[:, 0] < self.options.stain_mixing, draws=draws[:, 1:])
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "index"}, *args, **kwargs)
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        centers, labels = inputs.pop("center"), inputs["labels"]
+        inputs.pop("index")
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.options.domain_loss != "none" and model.training:
+            # Scaled as the loss is: its batch's share of an update that spans steps and processes.
+            share: Any = 1.0
+            if num_items_in_batch is not None:
+                share = len(labels) * self.accelerator.num_processes / num_items_in_batch
+            if self.options.domain_loss == "coral":
+                assert self.features.value is not None
+                loss = loss + share * self.options.domain_weight * domains.coral(self.features.value, centers)
+            else:
+                (weights,) = (c for c in self.callback_handler.callbacks if isinstance(c, domains.GroupDRO))
+                means = {}
+                for center in centers.unique().tolist():
+                    part = ImageClassifierOutput(logits=outputs.logits[centers == center])
+                    means[center] = self.loss(part, labels[centers == center])
+                loss = share * weights(means)
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        if not self.options.balance_centers:
+            return super()._get_train_sampler(train_dataset)
+        return domains.CenterBalancedSampler(self._centers(), self.args.seed)
+
+    def _centers(self) -> list[int]:
+        """Of the training images."""
+        assert isinstance(self.train_dataset, ImageTable)
+        return self.train_dataset.centers
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if isinstance(self.model, PeftModel):
@@ -182,6 +225,6 @@ def build(
         preprocessing=preprocessing,
         augmentation=augmentation,
         normalizer=normalizer,
-        stain_mixing=config.centers.stain_mixing,
+        options=config.centers,
         batch_norm=config.model.batch_norm,
     )

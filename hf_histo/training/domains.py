@@ -1,0 +1,114 @@
+"""Training that treats acquisition centers as what must not matter: balanced sampling, GroupDRO and CORAL.
+
+Each composes with any loss of `losses.py` and with LoRA; Gulrajani & Lopez-Paz 2021, "In search of lost domain
+generalization", is the reason to measure them against plain training before trusting any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import reduce
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+
+class CenterBalancedSampler(Sampler[int]):
+    """Draws as many samples as there are, with replacement, each center as often as the others.
+
+    The order is a function of the seed and the epoch, so that a resumed run continues it.
+    """
+
+    def __init__(self, centers: Sequence[int], seed: int) -> None:
+        _, place, counts = np.unique(centers, return_inverse=True, return_counts=True)
+        self._probabilities = 1 / counts[place] / len(counts)
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._probabilities)
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng([self._seed, self._epoch])
+        return iter(random.choice(len(self), len(self), p=self._probabilities).tolist())
+
+
+class GroupDRO(TrainerCallback, ExportableState):
+    """Weights of the centers in the loss, raised where the loss is high.
+
+    Sagawa et al. 2020, "Distributionally robust neural networks for group shifts", algorithm 1: q_g is multiplied by
+    exp(step x loss_g) and normalized, and the objective is the sum of q_g loss_g. A callback, so that the weights are
+    part of a checkpoint.
+
+    Args:
+        centers: of the training set.
+        step: the paper's eta, where it is 0.01.
+        weights: of the centers in their order, summing to 1; None is uniform.
+    """
+
+    def __init__(self, centers: Sequence[int], step: float = 0.01, weights: Sequence[float] | None = None) -> None:
+        self.centers = sorted(set(centers))
+        self.step = step
+        self.weights = list(weights or [1 / len(self.centers)] * len(self.centers))
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "args": {"centers": self.centers, "step": self.step, "weights": self.weights},
+            "attributes": {},
+        }
+
+    def __call__(self, losses: dict[int, torch.Tensor]) -> torch.Tensor:
+        """The objective of a batch from the mean loss of each center in it; moves the weights.
+
+        The weights follow the mean over the processes of a launch, so that they are the same in each.
+        """
+        device = next(iter(losses.values())).device
+        found = torch.zeros(2, len(self.centers), device=device)
+        for place, center in enumerate(self.centers):
+            if center in losses:
+                found[:, place] = torch.stack([losses[center].detach().float(), torch.ones((), device=device)])
+        found = reduce(found, "sum")
+        raised = torch.tensor(self.weights, device=device) * torch.exp(self.step * found[0] / found[1].clamp(min=1))
+        self.weights = (raised / raised.sum()).tolist()
+        # Scaled by their number: with equal weights it is then the mean over centers, as without GroupDRO.
+        return torch.stack([self.weights[self.centers.index(c)] * loss for c, loss in losses.items()]).sum() * (
+            len(self.centers) / len(losses)
+        )
+
+
+def coral(features: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    """How far apart the centers are in feature space: features (B, d), centers (B,) int64, to a scalar.
+
+    Mean over pairs of centers with at least two images of the mean squared difference of means plus that of
+    covariances: Sun & Saenko 2016, "Deep CORAL", with the means as in Koh et al. 2021, "WILDS". 0 without a pair.
+    """
+    moments = [
+        (part.mean(0), torch.cov(part.T).reshape(-1))
+        for part in (features[centers == center].float() for center in centers.unique())
+        if len(part) > 1
+    ]
+    distances = [
+        sum(((a - b) ** 2).mean() for a, b in zip(one, other, strict=True)) for one, other in combinations(moments, 2)
+    ]
+    return torch.stack(distances).mean() if distances else features.sum() * 0  # type: ignore[arg-type]
+
+
+class HeadInput:
+    """Keeps what went into the classifier in the last forward pass, (B, d)."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self.value: torch.Tensor | None = None
+        head.register_forward_pre_hook(self._keep)
+
+    def _keep(self, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.value = inputs[0]
