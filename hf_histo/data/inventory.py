@@ -49,11 +49,13 @@ def inventory(data: datasets.DatasetDict, *, similarity: float = SIMILARITY) -> 
 
     Two images are copies if they are the same picture but for compression, size, brightness, contrast, color, quarter
     turns and mirroring. Not found are crops (3% off two sides is too much already) and many copies that were brightened
-    until parts are plain white. Candidates differ in at most 10 bits of
-    their perceptual hashes: signs, about the median, of the 8x8 lowest frequencies of the cosine transform of the
-    grayscale thumbnail (pHash: C. Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010,
-    sec. 3.2.1). Of those, copies are the pairs whose details, 64x64 thumbnails minus their Gaussian blur, correlate
-    (Pearson) by at least `similarity`, in (0, 1]. Blank images have no details and only identical ones are related.
+    until parts are plain white.
+
+    Candidates differ in at most 10 bits of their perceptual hashes: signs, about the median, of the 8x8 lowest
+    frequencies of the cosine transform of the grayscale thumbnail (after pHash: C. Zauner, Implementation and
+    Benchmarking of Perceptual Image Hash Functions, 2010). Of those, copies are the pairs whose details, 64x64
+    thumbnails minus their Gaussian blur, correlate (Pearson) by at least `similarity`, in (0, 1]. Blank images have no
+    details and only identical ones are related.
 
     Holds 8 KB per image in memory, and compares all hashes to all: 100 thousand images take some minutes.
 
