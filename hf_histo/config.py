@@ -112,6 +112,7 @@ class OutputOptions:
 
     output_dir: str | None = option(None, "folder of the run (default: runs/DATA-BACKBONE-METHOD-seedN)")
     overwrite_output_dir: bool = option(False, "delete what the folder holds of an earlier run")
+    preview: bool = option(False, "before training, draw preview.png: what training makes of some images")
     push_to_hub: bool = option(False, "upload the adapter folder when the run is done")
     hub_model_id: str | None = option(None, "repository on the Hub: owner/name")
     hub_private: bool = option(False, "create the repository as private")

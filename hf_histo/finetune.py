@@ -83,7 +83,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         return Result(adapter, hub.read_metrics(adapter), None)
 
     set_seed(config.training.seed)
-    names = data["train"].features["label"].names
+    names = next(iter(data.values())).features["label"].names
     num_outputs = 1 if len(names) == 2 else len(names)
     _check(config, data, num_outputs)
 
@@ -138,6 +138,8 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         loss=losses.classification(num_outputs, losses.balancing_weights(train_labels, names) if balance else None),
         compute_metrics=metrics.for_trainer(),
     )
+    if config.output.preview and session.is_world_process_zero():
+        _preview(session, data["train"], folder / "preview.png")
     session.train(resume_from_checkpoint=runs.checkpoint(config, folder))
 
     final = session.accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)
@@ -173,6 +175,24 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
     return Result(adapter, measured, time.monotonic() - started)
 
 
+def _preview(session: trainer.Trainer, data: datasets.Dataset, path: Path, images: int = 8, epochs: int = 7) -> None:
+    """Some training images of every center as they are stored, and what training makes of them in its first epochs."""
+    centers = np.array(data["center"])
+    places = [np.flatnonzero(centers == center) for center in np.unique(centers)]
+    chosen = np.concatenate([rows[: -(-images // len(places))] for rows in places])
+    batch = trainer.collate(ImageTable(data).__getitems__(chosen.tolist()))
+    views = [batch["image"] / 255]
+    for epoch in range(epochs):
+        views.append(session.training_views(batch["image"], batch["center"], batch["index"], epoch))
+    report.views_sheet(
+        {
+            f"{data[int(row)]['id']}, center {centers[row]}": [view[place].permute(1, 2, 0).numpy() for view in views]
+            for place, row in enumerate(chosen)
+        },
+        path,
+    )
+
+
 def _thresholds(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
     found = {f"balanced-{split}": thresholds.for_share(table).value for split, table in tables.items()}
     labels = tables["val"]["label"]
@@ -182,6 +202,9 @@ def _thresholds(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
 
 
 def _check(config: Config, data: datasets.DatasetDict, num_outputs: int) -> None:
+    missing = {"train", "val"} - data.keys()
+    if missing:
+        raise HistoError(f"--data {config.data.data}: has no split {missing.pop()!r}, only {', '.join(data)}; make one")
     check_trainable(data["train"])
     for (one, other), groups in shared_groups(data).items():
         if "train" in (one, other):

@@ -33,6 +33,7 @@ INDIFFERENT = {
     "resume_from_checkpoint",
     "output_dir",
     "overwrite_output_dir",
+    "preview",
     "push_to_hub",
     "hub_model_id",
     "hub_private",

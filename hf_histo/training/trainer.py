@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_histo.config import CenterOptions, Config
-from hf_histo.data.schema import ImageTable
+from hf_histo.data.schema import ImageTable, Sample
 from hf_histo.errors import HistoError
 from hf_histo.models import adapters, heads
 from hf_histo.training import domains, runs
@@ -74,13 +74,18 @@ class Trainer(transformers.Trainer):
         if self.model is None or not self.model.training:
             colored = images if self.normalizer is None else self.normalizer(images, centers)
             return {"pixel_values": self.preprocessing(colored), **inputs}
-        index, epoch = inputs["index"], int(self.state.epoch or 0)
+        views = self.training_views(images, centers, inputs["index"], int(self.state.epoch or 0))
+        return {"pixel_values": self.preprocessing.normalize(views), **inputs}
+
+    def training_views(
+        self, images: torch.Tensor, centers: torch.Tensor, index: torch.Tensor, epoch: int
+    ) -> torch.Tensor:
+        """What training makes of uint8 (B, 3, H, W) in an epoch: float32 (B, 3, image_size, image_size) in [0, 1]."""
         if self.normalizer is not None:
             images = self.normalizer(images, centers, self._stains(index, epoch) if self.options.stain_mixing else None)
-        views = augment(
+        return augment(
             images, self.augmentation, self.preprocessing.image_size, seed=self.args.seed, epoch=epoch, index=index
         )
-        return {"pixel_values": self.preprocessing.normalize(views), **inputs}
 
     def _stains(self, index: torch.Tensor, epoch: int) -> torch.Tensor:
         """Where the color of each training view goes: the reference, or a mixture of the training centers."""
@@ -134,7 +139,7 @@ class Trainer(transformers.Trainer):
             super()._save(output_dir, state_dict)
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:
     """Samples of an `ImageTable` to {"image": uint8 (B, 3, H, W), "labels", "center", "index": int64 (B,)}.
 
     Images must share one size.
