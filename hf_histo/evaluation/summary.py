@@ -111,16 +111,8 @@ def bar_chart(
             axes.barh(where, means, height, xerr=deviations, color=color, edgecolor="white", capsize=3, label=name)
             for y, mean in zip(where, means, strict=True):
                 axes.text(0.01, y, f"{mean:.3f}", va="center", color="white", weight="bold")
-        marked = [(reported[name], row) for row, name in enumerate(rows) if name in reported]
-        if marked:
-            axes.scatter(
-                *zip(*marked, strict=True),
-                marker="D",
-                color="black",
-                edgecolor="white",
-                zorder=3,
-                label="reported (test)",
-            )
+        if marked := [(reported[name], row) for row, name in enumerate(rows) if name in reported]:
+            axes.plot(*zip(*marked, strict=True), "D", color="black", markeredgecolor="white", label="reported (test)")
         axes.set_yticks(range(len(rows)), [fill(name, 34) for name in rows])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)

@@ -1,0 +1,225 @@
+"""Train the rows of a table and set what they reach beside what was published: the report's table, as one command.
+
+    accelerate launch recipes/compare.py --rows recipes/configs/report/*.yaml --data DIR --seeds 2 --output_dir OUT
+    accelerate launch recipes/compare.py --rows a.yaml b.yaml --data DIR --protocol leave_one_center_out \\
+        --select worst --output_dir OUT --backbone ../shared/models/mobilenetv2_100.tf_in1k
+
+A row is a config of recipes/histo_lora.py, and any of its options given here holds for every row. `reported.yaml` in
+its folder tells, by the config's file name without suffix, the row's `name`, the published test accuracy (`reported`,
+with its `source`), and whether predictions are `balanced`: class 1 for half of a split's images, labels unseen.
+
+With `--protocol validation` every split with labels beside train is evaluated, with `leave_one_center_out` each center
+that training never saw. Each row, seed and center is a run of its own in OUT/ROW, so the same command goes on where an
+earlier one was stopped. Into OUT go PROTOCOL.md, .json and .png.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import yaml
+from accelerate import PartialState
+
+from hf_histo.config import Config, option, parse, parse_with
+from hf_histo.data.folds import leave_one_center_out
+from hf_histo.data.load import fingerprint, load
+from hf_histo.errors import HistoError, run
+from hf_histo.evaluation import metrics, predictions, thresholds
+from hf_histo.evaluation.report import table
+from hf_histo.evaluation.summary import Spread, bar_chart, best, held_out, spread
+from hf_histo.files import atomic_file, write_json
+from hf_histo.finetune import Result, fine_tune
+
+TOLD = "reported.yaml"
+METRICS = ("accuracy", "auroc")
+
+
+@dataclass
+class Options:
+    _argument_group_name = "comparison"
+
+    rows: list[str] = field(metadata={"help": f"configs to compare; a {TOLD} among them is no row"})
+    seeds: int = option(2, "number of seeds for each row, counted up from --seed")
+    protocol: Literal["validation", "leave_one_center_out"] = option("validation", "what rows are evaluated on")
+    select: Literal["worst", "mean"] | None = option(None, "recommend a row by its worst or its mean held-out center")
+
+
+@dataclass(frozen=True)
+class Told:
+    """What `reported.yaml` tells of a row."""
+
+    name: str
+    reported: float | None = None
+    source: str | None = None
+    balanced: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row, and the backbone that its file names, whatever the command line says."""
+
+    config: Config
+    told: Told
+    own_backbone: str
+
+
+# Of a row, by split or held-out center, then metric, then seed.
+Values = dict[str, dict[str, dict[int, float | None]]]
+
+
+def read_told(row: Path) -> Told:
+    """What is told of a row. Raises HistoError for a file that can't be read, or tells anything else."""
+    file = row.parent / TOLD
+    if not file.is_file():
+        return Told(row.stem)
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        told = Told(**({"name": row.stem} | content.get(row.stem, {})))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
+        raise HistoError(
+            f"{file}: {row.stem} can't be read ({' '.join(str(error).split())}), expected a mapping of name, reported, "
+            "source and balanced"
+        ) from None
+    if told.reported is not None and not (isinstance(told.reported, float) and 0 <= told.reported <= 1 and told.source):
+        raise HistoError(f"{file}: {row.stem} reports {told.reported!r}, expected a number from 0 to 1 and its source")
+    return told
+
+
+def read_rows(options: Options, base: Config) -> dict[str, Row]:
+    """The rows by their files' names; raises HistoError where they can't be told apart or differ in their data."""
+    rows: dict[str, Row] = {}
+    for path in [Path(name) for name in options.rows if Path(name).name != TOLD]:
+        own = parse(None, ["--config", str(path)])
+        config, _ = parse_with(Options, None, ["--config", str(path), *sys.argv[1:]])
+        row = Row(config, read_told(path), own.model.backbone)
+        if path.stem in rows or row.told.name in [other.told.name for other in rows.values()]:
+            raise HistoError(f"--rows {path}: {row.told.name!r} is the name of two rows; rename one")
+        if config.data.data != base.data.data:
+            raise HistoError(f"--rows {path}: its data is {config.data.data!r}, expected that of all rows; give --data")
+        rows[path.stem] = row
+    if not rows:
+        raise HistoError(f"--rows {' '.join(options.rows)}: no config among them, expected at least one")
+    return rows
+
+
+def train(row: Row, data: datasets.DatasetDict, folder: Path, options: Options) -> Values:
+    """Make all runs of a row."""
+    values: Values = {}
+    first = row.config.training.seed
+    for seed in range(first, first + options.seeds):
+        held_out_centers = options.protocol == "leave_one_center_out"
+        folds = leave_one_center_out(data, seed=seed) if held_out_centers else {None: data}
+        for center, fold in folds.items():
+            name = f"seed-{seed}" if center is None else f"center-{center}-seed-{seed}"
+            result = fine_tune(row.config.at(folder / name, seed), fold)
+            for split, report in result.metrics["splits"].items():
+                if report["overall"]["n"] and (center is None or split == "test"):
+                    by_metric = values.setdefault(title(split, report) if center is None else str(center), {})
+                    for metric, value in measured(result, split, row.told.balanced).items():
+                        by_metric.setdefault(metric, {})[seed] = value
+            if PartialState().is_main_process:
+                print(f"{row.told.name}: {name} is done", flush=True)
+    return values
+
+
+def title(split: str, report: dict[str, Any]) -> str:
+    """A split with its centers, where these are known."""
+    centers = ", ".join(report["centers"])
+    return f"{split} (center{'s' if ',' in centers else ''} {centers})" if centers else split
+
+
+def measured(result: Result, split: str, balanced: bool) -> dict[str, float | None]:
+    """Metrics of a split; balanced, those at the threshold that calls half of its images class 1."""
+    if not balanced:
+        overall = result.metrics["splits"][split]["overall"]
+        return {metric: overall[metric]["value"] for metric in METRICS}
+    rows = predictions.read(result.adapter / "predictions" / f"{split}.parquet")
+    values = metrics.compute(rows, threshold=thresholds.for_share(rows, 0.5).value)
+    return {metric: values[metric] for metric in METRICS}
+
+
+def summed_up(values: Values, protocol: str) -> dict[str, dict[str, Spread]]:
+    """By what the table calls a split, then by metric, over seeds."""
+    if protocol == "validation":
+        return {split: {m: spread(of.values()) for m, of in by_metric.items()} for split, by_metric in values.items()}
+    summaries = {m: held_out({int(center): by_metric[m] for center, by_metric in values.items()}) for m in METRICS}
+    return {
+        "held-out centers, mean": {metric: summary.mean for metric, summary in summaries.items()},
+        "held-out centers, worst": {metric: summary.worst for metric, summary in summaries.items()},
+    }
+
+
+def markdown(
+    rows: dict[str, Row], results: dict[str, dict[str, dict[str, Spread]]], data: str, options: Options
+) -> str:
+    """The table, and what has to be known to read it."""
+    lines: list[list[object]] = [["", "backbone", "reported test accuracy", "split", "accuracy", "AUROC", "seeds"]]
+    for stem, row in rows.items():
+        for split, found in results[stem].items():
+            backbone = Path(row.config.model.backbone).name
+            told = "" if row.told.reported is None else f"{row.told.reported:.4f}"
+            lines.append([row.told.name, backbone, told, split, found["accuracy"], found["auroc"], options.seeds])
+    notes = [f"Obtained on {data}: mean ± sample deviation over {options.seeds} seeds."]
+    if options.protocol == "validation":
+        notes.append("Checkpoints were chosen on val.")
+    if moved := [row.told.name for row in rows.values() if row.config.model.backbone != row.own_backbone]:
+        notes.append(f"On another backbone than its config names: {'; '.join(moved)}.")
+    if any(row.told.balanced for row in rows.values()):
+        notes.append("Balanced: class 1 for half of the images of the split, whose labels are not looked at.")
+    sources = [f"Reported {row.told.reported}: {row.told.source}." for row in rows.values() if row.told.reported]
+    return "\n".join([table(lines), "", *notes, *sources])
+
+
+def main() -> None:
+    if any(argument.split("=")[0] == "--config" for argument in sys.argv[1:]):
+        raise HistoError("--config is one config, expected each of them as a row; give it to --rows")
+    base, options = parse_with(Options, __doc__)
+    folder = base.parent_folder()
+    if options.seeds < 1:
+        raise HistoError(f"--seeds is {options.seeds}, expected at least 1")
+    if options.select and options.protocol == "validation":
+        raise HistoError("--select on validation misleads, expected --protocol leave_one_center_out; add it")
+    rows = read_rows(options, base)
+
+    data = load(base.data.data, cache_dir=base.data.cache_dir)
+    values = {stem: train(row, data, folder / stem, options) for stem, row in rows.items()}
+    if not PartialState().is_main_process:
+        return
+
+    results = {stem: summed_up(of_row, options.protocol) for stem, of_row in values.items()}
+    source = f"{base.data.data} (content fingerprint {fingerprint(data)})"
+    text = markdown(rows, results, source, options)
+    chosen = None
+    if options.select:
+        by_row = {stem: found[f"held-out centers, {options.select}"]["accuracy"] for stem, found in results.items()}
+        chosen = best(by_row)
+        text += f"\nRecommended, by {options.select} accuracy over held-out centers: {rows[chosen].told.name}."
+    print("\n" + text)
+    with atomic_file(folder / f"{options.protocol}.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    bar_chart(
+        {row.told.name: {s: found["accuracy"] for s, found in results[stem].items()} for stem, row in rows.items()},
+        folder / f"{options.protocol}.png",
+        reported={row.told.name: row.told.reported for row in rows.values() if row.told.reported is not None},
+        axis=f"accuracy on {Path(base.data.data).name}: mean ± sample deviation over {options.seeds} seeds",
+    )
+    content = {
+        stem: {
+            "told": asdict(row.told),
+            "options": row.config.flat(),
+            "results": {s: {m: asdict(x) for m, x in found.items()} for s, found in results[stem].items()},
+            "values": values[stem],
+        }
+        for stem, row in rows.items()
+    }
+    write_json(
+        folder / f"{options.protocol}.json",
+        {"data": source, "protocol": options.protocol, "seeds": options.seeds, "recommended": chosen, "rows": content},
+    )
+    print(f"\nwrote {options.protocol}.md, .json and .png in {folder}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,197 @@
+"""The table of rows as a command: reported beside obtained, gone on with, balanced, recommended."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import PIL.Image
+import pytest
+import yaml
+from miniature import SIZE, write_backbone, write_data
+
+from hf_histo.config import Config, parse
+from hf_histo.errors import run
+from hf_histo.evaluation import metrics, predictions, thresholds
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "compare.py"
+REPORT = sorted((RECIPE.parent / "configs" / "report").glob("*.yaml"))
+ROWS = {"a_linear.yaml": "method: linear\n", "b_balanced.yaml": "method: linear\nhead_dropout: 0.5\n"}
+TOLD = """
+a_linear: {name: plain, reported: 0.9451, source: a paper}
+b_balanced: {name: plain + balanced, balanced: true}
+"""
+Call = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_backbone(tmp_path_factory.mktemp("backbone") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Centers 0 and 3 in train, 1 in val, and a test split whose labels are hidden."""
+    folder = write_data(tmp_path_factory.mktemp("data") / "mini", {"train": 24, "val": 13, "test": 4})
+    with h5py.File(folder / "train.h5", "r+") as file:
+        for key, group in file.items():
+            group["metadata"][0] = 3 * (int(key) // 2 % 2)
+    with h5py.File(folder / "test.h5", "r+") as file:
+        for group in file.values():
+            del group["label"]
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[Path]:
+    """Two rows and what is told of them, as a glob finds them."""
+    for name, text in {**ROWS, "reported.yaml": TOLD}.items():
+        (tmp_path / "rows").mkdir(exist_ok=True)
+        (tmp_path / "rows" / name).write_text(text)
+    return sorted((tmp_path / "rows").glob("*.yaml"))
+
+
+@pytest.fixture
+def call(backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Run the recipe's main in this process."""
+    main = runpy.run_path(str(RECIPE), run_name="recipe")["main"]
+
+    def call(rows: list[Path], output: Path, *more: str) -> None:
+        quick = f"--image_size={SIZE} --resize_size={SIZE} --num_train_epochs=1 --learning_rate=0.01"
+        fixed = f"--data={data} --backbone={backbone} --output_dir={output}"
+        monkeypatch.setattr(
+            sys, "argv", [RECIPE.name, "--rows", *map(str, rows), *fixed.split(), *quick.split(), *more]
+        )
+        run(main)
+
+    return call
+
+
+def adapter(output: Path, row: str, run: str) -> Path:
+    return output / row / run / "adapter"
+
+
+def accuracy(adapter: Path, split: str) -> float:
+    measured = json.loads((adapter / "metrics.json").read_text())["splits"][split]["overall"]
+    return float(measured["accuracy"]["value"])
+
+
+def test_reported_beside_obtained(
+    call: Call, rows: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    call(rows[:1], output, "--seeds=1")  # stopped after a part of it
+    stamp = (adapter(output, "a_linear", "seed-0") / "metrics.json").stat().st_mtime_ns
+    call(rows, output, "--seeds=2")
+    assert (adapter(output, "a_linear", "seed-0") / "metrics.json").stat().st_mtime_ns == stamp
+
+    written = json.loads((output / "validation.json").read_text())
+    assert list(written["rows"]) == ["a_linear", "b_balanced"]
+    plain = [accuracy(adapter(output, "a_linear", f"seed-{seed}"), "val") for seed in (0, 1)]
+    balanced = []
+    for seed in (0, 1):
+        table = predictions.read(adapter(output, "b_balanced", f"seed-{seed}") / "predictions" / "val.parquet")
+        threshold = thresholds.for_share(table, 0.5).value
+        assert predictions.predicted(table, threshold).sum() == 6
+        balanced.append(metrics.compute(table, threshold=threshold)["accuracy"])
+    for stem, expected in (("a_linear", plain), ("b_balanced", balanced)):
+        assert written["rows"][stem]["results"].keys() == {"val (center 1)"}  # the labels of test are hidden
+        found = written["rows"][stem]["results"]["val (center 1)"]["accuracy"]
+        assert found == {"mean": statistics.fmean(expected), "deviation": statistics.stdev(expected), "n": 2}
+    assert written["rows"]["a_linear"]["options"]["method"] == "linear"
+
+    text = (output / "validation.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    (line,) = (line for line in text.splitlines() if line.startswith("| plain  "))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:4] == ["plain", "model", "0.9451", "val (center 1)"]
+    assert cells[4] == f"{statistics.fmean(plain):.3f} ± {statistics.stdev(plain):.3f}"
+    assert cells[6] == "2"
+    assert "Reported 0.9451: a paper." in text
+    assert "0.9451" not in next(line for line in text.splitlines() if line.startswith("| plain + balanced"))
+    assert "mini (content fingerprint" in text
+    assert "On another backbone than its config names: plain; plain + balanced." in text
+    assert min(PIL.Image.open(output / "validation.png").size) > 300
+
+
+def test_held_out_centers_and_a_recommendation(call: Call, rows: list[Path], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    call(rows, output, "--seeds=1", "--protocol=leave_one_center_out", "--select=worst")
+    written = json.loads((output / "leave_one_center_out.json").read_text())
+    by_center = [accuracy(adapter(output, "a_linear", f"center-{center}-seed-0"), "test") for center in (0, 1, 3)]
+    found = written["rows"]["a_linear"]["results"]
+    assert found["held-out centers, mean"]["accuracy"]["mean"] == pytest.approx(statistics.fmean(by_center))
+    assert found["held-out centers, worst"]["accuracy"]["mean"] == min(by_center)
+    worst = {
+        stem: row["results"]["held-out centers, worst"]["accuracy"]["mean"] for stem, row in written["rows"].items()
+    }
+    assert written["recommended"] == max(worst, key=worst.__getitem__)
+    text = (output / "leave_one_center_out.md").read_text()
+    name = {"a_linear": "plain", "b_balanced": "plain + balanced"}[written["recommended"]]
+    assert f"Recommended, by worst accuracy over held-out centers: {name}." in text
+    assert (output / "leave_one_center_out.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("told", "options", "message"),
+    [
+        ("a_linear: {reported: 0.9}", "", "a_linear reports 0.9, expected a number from 0 to 1 and its source"),
+        ("a_linear: {reported: 94.5, source: x}", "", "a_linear reports 94.5"),
+        ("a_linear: {resported: 0.9}", "", "a_linear can't be read"),
+        ("- a_linear", "", "can't be read"),
+        ("a_linear: [", "", "reported.yaml"),
+        ("b_balanced: {name: a_linear}", "", "'a_linear' is the name of two rows"),
+        ("", "--config=x.yaml", "--config is one config"),
+        ("", "--seeds=0", "--seeds is 0"),
+        ("", "--select=mean", "expected --protocol leave_one_center_out"),
+        ("", "--protocol=test", "--protocol"),
+        ("", "--lora_rang=4", "'--lora_rank'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    call: Call,
+    rows: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    told: str,
+    options: str,
+    message: str,
+) -> None:
+    (tmp_path / "rows" / "reported.yaml").write_text(told)
+    with pytest.raises(SystemExit) as end:
+        call(rows, tmp_path / "out", *options.split())
+    assert end.value.code == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_must_be_configs_of_one_data_set(
+    call: Call, rows: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given in ([rows[-1]], [tmp_path / "none.yaml"], [rows[0], rows[0]]):
+        with pytest.raises(SystemExit):
+            call(given, tmp_path / "out")
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3
+    assert "expected at least one" in errors[0]
+    assert "none.yaml" in errors[1]
+    assert "two rows" in errors[2]
+
+
+def test_every_row_of_the_report_is_a_config_and_told() -> None:
+    stems = [path.stem for path in REPORT]
+    assert stems.count("reported") == 1
+    assert len(stems) == 7
+    told = yaml.safe_load(REPORT[stems.index("reported")].read_text())
+    assert sorted([*told, "reported"]) == stems
+    for path in REPORT:
+        if path.stem != "reported":
+            assert parse(None, ["--config", str(path)]) != Config(), path
+    assert {stem: row["reported"] for stem, row in told.items() if "reported" in row} == {"5_lora": 0.9451}
+    assert told["5_lora"]["source"]
