@@ -82,7 +82,9 @@ def read_told(row: Path) -> Told:
             f"{file}: {row.stem} can't be read ({' '.join(str(error).split())}), expected a mapping of name, reported, "
             "source and balanced"
         ) from None
-    if told.reported is not None and not (isinstance(told.reported, float) and 0 <= told.reported <= 1 and told.source):
+    if told.reported is not None and not (
+        isinstance(told.reported, int | float) and 0 <= told.reported <= 1 and told.source
+    ):
         raise HistoError(f"{file}: {row.stem} reports {told.reported!r}, expected a number from 0 to 1 and its source")
     return told
 
@@ -161,14 +163,15 @@ def markdown(
             backbone = Path(row.config.model.backbone).name
             told = "" if row.told.reported is None else f"{row.told.reported:.4f}"
             lines.append([row.told.name, backbone, told, split, found["accuracy"], found["auroc"], options.seeds])
-    notes = [f"Obtained on {data}: mean ± sample deviation over {options.seeds} seeds."]
+    notes = [f"Obtained on {data}: mean ± sample deviation (seeds: {options.seeds})."]
     if options.protocol == "validation":
         notes.append("Checkpoints were chosen on val.")
     if moved := [row.told.name for row in rows.values() if row.config.model.backbone != row.own_backbone]:
         notes.append(f"On another backbone than its config names: {'; '.join(moved)}.")
     if any(row.told.balanced for row in rows.values()):
         notes.append("Balanced: class 1 for half of the images of the split, whose labels are not looked at.")
-    sources = [f"Reported {row.told.reported}: {row.told.source}." for row in rows.values() if row.told.reported]
+    told_rows = [row.told for row in rows.values() if row.told.reported is not None]
+    sources = [f"Reported {told.reported:.4f}, on the publication's test split: {told.source}." for told in told_rows]
     return "\n".join([table(lines), "", *notes, *sources])
 
 
@@ -203,7 +206,7 @@ def main() -> None:
         {row.told.name: {s: found["accuracy"] for s, found in results[stem].items()} for stem, row in rows.items()},
         folder / f"{options.protocol}.png",
         reported={row.told.name: row.told.reported for row in rows.values() if row.told.reported is not None},
-        axis=f"accuracy on {Path(base.data.data).name}: mean ± sample deviation over {options.seeds} seeds",
+        axis=f"accuracy on {Path(base.data.data).name}: mean ± sample deviation (seeds: {options.seeds})",
     )
     content = {
         stem: {

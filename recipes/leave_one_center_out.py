@@ -57,7 +57,7 @@ def main() -> None:
     lines = {f"center {center}": [summary.centers[center] for summary in summaries.values()] for center in centers}
     lines["mean over centers"] = [summary.mean for summary in summaries.values()]
     lines["worst center"] = [summary.worst for summary in summaries.values()]
-    print(f"\nHeld-out centers of {config.data.data}: mean ± sample deviation over {options.seeds} seeds\n")
+    print(f"\nHeld-out centers of {config.data.data}: mean ± sample deviation (seeds: {options.seeds})\n")
     print(table([["held out", *METRICS.values()], *([name, *spreads] for name, spreads in lines.items())]))
     write_json(
         folder / "leave_one_center_out.json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -105,9 +106,10 @@ def bar_chart(
         axes = figure.subplots()
         for place, (name, color) in enumerate(zip(series, cycle(COLORS), strict=False)):
             shown = [(row, values[name]) for row, values in enumerate(rows.values()) if name in values]
-            drawn = [(row, value.mean, value.deviation or 0.0) for row, value in shown if value.mean is not None]
+            drawn = [(row, value.mean, value.deviation) for row, value in shown if value.mean is not None]
             where = [row + (place - (len(series) - 1) / 2) * height for row, _, _ in drawn]
-            means, deviations = ([entry[i] for entry in drawn] for i in (1, 2))
+            means = [mean for _, mean, _ in drawn]
+            deviations = [math.nan if d is None else d for _, _, d in drawn]  # NaN draws no whisker
             axes.barh(where, means, height, xerr=deviations, color=color, edgecolor="white", capsize=3, label=name)
             for y, mean in zip(where, means, strict=True):
                 axes.text(0.01, y, f"{mean:.3f}", va="center", color="white", weight="bold")

@@ -112,7 +112,7 @@ def test_reported_beside_obtained(
     assert cells[:4] == ["plain", "model", "0.9451", "val (center 1)"]
     assert cells[4] == f"{statistics.fmean(plain):.3f} ± {statistics.stdev(plain):.3f}"
     assert cells[6] == "2"
-    assert "Reported 0.9451: a paper." in text
+    assert "Reported 0.9451, on the publication's test split: a paper." in text
     assert "0.9451" not in next(line for line in text.splitlines() if line.startswith("| plain + balanced"))
     assert "mini (content fingerprint" in text
     assert "On another backbone than its config names: plain; plain + balanced." in text
