@@ -98,7 +98,7 @@ def test_reported_beside_obtained(
         table = predictions.read(adapter(output, "b_balanced", f"seed-{seed}") / "predictions" / "val.parquet")
         threshold = thresholds.for_share(table, 0.5).value
         assert predictions.predicted(table, threshold).sum() == 6
-        balanced.append(metrics.compute(table, threshold=threshold)["accuracy"])
+        balanced.append(metrics.compute(table, threshold=threshold)["accuracy"] or 0.0)
     for stem, expected in (("a_linear", plain), ("b_balanced", balanced)):
         assert written["rows"][stem]["results"].keys() == {"val (center 1)"}  # the labels of test are hidden
         found = written["rows"][stem]["results"]["val (center 1)"]["accuracy"]
