@@ -72,7 +72,7 @@ def fine_tune(config: Config, data: datasets.DatasetDict) -> Result:
     Raises `HistoError` for data or options that can't be trained on, before anything is trained.
     """
     started = time.monotonic()
-    folder = runs.begin(config)
+    folder = runs.begin(config, fingerprint(data))
     with runs.disk_space_for(folder):
         return _fine_tune(config, data, folder, started)
 

@@ -24,6 +24,7 @@ from hf_histo.files import atomic_file
 logger = logging.getLogger(__name__)
 
 RECORD = "run.yaml"
+DATA = "data.txt"
 ADAPTER = "adapter"
 # Options that decide where and how fast a run goes, not what comes out of it.
 INDIFFERENT = {
@@ -58,23 +59,26 @@ def folder_of(config: Config) -> Path:
     return Path("runs") / f"{data}-{backbone}-{config.adapter.method}-seed{config.training.seed}"
 
 
-def begin(config: Config) -> Path:
-    """Make the folder of this run, or find the one that the same command began, and record the options in run.yaml.
+def begin(config: Config, data: str = "") -> Path:
+    """Make the folder of this run, or find the one that the same command began, and record what decides its result.
 
-    Every process of a launch calls it. Raises `HistoError` if the folder holds a run with other options, unless
+    run.yaml gets the options, and data.txt the fingerprint of the data, `data`.
+
+    Every process of a launch calls it. Raises `HistoError` if the folder holds a run with other options or data, unless
     `--overwrite_output_dir` says to delete that, or if it holds anything but a run.
     """
     folder = folder_of(config)
     state = PartialState(cpu=use_cpu())
-    _check(folder, config)
+    _check(folder, config, data)
     state.wait_for_everyone()
     if state.is_main_process:
         if config.output.overwrite_output_dir and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / RECORD).exists():
-            with atomic_file(folder / RECORD) as temporary:
-                temporary.write_text(yaml.safe_dump(config.flat(), sort_keys=False), encoding="utf-8")
+        for name, content in ((RECORD, yaml.safe_dump(config.flat(), sort_keys=False)), (DATA, data)):
+            if not (folder / name).exists():
+                with atomic_file(folder / name) as temporary:
+                    temporary.write_text(content, encoding="utf-8")
     state.wait_for_everyone()
     return folder
 
@@ -131,7 +135,7 @@ def _is_complete(path: Path) -> bool:
     return True
 
 
-def _check(folder: Path, config: Config) -> None:
+def _check(folder: Path, config: Config, data: str) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / RECORD).is_file():
@@ -150,3 +154,9 @@ def _check(folder: Path, config: Config) -> None:
     if changed:
         was = ", ".join(f"{key} {before.get(key)!r} (now {now[key]!r})" for key in changed)
         raise HistoError(f"--output_dir {folder}: holds another run: {was}; {remedy}")
+    recorded = (folder / DATA).read_text(encoding="utf-8") if (folder / DATA).is_file() else data
+    if recorded != data:
+        raise HistoError(
+            f"--output_dir {folder}: its run was on other data than --data {config.data.data} holds now (fingerprint "
+            f"{recorded}, now {data}); {remedy}"
+        )

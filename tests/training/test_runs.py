@@ -79,7 +79,7 @@ def test_overwriting_deletes_an_earlier_run(tmp_path: Path) -> None:
     (folder / "adapter").mkdir()
     complete_checkpoint(folder, 3)
     runs.begin(config(folder, "--lora_rank=4", "--overwrite_output_dir"))
-    assert [path.name for path in folder.iterdir()] == ["run.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == ["data.txt", "run.yaml"]
     assert runs.begin(config(folder, "--lora_rank=4")) == folder  # the switch itself is not part of the run
 
 
@@ -122,3 +122,11 @@ def test_the_default_folder_names_the_run(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.chdir(tmp_path)
     given = parse(None, ["--data", "camelyon", "--backbone", "facebook/dinov2-small", "--seed", "3"])
     assert runs.folder_of(given) == Path("runs/camelyon-dinov2-small-lora-seed3")
+
+
+def test_other_data_is_another_run(tmp_path: Path) -> None:
+    options = parse(None, [f"--output_dir={tmp_path / 'run'}"])
+    runs.begin(options, "one")
+    runs.begin(options, "one")
+    with pytest.raises(HistoError, match=r"other data .*fingerprint one, now two.*--overwrite_output_dir"):
+        runs.begin(options, "two")
