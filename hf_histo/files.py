@@ -43,6 +43,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # safetensors writes for the owner alone
                 _flush(file)
         temporary.rename(path)
     finally:
