@@ -8,18 +8,24 @@ per image, or 'synthetic'. Looked for: images that are also in another split, ex
 brightness and color, also turned and mirrored; patients or slides on two sides; copies with different labels; repeats;
 blank and tiny images; classes that are missing or rare, or that the center or the image size gives away. Into the
 output folder go `audit.json` with the id of every image concerned, `inventory.parquet` with a row for each image, and
-figures: the classes and the colors of each center, samples of each class, and pairs of copies. With `--strict`, the
-exit code is 1 where there are findings, else 0.
+figures: the classes and the colors of each center, samples of each class, and pairs of copies; with `--adapter`, a map
+of what its model makes of the images, before and after adaptation, by center and by class. With `--strict`, the exit
+code is 1 where there are findings, else 0.
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
+import datasets
+from peft import PeftModel
+
+from hf_histo import hub
 from hf_histo.data.audit import audit
 from hf_histo.data.inventory import SIMILARITY, inventory
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError, run
 from hf_histo.evaluation import audit_figures as figures
+from hf_histo.evaluation import embedding
 from hf_histo.files import atomic_file, write_json
 
 
@@ -31,6 +37,8 @@ def main() -> None:
     parser.add_argument("--similarity", type=float, default=SIMILARITY, help=help)
     parser.add_argument("--strict", action="store_true", help="exit with code 1 where there are findings")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier audit.json and its figures")
+    parser.add_argument("--adapter", help="adapter folder or Hub name, for embedding.png")
+    parser.add_argument("--backbone", help="its base model, where that is no longer where the adapter was trained")
     parser.add_argument("--cache_dir", help="folder of the converted data (default: the datasets library's cache)")
     options = parser.parse_args()
     output: Path = options.output_dir
@@ -48,6 +56,8 @@ def main() -> None:
     figures.colors(table, output / "colors.png")
     figures.duplicates(report, image_of, output / "duplicates.png")
     figures.samples(table, classes, image_of, output)
+    if options.adapter:
+        draw_embedding(data, options.adapter, options.backbone, output / "embedding.png")
     with atomic_file(output / "inventory.parquet") as temporary:
         table.to_parquet(temporary, index=False)
     write_json(output / "audit.json", report.to_json())  # last, so that its presence means that all is there
@@ -56,6 +66,23 @@ def main() -> None:
         raise HistoError(
             f"--strict: findings in {options.data}: {len(report.findings)}, expected none; see {output / 'audit.json'}"
         )
+
+
+def draw_embedding(data: datasets.DatasetDict, adapter: str, backbone: str | None, path: Path) -> None:
+    model, sidecar, _ = hub.load(adapter, backbone=backbone)
+    if not isinstance(model, PeftModel):
+        raise HistoError(f"--adapter {adapter}: holds a whole model, so there is no 'before' to draw; pass an adapter")
+    every = datasets.concatenate_datasets(list(data.values()))
+    color = sidecar.normalizer and sidecar.normalizer.extended(every)
+    with model.disable_adapter():
+        before = embedding.features(model, every, sidecar.preprocessing)
+    after = embedding.features(model, every, sidecar.preprocessing, normalizer=color)
+    names = [*sidecar.label_names, "hidden"]
+    embedding.embedding_map(
+        {"before adaptation": before, "after adaptation": after},
+        {"center": [str(c) for c in every["center"]], "class": [names[label] for label in every["label"]]},
+        path,
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +20,13 @@ def name_of(model: PreTrainedModel) -> str:
     if not linear:
         raise HistoError(f"{type(model).__name__}: found no linear layer with {model.config.num_labels} outputs")
     return linear[-1]
+
+
+def module_of(model: nn.Module) -> nn.Module:
+    """What the backbone calls as its head: the layer, or peft's wrapper that holds the frozen and the trained copy."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    return base.get_submodule(name_of(base).split(".modules_to_save.")[0])
 
 
 def reset(model: PreTrainedModel) -> None:

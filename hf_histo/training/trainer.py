@@ -65,8 +65,7 @@ class Trainer(transformers.Trainer):
         if options.domain_loss == "group_dro":
             self.add_callback(domains.GroupDRO(self._centers(), 0.01 * options.domain_weight))
         if options.domain_loss == "coral":
-            base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            self.features = domains.HeadInput(base.get_submodule(heads.name_of(base)))  # type: ignore[union-attr,arg-type]
+            self.features = domains.HeadInput(heads.module_of(kwargs["model"]))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
