@@ -78,6 +78,7 @@ class CenterOptions:
 
     normalization: Literal["none", "rgb", "reinhard", "macenko"] = option("none", "take out each center's color")
     stain_mixing: float = option(0.0, "probability of training on a mixture of the centers' colors, in [0, 1]")
+    pool_centers: bool = option(False, "train on all labeled centers, validate on a tenth of their groups")
     balance_centers: bool = option(False, "draw every training center equally often")
     domain_loss: Literal["none", "group_dro", "coral"] = option("none", "raise hard centers, or align their features")
     domain_weight: float = option(1.0, "weight of the CORAL penalty; for GroupDRO, hundredths of a step of its weights")

@@ -12,6 +12,7 @@ from accelerate import PartialState
 
 from hf_histo import hub
 from hf_histo.config import parse
+from hf_histo.data.folds import pool_centers
 from hf_histo.data.load import load
 from hf_histo.errors import run
 from hf_histo.finetune import fine_tune
@@ -20,6 +21,8 @@ from hf_histo.finetune import fine_tune
 def main() -> None:
     config = parse(__doc__)
     data = load(config.data.data, cache_dir=config.data.cache_dir)
+    if config.centers.pool_centers:
+        data = pool_centers(data, seed=config.training.seed)
     result = fine_tune(config, data)
     if PartialState().is_main_process:
         print(result.summary())

@@ -1,4 +1,4 @@
-"""Leave-one-center-out cross-validation: every labeled center once as the one that training never saw."""
+"""Other splits of the labeled images: every center held out of training once, or all of them in it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,7 @@ def leave_one_center_out(
             two centers; without a center, there are fewer than two groups, or `train` would have fewer than two
             classes.
     """
-    if not 0 < validation_share <= 0.5:
-        raise HistoError(f"validation_share is {validation_share}, expected more than 0 and at most 0.5, e.g. 0.15")
+    _check_share(validation_share)
     pool = _pool(data)
     centers = np.array(pool["center"])
     if unknown := int((centers < 0).sum()):
@@ -51,7 +50,26 @@ def leave_one_center_out(
     names = np.unique(centers).tolist()
     if len(names) < 2:
         raise HistoError(f"train and val: labeled images of centers {names}, expected at least two centers; add images")
-    return {center: _fold(pool, center, seed, validation_share, fingerprint(data)) for center in names}
+    return {center: _named(_fold(pool, center, seed, validation_share), data) for center in names}
+
+
+def pool_centers(data: datasets.DatasetDict, *, seed: int, validation_share: float = 0.1) -> datasets.DatasetDict:
+    """Train on every labeled center: `train` and `val` are made anew from both, other splits stay as they are.
+
+    For the last run, when everything has been decided: `val` is then of the same centers as `train` (other groups), so
+    it can choose a checkpoint but says nothing of an unseen center. Ids, groups and strata are as in
+    `leave_one_center_out`, and so are the errors.
+    """
+    _check_share(validation_share)
+    pool = _pool(data)
+    parts = _parts(pool, np.arange(len(pool)), seed, validation_share, "all centers pooled")
+    others = {name: split for name, split in data.items() if name not in POOLED}
+    return _named(datasets.DatasetDict({**{n: pool.select(rows) for n, rows in parts.items()}, **others}), data)
+
+
+def _check_share(share: float) -> None:
+    if not 0 < share <= 0.5:
+        raise HistoError(f"validation_share is {share}, expected more than 0 and at most 0.5, e.g. 0.15")
 
 
 def _pool(data: datasets.DatasetDict) -> datasets.Dataset:
@@ -70,34 +88,50 @@ def _pool(data: datasets.DatasetDict) -> datasets.Dataset:
     return pool.select(labeled)
 
 
-def _fold(pool: datasets.Dataset, center: int, seed: int, validation_share: float, source: str) -> datasets.DatasetDict:
-    labels, centers = np.array(pool["label"]), np.array(pool["center"])
-    # A name that no group has: an image of unknown group is alone.
-    groups = np.array([group or f"\0{key}" for group, key in zip(pool["group"], pool["id"], strict=True)])
-    held_out = centers == center
+def _fold(pool: datasets.Dataset, center: int, seed: int, share: float) -> datasets.DatasetDict:
+    held_out, groups = np.array(pool["center"]) == center, _groups(pool)
     rest = np.flatnonzero(~held_out & ~np.isin(groups, groups[held_out]))
+    rows = _parts(pool, rest, seed, share, f"center {center} held out") | {"test": np.flatnonzero(held_out)}
+    return datasets.DatasetDict({name: pool.select(part) for name, part in rows.items()})
+
+
+def _groups(pool: datasets.Dataset) -> NDArray[np.str_]:
+    """With a name that no group has for an image of unknown group: it is alone."""
+    return np.array([group or f"\0{key}" for group, key in zip(pool["group"], pool["id"], strict=True)])
+
+
+def _parts(
+    pool: datasets.Dataset, rest: NDArray[np.int64], seed: int, share: float, what: str
+) -> dict[str, NDArray[np.int64]]:
+    """The rows `rest` of `pool` as `train` and `val`."""
+    labels, centers, groups = np.array(pool["label"]), np.array(pool["center"]), _groups(pool)
     strata = np.unique(np.stack([labels[rest], centers[rest]]), axis=1, return_inverse=True)[1]
-    validation = _nearest_fold(strata, groups[rest], seed, validation_share, center)
-    rows = {"train": rest[~validation], "val": rest[validation], "test": np.flatnonzero(held_out)}
+    validation = _nearest_fold(strata, groups[rest], seed, share, what)
+    rows = {"train": rest[~validation], "val": rest[validation]}
     classes = pool.features["label"].names
     present = np.unique(labels[rows["train"]])
     if len(present) < 2:
         found = ", ".join(classes[label] for label in present) or "none"
         raise HistoError(
-            f"center {center} held out: classes present in train: {found}, expected at least two of "
+            f"{what}: classes present in train: {found}, expected at least two of "
             f"{', '.join(classes)}; add images of other centers, or leave fewer of them to validation"
         )
-    fold = datasets.DatasetDict({name: pool.select(part) for name, part in rows.items()})
-    content = xxhash.xxh3_128(source.encode())
+    return rows
+
+
+def _named(fold: datasets.DatasetDict, source: datasets.DatasetDict) -> datasets.DatasetDict:
+    """With a fingerprint of its own: a fold is other data than its source."""
+    content = xxhash.xxh3_128(fingerprint(source).encode())
     for name, split in fold.items():
         content.update("\0".join(["", name, *split["id"]]).encode())
-    for split in fold.values():
-        split.info.config_name = content.hexdigest()  # what `fingerprint` reads: a fold is other data
-    return fold
+    named = {name: split.select(range(len(split))) for name, split in fold.items()}  # its `info` is a copy
+    for split in named.values():
+        split.info.config_name = content.hexdigest()  # what `fingerprint` reads
+    return datasets.DatasetDict(named)
 
 
 def _nearest_fold(
-    strata: NDArray[np.int64], groups: NDArray[np.str_], seed: int, share: float, center: int
+    strata: NDArray[np.int64], groups: NDArray[np.str_], seed: int, share: float, what: str
 ) -> NDArray[np.bool_]:
     """Of equal folds of whole groups, that with about `share` of every stratum, as a mask of shape (n,)."""
     counts = np.bincount(strata)
@@ -105,7 +139,7 @@ def _nearest_fold(
     folds = min(round(1 / share), len(np.unique(groups)), int(counts.max(initial=0)))
     if folds < 2:
         raise HistoError(
-            f"center {center} held out: {len(strata)} images in {len(np.unique(groups))} groups are left for train and "
+            f"{what}: {len(strata)} images in {len(np.unique(groups))} groups are left for train and "
             "val, expected at least two groups, and two images of a class and center; add images of other centers"
         )
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)

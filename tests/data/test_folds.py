@@ -10,7 +10,7 @@ import pytest
 from fixtures import write_challenge
 
 from hf_histo.data import schema
-from hf_histo.data.folds import leave_one_center_out
+from hf_histo.data.folds import leave_one_center_out, pool_centers
 from hf_histo.data.load import fingerprint, load
 from hf_histo.errors import HistoError
 
@@ -146,3 +146,17 @@ def test_a_share_and_splits_out_of_range(data: datasets.DatasetDict) -> None:
             leave_one_center_out(data, seed=0, validation_share=share)
     with pytest.raises(HistoError, match="splits full, expected train or val"):
         leave_one_center_out(datasets.DatasetDict(full=data["train"]), seed=0)
+
+
+def test_pooling_trains_on_every_labeled_center_and_keeps_the_test(data: datasets.DatasetDict) -> None:
+    pooled = pool_centers(data, seed=0)
+    assert set(pooled["train"]["center"]) == set(pooled["val"]["center"]) == {0, 1, 3}
+    assert len(pooled["train"]) + len(pooled["val"]) == 260
+    assert 0.05 < len(pooled["val"]) / 260 < 0.2
+    assert not set(pooled["train"]["group"]) & set(pooled["val"]["group"])
+    assert pooled["test"]["id"] == data["test"]["id"]
+    assert fingerprint(pooled) != fingerprint(data)
+    assert fingerprint(pooled) == fingerprint(pool_centers(data, seed=0))
+    assert fingerprint(pooled) != fingerprint(pool_centers(data, seed=1))
+    with pytest.raises(HistoError, match="validation_share is 0.9"):
+        pool_centers(data, seed=0, validation_share=0.9)
