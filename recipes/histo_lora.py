@@ -16,15 +16,19 @@ from hf_histo.data.folds import pool_centers
 from hf_histo.data.load import load
 from hf_histo.errors import run
 from hf_histo.finetune import fine_tune
+from hf_histo.training.runs import use_cpu
 
 
 def main() -> None:
     config = parse(__doc__)
+    state = PartialState(cpu=use_cpu())
     data = load(config.data.data, cache_dir=config.data.cache_dir)
+    if state.is_main_process:
+        print(f"{config.data.data}: {next(iter(data.values())).info.description}")
     if config.centers.pool_centers:
         data = pool_centers(data, seed=config.training.seed)
     result = fine_tune(config, data)
-    if PartialState().is_main_process:
+    if state.is_main_process:
         print(result.summary())
         if config.output.push_to_hub and config.output.hub_model_id:
             print(hub.push(result.adapter, config.output.hub_model_id, private=config.output.hub_private))

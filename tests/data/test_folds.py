@@ -158,5 +158,5 @@ def test_pooling_trains_on_every_labeled_center_and_keeps_the_test(data: dataset
     assert fingerprint(pooled) != fingerprint(data)
     assert fingerprint(pooled) == fingerprint(pool_centers(data, seed=0))
     assert fingerprint(pooled) != fingerprint(pool_centers(data, seed=1))
-    with pytest.raises(HistoError, match="validation_share is 0.9"):
+    with pytest.raises(HistoError, match=r"validation_share is 0\.9"):
         pool_centers(data, seed=0, validation_share=0.9)
