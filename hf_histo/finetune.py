@@ -28,7 +28,7 @@ from hf_histo.errors import HistoError
 from hf_histo.evaluation import metrics, report, thresholds
 from hf_histo.files import write_json
 from hf_histo.inference import Classifier
-from hf_histo.models import adapters, backbones, batchnorm
+from hf_histo.models import adapters, backbones, batchnorm, heads
 from hf_histo.training import losses, runs, trainer
 from hf_histo.transforms import augmentation, preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
@@ -88,12 +88,14 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
     _check(config, data, num_outputs)
 
     options = config.model
+    head = heads.Design.of(options)
     model = backbones.load(
         options.backbone,
         num_outputs,
         revision=options.revision,
         random_weights=options.random_weights,
         image_size=options.image_size,
+        head=head,
         head_dropout=options.head_dropout,
     )
     source = backbones.locate(options.backbone)
@@ -111,6 +113,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         },
         batch_norm=options.batch_norm,
         preprocessing=views,
+        head=head,
         normalizer=normalizer,
         views=config.centers.test_time_views,
         data={
@@ -202,6 +205,8 @@ def _thresholds(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
 
 
 def _check(config: Config, data: datasets.DatasetDict, num_outputs: int) -> None:
+    if config.adapter.method == "full" and not heads.Design.of(config.model).is_plain:
+        raise HistoError("--method full saves a model of transformers, expected --head linear on features; use lora")
     missing = {"train", "val"} - data.keys()
     if missing:
         raise HistoError(f"--data {config.data.data}: has no split {missing.pop()!r}, only {', '.join(data)}; make one")

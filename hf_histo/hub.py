@@ -23,7 +23,7 @@ from hf_histo.errors import HistoError
 from hf_histo.evaluation import predictions as prediction_tables
 from hf_histo.evaluation import report
 from hf_histo.files import atomic_folder, write_json
-from hf_histo.models import adapters, backbones
+from hf_histo.models import adapters, backbones, heads
 from hf_histo.transforms.preprocessing import Preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
 
@@ -49,6 +49,7 @@ class Sidecar:
         thresholds: others to choose from by name, for a binary task: "validation" (best balanced accuracy there) and
             "balanced-SPLIT" (calls half of that split's images positive, found without its labels).
         temperature: by which logits are divided before they become probabilities; 1 without calibration.
+        head: what the classifier is made of.
         data: "name", content "fingerprint" and "counts" of images per split.
         versions: of the packages that trained it.
     """
@@ -60,6 +61,7 @@ class Sidecar:
     batch_norm: str
     preprocessing: Preprocessing
     data: dict[str, Any]
+    head: heads.Design = dataclasses.field(default_factory=heads.Design)
     normalizer: CenterNormalizer | None = None
     views: int = 1
     threshold: float = 0.5
@@ -79,10 +81,11 @@ class Sidecar:
             for key in ("mean", "std"):
                 declared[key] = tuple(float(value) for value in declared[key])
             normalizer = None if color is None else CenterNormalizer.from_json(color)
-            sidecar = cls(**content, preprocessing=Preprocessing(**declared), normalizer=normalizer)
+            head = heads.Design.from_json(content.pop("head", {"widths": ()}))
+            sidecar = cls(**content, preprocessing=Preprocessing(**declared), normalizer=normalizer, head=head)
         except FileNotFoundError:
             raise HistoError(f"{folder}: holds no {SIDECAR}; expected the adapter folder of a finished run") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, HistoError) as error:
             raise HistoError(f"{file}: not a description of an adapter ({type(error).__name__}: {error})") from None
         sidecar._check(file)
         return sidecar
@@ -212,6 +215,7 @@ def load(
         sidecar.num_outputs,
         revision=None if whole else sidecar.backbone["revision"],
         image_size=sidecar.preprocessing.image_size,
+        head=sidecar.head,
         keep_head=whole,
     )
     if not whole:
@@ -289,7 +293,7 @@ def card(sidecar: Sidecar, metrics: Mapping[str, Any]) -> ModelCard:
         "```python\nfrom hf_histo.inference import Classifier\n\n"
         'table = Classifier.from_pretrained("THIS_FOLDER")(["patch.png"])\n```',
     ]
-    if sidecar.method != "full":
+    if sidecar.method != "full" and sidecar.head.is_plain:
         needs = "import hf_histo.models.backbones\n" if name == "builtin" else ""
         size = sidecar.preprocessing
         sections += [

@@ -180,7 +180,7 @@ def targets(model: PreTrainedModel, target_modules: str | None, rank: int) -> st
             name
             for name in matches
             if name in adaptable
-            and name != head
+            and not _is_within(name, head)
             and getattr(adaptable[name], "groups", 1) == 1
             and isinstance(adaptable[name], kinds.get(wanted, nn.Module))
         ]
@@ -190,7 +190,7 @@ def targets(model: PreTrainedModel, target_modules: str | None, rank: int) -> st
     if not chosen:
         raise HistoError(
             f"--target_modules {wanted!r} matches no layer; presets here: {', '.join(family.presets)}; layers: "
-            f"{_examples(name for name in adaptable if name != head)}"
+            f"{_examples(name for name in adaptable if not _is_within(name, head))}"
         )
     return regex if chosen == matches else chosen
 
@@ -210,7 +210,7 @@ def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel:
         use_dora=options.use_dora,
         init_lora_weights=_initializer(model, modules, options.init_lora_weights) if lora else True,  # type: ignore[arg-type]
         target_modules=modules,
-        modules_to_save=[heads.name_of(model)],
+        modules_to_save=heads.trained(model),
     )
     try:
         return get_peft_model(model, config)
@@ -270,10 +270,10 @@ def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _check(wanted: str, chosen: list[str], adaptable: dict[str, nn.Module], head: str, rank: int) -> None:
-    if head in chosen:
+    if any(_is_within(name, head) for name in chosen):
         raise HistoError(
             f"--target_modules {wanted!r} matches the head, {head}, which is trained whole; it would also match: "
-            f"{_examples(name for name in chosen if name != head)}"
+            f"{_examples(name for name in chosen if not _is_within(name, head))}"
         )
     for name in chosen:
         if name not in adaptable:
@@ -288,6 +288,10 @@ def _check(wanted: str, chosen: list[str], adaptable: dict[str, nn.Module], head
                 f"--target_modules {wanted!r} matches {name}, a convolution in {groups} groups, and --lora_rank "
                 f"{rank} is no multiple of {groups}; leave it out; these fit: {_examples(fitting)}"
             )
+
+
+def _is_within(name: str, module: str) -> bool:
+    return f"{name}.".startswith(f"{module}.")
 
 
 def _initializer(model: nn.Module, modules: str | list[str], name: str) -> bool | str:

@@ -60,6 +60,7 @@ def load(
     revision: str | None = None,
     random_weights: bool = False,
     image_size: int | None = None,
+    head: heads.Design | None = None,
     head_dropout: float = 0.0,
     keep_head: bool = False,
 ) -> PreTrainedModel:
@@ -71,13 +72,16 @@ def load(
         revision: branch, tag or commit on the Hub.
         random_weights: build from the configuration alone. A timm name then needs no network.
         image_size: pixels on a side; a vision transformer resamples its position embeddings to it.
-        head_dropout: probability of dropout on the head's input while training.
+        head: what the classifier is made of, by default one linear layer.
+        head_dropout: probability of dropout before the head's linear layers while training.
         keep_head: take the head's weights as well, for a model that was trained whole.
 
     Raises `HistoError` if the backbone can't be had, or if weights other than the head's are missing from it.
     """
     source = locate(name)
-    config = _config(name, source, num_outputs, revision, random_weights)
+    design = head or heads.Design()
+    on_logits = design.on == "logits"
+    config = _config(name, source, None if on_logits else num_outputs, revision, random_weights)
     _allow_image_size(config, image_size)
     try:
         with _quiet():
@@ -93,22 +97,23 @@ def load(
                     output_loading_info=True,
                     use_safetensors=True,
                 )
-                _check_complete(name, loaded, except_for=None if keep_head else heads.name_of(model))
+                new = None if keep_head or on_logits else heads.name_of(model)
+                _check_complete(name, loaded, new, "; --head_on logits needs its output layer" if on_logits else "")
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise HistoError(_unavailable(name, source, error)) from None
     if not keep_head:
-        heads.reset(model)
+        heads.attach(model, design, num_outputs)
     if head_dropout:
         heads.add_dropout(model, head_dropout)
     return model
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Content hash (xxh3, 128 bits) of all weights and buffers but the head's, in the order of their names."""
-    head = heads.name_of(model)
+    """Content hash (xxh3, 128 bits) of all weights and buffers but the trained head's, in the order of their names."""
+    trained = tuple(f"{name}." for name in heads.trained(model))
     digest = xxhash.xxh3_128()
     for key, tensor in sorted(model.state_dict().items()):
-        if not key.startswith(head + "."):
+        if not key.startswith(trained):
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -128,7 +133,10 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _config(name: str, source: str, num_outputs: int, revision: str | None, random_weights: bool) -> PreTrainedConfig:
+def _config(
+    name: str, source: str, num_outputs: int | None, revision: str | None, random_weights: bool
+) -> PreTrainedConfig:
+    """The backbone's configuration with an output layer of `num_outputs`, or with its own one."""
     architecture = source.removeprefix("timm/").split(".")[0]
     if random_weights and source.startswith("timm/") and timm.is_model(architecture):
         try:
@@ -138,9 +146,10 @@ def _config(name: str, source: str, num_outputs: int, revision: str | None, rand
         if declared is None:
             raise HistoError(f"--backbone {name}: timm knows no such weights of {architecture}")
         declaration = {"architecture": architecture, "pretrained_cfg": declared.to_dict()}
-        return TimmWrapperConfig.from_dict(declaration, num_labels=num_outputs)
+        return TimmWrapperConfig.from_dict(declaration, num_labels=num_outputs or declared.num_classes)
+    own = {} if num_outputs is None else {"num_labels": num_outputs}
     try:
-        return AutoConfig.from_pretrained(source, revision=revision or "main", num_labels=num_outputs)
+        return AutoConfig.from_pretrained(source, revision=revision or "main", **own)
     except (OSError, ValueError) as error:
         raise HistoError(_unavailable(name, source, error)) from None
 
@@ -152,13 +161,13 @@ def _allow_image_size(config: PreTrainedConfig, image_size: int | None) -> None:
         config.model_args = {**(config.model_args or {}), "dynamic_img_size": True}
 
 
-def _check_complete(name: str, loaded: dict[str, Any], except_for: str | None) -> None:
+def _check_complete(name: str, loaded: dict[str, Any], except_for: str | None, remedy: str) -> None:
     changed = [*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])]
     absent = sorted(key for key in changed if not (except_for and key.startswith(except_for + ".")))
     if absent:
         raise HistoError(
             f"--backbone {name}: {len(absent)} of its weights are missing or of another shape than config.json says, "
-            f"the first {absent[0]}"
+            f"the first {absent[0]}{remedy}"
         )
 
 

@@ -1,25 +1,116 @@
-"""The classifier on top of a backbone: where it is, how it starts, and its dropout."""
+"""The classifier on top of a backbone: what it is made of, where it is, how it starts, and its dropout."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_histo.config import ModelOptions
 from hf_histo.errors import HistoError
 
 
+@dataclass(frozen=True)
+class Design:
+    """What a classifier is made of; the default is one linear layer in place of the backbone's output layer.
+
+    Attributes:
+        widths: outputs of the hidden layers, with a ReLU after each; empty for a linear classifier.
+        on: "features": in place of the backbone's output layer, on its pooled features. "logits": on top of that
+            layer, which is kept with its pretrained weights.
+        train_output_layer: with "logits", that layer is trained, too; else it stays as it is.
+        softmax: end in a softmax, so that what the loss takes for logits are probabilities. Cross entropy then takes
+            the softmax of numbers between 0 and 1: of ten classes the right one gets at most e / (e + 9) = 0.23, the
+            loss stays above 1.46, and the gradient vanishes where the classifier is sure, and wrong. For comparison
+            with publications that did so; else leave the softmax to the loss.
+
+    Raises `HistoError` for parts that do not go together.
+    """
+
+    widths: tuple[int, ...] = ()
+    on: Literal["features", "logits"] = "features"
+    train_output_layer: bool = False
+    softmax: bool = False
+
+    def __post_init__(self) -> None:
+        if self.on not in ("features", "logits"):
+            raise HistoError(f"--head_on is {self.on!r}, expected features or logits")
+        if self.train_output_layer and self.on == "features":
+            raise HistoError("--train_output_layer is True with --head_on features, which has none; expected logits")
+        if not all(isinstance(width, int) and width > 0 for width in self.widths):
+            raise HistoError(f"--head_widths is {self.widths}, expected whole numbers above 0, such as 512,256")
+
+    @classmethod
+    def of(cls, options: ModelOptions) -> Design:
+        """The one that the options ask for. Raises `HistoError` for a list of widths that is none."""
+        widths: tuple[int, ...] = ()
+        if options.head == "mlp":
+            try:
+                widths = tuple(int(width) for width in options.head_widths.split(","))
+            except ValueError:
+                raise HistoError(
+                    f"--head_widths is {options.head_widths!r}, expected whole numbers with commas, such as 512,256"
+                ) from None
+        return cls(widths, options.head_on, options.train_output_layer, options.head_softmax)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Design:
+        """From what `dataclasses.asdict` and JSON make of it."""
+        return cls(**{**content, "widths": tuple(content["widths"])})
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether transformers and peft alone can build it."""
+        return self == Design()
+
+
+class Head(nn.Sequential):
+    """A classifier that is not plain: features (B, d) to logits (B, num_outputs).
+
+    Its parts are `output`, the backbone's own output layer where the design keeps it, and `layers`, which are new.
+    """
+
+    def __init__(self, design: Design, replaced: nn.Linear, num_outputs: int) -> None:
+        super().__init__()
+        if design.on == "logits":
+            self.add_module("output", replaced)
+        width = replaced.out_features if design.on == "logits" else replaced.in_features
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise((width, *design.widths)):
+            hidden = nn.Linear(inputs, outputs)
+            nn.init.kaiming_normal_(hidden.weight, nonlinearity="relu")
+            nn.init.zeros_(hidden.bias)
+            layers += [hidden, nn.ReLU()]
+            width = outputs
+        layers.append(_started(nn.Linear(width, num_outputs)))
+        if design.softmax:
+            layers.append(nn.Softmax(dim=-1))
+        self.add_module("layers", nn.Sequential(*layers))
+        self.trained = ("output", "layers") if design.train_output_layer else ("layers",)
+
+
 def name_of(model: PreTrainedModel) -> str:
-    """Full name of the linear layer that gives the logits, e.g. 'timm_model.fc' or 'classifier'."""
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
-    ]
-    if not linear:
-        raise HistoError(f"{type(model).__name__}: found no linear layer with {model.config.num_labels} outputs")
-    return linear[-1]
+    """Full name of what gives the logits, e.g. 'timm_model.fc' or 'classifier': a linear layer or a `Head`."""
+    modules = dict(model.named_modules())
+    whole = [name for name, module in modules.items() if isinstance(module, Head)]
+    labels = model.config.num_labels
+    linear = [name for name, part in modules.items() if isinstance(part, nn.Linear) and part.out_features == labels]
+    if not (whole or linear):
+        raise HistoError(f"{type(model).__name__}: found no linear layer with {labels} outputs")
+    return (whole or linear)[-1]
+
+
+def trained(model: PreTrainedModel) -> list[str]:
+    """Full names of the modules of the head that are trained whole and saved with an adapter."""
+    name = name_of(model)
+    head = model.get_submodule(name)
+    return [f"{name}.{part}" for part in head.trained] if isinstance(head, Head) else [name]
 
 
 def module_of(model: nn.Module) -> nn.Module:
@@ -29,22 +120,48 @@ def module_of(model: nn.Module) -> nn.Module:
     return base.get_submodule(name_of(base).split(".modules_to_save.")[0])
 
 
-def reset(model: PreTrainedModel) -> None:
-    """Start the head anew: weights normal with deviation 0.01, bias zero, so that training starts from even odds."""
-    head = model.get_submodule(name_of(model))
-    assert isinstance(head, nn.Linear)
-    nn.init.normal_(head.weight, std=0.01)
-    if head.bias is not None:
-        nn.init.zeros_(head.bias)
+def attach(model: PreTrainedModel, design: Design, num_outputs: int) -> None:
+    """Give the backbone a new classifier of `num_outputs` logits in place of its output layer, or on top of it.
+
+    The last layer starts with weights normal with deviation 0.01 and bias zero, so that training starts from even odds;
+    hidden ones as He et al. 2015, "Delving deep into rectifiers".
+
+    Args:
+        model: with an output layer of `num_outputs`, or its own one where the design stands on it.
+        design: of the classifier.
+        num_outputs: 1 for a binary task.
+
+    Raises `HistoError` for a softmax over a single output, which would be 1 whatever the image.
+    """
+    if design.softmax and num_outputs == 1:
+        raise HistoError("--head_softmax is True for one logit, expected three classes or more; leave it out")
+    name = name_of(model)
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    if design.is_plain:
+        _started(layer)
+    else:
+        model.set_submodule(name, Head(design, layer, num_outputs))
+        model.config.num_labels = num_outputs
 
 
 def add_dropout(model: PreTrainedModel, probability: float) -> None:
-    """Drop the head's input with `probability` while training.
+    """Drop the input of each new linear layer of the head with `probability` while training.
 
-    A hook rather than a layer: the head keeps its name, so the saved weights load into the plain model.
+    Hooks rather than layers: the parts of the head keep their names, so the saved weights load without them.
     """
 
     def drop(module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         return (nn.functional.dropout(inputs[0], probability, module.training),)
 
-    model.get_submodule(name_of(model)).register_forward_pre_hook(drop)
+    head = model.get_submodule(name_of(model))
+    for module in (head.get_submodule("layers") if isinstance(head, Head) else head).modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(drop)
+
+
+def _started(layer: nn.Linear) -> nn.Linear:
+    nn.init.normal_(layer.weight, std=0.01)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

@@ -149,6 +149,7 @@ def _check(folder: Path, config: Config, data: str) -> None:
         before = None
     if not isinstance(before, dict):
         raise HistoError(f"--output_dir {folder}: its {RECORD} is damaged, expected the options of a run; {remedy}")
+    before = Config().flat() | before  # an option that is newer than the run: its default is what the run did
     now = config.flat()
     changed = [key for key in now if key not in INDIFFERENT and before.get(key) != now[key]]
     if changed:
