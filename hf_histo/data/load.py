@@ -12,16 +12,17 @@ import xxhash
 from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 
-from hf_histo.data import synthetic
+from hf_histo.data import hub_names, synthetic
 from hf_histo.data.builder import FolderBuilder
 from hf_histo.data.folders import ClassFolders
 from hf_histo.data.hdf5 import Challenge, ChallengeFile, PatchCamelyon
+from hf_histo.data.idx import Idx
 from hf_histo.data.tables import WildsCamelyon17
 from hf_histo.errors import HistoError
 from hf_histo.files import atomic_file
 
 SYNTHETIC = "synthetic"
-LAYOUTS: tuple[type[FolderBuilder], ...] = (Challenge, PatchCamelyon, WildsCamelyon17, ClassFolders)
+LAYOUTS: tuple[type[FolderBuilder], ...] = (Challenge, PatchCamelyon, WildsCamelyon17, Idx, ClassFolders)
 
 
 def load(directory: str | Path, *, cache_dir: str | Path | None = None) -> datasets.DatasetDict:
@@ -30,7 +31,8 @@ def load(directory: str | Path, *, cache_dir: str | Path | None = None) -> datas
     Class folders may come without `val`, or as the single split `full`: callers that need a split must look for it.
 
     The name "synthetic" stands for the built-in data set, generated below `cache_dir` the first time. A single file in
-    the challenge layout is loaded as the split `test` alone.
+    the challenge layout is loaded as the split `test` alone. "hub:OWNER/NAME" is a data set on the Hub, see
+    `hub_names.load`.
 
     The first time, the files are checked and converted below `cache_dir`, all or nothing and by one process at a time
     (default: `datasets.config.HF_DATASETS_CACHE`). The cache is keyed by the contents of the files: a folder that
@@ -40,6 +42,8 @@ def load(directory: str | Path, *, cache_dir: str | Path | None = None) -> datas
     OSError where the disk is full or the cache can't be written.
     """
     cache_dir = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
+    if str(directory).startswith(hub_names.PREFIX):
+        return hub_names.load(str(directory), cache_dir=cache_dir)
     directory = _synthetic(cache_dir) if str(directory) == SYNTHETIC else Path(directory)
     builder_class = _layout(directory)
     try:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 
 from hf_histo.data.inventory import components
@@ -107,6 +109,22 @@ def resplit(data: datasets.DatasetDict, table: pd.DataFrame, *, folds: int = 5, 
     parts = [held_out for _, held_out in splitter.split(labels, labels, groups)]
     rows = {"train": np.sort(np.concatenate(parts[2:])), "val": parts[0], "test": parts[1]}
     return datasets.DatasetDict({name: pool.select(part) for name, part in rows.items()})
+
+
+def hold_out(labels: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows (in order) to train on and those to validate on, for images without groups: a tenth of each class.
+
+    For data sets that come with a test split alone. The draw is always the same, so that runs of any seed are chosen on
+    the same images. A class with a single image keeps it for training; `labels` (N,) are classes, -1 where hidden, and
+    hidden ones stay where they are, too.
+    """
+    random = np.random.default_rng(0)
+    held_out = [
+        random.permutation(rows)[: (len(rows) + 8) // 10]  # a tenth, rounded up unless that leaves none
+        for rows in (np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0]))
+    ]
+    validation = np.sort(np.concatenate([np.empty(0, np.int64), *held_out]))
+    return np.setdiff1d(np.arange(len(labels)), validation), validation
 
 
 def _check_same(data: datasets.DatasetDict, table: pd.DataFrame) -> None:

@@ -1,0 +1,76 @@
+"""Data sets that the `datasets` library finds by name, on the Hub or in a local folder of the same form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import xxhash
+from datasets.exceptions import DatasetGenerationError
+from datasets.table import embed_table_storage
+
+from hf_histo.data import schema
+from hf_histo.data.splits import hold_out
+from hf_histo.errors import HistoError
+
+PREFIX = "hub:"
+SPLITS = {"validation": "val", "valid": "val", "dev": "val"}
+
+
+def load(name: str, *, cache_dir: str | Path) -> datasets.DatasetDict:
+    """Load "hub:OWNER/NAME", or "hub:OWNER/NAME@REVISION", into the schema.
+
+    The data set must have one column of images and one of class labels. A split called validation, valid or dev
+    becomes `val`; without one, a tenth of each class of `train` does, see `splits.hold_out`. `id` is the row in the
+    split of the source; center and group are unknown: where the source knows patients, write them into one of the other
+    layouts. A local folder that `datasets` can load stands for a name, too, and needs no network.
+
+    Raises `HistoError` for a name that can't be had, without a split `train`, and with other columns.
+    """
+    source, _, revision = name.removeprefix(PREFIX).partition("@")
+    try:
+        found = datasets.load_dataset(source, revision=revision or None, cache_dir=str(cache_dir))
+    except (OSError, ValueError, RuntimeError, IndexError, DatasetGenerationError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise HistoError(
+            f"--data {name}: can't be had ({reason}); expected a data set on the Hub and a network"
+        ) from None
+    if "train" not in found:
+        raise HistoError(f"--data {name}: has the splits {', '.join(found)}, expected train among them; choose another")
+    data = datasets.DatasetDict(
+        {SPLITS.get(str(split), str(split)): _as_schema(name, rows) for split, rows in found.items()}
+    )
+    if "val" not in data:
+        kept, held_out = hold_out(np.array(data["train"]["label"]))
+        data = datasets.DatasetDict(
+            {**data, "train": data["train"].select(kept), "val": data["train"].select(held_out)}
+        )
+    content = xxhash.xxh3_128()
+    for split, rows in data.items():
+        content.update(split.encode())
+        for batch in rows.with_format("arrow").iter(1000):
+            for image, label in zip(batch["image"], batch["label"], strict=True):
+                content.update(image["bytes"].as_buffer())
+                content.update(str(label).encode())
+    for rows in data.values():
+        rows.info.config_name = content.hexdigest()
+    return data
+
+
+def _as_schema(name: str, rows: datasets.Dataset) -> datasets.Dataset:
+    images = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    labels = [column for column, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]
+    if len(images) != 1 or len(labels) != 1:
+        raise HistoError(
+            f"--data {name}: has {len(images)} columns of images and {len(labels)} of class labels, expected one of "
+            "each; keep those in a copy"
+        )
+    count = len(rows)
+    table = rows.select_columns([images[0], labels[0]]).rename_columns({images[0]: "image", labels[0]: "label"})
+    # The bytes into the table, where a local folder holds files.
+    table = table.with_format("arrow").map(embed_table_storage, batched=True).with_format(None)
+    table = table.add_column("id", [str(row) for row in range(count)])
+    table = table.add_column("center", [-1] * count).add_column("group", [""] * count)
+    features = schema.features(rows.features[labels[0]].names)
+    return table.select_columns(list(features)).cast(features)

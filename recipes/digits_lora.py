@@ -1,0 +1,31 @@
+"""Fine-tune a vision backbone on handwritten digits: LoRA, classifiers of several layers, and what an adapter weighs.
+
+    accelerate launch recipes/digits_lora.py --config recipes/configs/digits_case1.yaml --data DIR       # to case4
+    accelerate launch recipes/digits_lora.py --config recipes/configs/digits_mobilenetv2_case2.yaml --data DIR
+    accelerate launch recipes/digits_lora.py --data hub:ylecun/mnist --head mlp --head_widths 128
+
+DIR holds the idx files of MNIST or of a data set like it (train-images-idx3-ubyte.gz and so on), of whose training
+images a tenth becomes val; hub:OWNER/NAME is a data set on the Hub. The checkpoint is chosen on val; test is only
+predicted. The result is an adapter folder for recipes/predict.py and hf_histo.inference.Classifier.
+"""
+
+from accelerate import PartialState
+
+from hf_histo import hub
+from hf_histo.config import parse
+from hf_histo.data.load import load
+from hf_histo.errors import run
+from hf_histo.finetune import fine_tune
+
+
+def main() -> None:
+    config = parse(__doc__)
+    result = fine_tune(config, load(config.data.data, cache_dir=config.data.cache_dir))
+    if PartialState().is_main_process:
+        print(result.summary())
+        if config.output.push_to_hub and config.output.hub_model_id:
+            print(hub.push(result.adapter, config.output.hub_model_id, private=config.output.hub_private))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,75 @@
+"""Data sets that `datasets` finds by name; a local folder stands for one on the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+
+from hf_histo.data.load import fingerprint, load
+from hf_histo.data.schema import ImageTable
+from hf_histo.errors import HistoError
+
+
+def write_parquet(folder: Path, *, splits: tuple[str, ...] = ("train", "test"), seed: int = 0) -> np.ndarray:
+    """Save 20 gray images per split as the Hub stores them, columns named as MNIST's; return those of the last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    features = datasets.Features({"picture": datasets.Image(), "digit": datasets.ClassLabel(names=["a", "b"])})
+    for number, split in enumerate(splits):
+        images = np.random.default_rng([seed, number]).integers(0, 256, (20, 6, 8), dtype=np.uint8)
+        rows = {"picture": [PIL.Image.fromarray(image) for image in images], "digit": [i % 2 for i in range(20)]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{split}-0.parquet"))
+    return images
+
+
+def test_a_name_gives_the_schema(tmp_path: Path) -> None:
+    test = write_parquet(tmp_path / "data")
+    data = load(f"hub:{tmp_path / 'data'}", cache_dir=tmp_path / "cache")
+    assert {split: len(rows) for split, rows in data.items()} == {"train": 18, "val": 2, "test": 20}
+    assert data["test"].column_names == ["id", "image", "label", "center", "group"]
+    assert data["val"].features["label"].names == ["a", "b"]
+    assert sorted(data["val"]["label"]) == [0, 1]
+    assert not set(data["train"]["id"]) & set(data["val"]["id"])
+    for place, image in enumerate(test):
+        assert (ImageTable(data["test"])[place]["image"].numpy() == image).all()
+
+
+def test_files_of_a_folder_and_an_official_validation_split(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        for label in ("no", "yes"):
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            image = PIL.Image.new("RGB", (5, 4), (10, 20, len(label)))
+            image.save(tmp_path / "data" / split / label / "one.png")
+    data = load(f"hub:{tmp_path / 'data'}", cache_dir=tmp_path / "cache")
+    assert {split: len(rows) for split, rows in data.items()} == {"train": 2, "val": 2}
+    assert ImageTable(data["val"])[0]["image"][:, 0, 0].tolist() == [10, 20, 2]
+
+
+def test_the_fingerprint_is_that_of_the_contents(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("moved", 0), ("other", 1)):
+        write_parquet(tmp_path / name, seed=seed)
+    a, moved, other = (
+        fingerprint(load(f"hub:{tmp_path / name}", cache_dir=tmp_path / "cache")) for name in ("a", "moved", "other")
+    )
+    assert a == moved
+    assert a != other
+
+
+def refusal(name: str, cache_dir: Path) -> str:
+    with pytest.raises(HistoError) as caught:
+        load(name, cache_dir=cache_dir)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_bad_names_and_other_columns(tmp_path: Path) -> None:
+    assert "--data hub:nobody/nothing: can't be had" in refusal("hub:nobody/nothing", tmp_path)
+    assert "--data hub:: can't be had" in refusal("hub:", tmp_path)
+    write_parquet(tmp_path / "testing", splits=("test",))
+    assert "has the splits test, expected train" in refusal(f"hub:{tmp_path / 'testing'}", tmp_path / "cache")
+    (tmp_path / "text").mkdir()
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(str(tmp_path / "text" / "train.parquet"))
+    assert "has 0 columns of images" in refusal(f"hub:{tmp_path / 'text'}", tmp_path / "cache")
