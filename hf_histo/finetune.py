@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 from accelerate import PartialState
 from numpy.typing import NDArray
-from peft import PeftModel
 from torch import nn
 from transformers import set_seed
 
@@ -29,6 +28,7 @@ from hf_histo.evaluation import metrics, report, thresholds
 from hf_histo.files import write_json
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones, batchnorm, heads
+from hf_histo.models.accounting import account
 from hf_histo.training import losses, runs, trainer
 from hf_histo.transforms import augmentation, preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
@@ -51,12 +51,12 @@ class Result:
         for split, values in self.metrics["splits"].items():
             overall = values["overall"]
             rows.append([split, overall["n"], *(overall[name]["value"] for name in names)])
-        parameters, size = self.metrics["parameters"], self.metrics["bytes"]
         return "\n".join(
             [
                 report.table(rows),
-                f"trainable parameters: {parameters['trainable']:,} of {parameters['total']:,}",
-                f"adapter weights: {size / 2**20:.2f} MiB",
+                "",
+                report.size_table(self.metrics),
+                "",
                 f"seconds: {self.seconds:.0f}" if self.seconds is not None else "finished before, nothing was trained",
                 f"adapter folder: {self.adapter}",
             ]
@@ -125,7 +125,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
     if options.batch_norm == "frozen":
         batchnorm.freeze(model)
     trained: nn.Module = model if config.adapter.method == "full" else adapters.add(model, config.adapter)
-    counts = adapters.parameter_counts(trained)
+    sizes = account(trained, batch_norm=options.batch_norm)
 
     train_labels = data["train"]["label"]
     balance = config.training.class_balance == "weights"
@@ -165,8 +165,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
             "step": session.state.best_global_step,
         },
         "splits": {split: metrics.report(table) for split, table in tables.items()},
-        "parameters": counts,
-        "bytes": _bytes(final, options.batch_norm),
+        **sizes,
     }
     sidecar = dataclasses.replace(sidecar, thresholds=_thresholds(tables) if num_outputs == 1 else {})
     if session.is_world_process_zero():
@@ -225,12 +224,6 @@ def _check(config: Config, data: datasets.DatasetDict, num_outputs: int) -> None
             f"--metric_for_best_model {wanted} is undefined on val, where the labeled classes are {present}; choose "
             "another metric or another validation split"
         )
-
-
-def _bytes(model: nn.Module, batch_norm: str) -> int:
-    """Of the weights that are saved."""
-    state = adapters.weights(model, batch_norm=batch_norm) if isinstance(model, PeftModel) else model.state_dict()
-    return sum(tensor.nbytes for tensor in state.values())
 
 
 def _draw(

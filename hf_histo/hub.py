@@ -284,11 +284,10 @@ def card(sidecar: Sidecar, metrics: Mapping[str, Any]) -> ModelCard:
     for split, values in metrics["splits"].items():
         if values["overall"]["n"]:
             sections += [f"### {split}", report.center_table(values)]
-    parameters = metrics["parameters"]
     sections += [
         "## Size",
-        f"{parameters['trainable']:,} of {parameters['total']:,} parameters were trained "
-        f"({parameters['trainable'] / parameters['total']:.2%}).",
+        report.size_table(metrics),
+        f"Sending the adapter instead of the model saves {metrics['bytes']['saved']:.1%} of the bytes.",
         "## Use",
         "```python\nfrom hf_histo.inference import Classifier\n\n"
         'table = Classifier.from_pretrained("THIS_FOLDER")(["patch.png"])\n```',

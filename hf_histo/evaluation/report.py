@@ -198,6 +198,19 @@ def center_table(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -
     return table(rows)
 
 
+def size_table(metrics: Mapping[str, Any]) -> str:
+    """Return the "parameters" and "bytes" of a run (see `models.accounting.account`) as a `table`, in MiB."""
+    parameters, size = metrics["parameters"], metrics["bytes"]
+    rows: list[list[object]] = [
+        ["", "model", "adapter", "share"],
+        ["parameters", f"{parameters['total']:,}", f"{parameters['trainable']:,}", f"{parameters['share']:.2%}"],
+    ]
+    for name, suffix in (("MiB", ""), ("MiB as fp16", "_fp16")):
+        model, adapter = size[f"model{suffix}"], size[f"adapter{suffix}"]
+        rows.append([name, f"{model / 2**20:.2f}", f"{adapter / 2**20:.2f}", f"{adapter / model:.2%}"])
+    return table(rows)
+
+
 def _interval(entry: Mapping[str, float | None]) -> str | None:
     if entry["value"] is None:
         return None

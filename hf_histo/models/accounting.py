@@ -1,0 +1,56 @@
+"""What a run's result weighs: parameters, bytes, and what sending an adapter saves over sending the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from hf_histo.models import adapters
+
+
+def account(model: nn.Module, *, batch_norm: str) -> dict[str, dict[str, Any]]:
+    """Size of a model as it is trained, with or without an adapter.
+
+    Args:
+        model: a `PeftModel`, or the whole model of a "full" run, which is its own adapter.
+        batch_norm: "frozen" or "track"; tracked statistics are part of an adapter.
+
+    Returns:
+        {"parameters": `adapters.parameter_counts` and "share", the trainable part of the total, in [0, 1];
+        "bytes": of the tensors of "model", what one would send had it been trained whole (without LoRA, with the same
+        head), and of "adapter", what `adapter_model.safetensors` holds; both also with all floating-point numbers in
+        half precision, "model_fp16" and "adapter_fp16"; "saved": the share of the model's bytes that need not be sent}.
+
+    A safetensors file is larger than its tensors by a header, some hundred bytes for each of them.
+    """
+    counts = adapters.parameter_counts(model)
+    whole = _whole(model)
+    sent = adapters.weights(model, batch_norm=batch_norm) if isinstance(model, PeftModel) else whole
+    full, small = _bytes(whole), _bytes(sent)
+    return {
+        "parameters": {**counts, "share": counts["trainable"] / counts["total"]},
+        "bytes": {
+            "model": full,
+            "adapter": small,
+            "model_fp16": _bytes(whole, half=True),
+            "adapter_fp16": _bytes(sent, half=True),
+            "saved": 1 - small / full,
+        },
+    }
+
+
+def _whole(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights and statistics without LoRA, and with one copy of a head that peft keeps twice."""
+    state = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if "lora_" not in name and ".original_module." not in name}
+
+
+def _bytes(state: Mapping[str, torch.Tensor], *, half: bool = False) -> int:
+    return sum(
+        tensor.numel() * (2 if half and tensor.is_floating_point() else tensor.element_size())
+        for tensor in state.values()
+    )
