@@ -1,0 +1,134 @@
+"""The digits recipe and the Pareto sweep as commands, on miniature digits."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import runpy
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from miniature import write_backbone
+
+from hf_histo.errors import run
+from hf_histo.evaluation import predictions
+from hf_histo.inference import Classifier
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+Call = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_backbone(tmp_path_factory.mktemp("backbone") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 training and 20 test images, brighter for a higher digit."""
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    folder.mkdir()
+    for split, count in (("train", 60), ("t10k", 20)):
+        labels = np.arange(count) % 10
+        images = np.random.default_rng(0).integers(0, 50, (count, 16, 16)) + 20 * labels[:, None, None]
+        for name, array in ((f"{split}-images-idx3", images), (f"{split}-labels-idx1", labels)):
+            header = struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape)
+            (folder / f"{name}-ubyte.gz").write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+    return folder
+
+
+@pytest.fixture
+def call(backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a recipe's main in this process; return what it printed, on standard error where it fails."""
+
+    def call(recipe: str, output: Path, *more: str) -> str:
+        main = runpy.run_path(str(RECIPES / recipe), run_name="recipe")["main"]
+        quick = "--image_size=32 --resize_size=32 --num_train_epochs=1 --metric_for_best_model=accuracy"
+        fixed = f"--data={data} --backbone={backbone} --output_dir={output}"
+        monkeypatch.setattr(sys, "argv", [recipe, *fixed.split(), *quick.split(), *more])
+        capsys.readouterr()
+        try:
+            run(main)
+        except SystemExit:
+            return capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_digits_with_a_head_on_the_output_layer(call: Call, tmp_path: Path, data: Path) -> None:
+    more = "--head=mlp --head_widths=8 --head_on=logits --train_output_layer --target_modules=last-conv --lora_rank=2"
+    shown = call("digits_lora.py", tmp_path / "run", *more.split())
+    assert "| test " in shown
+    assert "| parameters" in shown
+    adapter = tmp_path / "run" / "adapter"
+    counts = json.loads((adapter / "hf_histo.json").read_text(encoding="utf-8"))["data"]["counts"]
+    assert counts == {"train": 50, "val": 10, "test": 20}
+    saved = predictions.read(adapter / "predictions" / "test.parquet")
+    digit = np.frombuffer(gzip.decompress((data / "t10k-images-idx3-ubyte.gz").read_bytes()), np.uint8, 256, 16)
+    found = Classifier.from_pretrained(adapter)(digit.reshape(16, 16))
+    np.testing.assert_allclose(
+        predictions.array(found, "logit")[0], predictions.array(saved, "logit")[0], rtol=0, atol=1e-5
+    )
+
+
+def test_a_sweep_draws_its_front_and_goes_on(call: Call, tmp_path: Path) -> None:
+    more = ["--layers", "last-conv", r".*layer3.*conv1", "--learning_rate=0.01", "--lora_rank=4", "--lora_alpha=8"]
+    shown = call("pareto.py", tmp_path / "out", *more, "--ranks", "1", "2")
+    names = {f"{layers}-rank-{rank}" for layers in ("last-conv", "layer3-conv1") for rank in (1, 2)}
+    names |= {"classifier-alone"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "pareto.md", "pareto.json", "pareto.png"}
+    written = json.loads((tmp_path / "out" / "pareto.json").read_text(encoding="utf-8"))
+    points = written["points"]
+    assert points.keys() == names
+    assert written["split"] == "val"
+    assert set(written["front"]) <= names
+    sizes = {name: point["trainable"] for name, point in points.items()}
+    assert (
+        sizes["last-conv-rank-2"] - sizes["last-conv-rank-1"] == sizes["last-conv-rank-1"] - sizes["classifier-alone"]
+    )
+    for name in names:
+        adapter = tmp_path / "out" / name / "seed-0" / "adapter"
+        overall = json.loads((adapter / "metrics.json").read_text())["splits"]["val"]["overall"]
+        assert points[name]["mean"] == overall["accuracy"]["value"]
+        assert f"| {name} " in shown
+        if name != "classifier-alone":
+            lora = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+            assert lora["lora_alpha"] == 2 * lora["r"]
+    with PIL.Image.open(tmp_path / "out" / "pareto.png") as image:
+        assert image.width > 600
+
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/seed-0/adapter/metrics.json")}
+    call("pareto.py", tmp_path / "out", *more, "--ranks", "1", "2", "--split=test")
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert json.loads((tmp_path / "out" / "pareto.json").read_text(encoding="utf-8"))["split"] == "test"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--layers all-conv --ranks 0", "--ranks [0]"),
+        ("--layers all-conv --seeds=0", "--seeds is 0"),
+        ("--layers all-conv all-conv --ranks 1", "give all-conv-rank-1 twice"),
+        ("--ranks 1", "--layers"),
+        ("--layers no-such --ranks 1 --method=linear", "--target_modules 'no-such' matches no layer"),
+    ],
+)
+def test_bad_options_of_the_sweep(call: Call, tmp_path: Path, more: str, message: str) -> None:
+    lines = [line for line in call("pareto.py", tmp_path / "out", *more.split()).splitlines() if "error: " in line]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_a_split_without_labels_is_refused(call: Call, tmp_path: Path, data: Path) -> None:
+    only = tmp_path / "train_only"
+    only.mkdir()
+    for path in data.glob("train-*"):
+        (only / path.name).write_bytes(path.read_bytes())
+    shown = call("pareto.py", tmp_path / "out", f"--data={only}", "--layers", "all-conv", "--split=test")
+    assert "--split is test, expected a split with labels" in shown
