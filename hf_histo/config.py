@@ -33,7 +33,7 @@ def option(default: Any, help: str) -> Any:
 class DataOptions:
     _argument_group_name = "data"
 
-    data: str = option("synthetic", "folder with the data set, or 'synthetic' for the built-in one")
+    data: str = option("synthetic", "folder with the data set, hub:OWNER/NAME, or 'synthetic' for the built-in one")
     cache_dir: str | None = option(None, "folder of the converted data (default: the datasets library's cache)")
     num_workers: int = option(0, "processes that read batches beside each training process")
 

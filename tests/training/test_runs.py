@@ -47,6 +47,14 @@ def test_the_same_command_goes_on(tmp_path: Path) -> None:
     assert runs.begin(config(folder, "--num_workers=3", "--per_device_eval_batch_size=7")) == folder
 
 
+def test_a_run_from_before_an_option_existed_goes_on_with_its_default(tmp_path: Path) -> None:
+    folder = runs.begin(config(tmp_path / "run"))
+    record = folder / runs.RECORD
+    record.write_text("".join(line for line in record.read_text().splitlines(True) if not line.startswith("head:")))
+    assert runs.begin(config(folder)) == folder
+    assert "head 'linear' (now 'mlp')" in refusal(folder, "--head=mlp")
+
+
 def test_other_options_are_refused_by_name(tmp_path: Path) -> None:
     folder = runs.begin(config(tmp_path / "run"))
     message = refusal(folder, "--lora_rank=4", "--learning_rate=0.5")
