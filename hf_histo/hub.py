@@ -275,6 +275,7 @@ def card(sidecar: Sidecar, metrics: Mapping[str, Any]) -> ModelCard:
         f"# {' / '.join(sidecar.label_names)} on {sidecar.data['name']}",
         f"{sidecar.method} adaptation of `{name}`, trained with hf_histo {sidecar.versions['hf_histo']}. For research; "
         "not a medical device, and not validated for diagnosis.",
+        f"Classifier: {sidecar.head}.",
         "## Data",
         f"{sidecar.data['name']} (content fingerprint `{sidecar.data['fingerprint']}`): {counts} images.",
         "## Metrics",

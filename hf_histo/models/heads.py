@@ -59,6 +59,13 @@ class Design:
                 ) from None
         return cls(widths, options.head_on, options.train_output_layer, options.head_softmax)
 
+    def __str__(self) -> str:
+        layers = f"hidden layers of {', '.join(map(str, self.widths))} with ReLU" if self.widths else "one linear layer"
+        place = "pooled features"
+        if self.on == "logits":
+            place = f"the backbone's output layer, {'trained as well' if self.train_output_layer else 'kept as it is'}"
+        return f"{layers} on {place}{', ending in a softmax' if self.softmax else ''}"
+
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Design:
         """From what `dataclasses.asdict` and JSON make of it."""

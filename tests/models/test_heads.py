@@ -92,7 +92,10 @@ def test_a_head_comes_back_with_its_adapter(backbone: Path, tmp_path: Path, opti
     found = Classifier.from_pretrained(result.adapter).predict(data["test"])["logit"]
     assert np.ptp(saved) > 0
     np.testing.assert_allclose(found, saved, rtol=0, atol=1e-5)
-    assert "bare transformers" not in (result.adapter / "README.md").read_text(encoding="utf-8")
+    card = (result.adapter / "README.md").read_text(encoding="utf-8")
+    assert "bare transformers" not in card
+    assert ("hidden layers of" in card) == ("mlp" in options)
+    assert ("trained as well" in card) == ("--train_output_layer" in options)
 
     file = result.adapter / "hf_histo.json"
     content = json.loads(file.read_text(encoding="utf-8"))
