@@ -53,7 +53,7 @@ def forward(
     """
     # Of the launch; the model is not prepared, so the launch's mixed precision stays out.
     accelerator = Accelerator(cpu=runs.use_cpu())
-    model = model.to(accelerator.device).eval()
+    model = model.to(accelerator.device).to(memory_format=torch.channels_last).eval()  # as it was trained
     loader = DataLoader(
         ImageTable(dataset),
         batch_size=batch_size,
