@@ -51,12 +51,13 @@ class Result:
         for split, values in self.metrics["splits"].items():
             overall = values["overall"]
             rows.append([split, overall["n"], *(overall[name]["value"] for name in names)])
+        trained, total, share = (self.metrics["parameters"][key] for key in ("trainable", "total", "share"))
+        adapter, model = (self.metrics["bytes"][key] / 2**20 for key in ("adapter", "model"))
         return "\n".join(
             [
                 report.table(rows),
-                "",
-                report.size_table(self.metrics),
-                "",
+                f"trainable parameters: {trained:,} of {total:,} ({share:.2%})",
+                f"adapter: {adapter:.2f} MiB, beside {model:.2f} MiB for the whole model",
                 f"seconds: {self.seconds:.0f}" if self.seconds is not None else "finished before, nothing was trained",
                 f"adapter folder: {self.adapter}",
             ]
