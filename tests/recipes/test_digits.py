@@ -65,8 +65,10 @@ def test_digits_with_a_head_on_the_output_layer(call: Call, tmp_path: Path, data
     more = "--head=mlp --head_widths=8 --head_on=logits --train_output_layer --target_modules=last-conv --lora_rank=2"
     shown = call("digits_lora.py", tmp_path / "run", *more.split())
     assert "| test " in shown
-    assert "| parameters" in shown
     adapter = tmp_path / "run" / "adapter"
+    sizes = json.loads((adapter / "metrics.json").read_text(encoding="utf-8"))["parameters"]
+    assert f"trainable parameters: {sizes['trainable']:,} of {sizes['total']:,}" in shown
+    assert "| parameters" in (adapter / "README.md").read_text(encoding="utf-8")
     counts = json.loads((adapter / "hf_histo.json").read_text(encoding="utf-8"))["data"]["counts"]
     assert counts == {"train": 50, "val": 10, "test": 20}
     saved = predictions.read(adapter / "predictions" / "test.parquet")
