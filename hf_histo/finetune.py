@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import datasets
 import numpy as np
 import pandas as pd
 from accelerate import PartialState
-from numpy.typing import NDArray
 from torch import nn
 from transformers import set_seed
 
@@ -25,6 +24,7 @@ from hf_histo.data.schema import ImageTable
 from hf_histo.data.splits import shared_groups
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import metrics, report, thresholds
+from hf_histo.evaluation.audit_figures import image_reader
 from hf_histo.files import write_json
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones, batchnorm, heads
@@ -231,11 +231,7 @@ def _draw(
     folder: Path, history: list[dict[str, float]], tables: dict[str, pd.DataFrame], validation: datasets.Dataset
 ) -> None:
     labeled = {split: table for split, table in tables.items() if (table["label"] >= 0).any()}
-    report.training_curve(copy.deepcopy(history), folder / "training_curve.png")
+    report.training_curve(history, folder / "training_curve.png")
     report.roc_curve(labeled, folder / "roc.png")
-    images, rows = ImageTable(validation), {key: row for row, key in enumerate(validation["id"])}
-
-    def image_of(key: str) -> NDArray[np.uint8]:
-        return images[rows[key]]["image"].permute(1, 2, 0).numpy()
-
-    report.worst_errors(tables["val"], image_of, folder / "worst_errors.png")
+    image_of = image_reader(datasets.DatasetDict(val=validation))
+    report.worst_errors(tables["val"], partial(image_of, "val"), folder / "worst_errors.png")

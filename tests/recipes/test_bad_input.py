@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import pytest
 from fixtures import damage_chunk, truncate
-from miniature import write_backbone, write_data
+from miniature import write_data
 
 from hf_histo.errors import run
 
@@ -23,11 +23,6 @@ def only_error(text: str) -> str:
     assert "Traceback" not in text
     (line,) = (line for line in text.splitlines() if line.startswith("error: "))
     return line
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_backbone(tmp_path_factory.mktemp("backbone") / "model")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import h5py
 import PIL.Image
 import pytest
 import yaml
-from miniature import SIZE, write_backbone, write_data
+from miniature import SIZE, divide_training, write_data
 
 from hf_histo.config import Config, parse
 from hf_histo.errors import run
@@ -30,17 +30,10 @@ Call = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_backbone(tmp_path_factory.mktemp("backbone") / "model")
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Centers 0 and 3 in train, 1 in val, and a test split whose labels are hidden."""
     folder = write_data(tmp_path_factory.mktemp("data") / "mini", {"train": 24, "val": 13, "test": 4})
-    with h5py.File(folder / "train.h5", "r+") as file:
-        for key, group in file.items():
-            group["metadata"][0] = 3 * (int(key) // 2 % 2)
+    divide_training(folder)
     with h5py.File(folder / "test.h5", "r+") as file:
         for group in file.values():
             del group["label"]

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from miniature import write_backbone
 
 from hf_histo.errors import run
 from hf_histo.evaluation import predictions
@@ -21,11 +20,6 @@ from hf_histo.inference import Classifier
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 Call = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_backbone(tmp_path_factory.mktemp("backbone") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import h5py
 import pytest
-from miniature import SIZE, write_backbone, write_data
+from miniature import SIZE, divide_training, write_data
 
 from hf_histo.errors import run
 from hf_histo.evaluation import predictions
@@ -20,17 +19,10 @@ Call = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_backbone(tmp_path_factory.mktemp("backbone") / "model")
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Centers 0, 3 and 1; the test split and its labels are there and must stay out."""
     folder = write_data(tmp_path_factory.mktemp("data") / "mini", {"train": 24, "val": 12, "test": 4})
-    with h5py.File(folder / "train.h5", "r+") as file:
-        for key, group in file.items():
-            group["metadata"][0] = 3 * (int(key) // 2 % 2)  # a slide, which is two images, belongs to one center
+    divide_training(folder)
     return folder
 
 
