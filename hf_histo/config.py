@@ -54,6 +54,7 @@ class ModelOptions:
     batch_norm: Literal["frozen", "track"] = option("frozen", "keep batch-norm statistics, or let them follow the data")
     image_size: int | None = option(None, "pixels on a side that the model sees (default: the backbone's)")
     resize_size: int | None = option(None, "pixels of the resize before the center crop (default: the backbone's)")
+    fit: Literal["crop", "squash", "pad"] | None = option(None, "how images become square (default: the backbone's)")
 
 
 @dataclass

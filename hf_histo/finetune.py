@@ -20,7 +20,6 @@ from transformers import set_seed
 from hf_histo import hub
 from hf_histo.config import Config
 from hf_histo.data.load import check_trainable, fingerprint
-from hf_histo.data.schema import ImageTable
 from hf_histo.data.splits import shared_groups
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import metrics, report, thresholds
@@ -100,9 +99,11 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         head_dropout=options.head_dropout,
     )
     source = backbones.locate(options.backbone)
-    views = preprocessing.resolve(model.config, source, options.image_size, options.resize_size)
+    views = preprocessing.resolve(model.config, source, options.image_size, options.resize_size, options.fit)
+    changes = augmentation.preset(config.augmentation.augmentation)
+    train, validation = views.read(data["train"], changes.side(views.image_size)), views.read(data["val"])
     color = config.centers.normalization
-    normalizer = None if color == "none" else CenterNormalizer.fit(data["train"], color)
+    normalizer = None if color == "none" else CenterNormalizer.fit(train, color)
     sidecar = hub.Sidecar(
         method=config.adapter.method,
         label_names=names,
@@ -134,11 +135,11 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         config,
         folder,
         model=trained,
-        train=ImageTable(data["train"]),
-        validation=ImageTable(data["val"]),
+        train=train,
+        validation=validation,
         preprocessing=views,
-        augmentation=augmentation.preset(config.augmentation.augmentation),
-        normalizer=normalizer and normalizer.extended(data["val"]),
+        augmentation=changes,
+        normalizer=normalizer and normalizer.extended(validation),
         loss=losses.classification(num_outputs, losses.balancing_weights(train_labels, names) if balance else None),
         compute_metrics=metrics.for_trainer(),
     )
@@ -183,7 +184,7 @@ def _preview(session: trainer.Trainer, data: datasets.Dataset, path: Path, image
     centers = np.array(data["center"])
     places = [np.flatnonzero(centers == center) for center in np.unique(centers)]
     chosen = np.concatenate([rows[: -(-images // len(places))] for rows in places])
-    batch = trainer.collate(ImageTable(data).__getitems__(chosen.tolist()))
+    batch = trainer.collate(session.train_dataset.__getitems__(chosen.tolist()))
     views = [batch["image"] / 255]
     for epoch in range(epochs):
         views.append(session.training_views(batch["image"], batch["center"], batch["index"], epoch))

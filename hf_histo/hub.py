@@ -24,10 +24,15 @@ from hf_histo.evaluation import predictions as prediction_tables
 from hf_histo.evaluation import report
 from hf_histo.files import atomic_folder, write_json
 from hf_histo.models import adapters, backbones, heads
-from hf_histo.transforms.preprocessing import Preprocessing
+from hf_histo.transforms.preprocessing import FITS, Preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
 
 SIDECAR = "hf_histo.json"
+RESIZED = {
+    "crop": "shorter side resized to",
+    "squash": "both sides resized to",
+    "pad": "longer side resized to, and the shorter one padded with the mean color below to,",
+}
 PACKAGES = ("hf_histo", "torch", "transformers", "peft", "timm", "datasets", "accelerate")
 
 
@@ -140,6 +145,7 @@ def _is_sound(views: Preprocessing) -> bool:
         and len(views.mean) == len(views.std) == 3
         and all(map(math.isfinite, (*views.mean, *views.std)))
         and min(views.std) > 0
+        and views.fit in FITS
     )
 
 
@@ -304,7 +310,7 @@ def card(sidecar: Sidecar, metrics: Mapping[str, Any]) -> ModelCard:
             'ignore_mismatched_sizes=True, dtype="float32")\n'
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()\n'
             "logits = model(pixel_values=pixel_values).logits\n```",
-            f"`pixel_values`: RGB in [0, 1], shorter side resized to {size.resize_size} ({size.interpolation}), center "
+            f"`pixel_values`: RGB in [0, 1], {RESIZED[size.fit]} {size.resize_size} ({size.interpolation}), center "
             f"crop {size.image_size}, minus {size.mean}, divided by {size.std}.",
         ]
     versions = ", ".join(f"{package} {version}" for package, version in sidecar.versions.items())

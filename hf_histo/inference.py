@@ -82,7 +82,7 @@ class Classifier:
             self.model,
             dataset,
             self.sidecar.preprocessing,
-            normalizer=normalizer and normalizer.extended(dataset),
+            normalizer=normalizer and normalizer.extended(self.sidecar.preprocessing.read(dataset)),
             views=views or self.sidecar.views,
             adapt_batch_norm=adapt_batch_norm,
             batch_size=batch_size,

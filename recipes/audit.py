@@ -73,7 +73,7 @@ def draw_embedding(data: datasets.DatasetDict, adapter: str, backbone: str | Non
     if not isinstance(model, PeftModel):
         raise HistoError(f"--adapter {adapter}: holds a whole model, so there is no 'before' to draw; pass an adapter")
     every = datasets.concatenate_datasets(list(data.values()))
-    color = sidecar.normalizer and sidecar.normalizer.extended(every)
+    color = sidecar.normalizer and sidecar.normalizer.extended(sidecar.preprocessing.read(every))
     with model.disable_adapter():
         before = embedding.features(model, every, sidecar.preprocessing)
     after = embedding.features(model, every, sidecar.preprocessing, normalizer=color)

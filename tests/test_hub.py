@@ -182,7 +182,7 @@ def test_a_sidecar_with_a_strange_value(adapter: Path, key: str, value: object) 
 @pytest.mark.parametrize(
     ("key", "value"),
     [("image_size", "32"), ("image_size", -1), ("resize_size", 8), ("interpolation", "magic"), ("std", [0, 1, 1]),
-     ("mean", [0.5])],
+     ("mean", [0.5]), ("fit", "magic")],
 )  # fmt: skip
 def test_a_sidecar_with_a_strange_preprocessing(adapter: Path, key: str, value: object) -> None:
     file = adapter / "hf_histo.json"
@@ -190,6 +190,14 @@ def test_a_sidecar_with_a_strange_preprocessing(adapter: Path, key: str, value: 
     content["preprocessing"][key] = value
     file.write_text(json.dumps(content), encoding="utf-8")
     assert "hf_histo.json" in refusal(adapter)
+
+
+def test_a_sidecar_older_than_an_option(adapter: Path) -> None:
+    file = adapter / "hf_histo.json"
+    content = json.loads(file.read_text())
+    del content["preprocessing"]["fit"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert hub.Sidecar.read(adapter).preprocessing.fit == "crop"
 
 
 def test_a_folder_of_no_run_and_a_name_without_a_network(tmp_path: Path) -> None:

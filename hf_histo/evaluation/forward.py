@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_histo.data.schema import ImageTable, Sample
+from hf_histo.data.schema import Sample
 from hf_histo.models import batchnorm
 from hf_histo.training import runs
 from hf_histo.transforms.preprocessing import Preprocessing
@@ -42,7 +42,7 @@ def forward(
 
     Args:
         model: takes `pixel_values` and returns an object with `logits` (B, outputs).
-        dataset: of the one schema.
+        dataset: of the one schema; images may differ in size.
         preprocessing: of an evaluation view.
         normalizer: of the centers' color, which must know the centers of `dataset`.
         views: 1, or 8 for the mean logit over the four quarter turns and their mirror images.
@@ -55,7 +55,7 @@ def forward(
     accelerator = Accelerator(cpu=runs.use_cpu())
     model = model.to(accelerator.device).to(memory_format=torch.channels_last).eval()  # as it was trained
     loader = DataLoader(
-        ImageTable(dataset),
+        preprocessing.read(dataset),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_stack,

@@ -61,6 +61,10 @@ class Augmentation:
     blur: float = 0.0
     noise: float = 0.0
 
+    def side(self, size: int) -> int:
+        """Pixels on a side of a square image of which the smallest crop has as many pixels as a view of `size`."""
+        return math.ceil(size / math.sqrt(self.scale[0]))
+
 
 PRESETS = {
     "none": Augmentation(),

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import datasets
 import torch
 from timm.data import resolve_data_config
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 from transformers import AutoImageProcessor, PreTrainedConfig
 
+from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
+
+
+FITS = ("crop", "squash", "pad")
+_ELONGATED = 8  # longer than this times its width, an image is cropped before it is resized, or it might not fit memory
 
 
 @dataclass(frozen=True)
@@ -21,9 +28,12 @@ class Preprocessing:
 
     Attributes:
         image_size: pixels on a side of the square that the model sees.
-        resize_size: pixels of the shorter side before the center crop, at least `image_size`.
-        interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
+        resize_size: pixels on a side of the square before the center crop, at least `image_size`.
+        interpolation: "nearest", "bilinear", "bicubic" or "lanczos"; always antialiased.
         mean, std: per channel (red, green, blue), for values in [0, 1].
+        fit: how an image that is not square becomes so. "crop": the shorter side is resized and the longer one loses
+            its ends; "squash": both sides are resized; "pad": the longer side is resized and the shorter one gets
+            borders of the color `mean`, which is zero after normalization (timm's "border").
     """
 
     image_size: int
@@ -31,17 +41,56 @@ class Preprocessing:
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    fit: str = "crop"
+
+    def read(self, dataset: datasets.Dataset, at_least: int = 0) -> ImageTable:
+        """The images of a schema table, ready to be put into batches.
+
+        Where all have one size, they are as they are stored, and the resize is left to the device. Otherwise each is
+        made a square of `resize_size`, or `at_least` so many, pixels on a side when it is read. An evaluation view
+        comes out the same either way: it does not depend on what else is in the table.
+        """
+        images = ImageTable(dataset)
+        if images.is_of_one_size():
+            return images
+        return ImageTable(dataset, partial(self.square, side=max(self.resize_size, at_least)))
+
+    def square(self, images: torch.Tensor, side: int) -> torch.Tensor:
+        """Fit (..., 3, H, W), uint8 or float in [0, 1], into (..., 3, side, side) of the same type and device.
+
+        The center crop of `image_size` that may follow finds the pixels that it would find in the whole image.
+        """
+        height, width = images.shape[-2:]
+        if height == width == side:
+            return images
+        longer, shorter = max(height, width), min(height, width)
+        size = [side, side]
+        if self.fit == "crop":
+            size = [side]
+            if longer > _ELONGATED * shorter:
+                images = functional.center_crop(images, [min(x, _ELONGATED * shorter) for x in (height, width)])
+        if self.fit == "pad":
+            size = [max(1, round(x * side / longer)) for x in (height, width)]
+        mode = InterpolationMode(self.interpolation)
+        resized = functional.resize(images, size, interpolation=mode, antialias=True)
+        height, width = resized.shape[-2:]
+        top, left = (self._crop_start(x) - self._crop_start(side) for x in (height, width))
+        if self.fit == "pad":
+            fill = [round(255 * x) for x in self.mean] if images.dtype == torch.uint8 else list(self.mean)
+            return functional.pad(resized, [-left, -top, side - width + left, side - height + top], fill=fill)
+        return functional.crop(resized, top, left, side, side)
+
+    def _crop_start(self, extent: int) -> int:
+        """Where the center crop starts in `extent` pixels, before them if it is larger; timm rounds like this."""
+        rest = extent - self.image_size
+        return round(rest / 2) if rest >= 0 else -(-rest // 2)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Evaluation view of (B, 3, H, W), uint8 or float in [0, 1]: normalized float32 (B, 3, image_size, image_size).
 
         It stays on the images' device.
         """
-        resized = images
-        if min(images.shape[-2:]) != self.resize_size or images.shape[-2] != images.shape[-1]:
-            mode = InterpolationMode(self.interpolation)
-            resized = functional.resize(images, [self.resize_size], interpolation=mode, antialias=True)
-        cropped = functional.center_crop(resized, [self.image_size, self.image_size])
+        cropped = functional.center_crop(self.square(images, self.resize_size), [self.image_size, self.image_size])
         return self.normalize(cropped.float() / 255 if cropped.dtype == torch.uint8 else cropped.clamp(0, 1))
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
@@ -52,14 +101,19 @@ class Preprocessing:
 
 
 def resolve(
-    config: PreTrainedConfig, source: str, image_size: int | None = None, resize_size: int | None = None
+    config: PreTrainedConfig,
+    source: str,
+    image_size: int | None = None,
+    resize_size: int | None = None,
+    fit: str | None = None,
 ) -> Preprocessing:
-    """The preprocessing that a backbone declares, with the sizes overridden where they are given.
+    """The preprocessing that a backbone declares, with the sizes and the fit overridden where they are given.
 
     Args:
         config: the backbone's configuration; a timm backbone declares its data there (`pretrained_cfg`).
         source: the backbone's local folder or Hub name, where a transformers backbone keeps its image processor.
         image_size, resize_size: pixels; without `resize_size`, the backbone's own ratio of crop to resize is kept.
+        fit: "crop", "squash" or "pad".
 
     Raises `HistoError` if nothing is declared, or `resize_size` is smaller than `image_size`.
     """
@@ -69,7 +123,7 @@ def resolve(
     resize = resize_size or math.floor(size * own.resize_size / own.image_size)
     if resize < size:
         raise HistoError(f"--resize_size is {resize}, expected at least the image size, {size}")
-    return Preprocessing(size, resize, own.interpolation, own.mean, own.std)
+    return replace(own, image_size=size, resize_size=resize, fit=fit or own.fit)
 
 
 def _from_timm(declared: dict[str, Any], source: str) -> Preprocessing:
@@ -79,7 +133,12 @@ def _from_timm(declared: dict[str, Any], source: str) -> Preprocessing:
     data = resolve_data_config(pretrained_cfg=declared)
     size = data["input_size"][-1]
     return Preprocessing(
-        size, math.floor(size / data["crop_pct"]), data["interpolation"], tuple(data["mean"]), tuple(data["std"])
+        size,
+        math.floor(size / data["crop_pct"]),
+        data["interpolation"],
+        tuple(data["mean"]),
+        tuple(data["std"]),
+        {"center": "crop", "squash": "squash", "border": "pad"}[data["crop_mode"]],
     )
 
 
@@ -88,13 +147,14 @@ def _from_image_processor(source: str) -> Preprocessing:
         declared = AutoImageProcessor.from_pretrained(source).to_dict()
         resize = declared["size"].get("shortest_edge") or declared["size"]["height"]
         size = declared["crop_size"]["height"] if declared.get("do_center_crop") else resize
-        if declared.get("crop_pct") and size < 384:  # ConvNextImageProcessor: `size` is that of the crop, and from 384
-            resize = int(size / declared["crop_pct"])  # pixels on there is none
+        fit = "crop" if declared["size"].get("shortest_edge") else "squash"
+        if declared.get("crop_pct"):  # ConvNextImageProcessor: `size` is that of the crop, and from 384 pixels on
+            resize, fit = (int(size / declared["crop_pct"]), fit) if size < 384 else (size, "squash")  # there is none
         interpolation = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}[int(declared["resample"])]
         mean, std = (tuple(float(value) for value in declared[key]) for key in ("image_mean", "image_std"))
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"image_mean is {mean} and image_std {std}")
-        return Preprocessing(size, resize, interpolation, mean, std)
+        return Preprocessing(size, resize, interpolation, mean, std, fit)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise HistoError(

@@ -23,7 +23,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import kornia.color
 import numpy as np
 import torch
@@ -68,9 +67,9 @@ class CenterNormalizer:
     training: tuple[int, ...]
 
     @classmethod
-    def fit(cls, dataset: datasets.Dataset, method: str) -> CenterNormalizer:
+    def fit(cls, images: ImageTable, method: str) -> CenterNormalizer:
         """Measure every center of a training set in one pass; the reference is their mean."""
-        centers = measure(dataset, method)
+        centers = measure(images, method)
         every = list(centers.values())
         reference = Statistics(
             tuple(np.mean([s.location for s in every], axis=0).tolist()),
@@ -78,13 +77,13 @@ class CenterNormalizer:
         )
         return cls(method, reference, centers, tuple(centers))
 
-    def extended(self, dataset: datasets.Dataset) -> CenterNormalizer:
-        """Also knowing the centers of `dataset` that it does not know yet, measured from its images alone."""
-        unknown = sorted(set(dataset["center"]) - set(self.centers))
+    def extended(self, images: ImageTable) -> CenterNormalizer:
+        """Also knowing the centers of `images` that it does not know yet, measured from them alone."""
+        unknown = sorted(set(images.centers) - set(self.centers))
         if not unknown:
             return self
-        rows = np.flatnonzero(np.isin(dataset["center"], unknown))
-        found = measure(dataset.select(rows), self.method)
+        rows = np.flatnonzero(np.isin(images.centers, unknown))
+        found = measure(images.select(rows.tolist()), self.method)
         return dataclasses.replace(self, centers={**self.centers, **found})
 
     def __call__(
@@ -149,15 +148,15 @@ class CenterNormalizer:
         return cls(method, reference, centers, tuple(centers))
 
 
-def measure(dataset: datasets.Dataset, method: str) -> dict[int, Statistics]:
-    """Statistics of every center in a schema table, in one streaming pass; labels are not read.
+def measure(images: ImageTable, method: str) -> dict[int, Statistics]:
+    """Statistics of every center of a table, in one streaming pass; labels are not read.
 
     Raises `HistoError` for an unknown method and for a center whose images are blank.
     """
     if method not in METHODS[1:]:
         raise HistoError(f"--normalization is {method!r}, expected one of {', '.join(METHODS)}")
     gathered: dict[int, Any] = {}
-    for center, pixels in _pixels(dataset, method):
+    for center, pixels in _pixels(images, method):
         if method == "macenko":
             gathered.setdefault(center, []).append(pixels)
         else:
@@ -167,19 +166,17 @@ def measure(dataset: datasets.Dataset, method: str) -> dict[int, Statistics]:
     return {center: of(center, found) for center, found in sorted(gathered.items())}
 
 
-def _pixels(dataset: datasets.Dataset, method: str, batch: int = 64) -> Iterator[tuple[int, NDArray[np.float64]]]:
+def _pixels(images: ImageTable, method: str, batch: int = 64) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """(center, pixels (n, 3)) of each image; for stains, an even sample of uint8 values."""
-    images, centers = ImageTable(dataset), dataset["center"]
-    for start in range(0, len(dataset), batch):
-        rows = range(start, min(start + batch, len(dataset)))
-        for row, sample in zip(rows, images.__getitems__(rows), strict=True):
-            image = sample["image"]
+    for start in range(0, len(images), batch):
+        for sample in images.__getitems__(range(start, min(start + batch, len(images)))):
+            image, center = sample["image"], sample["center"]
             if method == "macenko":
                 flat = image.reshape(3, -1)
                 step = max(1, flat.shape[1] // PIXELS_PER_IMAGE)
-                yield centers[row], flat[:, ::step].T.numpy()
+                yield center, flat[:, ::step].T.numpy()
             else:
-                yield centers[row], _into(method, image[None])[0].reshape(3, -1).T.double().numpy()
+                yield center, _into(method, image[None])[0].reshape(3, -1).T.double().numpy()
 
 
 def _moments(center: int, sums: NDArray[np.float64]) -> Statistics:

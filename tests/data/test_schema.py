@@ -11,7 +11,7 @@ import pytest
 import torch
 from fixtures import images
 
-from hf_histo.data.schema import ImageTable, decode, encode_ppm, features
+from hf_histo.data.schema import ImageTable, decode, encode_ppm, features, size
 from hf_histo.errors import HistoError
 
 
@@ -71,6 +71,36 @@ def test_transparency_is_dropped_and_orientation_applied() -> None:
     exif[PIL.Image.ExifTags.Base.Orientation] = 6  # turn by 90 degrees clockwise to show
     turned = decode(file_bytes(image, "PNG", exif=exif))
     assert np.array_equal(turned, np.rot90(image, -1).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "PPM"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_size_is_told_before_decoding(format: str, orientation: int) -> None:
+    exif = PIL.Image.Exif()
+    exif[PIL.Image.ExifTags.Base.Orientation] = orientation
+    data = file_bytes(images(1)[0], format, **({} if format == "PPM" else {"exif": exif}))
+    assert (3, *size(data)) == tuple(decode(data).shape)
+
+
+def test_images_of_one_size(table: datasets.Dataset) -> None:
+    assert ImageTable(table).is_of_one_size()
+    for other, expected in ((images(1, size=13)[0], False), (images(2)[1], True)):
+        extra = {"id": ["x"], "label": [0], "center": [7], "group": [""]}
+        rows = {"image": [{"bytes": file_bytes(other, "PNG"), "path": None}], **extra}
+        more = datasets.concatenate_datasets([table, datasets.Dataset.from_dict(rows, features=table.features)])
+        assert ImageTable(more).is_of_one_size() is expected
+
+
+def test_a_header_that_tells_no_size_is_named() -> None:
+    rows = {"image": [{"bytes": b"no image", "path": None}], "id": ["x"], "label": [0], "center": [7], "group": [""]}
+    with pytest.raises(HistoError, match="^image 0: not a readable image"):
+        ImageTable(datasets.Dataset.from_dict(rows, features=features(["a", "b"]))).is_of_one_size()
+
+
+def test_what_is_read_can_be_prepared_and_selected(table: datasets.Dataset) -> None:
+    read = ImageTable(table, torch.flipud).select([7, 3])
+    assert read.centers == [7, 3] and [sample["index"] for sample in read.__getitems__([0, 1])] == [0, 1]
+    assert torch.equal(read[1]["image"], torch.flipud(ImageTable(table)[3]["image"]))
 
 
 def test_sixteen_bits_keep_the_high_byte() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -22,8 +24,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from hf_histo.data import schema
 from hf_histo.errors import HistoError
-from hf_histo.transforms.preprocessing import Preprocessing, resolve
+from hf_histo.transforms.preprocessing import FITS, Preprocessing, resolve
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 TWO_LEVELS = 2 / 255 / 0.2  # of uint8, after the division by the smallest deviation
@@ -43,10 +46,20 @@ def timm_config(name: str) -> TimmWrapperConfig:
     return TimmWrapperConfig.from_dict(content, num_labels=1)
 
 
-@pytest.mark.parametrize("name", ["resnet50.a1_in1k", "vit_small_patch14_dinov2.lvd142m", "test_vit.r160_in1k"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("resnet50.a1_in1k", "center"),
+        ("resnet50.a1_in1k", "squash"),
+        ("resnet50.a1_in1k", "border"),
+        ("vit_small_patch14_dinov2.lvd142m", "center"),
+        ("test_vit.r160_in1k", "border"),
+    ],
+)
 @pytest.mark.parametrize("shape", [(96, 96), (300, 300), (260, 200), (100, 171)])
-def test_timm_sees_the_same(name: str, shape: tuple[int, int]) -> None:
+def test_timm_sees_the_same(name: str, mode: str, shape: tuple[int, int]) -> None:
     config = timm_config(name)
+    config.pretrained_cfg["crop_mode"] = mode
     preprocessing = resolve(config, "unused")
     image = picture(*shape)
     pipeline = create_transform(**resolve_data_config(pretrained_cfg=config.pretrained_cfg), is_training=False)
@@ -71,7 +84,7 @@ def test_timm_sees_the_same(name: str, shape: tuple[int, int]) -> None:
 def test_transformers_sees_the_same(processor: ViTImageProcessor, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     ResNetConfig().save_pretrained(tmp_path)
-    image = picture(96, 96)
+    image = picture(96, 72)
     expected = AutoImageProcessor.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"][0]
     found = resolve(PreTrainedConfig(), str(tmp_path))(image[None])[0]
     assert found.shape == expected.shape
@@ -98,6 +111,61 @@ def test_a_view_does_not_depend_on_the_batch() -> None:
     preprocessing = Preprocessing(24, 28, "bicubic", MEAN, STD)
     together = preprocessing(images)
     assert torch.equal(together[1], preprocessing(images[1:])[0])
+
+
+def stored(*images: torch.Tensor) -> datasets.Dataset:
+    rows = [{"bytes": schema.encode_ppm(image.permute(1, 2, 0).numpy()), "path": None} for image in images]
+    columns: dict[str, list[object]] = {"id": [], "label": [], "center": [], "group": []}
+    for row in range(len(rows)):
+        for name, value in (("id", str(row)), ("label", row % 2), ("center", 0), ("group", "")):
+            columns[name].append(value)
+    return datasets.Dataset.from_dict({"image": rows, **columns}, features=schema.features(["a", "b"]))
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_a_view_does_not_depend_on_what_else_is_in_the_table(fit: str) -> None:
+    images = [picture(*shape) for shape in ((50, 41), (28, 28), (31, 90), (24, 200), (1, 1), (300, 1), (7, 3))]
+    preprocessing = Preprocessing(23, 28, "bicubic", MEAN, STD, fit)
+    read = preprocessing.read(stored(*images)).__getitems__(range(len(images)))
+    together = preprocessing(torch.stack([sample["image"] for sample in read]))
+    for place, image in enumerate(images):
+        assert torch.equal(together[place], preprocessing(image[None])[0])
+
+
+def test_images_of_one_size_are_read_as_they_are() -> None:
+    images = [picture(50, 41), picture(50, 41).flip(-1)]
+    read = Preprocessing(24, 28, "bicubic", MEAN, STD).read(stored(*images), at_least=40)
+    assert all(torch.equal(read[place]["image"], image) for place, image in enumerate(images))
+
+
+def test_images_of_several_sizes_are_read_as_large_as_they_are_needed() -> None:
+    table, preprocessing = stored(picture(50, 41), picture(41, 50)), Preprocessing(24, 28, "bicubic", MEAN, STD)
+    assert {preprocessing.read(table, at_least=size)[1]["image"].shape for size in (0, 27, 28)} == {(3, 28, 28)}
+    assert preprocessing.read(table, at_least=40)[0]["image"].shape == (3, 40, 40)
+    assert pickle.loads(pickle.dumps(preprocessing.read(table)))[0]["image"].shape == (3, 28, 28)  # for workers
+
+
+def test_what_each_fit_keeps() -> None:
+    image = torch.zeros(3, 20, 40, dtype=torch.uint8)
+    image[..., :5], image[..., 35:] = 255, 255  # bright ends of the longer side
+    cropped, squashed, padded = (
+        Preprocessing(20, 20, "bilinear", (0.4,) * 3, (1.0,) * 3, fit).square(image, 20)[0] for fit in FITS
+    )
+    assert cropped.max() == 0
+    assert (squashed[:, 0] == 255).all() and (squashed[:, -1] == 255).all() and (squashed[:, 10] == 0).all()
+    assert (padded[:5] == 102).all() and (padded[15:] == 102).all() and (padded[5:15, 0] == 255).all()
+
+
+def test_a_strip_does_not_fill_the_memory() -> None:
+    strip = torch.zeros(3, 1, 100_000, dtype=torch.uint8)
+    strip[..., 50_000] = 255
+    found = Preprocessing(224, 224, "bicubic", MEAN, STD).square(strip, 224)  # whole: 15 GB
+    assert found.shape == (3, 224, 224) and found.max() == 255
+
+
+def test_the_fit_is_overridden() -> None:
+    config = timm_config("resnet50.a1_in1k")
+    assert [resolve(config, "", fit=fit).fit for fit in (None, *FITS)] == ["crop", *FITS]
 
 
 def test_sizes_are_overridden() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from hf_histo.data import schema
 from hf_histo.data.load import load
+from hf_histo.data.schema import ImageTable
 from hf_histo.data.synthetic import generate
 from hf_histo.errors import HistoError
 from hf_histo.transforms.stain import METHODS, CenterNormalizer, measure
@@ -26,7 +27,7 @@ def tissue(tmp_path_factory: pytest.TempPathFactory) -> datasets.DatasetDict:
 
 def colors(data: datasets.Dataset, normalizer: CenterNormalizer | None) -> dict[int, torch.Tensor]:
     """Mean and deviation of each center's channels, (6,)."""
-    samples = schema.ImageTable(data).__getitems__(range(len(data)))
+    samples = ImageTable(data).__getitems__(range(len(data)))
     images = torch.stack([sample["image"] for sample in samples])
     centers = torch.tensor([sample["center"] for sample in samples])
     moved = images / 255 if normalizer is None else normalizer(images, centers)
@@ -43,13 +44,16 @@ def spread(by_center: dict[int, torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("method", METHODS[1:])
 def test_centers_look_more_alike_the_unseen_one_too(tissue: datasets.DatasetDict, method: str) -> None:
-    normalizer = CenterNormalizer.fit(tissue["train"], method).extended(tissue["test"])
+    normalizer = CenterNormalizer.fit(ImageTable(tissue["train"]), method).extended(ImageTable(tissue["test"]))
     every = datasets.concatenate_datasets([tissue["train"], tissue["test"]])
     assert spread(colors(every, normalizer)) < 0.7 * spread(colors(every, None))
 
 
 def test_rgb_gives_every_center_the_mean_color_of_training(tissue: datasets.DatasetDict) -> None:
-    plain, moved = colors(tissue["train"], None), colors(tissue["train"], CenterNormalizer.fit(tissue["train"], "rgb"))
+    plain, moved = (
+        colors(tissue["train"], None),
+        colors(tissue["train"], CenterNormalizer.fit(ImageTable(tissue["train"]), "rgb")),
+    )
     reference = torch.stack(list(plain.values())).mean(0)
     for found in moved.values():  # but for what is clipped to [0, 1]
         torch.testing.assert_close(found, reference, rtol=0, atol=0.01)
@@ -58,27 +62,27 @@ def test_rgb_gives_every_center_the_mean_color_of_training(tissue: datasets.Data
 @pytest.mark.parametrize("method", METHODS[1:])
 def test_a_center_moved_to_itself_is_unchanged(tissue: datasets.DatasetDict, method: str) -> None:
     one = tissue["train"].filter(lambda row: row["center"] == 0)
-    samples = schema.ImageTable(one).__getitems__(range(8))
+    samples = ImageTable(one).__getitems__(range(8))
     images = torch.stack([sample["image"] for sample in samples])
-    moved = CenterNormalizer.fit(one, method)(images, torch.zeros(8, dtype=torch.int64))
+    moved = CenterNormalizer.fit(ImageTable(one), method)(images, torch.zeros(8, dtype=torch.int64))
     torch.testing.assert_close(moved, images / 255, rtol=0, atol=0.02)
 
 
 def test_labels_do_not_matter(tissue: datasets.DatasetDict) -> None:
     hidden = tissue["train"].map(lambda row: {"label": -1})
-    assert measure(hidden, "rgb") == measure(tissue["train"], "rgb")
+    assert measure(ImageTable(hidden), "rgb") == measure(ImageTable(tissue["train"]), "rgb")
 
 
 @pytest.mark.parametrize("method", METHODS[1:])
 def test_it_survives_the_sidecar(tissue: datasets.DatasetDict, method: str) -> None:
-    normalizer = CenterNormalizer.fit(tissue["train"], method)
-    extended = normalizer.extended(tissue["test"])
+    normalizer = CenterNormalizer.fit(ImageTable(tissue["train"]), method)
+    extended = normalizer.extended(ImageTable(tissue["test"]))
     assert set(extended.centers) == {0, 2, 3, 4}
     assert CenterNormalizer.from_json(json.loads(json.dumps(extended.as_json()))) == normalizer
 
 
 def test_mixtures_lie_between_the_centers(tissue: datasets.DatasetDict) -> None:
-    normalizer = CenterNormalizer.fit(tissue["train"], "rgb")
+    normalizer = CenterNormalizer.fit(ImageTable(tissue["train"]), "rgb")
     draws = torch.from_numpy(np.random.default_rng(0).random((500, 3)))
     targets = normalizer.targets(torch.arange(500) < 400, draws)
     every = torch.tensor([[*s.location, *np.ravel(s.scale)] for s in normalizer.centers.values()], dtype=torch.float32)
@@ -90,7 +94,7 @@ def test_mixtures_lie_between_the_centers(tissue: datasets.DatasetDict) -> None:
 
 
 def test_an_unknown_center_is_refused(tissue: datasets.DatasetDict) -> None:
-    normalizer = CenterNormalizer.fit(tissue["train"], "rgb")
+    normalizer = CenterNormalizer.fit(ImageTable(tissue["train"]), "rgb")
     with pytest.raises(HistoError, match=r"center 7 .*\[0, 3, 4\]"):
         normalizer(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([7]))
 
@@ -101,11 +105,11 @@ def test_blank_images_have_no_statistics(method: str) -> None:
     rows = {"id": ["a", "b"], "image": [white] * 2, "label": [0, 1], "center": [5, 5], "group": ["", ""]}
     blank = datasets.Dataset.from_dict(rows, features=schema.features(["normal", "tumor"]))
     with pytest.raises(HistoError, match="center 5"):
-        measure(blank, method)
+        measure(ImageTable(blank), method)
 
 
 def test_damaged_statistics_are_refused(tissue: datasets.DatasetDict, tmp_path: Path) -> None:
-    good = CenterNormalizer.fit(tissue["train"], "rgb").as_json()
+    good = CenterNormalizer.fit(ImageTable(tissue["train"]), "rgb").as_json()
     for bad in ({"method": "magic"}, {"0": [[0.0] * 3] * 4}, {"0": [[float("nan")] * 3] * 4}, {"0": [[1.0]]}):
         with pytest.raises((ValueError, KeyError, TypeError)):
             CenterNormalizer.from_json(good | bad)
