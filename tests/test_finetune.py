@@ -1,0 +1,47 @@
+"""Images of different sizes, through the whole house."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import PIL.Image
+import pytest
+from miniature import config, write_backbone
+
+from hf_histo.data.load import load
+from hf_histo.evaluation.predictions import read
+from hf_histo.finetune import fine_tune
+from hf_histo.inference import Classifier
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders with 8 training, 4 validation and 4 test images, each of its own size and shape."""
+    folder = tmp_path_factory.mktemp("mixed")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4), ("test", 4)):
+        for i in range(count):
+            pixels = random.integers(0, 256 // (1 + i % 2), (*random.integers(20, 90, 2), 3), dtype=np.uint8)
+            path = folder / "data" / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(pixels).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_images_of_different_sizes(folder: Path, tmp_path: Path, fit: str) -> None:
+    more = [f"--fit={fit}", "--preview", "--num_train_epochs=1", "--normalization=rgb" if fit == "pad" else ""]
+    options = config(tmp_path / "run", write_backbone(tmp_path / "backbone"), folder / "data", *filter(None, more))
+    data = load(folder / "data")
+    result = fine_tune(options, data)
+    assert (tmp_path / "run/preview.png").is_file()
+
+    classifier = Classifier.from_pretrained(result.adapter)
+    assert classifier.sidecar.preprocessing.fit == fit
+    expected = read(result.adapter / "predictions/test.parquet")
+    pd.testing.assert_series_equal(classifier.predict(data["test"])["logit"], expected["logit"], atol=1e-5)
+    if fit != "pad":  # alone, an image is resized on the device; color is measured on what is predicted together
+        alone = classifier(folder / "data" / expected["id"][1])["logit"]
+        np.testing.assert_allclose(alone, expected["logit"][1], rtol=0, atol=1e-5)
