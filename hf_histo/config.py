@@ -88,7 +88,16 @@ class CenterOptions:
     balance_centers: bool = option(False, "draw every training center equally often")
     domain_loss: Literal["none", "group_dro", "coral"] = option("none", "raise hard centers, or align their features")
     domain_weight: float = option(1.0, "weight of the CORAL penalty; for GroupDRO, hundredths of a step of its weights")
+
+
+@dataclass
+class PredictionOptions:
+    """What changes nothing of the training: runs that differ in these alone could share an adapter."""
+
+    _argument_group_name = "prediction"
+
     test_time_views: int = option(1, "views that a prediction averages: 1, or 8 for every turn and flip of the square")
+    adapt_batch_norm: bool = option(False, "predict with batch-norm statistics of the images that are predicted")
 
 
 @dataclass
@@ -134,6 +143,7 @@ class Config:
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
     centers: CenterOptions = field(default_factory=CenterOptions)
+    prediction: PredictionOptions = field(default_factory=PredictionOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
 
@@ -287,8 +297,8 @@ def _validated(config: Config) -> Config:
         raise HistoError(f"--stain_mixing is {config.centers.stain_mixing}, expected in [0, 1]")
     if config.centers.stain_mixing and config.centers.normalization == "none":
         raise HistoError("--stain_mixing needs --normalization rgb, reinhard or macenko: the space it mixes in")
-    if config.centers.test_time_views not in (1, 8):
-        raise HistoError(f"--test_time_views is {config.centers.test_time_views}, expected 1 or 8")
+    if config.prediction.test_time_views not in (1, 8):
+        raise HistoError(f"--test_time_views is {config.prediction.test_time_views}, expected 1 or 8")
     if config.output.push_to_hub and not config.output.hub_model_id:
         raise HistoError("--push_to_hub needs --hub_model_id owner/name")
     return config

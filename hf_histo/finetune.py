@@ -117,13 +117,16 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         preprocessing=views,
         head=head,
         normalizer=normalizer,
-        views=config.centers.test_time_views,
+        views=config.prediction.test_time_views,
+        adapt_batch_norm=config.prediction.adapt_batch_norm,
         data={
             "name": Path(config.data.data).resolve().name,
             "fingerprint": fingerprint(data),
             "counts": {split: len(rows) for split, rows in data.items()},
         },
     )
+    if config.prediction.adapt_batch_norm:
+        batchnorm.require(model)
     if options.batch_norm == "frozen":
         batchnorm.freeze(model)
     trained: nn.Module = model if config.adapter.method == "full" else adapters.add(model, config.adapter)

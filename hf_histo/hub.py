@@ -50,6 +50,7 @@ class Sidecar:
         preprocessing: of an evaluation image.
         normalizer: of the centers' color, or None.
         views: that a prediction averages, 1 or 8.
+        adapt_batch_norm: whether a prediction takes batch-norm statistics from its own images.
         threshold: probability of the second class from which on it is predicted, in [0, 1].
         thresholds: others to choose from by name, for a binary task: "validation" (best balanced accuracy there) and
             "balanced-SPLIT" (calls half of that split's images positive, found without its labels).
@@ -69,6 +70,7 @@ class Sidecar:
     head: heads.Design = dataclasses.field(default_factory=heads.Design)
     normalizer: CenterNormalizer | None = None
     views: int = 1
+    adapt_batch_norm: bool = False
     threshold: float = 0.5
     thresholds: dict[str, float] = dataclasses.field(default_factory=dict)
     temperature: float = 1.0
@@ -126,6 +128,7 @@ class Sidecar:
             or not isinstance(self.backbone["name"], str),
             "preprocessing": not _is_sound(self.preprocessing),
             "views": self.views not in (1, 8),
+            "adapt_batch_norm": not isinstance(self.adapt_batch_norm, bool),
             "threshold": not _is_probability(self.threshold),
             "thresholds": not isinstance(self.thresholds, dict)
             or not all(map(_is_probability, self.thresholds.values())),

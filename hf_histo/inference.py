@@ -64,7 +64,7 @@ class Classifier:
         dataset: datasets.Dataset,
         *,
         views: int | None = None,
-        adapt_batch_norm: bool = False,
+        adapt_batch_norm: bool | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
         description: str = "Predicting",
@@ -72,8 +72,8 @@ class Classifier:
         """Predictions table of a schema table (see `hf_histo.evaluation.predictions`) with the column `predicted`.
 
         Where the adapter normalizes color, a center that training did not see is measured on `dataset` as a whole:
-        give all its images at once, not one by one. `views` (1 or 8) overrides the adapter's own number;
-        `adapt_batch_norm` takes the batch-norm statistics from `dataset`, too.
+        give all its images at once, not one by one; likewise where batch norm is adapted. `views` (1 or 8) and
+        `adapt_batch_norm` (take the batch-norm statistics from `dataset`) override what the adapter says of them.
 
         `probability` is calibrated by the stored temperature; `predicted` is the class's name at the stored threshold.
         """
@@ -84,7 +84,7 @@ class Classifier:
             self.sidecar.preprocessing,
             normalizer=normalizer and normalizer.extended(self.sidecar.preprocessing.read(dataset)),
             views=views or self.sidecar.views,
-            adapt_batch_norm=adapt_batch_norm,
+            adapt_batch_norm=self.sidecar.adapt_batch_norm if adapt_batch_norm is None else adapt_batch_norm,
             batch_size=batch_size,
             num_workers=num_workers,
             description=description,

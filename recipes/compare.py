@@ -6,7 +6,8 @@
 
 A row is a config of recipes/histo_lora.py, and any of its options given here holds for every row. `reported.yaml` in
 its folder tells, by the config's file name without suffix, the row's `name`, the published test accuracy (`reported`,
-with its `source`), and whether predictions are `balanced`: class 1 for half of a split's images, labels unseen.
+with its `source`), and whether predictions are `balanced`: class 1 for half of a split's images, labels unseen. Rows
+that differ in nothing else, or only in options of prediction (`test_time_views`, `adapt_batch_norm`), share a training.
 
 With `--protocol validation` every split with labels beside train is evaluated, with `leave_one_center_out` each center
 that training never saw. Each row, seed and center is a run of its own in OUT/ROW, so the same command goes on where an
@@ -14,15 +15,16 @@ earlier one was stopped. Into OUT go PROTOCOL.md, .json and .png.
 """
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import datasets
+import pandas as pd
 import yaml
 from accelerate import PartialState
 
-from hf_histo.config import Config, option, parse, parse_with
+from hf_histo.config import Config, PredictionOptions, option, parse, parse_with
 from hf_histo.data.folds import leave_one_center_out
 from hf_histo.data.load import fingerprint, load
 from hf_histo.errors import HistoError, run
@@ -30,7 +32,9 @@ from hf_histo.evaluation import metrics, predictions, thresholds
 from hf_histo.evaluation.report import table
 from hf_histo.evaluation.summary import Spread, bar_chart, best, held_out, spread
 from hf_histo.files import atomic_file, write_json
-from hf_histo.finetune import Result, fine_tune
+from hf_histo.finetune import fine_tune
+from hf_histo.inference import Classifier
+from hf_histo.training import runs
 
 TOLD = "reported.yaml"
 METRICS = ("accuracy", "auroc")
@@ -106,40 +110,71 @@ def read_rows(options: Options, base: Config) -> dict[str, Row]:
     return rows
 
 
-def train(row: Row, data: datasets.DatasetDict, folder: Path, options: Options) -> Values:
-    """Make all runs of a row."""
+def trainer_of(stem: str, rows: dict[str, Row]) -> str:
+    """Whose adapters a row predicts with: of the rows with its training, the first that is plain at prediction."""
+
+    def training(row: Row) -> Config:
+        return replace(row.config, prediction=PredictionOptions())
+
+    alike = {other: row for other, row in rows.items() if training(row) == training(rows[stem])}
+    return min(
+        alike, key=lambda other: (alike[other].config.prediction != PredictionOptions(), alike[other].told.balanced)
+    )
+
+
+def measure(stem: str, rows: dict[str, Row], data: datasets.DatasetDict, folder: Path, options: Options) -> Values:
+    """Make all runs of a row; where its adapters are another row's, that one's are made."""
     values: Values = {}
+    row, trainer = rows[stem], trainer_of(stem, rows)
     first = row.config.training.seed
     for seed in range(first, first + options.seeds):
         held_out_centers = options.protocol == "leave_one_center_out"
         folds = leave_one_center_out(data, seed=seed) if held_out_centers else {None: data}
         for center, fold in folds.items():
             name = f"seed-{seed}" if center is None else f"center-{center}-seed-{seed}"
-            result = fine_tune(row.config.at(folder / name, seed), fold)
-            for split, report in result.metrics["splits"].items():
-                if report["overall"]["n"] and (center is None or split == "test"):
-                    by_metric = values.setdefault(title(split, report) if center is None else str(center), {})
-                    for metric, value in measured(result, split, row.told.balanced).items():
-                        by_metric.setdefault(metric, {})[seed] = value
+            adapter = folder / trainer / name / runs.ADAPTER
+            tables = adapter / "predictions"
+            if stem == trainer:
+                fine_tune(row.config.at(folder / stem / name, seed), fold)
+            elif row.config.prediction != rows[trainer].config.prediction:
+                tables = predict(adapter, row.config.at(folder / stem / name, seed), fold)
+            for split in ["test"] if center is not None else [split for split in fold if split != "train"]:
+                table = predictions.read(tables / f"{split}.parquet")
+                threshold = thresholds.for_share(table, 0.5).value if row.told.balanced else 0.5
+                found = metrics.compute(table, threshold=threshold)
+                if found["n"]:
+                    by_metric = values.setdefault(title(split, table) if center is None else str(center), {})
+                    for metric in METRICS:
+                        by_metric.setdefault(metric, {})[seed] = found[metric]
             if PartialState().is_main_process:
                 print(f"{row.told.name}: {name} is done", flush=True)
     return values
 
 
-def title(split: str, report: dict[str, Any]) -> str:
+def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
+    """The folder with an adapter's predictions by the prediction options of `config`, in the folder of its run."""
+    folder = runs.begin(config, fingerprint(fold)) / "predictions"
+    missing = [split for split in fold if split != "train" and not (folder / f"{split}.parquet").is_file()]
+    PartialState().wait_for_everyone()
+    if missing:
+        classifier = Classifier.from_pretrained(adapter)
+        for split in missing:
+            table = classifier.predict(
+                fold[split],
+                views=config.prediction.test_time_views,
+                adapt_batch_norm=config.prediction.adapt_batch_norm,
+                batch_size=config.training.per_device_eval_batch_size,
+            )
+            if PartialState().is_main_process:
+                predictions.write(folder / f"{split}.parquet", table, classifier.sidecar.label_names)
+        PartialState().wait_for_everyone()
+    return folder
+
+
+def title(split: str, table: pd.DataFrame) -> str:
     """A split with its centers, where these are known."""
-    centers = ", ".join(report["centers"])
+    centers = ", ".join(map(str, sorted(set(table["center"]) - {-1})))
     return f"{split} (center{'s' if ',' in centers else ''} {centers})" if centers else split
-
-
-def measured(result: Result, split: str, balanced: bool) -> dict[str, float | None]:
-    """Metrics of a split; balanced, those at the threshold that calls half of its images class 1."""
-    if not balanced:
-        overall = result.metrics["splits"][split]["overall"]
-        return {metric: overall[metric]["value"] for metric in METRICS}
-    rows = predictions.read(result.adapter / "predictions" / f"{split}.parquet")
-    values = metrics.compute(rows, threshold=thresholds.for_share(rows, 0.5).value)
-    return {metric: values[metric] for metric in METRICS}
 
 
 def summed_up(values: Values, protocol: str) -> dict[str, dict[str, Spread]]:
@@ -187,11 +222,12 @@ def main() -> None:
     rows = read_rows(options, base)
 
     data = load(base.data.data, cache_dir=base.data.cache_dir)
-    values = {stem: train(row, data, folder / stem, options) for stem, row in rows.items()}
+    trainers_first = sorted(rows, key=lambda stem: trainer_of(stem, rows) != stem)
+    values = {stem: measure(stem, rows, data, folder, options) for stem in trainers_first}
     if not PartialState().is_main_process:
         return
 
-    results = {stem: summed_up(of_row, options.protocol) for stem, of_row in values.items()}
+    results = {stem: summed_up(values[stem], options.protocol) for stem in rows}
     source = f"{base.data.data} (content fingerprint {fingerprint(data)})"
     text = markdown(rows, results, source, options)
     chosen = None

@@ -7,7 +7,7 @@ says which part). `ID` is the image's key in the file, `Pred` the class index at
 probability of class 1 (for more than two classes: of the predicted one).
 """
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from hf_histo.data.load import load
@@ -30,7 +30,9 @@ def main() -> None:
         "--balanced", type=float, nargs="?", const=0.5, metavar="SHARE", help="call this share 1 (0.5)"
     )
     parser.add_argument("--test_time_views", type=int, choices=(1, 8), help="average 8 turns and flips of the square")
-    parser.add_argument("--adapt_batch_norm", action="store_true", help="take batch-norm statistics from these images")
+    parser.add_argument(
+        "--adapt_batch_norm", action=BooleanOptionalAction, help="take batch-norm statistics from these images"
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--cache_dir", help="folder of the converted data (default: the datasets library's cache)")
     options = parser.parse_args()

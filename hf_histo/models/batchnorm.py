@@ -33,6 +33,12 @@ def freeze(model: nn.Module) -> None:
         layer.register_forward_pre_hook(_evaluate)
 
 
+def require(model: nn.Module) -> None:
+    """Raise `HistoError` if the model has no batch norm to adapt."""
+    if not layers(model):
+        raise HistoError(f"{type(model).__name__} has no batch norm to adapt; leave --adapt_batch_norm out")
+
+
 def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
     """Running means and variances, by their names in `model.state_dict()`."""
     return {
@@ -52,9 +58,8 @@ def adapted(model: nn.Module, batches: Iterable[torch.Tensor]) -> Iterator[None]
 
     Raises `HistoError` if the model has no batch norm.
     """
+    require(model)
     found, before = layers(model), statistics(model)
-    if not found:
-        raise HistoError(f"{type(model).__name__} has no batch norm to adapt; leave --adapt_batch_norm out")
     momenta = {name: layer.momentum for name, layer in found.items()}
     hooks = [layer.register_forward_pre_hook(_follow) for layer in found.values()]
     try:

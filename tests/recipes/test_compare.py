@@ -16,11 +16,14 @@ import yaml
 from miniature import SIZE, divide_training, write_data
 
 from hf_histo.config import Config, parse
+from hf_histo.data.load import load
 from hf_histo.errors import run
 from hf_histo.evaluation import metrics, predictions, thresholds
+from hf_histo.inference import Classifier
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compare.py"
 REPORT = sorted((RECIPE.parent / "configs" / "report").glob("*.yaml"))
+ABLATION = sorted((RECIPE.parent / "configs" / "ablation").glob("*.yaml"))
 ROWS = {"a_linear.yaml": "method: linear\n", "b_balanced.yaml": "method: linear\nhead_dropout: 0.5\n"}
 TOLD = """
 a_linear: {name: plain, reported: 0.9451, source: a paper}
@@ -114,6 +117,7 @@ def test_reported_beside_obtained(
 
 def test_held_out_centers_and_a_recommendation(call: Call, rows: list[Path], tmp_path: Path) -> None:
     output = tmp_path / "out"
+    rows[1].write_text(rows[0].read_text() + "test_time_views: 8\n")  # shares the training
     call(rows, output, "--seeds=1", "--protocol=leave_one_center_out", "--select=worst")
     written = json.loads((output / "leave_one_center_out.json").read_text())
     by_center = [accuracy(adapter(output, "a_linear", f"center-{center}-seed-0"), "test") for center in (0, 1, 3)]
@@ -128,6 +132,36 @@ def test_held_out_centers_and_a_recommendation(call: Call, rows: list[Path], tmp
     name = {"a_linear": "plain", "b_balanced": "plain + balanced"}[written["recommended"]]
     assert f"Recommended, by worst accuracy over held-out centers: {name}." in text
     assert (output / "leave_one_center_out.png").is_file()
+
+
+def test_rows_that_differ_at_prediction_share_a_training(call: Call, rows: list[Path], tmp_path: Path) -> None:
+    base, balanced, told = rows
+    first, views, adapted = (base.with_name(f"{name}.yaml") for name in ("a_both", "c_views", "d_adapted"))
+    balanced.write_text(base.read_text())
+    views.write_text(base.read_text() + "test_time_views: 8\n")
+    adapted.write_text(base.read_text() + "adapt_batch_norm: true\n")
+    first.write_text(views.read_text() + "adapt_batch_norm: true\n")  # comes before the row that trains
+    output = tmp_path / "out"
+
+    call([first, base, balanced, views, adapted, told], output, "--seeds=1")
+    assert {path.parents[1].name for path in output.glob("*/*/adapter")} == {"a_linear"}
+    written = json.loads((output / "validation.json").read_text())["rows"]
+    assert list(written) == ["a_both", "a_linear", "b_balanced", "c_views", "d_adapted"]
+    plain = predictions.read(adapter(output, "a_linear", "seed-0") / "predictions" / "val.parquet")
+    files = {stem: output / stem / "seed-0" / "predictions" / "val.parquet" for stem in written if stem[0] != "b"}
+    tables = {"a_linear": plain} | {stem: predictions.read(file) for stem, file in files.items() if file.is_file()}
+    assert len({tuple(table["logit"]) for table in tables.values()}) == 4
+    for stem, table in tables.items():
+        assert written[stem]["values"]["val (center 1)"]["accuracy"] == {"0": metrics.compute(table)["accuracy"]}
+    at_half = metrics.compute(plain, threshold=thresholds.for_share(plain, 0.5).value)["accuracy"]
+    assert written["b_balanced"]["values"]["val (center 1)"]["accuracy"] == {"0": at_half}
+
+    classifier = Classifier.from_pretrained(adapter(output, "a_linear", "seed-0"))
+    validation = load(written["c_views"]["options"]["data"])["val"]
+    assert tables["c_views"]["logit"].tolist() == classifier.predict(validation, views=8)["logit"].tolist()
+    stamp = files["c_views"].stat().st_mtime_ns
+    call([views, base], output, "--seeds=1")
+    assert files["c_views"].stat().st_mtime_ns == stamp
 
 
 @pytest.mark.parametrize(
@@ -188,3 +222,14 @@ def test_every_row_of_the_report_is_a_config_and_told() -> None:
             assert parse(None, ["--config", str(path)]) != Config(), path
     assert {stem: row["reported"] for stem, row in told.items() if "reported" in row} == {"5_lora": 0.9451}
     assert told["5_lora"]["source"]
+
+
+def test_every_row_of_the_ablation_is_told_and_close_to_another() -> None:
+    told = yaml.safe_load((RECIPE.parent / "configs" / "ablation" / "reported.yaml").read_text())
+    rows = {path.stem: set(path.read_text().splitlines()[1:]) for path in ABLATION if path.stem != "reported"}
+    assert sorted(told) == sorted(rows)
+    assert not any("reported" in row for row in told.values())
+    for stem, lines in rows.items():
+        parse(None, ["--config", str(RECIPE.parent / "configs" / "ablation" / f"{stem}.yaml")])
+        others = [other for name, other in rows.items() if name != stem]
+        assert min(len(lines ^ other) for other in others) <= 2, stem
