@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import set_seed
 from hf_histo import hub
 from hf_histo.config import Config
 from hf_histo.data.load import check_trainable, fingerprint
+from hf_histo.data.schema import ImageTable
 from hf_histo.data.splits import shared_groups
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import metrics, report, thresholds
@@ -147,7 +149,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         compute_metrics=metrics.for_trainer(),
     )
     if config.output.preview and session.is_world_process_zero():
-        _preview(session, data["train"], folder / "preview.png")
+        _preview(session, train, data["train"]["id"], folder / "preview.png")
     session.train(resume_from_checkpoint=runs.checkpoint(config, folder))
 
     final = session.accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)
@@ -182,18 +184,20 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
     return Result(adapter, measured, time.monotonic() - started)
 
 
-def _preview(session: trainer.Trainer, data: datasets.Dataset, path: Path, images: int = 8, epochs: int = 7) -> None:
-    """Some training images of every center as they are stored, and what training makes of them in its first epochs."""
-    centers = np.array(data["center"])
+def _preview(
+    session: trainer.Trainer, data: ImageTable, ids: Sequence[str], path: Path, images: int = 8, epochs: int = 7
+) -> None:
+    """Some training images of every center as they are read, and what training makes of them in its first epochs."""
+    centers = np.array(data.centers)
     places = [np.flatnonzero(centers == center) for center in np.unique(centers)]
     chosen = np.concatenate([rows[: -(-images // len(places))] for rows in places])
-    batch = trainer.collate(session.train_dataset.__getitems__(chosen.tolist()))
+    batch = trainer.collate(data.__getitems__(chosen.tolist()))
     views = [batch["image"] / 255]
     for epoch in range(epochs):
         views.append(session.training_views(batch["image"], batch["center"], batch["index"], epoch))
     report.views_sheet(
         {
-            f"{data[int(row)]['id']}, center {centers[row]}": [view[place].permute(1, 2, 0).numpy() for view in views]
+            f"{ids[int(row)]}, center {centers[row]}": [view[place].permute(1, 2, 0).numpy() for view in views]
             for place, row in enumerate(chosen)
         },
         path,

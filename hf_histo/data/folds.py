@@ -6,11 +6,10 @@ import warnings
 
 import datasets
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 
-from hf_histo.data.load import fingerprint
+from hf_histo.data.splits import named
 from hf_histo.errors import HistoError
 
 POOLED = ("train", "val")
@@ -50,7 +49,7 @@ def leave_one_center_out(
     names = np.unique(centers).tolist()
     if len(names) < 2:
         raise HistoError(f"train and val: labeled images of centers {names}, expected at least two centers; add images")
-    return {center: _named(_fold(pool, center, seed, validation_share), data) for center in names}
+    return {center: named(_fold(pool, center, seed, validation_share), data) for center in names}
 
 
 def pool_centers(data: datasets.DatasetDict, *, seed: int, validation_share: float = 0.1) -> datasets.DatasetDict:
@@ -64,7 +63,7 @@ def pool_centers(data: datasets.DatasetDict, *, seed: int, validation_share: flo
     pool = _pool(data)
     parts = _parts(pool, np.arange(len(pool)), seed, validation_share, "all centers pooled")
     others = {name: split for name, split in data.items() if name not in POOLED}
-    return _named(datasets.DatasetDict({**{n: pool.select(rows) for n, rows in parts.items()}, **others}), data)
+    return named(datasets.DatasetDict({**{n: pool.select(rows) for n, rows in parts.items()}, **others}), data)
 
 
 def _check_share(share: float) -> None:
@@ -117,17 +116,6 @@ def _parts(
             f"{', '.join(classes)}; add images of other centers, or leave fewer of them to validation"
         )
     return rows
-
-
-def _named(fold: datasets.DatasetDict, source: datasets.DatasetDict) -> datasets.DatasetDict:
-    """With a fingerprint of its own: a fold is other data than its source."""
-    content = xxhash.xxh3_128(fingerprint(source).encode())
-    for name, split in fold.items():
-        content.update("\0".join(["", name, *split["id"]]).encode())
-    named = {name: split.select(range(len(split))) for name, split in fold.items()}  # its `info` is a copy
-    for split in named.values():
-        split.info.config_name = content.hexdigest()  # what `fingerprint` reads
-    return datasets.DatasetDict(named)
 
 
 def _nearest_fold(

@@ -11,7 +11,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.table import embed_table_storage
 
 from hf_histo.data import schema
-from hf_histo.data.splits import hold_out
+from hf_histo.data.builder import hold_out
 from hf_histo.errors import HistoError
 
 PREFIX = "hub:"
@@ -22,7 +22,7 @@ def load(name: str, *, cache_dir: str | Path) -> datasets.DatasetDict:
     """Load "hub:OWNER/NAME", or "hub:OWNER/NAME@REVISION", into the schema.
 
     The data set must have one column of images and one of class labels. A split called validation, valid or dev
-    becomes `val`; without one, a tenth of each class of `train` does, see `splits.hold_out`. `id` is the row in the
+    becomes `val`; without one, a tenth of each class of `train` does, see `builder.hold_out`. `id` is the row in the
     split of the source; center and group are unknown: where the source knows patients, write them into one of the other
     layouts. A local folder that `datasets` can load stands for a name, too, and needs no network.
 

@@ -15,9 +15,8 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_histo.data.builder import FolderBuilder, split_generator
+from hf_histo.data.builder import FolderBuilder, hold_out, split_generator
 from hf_histo.data.schema import encode_ppm
-from hf_histo.data.splits import hold_out
 from hf_histo.errors import HistoError
 
 logger = logging.getLogger(__name__)

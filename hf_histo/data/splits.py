@@ -1,18 +1,21 @@
-"""Checks on splits, and splits that pass them: no copy and no group on both sides."""
+"""Checks on splits, and splits that pass them: no copy and no group on both sides.
+
+What is returned is other data than its source, and has a fingerprint of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+import xxhash
 from sklearn.model_selection import StratifiedGroupKFold
 
 from hf_histo.data.inventory import components
+from hf_histo.data.load import fingerprint
 from hf_histo.errors import HistoError
 
 
@@ -46,12 +49,11 @@ def with_families(data: datasets.DatasetDict, table: pd.DataFrame) -> datasets.D
     known = pd.Series(group).where(group != "")
     names = known.groupby(joined).transform("first").fillna("family_" + joined.astype(str))
     # `group` is the last column of the schema, so the order stays.
-    return datasets.DatasetDict(
-        {
-            name: split.remove_columns("group").add_column("group", names[table["split"] == name].to_list())
-            for name, split in data.items()
-        }
-    )
+    grouped = {
+        name: split.remove_columns("group").add_column("group", names[table["split"] == name].to_list())
+        for name, split in data.items()
+    }
+    return named(datasets.DatasetDict(grouped), data)
 
 
 def clean(
@@ -79,7 +81,7 @@ def clean(
         if not rows:
             raise HistoError(f"{name}: all {len(split)} images are copies of others, expected some that are not")
         cleaned[name] = split.select(rows)
-    return datasets.DatasetDict(cleaned)
+    return named(datasets.DatasetDict(cleaned), data)
 
 
 def resplit(data: datasets.DatasetDict, table: pd.DataFrame, *, folds: int = 5, seed: int = 0) -> datasets.DatasetDict:
@@ -108,23 +110,18 @@ def resplit(data: datasets.DatasetDict, table: pd.DataFrame, *, folds: int = 5, 
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     parts = [held_out for _, held_out in splitter.split(labels, labels, groups)]
     rows = {"train": np.sort(np.concatenate(parts[2:])), "val": parts[0], "test": parts[1]}
-    return datasets.DatasetDict({name: pool.select(part) for name, part in rows.items()})
+    return named(datasets.DatasetDict({name: pool.select(part) for name, part in rows.items()}), data)
 
 
-def hold_out(labels: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows (in order) to train on and those to validate on, for images without groups: a tenth of each class.
-
-    For data sets that come with a test split alone. The draw is always the same, so that runs of any seed are chosen on
-    the same images. A class with a single image keeps it for training; `labels` (N,) are classes, -1 where hidden, and
-    hidden ones stay where they are, too.
-    """
-    random = np.random.default_rng(0)
-    held_out = [
-        random.permutation(rows)[: (len(rows) + 8) // 10]  # a tenth, rounded up unless that leaves none
-        for rows in (np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0]))
-    ]
-    validation = np.sort(np.concatenate([np.empty(0, np.int64), *held_out]))
-    return np.setdiff1d(np.arange(len(labels)), validation), validation
+def named(derived: datasets.DatasetDict, source: datasets.DatasetDict) -> datasets.DatasetDict:
+    """`derived`, other splits of the images of `source`, with a fingerprint of its own: it is other data."""
+    content = xxhash.xxh3_128(fingerprint(source).encode())
+    for name, split in derived.items():
+        content.update("\0".join(["", name, *split["id"], *split["group"]]).encode())
+    copies = {name: split.select(range(len(split))) for name, split in derived.items()}  # `info` is a copy, too
+    for split in copies.values():
+        split.info.config_name = content.hexdigest()  # what `fingerprint` reads
+    return datasets.DatasetDict(copies)
 
 
 def _check_same(data: datasets.DatasetDict, table: pd.DataFrame) -> None:

@@ -17,7 +17,6 @@ from transformers import AutoImageProcessor, PreTrainedConfig
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 
-
 FITS = ("crop", "squash", "pad")
 _ELONGATED = 8  # longer than this times its width, an image is cropped before it is resized, or it might not fit memory
 

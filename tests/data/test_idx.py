@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from fixtures import truncate
 
+from hf_histo.data.builder import hold_out
 from hf_histo.data.load import fingerprint, load
 from hf_histo.data.schema import ImageTable
-from hf_histo.data.splits import hold_out
 from hf_histo.errors import HistoError
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "mnist"

@@ -93,7 +93,7 @@ def test_images_of_one_size(table: datasets.Dataset) -> None:
 
 def test_a_header_that_tells_no_size_is_named() -> None:
     rows = {"image": [{"bytes": b"no image", "path": None}], "id": ["x"], "label": [0], "center": [7], "group": [""]}
-    with pytest.raises(HistoError, match="^image 0: not a readable image"):
+    with pytest.raises(HistoError, match=r"^image 0: not a readable image"):
         ImageTable(datasets.Dataset.from_dict(rows, features=features(["a", "b"]))).is_of_one_size()
 
 

@@ -73,7 +73,7 @@ def test_clean_keeps_one_of_each_family_in_the_first_split() -> None:
         "train": ["train 0", "train 1", "train 3"],
         "val": ["val 0", "val 2"],
     }
-    assert fingerprint(cleaned) == fingerprint(data)
+    assert fingerprint(cleaned) == fingerprint(clean(data, table)) != fingerprint(data)
     again = inventory(cleaned)
     assert again["family"].nunique() == len(again)
 
@@ -134,7 +134,7 @@ def test_resplit() -> None:
     for split in new.values():
         assert np.mean(split["label"]) == pytest.approx(1 / 3, abs=0.1)
     assert new["train"].features == data["train"].features
-    assert fingerprint(new) == fingerprint(data)
+    assert fingerprint(new) != fingerprint(data)
 
 
 def test_resplit_is_deterministic_and_follows_the_seed() -> None:
@@ -172,7 +172,11 @@ def test_another_inventory_is_refused() -> None:
 def test_loaded_data(tmp_path: Path) -> None:
     write_challenge(tmp_path, counts={"train": 24, "val": 12}, size=40)
     data = load(tmp_path)
+    before = fingerprint(data)
     new = resplit(data, inventory(data), folds=3)
     assert shared_groups(new) == {}
-    assert fingerprint(new) == fingerprint(data)
+    assert fingerprint(new) == fingerprint(resplit(data, inventory(data), folds=3)) != before == fingerprint(data)
+    assert fingerprint(new) != fingerprint(resplit(data, inventory(data), folds=3, seed=1))
+    grouped = with_families(data, inventory(data).assign(group=""))
+    assert len({fingerprint(grouped), fingerprint(with_families(data, inventory(data))), before}) == 3
     assert sum(map(len, new.values())) == 36
