@@ -24,7 +24,7 @@ from hf_histo.data.load import check_trainable, fingerprint
 from hf_histo.data.schema import ImageTable
 from hf_histo.data.splits import shared_groups
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import metrics, report, thresholds
+from hf_histo.evaluation import calibration, metrics, report, thresholds
 from hf_histo.evaluation.audit_figures import image_reader
 from hf_histo.files import write_json
 from hf_histo.inference import Classifier
@@ -164,6 +164,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         for split, rows in data.items()
         if split != "train"
     }
+    temperature = calibration.fit_temperature(tables["val"])
     measured = {
         "selection": {
             "split": "val",
@@ -171,10 +172,13 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
             "value": session.state.best_metric,
             "step": session.state.best_global_step,
         },
+        "calibration": {"split": "val", **dataclasses.asdict(temperature)},
         "splits": {split: metrics.report(table) for split, table in tables.items()},
         **sizes,
     }
-    sidecar = dataclasses.replace(sidecar, thresholds=_thresholds(tables) if num_outputs == 1 else {})
+    sidecar = dataclasses.replace(
+        sidecar, thresholds=_thresholds(tables) if num_outputs == 1 else {}, temperature=temperature.value
+    )
     if session.is_world_process_zero():
         _draw(folder / "figures", session.state.log_history, tables, data["val"])
         hub.save(adapter, final, sidecar, metrics=measured, tables=tables, figures=folder / "figures")

@@ -54,7 +54,8 @@ class Sidecar:
         threshold: probability of the second class from which on it is predicted, in [0, 1].
         thresholds: others to choose from by name, for a binary task: "validation" (best balanced accuracy there) and
             "balanced-SPLIT" (calls half of that split's images positive, found without its labels).
-        temperature: by which logits are divided before they become probabilities; 1 without calibration.
+        temperature: by which logits are divided before they become calibrated probabilities, fitted on the validation
+            split, where the checkpoint was chosen, too; 1 without calibration.
         head: what the classifier is made of.
         data: "name", content "fingerprint" and "counts" of images per split.
         versions: of the packages that trained it.
@@ -97,15 +98,15 @@ class Sidecar:
         sidecar._check(file)
         return sidecar
 
-    def threshold_named(self, name: str | None) -> float:
-        """The threshold of that name in `thresholds`, or the number that `name` spells; None is the adapter's own.
+    def threshold_named(self, name: str | float | None) -> float:
+        """The threshold of that name in `thresholds`, or the number that `name` is or spells; None: the adapter's own.
 
         Raises `HistoError` for an unknown name or a number outside [0, 1].
         """
         if name is None:
             return self.threshold
         try:
-            value = self.thresholds[name] if name in self.thresholds else float(name)
+            value = self.thresholds[name] if isinstance(name, str) and name in self.thresholds else float(name)
         except ValueError:
             value = -1.0
         if not _is_probability(value):
@@ -291,6 +292,11 @@ def card(sidecar: Sidecar, metrics: Mapping[str, Any]) -> ModelCard:
         f"The checkpoint was chosen by {metrics['selection']['metric']} on {metrics['selection']['split']}. Intervals "
         "are 95% bootstrap intervals over groups (slides or patients).",
     ]
+    if sidecar.temperature != 1:
+        sections.append(
+            f"Calibrated probabilities are those of the logits divided by {sidecar.temperature:.3f}, the temperature "
+            "fitted on val, on which the checkpoint was chosen as well. The metrics are without it."
+        )
     for split, values in metrics["splits"].items():
         if values["overall"]["n"]:
             sections += [f"### {split}", report.center_table(values)]

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from miniature import config, write_backbone, write_data
+from scipy.special import expit, softmax
+from torch import nn
 
 from hf_histo.data.load import load
+from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
+from hf_histo.evaluation import calibration, predictions
 from hf_histo.finetune import fine_tune
+from hf_histo.hub import Sidecar
 from hf_histo.inference import Classifier
+from hf_histo.transforms.preprocessing import Preprocessing
+from hf_histo.transforms.stain import CenterNormalizer
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Classifier:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     data = write_data(folder / "data")
-    options = config(folder / "run", write_backbone(folder / "backbone"), data, "--method=linear")
-    return Classifier.from_pretrained(fine_tune(options, load(data)).adapter)
+    fine_tune(config(folder / "run", write_backbone(folder / "backbone"), data, "--method=linear"), load(data))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(run: Path) -> Classifier:
+    return Classifier.from_pretrained(run / "run" / "adapter")
 
 
 @pytest.fixture
@@ -39,10 +56,15 @@ def test_every_form_of_an_image_gives_the_same(
     expected = classifier(arrays)
     assert expected["logit"].nunique() == 3
     assert list(expected["id"]) == ["0", "1", "2"]
-    forms = [paths, [str(p) for p in paths], [PIL.Image.open(p) for p in paths], tensors, torch.stack(tensors),
-             np.stack(arrays), tuple(arrays)]  # fmt: skip
-    for form in forms:
-        table = classifier(form)  # type: ignore[arg-type]
+    column = datasets.Dataset.from_dict(
+        {"scan": [str(path) for path in paths]}, features=datasets.Features({"scan": datasets.Image()})
+    )["scan"]
+    mixture = [tensors[0].permute(1, 2, 0), tensors[1].numpy(), paths[2]]
+    floats = [np.stack(arrays) / 255, torch.stack(tensors).half() / 255]
+    opened = [PIL.Image.open(path) for path in paths]
+    forms: list[Any] = [paths, [str(path) for path in paths], opened, column, mixture, *floats]
+    for form in [*forms, tensors, torch.stack(tensors), np.stack(arrays), tuple(arrays)]:
+        table = classifier(form)
         assert len(table) == 3
         np.testing.assert_allclose(table["logit"], expected["logit"], rtol=0, atol=1e-6)
     assert list(classifier(paths)["id"]) == [str(path) for path in paths]
@@ -56,6 +78,12 @@ def test_one_image_is_a_table_of_one_row(classifier: Classifier, arrays: list[np
         table = classifier(one)
         assert len(table) == 1
         assert table["logit"][0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_images_of_different_sizes_are_taken_together(classifier: Classifier, arrays: list[np.ndarray]) -> None:
+    mixed = [arrays[0], arrays[1][:33], arrays[2][:, 5:]]
+    together = classifier(mixed)["logit"]
+    np.testing.assert_allclose(together, [classifier(one)["logit"][0] for one in mixed], rtol=0, atol=1e-5)
 
 
 def test_gray_images_are_taken(classifier: Classifier, arrays: list[np.ndarray]) -> None:
@@ -77,18 +105,23 @@ def test_the_decision_has_the_name_of_its_class(classifier: Classifier, arrays: 
 
 
 @pytest.mark.parametrize(
-    "image",
+    ("image", "found"),
     [
-        np.zeros((8, 8, 3), dtype=np.float32),
-        np.zeros((3, 8, 8), dtype=np.uint8),
-        np.zeros((8, 8, 4), dtype=np.uint8),
-        torch.zeros(3, 8, 8),
-        torch.zeros(8, 8, 3, dtype=torch.uint8),
+        (np.zeros((8, 8, 4), dtype=np.uint8), r"shape \(8, 8, 4\)"),
+        (np.zeros((3, 8, 3), dtype=np.uint8), "two ways"),
+        (np.zeros((8, 0, 3), dtype=np.uint8), "no image"),
+        (np.zeros(8, dtype=np.uint8), "no image"),
+        (np.zeros((8, 8, 3), dtype=np.int64), "is int64"),
+        (np.full((8, 8, 3), 255.0), "from 255 to 255"),
+        (np.full((8, 8, 3), np.nan), "from nan"),
+        (torch.full((3, 8, 8), -0.5), "from -0.5"),
+        (7, "of type int"),
+        ("none.png", "can't be read"),
     ],
 )
-def test_what_is_no_image_is_refused(classifier: Classifier, image: np.ndarray | torch.Tensor) -> None:
-    with pytest.raises(HistoError, match=r"image 0 .*expected uint8"):
-        classifier([image])
+def test_what_is_no_image_is_refused(classifier: Classifier, image: Any, found: str) -> None:
+    with pytest.raises(HistoError, match=f"^(image 1|none.png).*{found}.*expected"):
+        classifier([np.zeros((8, 8, 3), dtype=np.uint8), image])
 
 
 def test_a_file_that_is_missing_or_no_image_is_named(classifier: Classifier, tmp_path: Path) -> None:
@@ -100,5 +133,82 @@ def test_a_file_that_is_missing_or_no_image_is_named(classifier: Classifier, tmp
 
 
 def test_no_images_are_refused(classifier: Classifier) -> None:
-    with pytest.raises(HistoError, match="no image"):
-        classifier([])
+    for nothing in ([], np.zeros((0, 8, 8, 3), dtype=np.uint8)):
+        with pytest.raises(HistoError, match="no image"):
+            classifier(nothing)
+
+
+def test_a_file_and_a_table_keep_their_ids_and_centers(classifier: Classifier, run: Path) -> None:
+    file = classifier(run / "data" / "test.h5")
+    data = load(run / "data")["test"]
+    table = classifier(data)
+    for found in (file, table, classifier(str(run / "data" / "test.h5"))):
+        assert list(found["id"]) == data["id"]
+        assert list(found["center"]) == data["center"]
+        np.testing.assert_array_equal(found["logit"], table["logit"])
+    with pytest.raises(HistoError, match=r"columns \['image'\], but no id"):
+        classifier(data.select_columns("image"))
+
+
+def test_the_threshold_by_name_and_by_number(classifier: Classifier, run: Path) -> None:
+    file = run / "data" / "test.h5"
+    names = classifier.sidecar.label_names
+    for name, value in classifier.sidecar.thresholds.items():
+        table = classifier(file, threshold=name)
+        assert list(table["predicted"]) == [names[int(p >= value)] for p in table["probability"]]
+    assert (classifier(file, threshold="balanced-test")["predicted"] == names[1]).sum() == 3
+    assert set(classifier(file, threshold=0.0)["predicted"]) == {names[1]}
+    assert set(classifier(file, threshold=1)["predicted"]) == {names[0]}
+    for wrong in ("balanced-moon", 1.5, float("nan")):
+        with pytest.raises(HistoError, match=r"--threshold is .*validation"):
+            classifier(file, threshold=wrong)
+
+
+def test_the_temperature_is_that_of_validation_and_changes_no_decision(classifier: Classifier, run: Path) -> None:
+    validation = predictions.read(run / "run" / "adapter" / "predictions" / "val.parquet")
+    fitted = calibration.fit_temperature(validation)
+    assert classifier.sidecar.temperature == pytest.approx(fitted.value)
+    hot = Classifier(classifier.model, replace(classifier.sidecar, temperature=3.0))
+    table, other = classifier(run / "data" / "test.h5"), hot(run / "data" / "test.h5")
+    np.testing.assert_allclose(other["calibrated"], expit(table["logit"] / 3), rtol=1e-12)
+    for column in ("logit", "probability", "predicted"):
+        assert list(table[column]) == list(other[column])
+
+
+def test_the_temperature_of_many_classes_keeps_the_class(tmp_path: Path) -> None:
+    def sidecar(temperature: float) -> Sidecar:
+        views = Preprocessing(8, 8, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        return Sidecar("linear", ["a", "b", "c"], 3, {}, "frozen", views, {}, temperature=temperature)
+
+    class Means(nn.Module):
+        def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=pixel_values.mean((2, 3)))
+
+    images = np.random.default_rng(1).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    plain, cold = (Classifier(Means(), sidecar(t))(images) for t in (1.0, 0.01))
+    assert plain["predicted"].nunique() > 1
+    assert list(plain["predicted"]) == list(cold["predicted"])
+    logits = predictions.array(plain, "logit")
+    np.testing.assert_allclose(np.stack(cold["calibrated"]), softmax(logits / 0.01, axis=1), rtol=1e-9)
+    np.testing.assert_allclose(np.stack(plain["calibrated"]), predictions.array(plain, "probability"), rtol=1e-12)
+
+
+def test_a_known_center_has_its_stored_color_and_another_one_is_measured(
+    run: Path, classifier: Classifier, arrays: list[np.ndarray]
+) -> None:
+    normalizer = CenterNormalizer.fit(ImageTable(load(run / "data")["train"]), "rgb")
+    centered = Classifier(classifier.model, replace(classifier.sidecar, normalizer=normalizer))
+    known, other = (centered(arrays, center=center)["logit"] for center in (normalizer.training[0], 77))
+    assert not np.allclose(known, other, atol=1e-4)
+    one = [centered(array, center=normalizer.training[0])["logit"][0] for array in arrays]
+    np.testing.assert_allclose(one, known, rtol=0, atol=1e-5)  # it does not depend on what comes with it
+    np.testing.assert_allclose(centered(arrays)["logit"], other, rtol=0, atol=1e-6)  # an unknown one is measured, too
+    darker = [array // 2 for array in arrays]  # the same images of a darker scanner
+    np.testing.assert_allclose(centered(darker, center=77)["logit"], other, rtol=0, atol=0.02)
+
+
+def test_the_device_is_the_one_that_was_asked_for(classifier: Classifier, arrays: list[np.ndarray]) -> None:
+    on_cpu = Classifier(classifier.model, classifier.sidecar).to("cpu")
+    np.testing.assert_array_equal(on_cpu(arrays)["logit"], classifier(arrays)["logit"])
+    with pytest.raises(NotImplementedError, match="meta"):  # it went there: nothing can be read back from it
+        Classifier(copy.deepcopy(classifier.model), classifier.sidecar).to("meta")(arrays)

@@ -34,11 +34,12 @@ def forward(
     batch_size: int = 64,
     num_workers: int = 0,
     description: str = "Predicting",
+    device: torch.device | None = None,
 ) -> NDArray[np.float64]:
     """Logits (n, outputs) of the schema table `dataset`, in its order, the same in every process.
 
     Computed in float32 whatever the launcher's mixed precision, so that a saved prediction can be reproduced. `model`
-    is moved to this process's device and left in evaluation mode.
+    is moved to the device and left in evaluation mode.
 
     Args:
         model: takes `pixel_values` and returns an object with `logits` (B, outputs).
@@ -50,10 +51,12 @@ def forward(
             process measures them on all images.
         batch_size, num_workers: of the loader in each process.
         description: of the progress bar.
+        device: to compute on, by default this process's own in the launch.
     """
     # Of the launch; the model is not prepared, so the launch's mixed precision stays out.
     accelerator = Accelerator(cpu=runs.use_cpu())
-    model = model.to(accelerator.device).to(memory_format=torch.channels_last).eval()  # as it was trained
+    device = device or accelerator.device
+    model = model.to(device).to(memory_format=torch.channels_last).eval()  # as it was trained
     loader = DataLoader(
         preprocessing.read(dataset),
         batch_size=batch_size,
@@ -65,13 +68,13 @@ def forward(
     def batches(loader: DataLoader[Sample], description: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         hidden = not accelerator.is_local_main_process
         for images, centers, index in tqdm(loader, desc=description, disable=hidden, leave=False):
-            images = images.to(accelerator.device)
-            yield preprocessing(images if normalizer is None else normalizer(images, centers)), index
+            images = images.to(device)
+            yield preprocessing(images if normalizer is None else normalizer(images, centers)), index.to(device)
 
     gathered = []
     adaptation = (pixels for pixels, _ in batches(loader, "Adapting batch norm"))
     with batchnorm.adapted(model, adaptation) if adapt_batch_norm else nullcontext():
-        for pixels, index in batches(accelerator.prepare(loader), description):
+        for pixels, index in batches(accelerator.prepare(loader, device_placement=[False]), description):
             logits = torch.stack([model(pixel_values=view).logits.float() for view in _views(pixels, views)]).mean(0)
             gathered.append([part.cpu() for part in accelerator.gather_for_metrics((logits, index))])
     every, order = (torch.cat(parts).numpy() for parts in zip(*gathered, strict=True))
