@@ -50,6 +50,9 @@ class ModelOptions:
     head_on: Literal["features", "logits"] = option("features", "replace the backbone's output layer, or keep it below")
     train_output_layer: bool = option(False, "with --head_on logits, train the backbone's output layer as well")
     head_softmax: bool = option(False, "end the classifier in a softmax before the loss, which has its own: to compare")
+    text_prompt: str | None = option(
+        None, "CLIP: start the classifier from this sentence about each class, e.g. 'a slide showing a {} cell'"
+    )
     head_dropout: float = option(0.0, "dropout before each linear layer of the classifier, in [0, 1)")
     batch_norm: Literal["frozen", "track"] = option("frozen", "keep batch-norm statistics, or let them follow the data")
     image_size: int | None = option(None, "pixels on a side that the model sees (default: the backbone's)")
@@ -63,6 +66,9 @@ class AdapterOptions:
 
     method: Literal["linear", "lora", "full"] = option("lora", "train the classifier, LoRA + classifier, or all")
     target_modules: str | None = option(None, "preset or regex of the layers with LoRA (default: by architecture)")
+    lora_blocks: Literal["all", "bottom", "mid", "up", "half-bottom", "half-up", "top3"] = option(
+        "all", "transformer blocks with LoRA: a third, a half, or the last three"
+    )
     lora_rank: int = option(8, "rank of the update")
     lora_alpha: float = option(16.0, "scale of the update: alpha / rank, or alpha / sqrt(rank) with rsLoRA")
     lora_dropout: float = option(0.0, "dropout on the input of the update, in [0, 1)")

@@ -26,9 +26,10 @@ from hf_histo.data.splits import shared_groups
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, metrics, report, thresholds
 from hf_histo.evaluation.audit_figures import image_reader
+from hf_histo.evaluation.embedding import features
 from hf_histo.files import write_json
 from hf_histo.inference import Classifier
-from hf_histo.models import adapters, backbones, batchnorm, heads
+from hf_histo.models import adapters, backbones, batchnorm, heads, qkv
 from hf_histo.models.accounting import account
 from hf_histo.training import losses, runs, trainer
 from hf_histo.transforms import augmentation, preprocessing
@@ -129,9 +130,15 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
     )
     if config.prediction.adapt_batch_norm:
         batchnorm.require(model)
+    if options.text_prompt:
+        classes = backbones.text_embeddings(options.backbone, names, options.text_prompt, options.revision)
+        some = data["train"].select(range(min(len(data["train"]), 64)))
+        length = float(np.linalg.norm(features(model, some, views), axis=1).mean())
+        heads.start_from(model, classes, length)
     if options.batch_norm == "frozen":
         batchnorm.freeze(model)
     trained: nn.Module = model if config.adapter.method == "full" else adapters.add(model, config.adapter)
+    sidecar = dataclasses.replace(sidecar, bare=not qkv.is_split(trained) and backbones.is_bare(options.backbone))
     sizes = account(trained, batch_norm=options.batch_norm)
 
     train_labels = data["train"]["label"]

@@ -57,6 +57,7 @@ class Sidecar:
         temperature: by which logits are divided before they become calibrated probabilities, fitted on the validation
             split, where the checkpoint was chosen, too; 1 without calibration.
         head: what the classifier is made of.
+        bare: transformers and peft alone can load it; False where this package took attention or a CLIP model apart.
         data: "name", content "fingerprint" and "counts" of images per split.
         versions: of the packages that trained it.
     """
@@ -69,6 +70,7 @@ class Sidecar:
     preprocessing: Preprocessing
     data: dict[str, Any]
     head: heads.Design = dataclasses.field(default_factory=heads.Design)
+    bare: bool = True
     normalizer: CenterNormalizer | None = None
     views: int = 1
     adapt_batch_norm: bool = False
@@ -78,11 +80,6 @@ class Sidecar:
     versions: dict[str, str] = dataclasses.field(
         default_factory=lambda: {name: importlib.metadata.version(name) for name in PACKAGES}
     )
-
-    @property
-    def id2label(self) -> dict[int, str]:
-        """The class that each logit speaks for."""
-        return dict(enumerate(self.label_names[-self.num_outputs :]))
 
     @classmethod
     def read(cls, folder: Path) -> Sidecar:
@@ -191,8 +188,6 @@ def save(
         else:
             assert isinstance(model, PreTrainedModel)
             model.save_pretrained(temporary)
-        if processor := sidecar.preprocessing.image_processor():
-            processor.save_pretrained(temporary)
         color = sidecar.normalizer and sidecar.normalizer.as_json()
         write_json(temporary / SIDECAR, dataclasses.asdict(sidecar) | {"normalizer": color})
         write_json(temporary / "metrics.json", metrics)
@@ -315,7 +310,9 @@ def card(sidecar: Sidecar, metrics: Mapping[str, Any]) -> ModelCard:
         "```python\nfrom hf_histo.inference import Classifier\n\n"
         'table = Classifier.from_pretrained("THIS_FOLDER")(["patch.png"])\n```',
     ]
-    if sidecar.method != "full" and sidecar.head.is_plain:
+    if sidecar.method != "full" and not sidecar.bare:
+        sections += ["Needs this package: bare transformers and peft can't build the model that the adapter is for."]
+    elif sidecar.method != "full" and sidecar.head.is_plain:
         needs = "import hf_histo.models.backbones\n" if name == "builtin" else ""
         size = sidecar.preprocessing
         sections += [
@@ -323,21 +320,12 @@ def card(sidecar: Sidecar, metrics: Mapping[str, Any]) -> ModelCard:
             f"```python\n{needs}from peft import PeftModel\n"
             "from transformers import AutoModelForImageClassification\n\n"
             f"base = AutoModelForImageClassification.from_pretrained({base}, num_labels={sidecar.num_outputs}, "
-            f'id2label={sidecar.id2label}, ignore_mismatched_sizes=True, dtype="float32")\n'
+            'ignore_mismatched_sizes=True, dtype="float32")\n'
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()\n'
             "logits = model(pixel_values=pixel_values).logits\n```",
             f"`pixel_values`: RGB in [0, 1], {RESIZED[size.fit]} {size.resize_size} ({size.interpolation}), center "
             f"crop {size.image_size}, minus {size.mean}, divided by {size.std}.",
         ]
-        if size.image_processor():
-            left_out = "one view, without the normalization of color or a threshold"
-            sections += [
-                f"And then in a pipeline ({left_out}):",
-                "```python\nfrom transformers import AutoImageProcessor, pipeline\n\n"
-                'processor = AutoImageProcessor.from_pretrained("THIS_FOLDER")\n'
-                'classify = pipeline("image-classification", model=base, image_processor=processor)\n'
-                'classify("patch.png")\n```',
-            ]
     versions = ", ".join(f"{package} {version}" for package, version in sidecar.versions.items())
     sections += ["## Versions", versions + "."]
     return ModelCard("\n\n".join(sections) + "\n")

@@ -27,7 +27,6 @@ from hf_histo.training import trainer
 
 DESIGNED = {
     "adapter_config.json",
-    "preprocessor_config.json",
     "adapter_model.safetensors",
     "hf_histo.json",
     "README.md",

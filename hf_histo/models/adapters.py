@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from hf_histo.config import AdapterOptions
 from hf_histo.errors import HistoError
-from hf_histo.models import batchnorm, heads
+from hf_histo.models import batchnorm, heads, qkv
 
 # Initializers that peft implements for linear layers only.
 LINEAR_ONLY_INITIALIZERS = {"pissa", "olora", "eva", "corda", "orthogonal"}
@@ -100,10 +100,13 @@ FAMILIES = {
         },
         "all-conv",
     ),
-    # timm ViT, DeiT, EVA, DINOv2, UNI: q, k and v are one layer
+    # timm ViT, DeiT, EVA, DINOv2, DINOv3, UNI: q, k and v are one layer, which is taken apart for its slices
+    # (`qkv.split`) and adapted as one by -qkv and -qkvo
     "timm-vit": Family(
         r".*blocks\.0\.attn\.qkv",
         {
+            "attention-qv": r".*\.blocks\.\d+\.attn\.qkv\.[qv]",
+            "attention-q-k-v-o": r".*\.blocks\.\d+\.attn\.(qkv\.[qkv]|proj)",
             "attention-qkv": r".*\.blocks\.\d+\.attn\.qkv",
             "attention-qkvo": r".*\.blocks\.\d+\.attn\.(qkv|proj)",
             "mlp": r".*\.blocks\.\d+\.mlp\.fc\d",
@@ -116,6 +119,7 @@ FAMILIES = {
         r".*layers?\.0\.attention\.q_proj",
         {
             "attention-qv": r".*\.attention\.[qv]_proj",
+            "attention-q-k-v-o": r".*\.attention\.[qkvo]_proj",
             "attention-qkvo": r".*\.attention\.[qkvo]_proj",
             "mlp": r".*\.mlp\.fc\d",
             "attention-mlp": r".*\.(attention\.[qkvo]_proj|mlp\.fc\d)",
@@ -127,8 +131,20 @@ FAMILIES = {
         r".*vision_model\.encoder\.layers\.0\.self_attn\.q_proj",
         {
             "attention-qv": r".*vision_model\..*\.self_attn\.[qv]_proj",
+            "attention-q-k-v-o": r".*vision_model\..*\.self_attn\.([qkv]|out)_proj",
             "attention-qkvo": r".*vision_model\..*\.self_attn\.([qkv]|out)_proj",
             "mlp": r".*vision_model\..*\.mlp\.fc\d",
+        },
+        "attention-qkvo",
+    ),
+    # open_clip's image tower, its attention taken apart (`clip.SelfAttention`)
+    "open-clip": Family(
+        r".*resblocks\.0\.attn\.q_proj",
+        {
+            "attention-qv": r".*\.resblocks\.\d+\.attn\.[qv]_proj",
+            "attention-q-k-v-o": r".*\.resblocks\.\d+\.attn\.([qkv]|out)_proj",
+            "attention-qkvo": r".*\.resblocks\.\d+\.attn\.([qkv]|out)_proj",
+            "mlp": r".*\.resblocks\.\d+\.mlp\.c_(fc|proj)",
         },
         "attention-qkvo",
     ),
@@ -141,6 +157,19 @@ FAMILIES = {
 }
 
 
+# Where LoRA goes along the depth: from and to, as shares of the blocks; `top3` is the last three. Zanella & Ben Ayed
+# 2024, "Low-rank few-shot adaptation of vision-language models", whose code lists the blocks for depths 12 and 24.
+BLOCKS = {
+    "all": (0, 1),
+    "bottom": (0, 1 / 3),
+    "mid": (1 / 3, 2 / 3),
+    "up": (2 / 3, 1),
+    "half-bottom": (0, 1 / 2),
+    "half-up": (1 / 2, 1),
+}
+BLOCK = re.compile(r"(.*\.)?(blocks|layers?|resblocks)\.(?P<index>\d+)\.(?!\d).*")
+
+
 def family_of(model: nn.Module) -> Family:
     """The family that a model's layer names show, or one with the presets of every architecture."""
     names = [name for name, _ in model.named_modules()]
@@ -151,17 +180,20 @@ def family_of(model: nn.Module) -> Family:
     return Family("", EVERY, "all-conv" if has_convolutions else "all-linear")
 
 
-def targets(model: PreTrainedModel, target_modules: str | None, rank: int) -> str | list[str]:
+def targets(model: PreTrainedModel, target_modules: str | None, rank: int, blocks: str = "all") -> str | list[str]:
     """What peft's `target_modules` must be: a regex where it says exactly what is adapted, else a list of names.
+
+    Where slices of a fused layer are asked for, `model` gets that layer taken apart (`qkv.split`).
 
     Args:
         model: a backbone with its head.
         target_modules: a preset's name, a regex that is matched against full layer names (as by `re.fullmatch`, which
             is also peft's rule), or None for the default preset of the architecture.
         rank: of the update; a grouped convolution takes only a multiple of its groups.
+        blocks: of a transformer, a key of `BLOCKS` or "top3".
 
     Raises `HistoError` for a regex that does not compile, that matches nothing, the head, or a module that LoRA does
-    not fit.
+    not fit, and for blocks of a model that has none.
     """
     family = family_of(model)
     wanted = target_modules or family.default
@@ -171,6 +203,7 @@ def targets(model: PreTrainedModel, target_modules: str | None, rank: int) -> st
         pattern = re.compile(regex)
     except re.error as error:
         raise HistoError(f"--target_modules {wanted!r} is not a regex ({error})") from None
+    qkv.split(model, regex)
     head = heads.name_of(model)
     adaptable = _adaptable(model)
     matches = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
@@ -192,6 +225,7 @@ def targets(model: PreTrainedModel, target_modules: str | None, rank: int) -> st
             f"--target_modules {wanted!r} matches no layer; presets here: {', '.join(family.presets)}; layers: "
             f"{_examples(name for name in adaptable if not _is_within(name, head))}"
         )
+    chosen = _within_blocks(chosen, adaptable, blocks)
     return regex if chosen == matches else chosen
 
 
@@ -201,7 +235,9 @@ def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel:
     Raises `HistoError` as `targets` does, and for an initializer that the targeted layers do not have.
     """
     lora = options.method == "lora"
-    modules = targets(model, options.target_modules, options.lora_rank) if lora else DUMMY_TARGET_MODULES
+    modules: str | list[str] = DUMMY_TARGET_MODULES
+    if lora:
+        modules = targets(model, options.target_modules, options.lora_rank, options.lora_blocks)
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # peft's division takes a float as well
@@ -244,6 +280,7 @@ def restore(model: PreTrainedModel, folder: Path, *, batch_norm: str) -> PeftMod
     """
     try:
         saved = load_file(folder / "adapter_model.safetensors")  # before peft, which would unpickle another file
+        qkv.split(model, PeftConfig.from_pretrained(str(folder)).target_modules or ())
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -256,6 +293,13 @@ def restore(model: PreTrainedModel, folder: Path, *, batch_norm: str) -> PeftMod
         if not torch.isfinite(tensor).all():
             raise HistoError(f"{folder}: {key} holds NaN or infinite values; the training that made it diverged")
     return adapted
+
+
+def merged(model: PeftModel) -> PreTrainedModel:
+    """The backbone with the adapter in its weights, of the architecture that it was loaded as; `model` is used up."""
+    whole = model.merge_and_unload()
+    qkv.fuse(whole)
+    return whole
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -288,6 +332,22 @@ def _check(wanted: str, chosen: list[str], adaptable: dict[str, nn.Module], head
                 f"--target_modules {wanted!r} matches {name}, a convolution in {groups} groups, and --lora_rank "
                 f"{rank} is no multiple of {groups}; leave it out; these fit: {_examples(fitting)}"
             )
+
+
+def _within_blocks(chosen: list[str], adaptable: dict[str, nn.Module], blocks: str) -> list[str]:
+    """Those of the layers that lie in the blocks that are asked for."""
+    if blocks == "all":
+        return chosen
+    index = {name: int(match["index"]) for name in adaptable if (match := BLOCK.fullmatch(name))}
+    if not index:
+        raise HistoError(f"--lora_blocks is {blocks}, expected all: the backbone is no sequence of transformer blocks")
+    depth = max(index.values()) + 1
+    start, end = (max(0, 1 - 3 / depth), 1) if blocks == "top3" else BLOCKS[blocks]
+    wanted = range(round(start * depth), round(end * depth))
+    kept = [name for name in chosen if index.get(name) in wanted]
+    if not kept:
+        raise HistoError(f"--lora_blocks {blocks}: none of the {len(chosen)} targets is in blocks {list(wanted)}")
+    return kept
 
 
 def _is_within(name: str, module: str) -> bool:

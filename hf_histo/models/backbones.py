@@ -1,10 +1,10 @@
-"""Pretrained backbones with a fresh classifier: from the package, a local folder, timm or the Hub."""
+"""Pretrained backbones with a fresh classifier: from the package, a local folder, timm, open_clip or the Hub."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import timm
 import torch
 import xxhash
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -23,7 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from hf_histo.errors import HistoError
-from hf_histo.models import heads
+from hf_histo.models import clip, heads, registry
 
 BUILTIN = Path(__file__).parent / "builtin"
 
@@ -32,24 +34,28 @@ def locate(name: str) -> str:
     """Where `from_pretrained` finds the backbone `name`: a folder's absolute path, or a Hub name (owner/name).
 
     'builtin' is the one in this package. An existing folder is taken before a name; a name without an owner is looked
-    up among timm's. Raises `HistoError` for a folder without config.json and for a name that timm does not know.
+    up in the registry, then among timm's. Raises `HistoError` for a folder without config.json or open_clip_config.json
+    and for a name that neither knows.
     """
     if name == "builtin":
         return str(BUILTIN)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / file).is_file() for file in ("config.json", clip.CONFIG)):
             raise HistoError(f"--backbone {name}: the folder holds no config.json; expected a saved timm or HF model")
         return str(folder.resolve())
+    if entry := registry.find(name):
+        return entry.source
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")):
         return name
     if timm.is_model(name.split(".")[0]):
         return f"timm/{name}"
-    near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+    near = difflib.get_close_matches(name.split(".")[0], [*registry.ENTRIES, *timm.list_models()], n=3)
     raise HistoError(
         f"--backbone {name}: no such folder, and no timm model of that name"
         + (f" (near: {', '.join(near)})" if near else "")
-        + "; expected 'builtin', a folder with config.json, a timm name, or owner/name on the Hub"
+        + f"; expected 'builtin', a folder with config.json, a timm name, or owner/name on the Hub, or one of "
+        f"{', '.join(registry.ENTRIES)}"
     )
 
 
@@ -81,12 +87,15 @@ def load(
     source = locate(name)
     design = head or heads.Design()
     on_logits = design.on == "logits"
-    config = _config(name, source, None if on_logits else num_outputs, revision, random_weights)
-    _allow_image_size(config, image_size)
+    folder = None if random_weights else _open_clip_folder(name, source, revision)
+    config = _config(name, source, None if on_logits else num_outputs, revision, random_weights, folder)
+    _allow_image_size(name, config, image_size)
     try:
         with _quiet():
             if random_weights:
                 model = AutoModelForImageClassification.from_config(config)
+            elif folder:
+                model = clip.load(folder, config)
             else:
                 model, loaded = AutoModelForImageClassification.from_pretrained(
                     source,
@@ -100,12 +109,28 @@ def load(
                 new = None if keep_head or on_logits else heads.name_of(model)
                 _check_complete(name, loaded, new, "; --head_on logits needs its output layer" if on_logits else "")
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise HistoError(_unavailable(name, source, error)) from None
+        raise HistoError(unavailable(name, source, error)) from None
     if not keep_head:
         heads.attach(model, design, num_outputs)
     if head_dropout:
         heads.add_dropout(model, head_dropout)
     return model
+
+
+def is_bare(name: str) -> bool:
+    """Whether transformers alone builds that backbone from what lies in its folder or on the Hub."""
+    source = locate(name)
+    entry = registry.find(source)
+    return not (Path(source) / clip.CONFIG).is_file() and (entry is None or entry.library == "transformers")
+
+
+def text_embeddings(name: str, names: Sequence[str], prompt: str, revision: str | None = None) -> torch.Tensor:
+    """`clip.text_embeddings` of a CLIP model of open_clip; raises `HistoError` for any other backbone."""
+    folder = _open_clip_folder(name, locate(name), revision)
+    if folder is None:
+        known = ", ".join(key for key, entry in registry.ENTRIES.items() if entry.library == "open_clip")
+        raise HistoError(f"--text_prompt: {name} has no text tower, expected a folder of open_clip or one of {known}")
+    return clip.text_embeddings(folder, names, prompt)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -133,10 +158,39 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _open_clip_folder(name: str, source: str, revision: str | None) -> Path | None:
+    """The local folder of a backbone in open_clip's format; None for another one."""
+    entry = registry.find(source)
+    if Path(source).is_dir():
+        return Path(source) if (Path(source) / clip.CONFIG).is_file() else None
+    if entry is None or entry.library != "open_clip":
+        return None
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.txt", clip.WEIGHTS]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise HistoError(unavailable(name, source, error)) from None
+
+
 def _config(
-    name: str, source: str, num_outputs: int | None, revision: str | None, random_weights: bool
+    name: str,
+    source: str,
+    num_outputs: int | None,
+    revision: str | None,
+    random_weights: bool,
+    open_clip_folder: Path | None,
 ) -> PreTrainedConfig:
     """The backbone's configuration with an output layer of `num_outputs`, or with its own one."""
+    entry = registry.find(source)
+    bare = open_clip_folder or (entry and (random_weights or entry.library != "transformers"))
+    if num_outputs is None and bare:
+        raise HistoError(f"--head_on logits: {name} has no output layer of its own, expected features")
+    if open_clip_folder:
+        try:
+            return clip.config_of(open_clip_folder, entry.preprocessing if entry else None, num_outputs or 0)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise HistoError(unavailable(name, source, error)) from None
+    if entry and bare:
+        return entry.config(num_outputs or 0)
     architecture = source.removeprefix("timm/").split(".")[0]
     if random_weights and source.startswith("timm/") and timm.is_model(architecture):
         try:
@@ -149,14 +203,22 @@ def _config(
         return TimmWrapperConfig.from_dict(declaration, num_labels=num_outputs or declared.num_classes)
     own = {} if num_outputs is None else {"num_labels": num_outputs}
     try:
-        return AutoConfig.from_pretrained(source, revision=revision or "main", **own)
+        config = AutoConfig.from_pretrained(source, revision=revision or "main", **own)
     except (OSError, ValueError) as error:
-        raise HistoError(_unavailable(name, source, error)) from None
+        raise HistoError(unavailable(name, source, error)) from None
+    if entry:
+        config.pretrained_cfg = entry.preprocessing
+    return config
 
 
-def _allow_image_size(config: PreTrainedConfig, image_size: int | None) -> None:
+def _allow_image_size(name: str, config: PreTrainedConfig, image_size: int | None) -> None:
     """timm's vision transformers assert on another input size unless they are built to resample positions."""
     declared: dict[str, Any] = getattr(config, "pretrained_cfg", None) or {}
+    if isinstance(config, clip.OpenClipConfig):
+        own = (config.vision_cfg or {}).get("image_size")
+        if image_size not in (None, own):
+            raise HistoError(f"--image_size is {image_size}, expected {own}: {name} takes images of no other size")
+        return
     if image_size and declared.get("fixed_input_size") and declared["input_size"][-1] != image_size:
         config.model_args = {**(config.model_args or {}), "dynamic_img_size": True}
 
@@ -171,12 +233,21 @@ def _check_complete(name: str, loaded: dict[str, Any], except_for: str | None, r
         )
 
 
-def _unavailable(name: str, source: str, error: Exception) -> str:
+def unavailable(name: str, source: str, error: Exception) -> str:
+    """Why a backbone can't be had, and the steps to get it."""
     reason = " ".join(str(error).split())[:300]
     if Path(source).is_dir():
         return f"--backbone {name}: the folder can't be loaded as an image classifier ({reason})"
+    entry = registry.find(source)
+    gate = f"accept its terms on https://huggingface.co/{source} and log in with `hf auth login`"
+    if entry and entry.terms:
+        return (
+            f"--backbone {name}: {source} can't be had from the Hub ({reason}); it is gated ({entry.license}): {gate}, "
+            f"then `python recipes/import_backbone.py --backbone {name} --output_dir DIR` and pass --backbone DIR; "
+            "--random_weights builds it untrained"
+        )
     return (
         f"--backbone {name}: {source} can't be had from the Hub ({reason}); where there is a network, "
-        f"`hf download {source} --local-dir DIR` and pass --backbone DIR; a gated model needs its terms accepted on "
-        f"https://huggingface.co/{source} and `hf auth login`; --random_weights builds it untrained"
+        f"`hf download {source} --local-dir DIR` and pass --backbone DIR (recipes/import_backbone.py for one "
+        f"with pickled weights only); for a gated model, {gate}; --random_weights builds it untrained"
     )

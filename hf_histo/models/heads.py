@@ -152,6 +152,27 @@ def attach(model: PreTrainedModel, design: Design, num_outputs: int) -> None:
         model.config.num_labels = num_outputs
 
 
+def start_from(model: PreTrainedModel, classes: torch.Tensor, length: float) -> None:
+    """Start a linear classifier from an embedding of each class, without bias; for one logit, from their difference.
+
+    Args:
+        model: whose head takes embeddings of images as they are, while `classes` are meant for those of length 1.
+        classes: (K, d), e.g. `clip.text_embeddings`.
+        length: the mean one of images' embeddings, by which the weights are divided: the logits are on the scale of
+            the zero-shot ones, and the predictions are the same.
+
+    Raises `HistoError` for a classifier that is not one linear layer on features.
+    """
+    layer = model.get_submodule(name_of(model))
+    if not isinstance(layer, nn.Linear):
+        raise HistoError("--text_prompt starts a linear classifier, expected --head linear on features; leave it out")
+    weight = classes[1:] - classes[:1] if layer.out_features == 1 else classes
+    with torch.no_grad():
+        layer.weight.copy_(weight / length)
+        if layer.bias is not None:
+            layer.bias.zero_()
+
+
 def add_dropout(model: PreTrainedModel, probability: float) -> None:
     """Drop the input of each new linear layer of the head with `probability` while training.
 

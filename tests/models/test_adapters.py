@@ -102,6 +102,7 @@ def test_presets_of_a_family_fit_its_members(name: str, family: str) -> None:
     assert found.known_by == declared.known_by
     assert found.default in found.presets
     for preset in {*declared.presets, None}:
+        model = build(name)  # a new one: slices take its fused layers apart
         layers = adapted_layers(model, preset)
         assert layers, preset
         assert heads.name_of(model) not in layers
@@ -123,7 +124,8 @@ def test_all_conv_is_every_convolution_without_groups(name: str) -> None:
 
 
 def test_every_family_is_tested() -> None:
-    assert {*TIMM.values(), *HUGGING_FACE.values()} == set(adapters.FAMILIES)
+    in_test_registry = {"open-clip"}  # which needs the extra
+    assert {*TIMM.values(), *HUGGING_FACE.values()} | in_test_registry == set(adapters.FAMILIES)
 
 
 def test_an_architecture_of_no_family_has_the_presets_of_every_one() -> None:
