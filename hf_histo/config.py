@@ -35,6 +35,9 @@ class DataOptions:
 
     data: str = option("synthetic", "folder with the data set, hub:OWNER/NAME, or 'synthetic' for the built-in one")
     cache_dir: str | None = option(None, "folder of the converted data (default: the datasets library's cache)")
+    on_bad_image: Literal["error", "skip"] = option(
+        "error", "stop at an image file that can't be read, or leave it out"
+    )
     num_workers: int = option(0, "processes that read batches beside each training process")
 
 

@@ -20,6 +20,7 @@ import datasets
 from peft import PeftModel
 
 from hf_histo import hub
+from hf_histo.config import DataOptions
 from hf_histo.data.audit import audit
 from hf_histo.data.inventory import SIMILARITY, inventory
 from hf_histo.data.load import load
@@ -39,13 +40,15 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier audit.json and its figures")
     parser.add_argument("--adapter", help="adapter folder or Hub name, for embedding.png")
     parser.add_argument("--backbone", help="its base model, where that is no longer where the adapter was trained")
+    help = "stop at an image that can't be read, or leave it out (default: error)"
+    parser.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help=help)
     parser.add_argument("--cache_dir", help="folder of the converted data (default: the datasets library's cache)")
     options = parser.parse_args()
     output: Path = options.output_dir
     if (output / "audit.json").exists() and not options.overwrite:
         raise HistoError(f"--output_dir {output} already holds an audit.json: pass another folder or --overwrite")
 
-    data = load(options.data, cache_dir=options.cache_dir)
+    data = load(DataOptions(data=options.data, cache_dir=options.cache_dir, on_bad_image=options.on_bad_image))
     classes = next(iter(data.values())).features["label"].names
     table = inventory(data, similarity=options.similarity)
     report = audit(table, classes)

@@ -221,7 +221,7 @@ def main() -> None:
         raise HistoError("--select on validation misleads, expected --protocol leave_one_center_out; add it")
     rows = read_rows(options, base)
 
-    data = load(base.data.data, cache_dir=base.data.cache_dir)
+    data = load(base.data)
     trainers_first = sorted(rows, key=lambda stem: trainer_of(stem, rows) != stem)
     values = {stem: measure(stem, rows, data, folder, options) for stem in trainers_first}
     if not PartialState().is_main_process:

@@ -20,7 +20,7 @@ from hf_histo.finetune import fine_tune
 
 def main() -> None:
     config = parse(__doc__)
-    result = fine_tune(config, load(config.data.data, cache_dir=config.data.cache_dir))
+    result = fine_tune(config, load(config.data))
     if PartialState().is_main_process:
         print(result.summary())
         if config.output.push_to_hub and config.output.hub_model_id:

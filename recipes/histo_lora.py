@@ -22,7 +22,7 @@ from hf_histo.training.runs import use_cpu
 def main() -> None:
     config = parse(__doc__)
     state = PartialState(cpu=use_cpu())
-    data = load(config.data.data, cache_dir=config.data.cache_dir)
+    data = load(config.data)
     if state.is_main_process:
         print(f"{config.data.data}: {next(iter(data.values())).info.description}")
     if config.centers.pool_centers:

@@ -37,7 +37,7 @@ def main() -> None:
     if options.seeds < 1:
         raise HistoError(f"--seeds is {options.seeds}, expected at least 1")
 
-    data = load(config.data.data, cache_dir=config.data.cache_dir)
+    data = load(config.data)
     runs: dict[str, Any] = {}
     values: dict[str, dict[int, dict[int, float | None]]] = {metric: {} for metric in METRICS}
     for seed in range(config.training.seed, config.training.seed + options.seeds):

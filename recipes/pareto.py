@@ -77,7 +77,7 @@ def main() -> None:
         raise HistoError(f"--seeds is {options.seeds} and --ranks {options.ranks}, expected numbers from 1 on")
     chosen = combinations(config, options)
 
-    data = load(config.data.data, cache_dir=config.data.cache_dir)
+    data = load(config.data)
     if options.split not in data or max(data[options.split]["label"]) < 0:
         raise HistoError(f"--split is {options.split}, expected a split with labels; {config.data.data} has none there")
     results = {name: train(name, own, data, folder / name, options.seeds) for name, own in chosen.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,14 +12,22 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_histo.config import DataOptions
 from hf_histo.data import schema
+from hf_histo.errors import HistoError
+
+LEFT_OUT = "left out "  # starts the line of `info.description` about an image that can't be read
 
 
 @dataclasses.dataclass
 class FolderConfig(datasets.BuilderConfig):
-    """`name` is the fingerprint of the contents, all that the cache is keyed by; `directory` is where they lie now."""
+    """`name` is the fingerprint of contents and `options`, all that the cache is keyed by.
+
+    `directory` is where they lie now.
+    """
 
     directory: Path = dataclasses.field(default_factory=Path)
+    options: DataOptions = dataclasses.field(default_factory=DataOptions)
 
 
 class FolderBuilder(datasets.GeneratorBasedBuilder):
@@ -33,6 +43,7 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
     LAYOUT: ClassVar[str]  # names the folder in the cache
     EXPECTED: ClassVar[str]  # tells the user what the folder must hold
     LABELS: ClassVar[tuple[str, ...]]
+    OPTIONS: ClassVar[tuple[str, ...]] = ()  # those of `DataOptions` that change what is read from the same files
 
     @classmethod
     def matches(cls, directory: Path) -> bool:
@@ -46,6 +57,20 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
         Names below `directory`, with forward slashes, in an order that depends on nothing else.
         """
         raise NotImplementedError
+
+    @contextmanager
+    def skipping(self, name: str) -> Iterator[None]:
+        """Around reading and yielding one image: where it can't be read and the options say so, it is left out.
+
+        `info.description` then gets a line with `name` and the reason.
+        """
+        try:
+            yield
+        except HistoError as error:
+            if self.config.options.on_bad_image == "error":
+                raise
+            reason = str(error).partition(f"{name}: ")[2] or str(error)  # without the folder, which may move
+            self.info.description += f"\n{LEFT_OUT}{name}: {reason}"
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=schema.features(self.LABELS))

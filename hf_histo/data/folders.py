@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from hf_histo.errors import HistoError
 
 logger = logging.getLogger(__name__)
 
-MAX_PIXELS = 100_000_000  # per image, looked at before it is decoded
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
@@ -39,12 +37,13 @@ class ClassFolders(FolderBuilder):
     Files whose suffix is none of PIL's are left out with a warning, hidden ones silently. Links are followed within
     the data set's folder.
 
-    Raises HistoError, naming the file or folder, for an image that can't be decoded or has over 100 megapixels, a
-    folder without images, an image beside the class folders, a class that `train` lacks, two folders for one split,
-    and a link that leads outside or to a folder above itself.
+    Raises HistoError, naming the file or folder, for an image that can't be decoded or has over 100 megapixels (unless
+    such are left out: `--on_bad_image skip`), a folder without images, an image beside the class folders, a class that
+    `train` lacks, two folders for one split, and a link that leads outside, to a folder above itself or to nothing.
     """
 
     LAYOUT = "class_folders"
+    OPTIONS = ("on_bad_image",)
     EXPECTED = "train/, val/ and test/ (any of them) with one folder of images per class, or such class folders alone"
 
     @classmethod
@@ -70,8 +69,9 @@ class ClassFolders(FolderBuilder):
         for label, paths in classes.items():
             for path in paths:
                 name = _name(path, self.config.directory)
-                image = {"bytes": _checked(path), "path": None}
-                yield name, {"id": name, "image": image, "label": label, "center": -1, "group": ""}
+                with self.skipping(name):
+                    image = {"bytes": schema.checked(path), "path": None}
+                    yield name, {"id": name, "image": image, "label": label, "center": -1, "group": ""}
 
 
 def _scan(directory: Path) -> dict[str, dict[str, list[Path]]]:
@@ -142,31 +142,15 @@ def _check_link(path: Path, root: Path) -> None:
     """Raise HistoError for a symbolic link that leads outside `root`, to nothing, or to a folder above itself."""
     if not path.is_symlink():
         return
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # Python 3.11 raises the latter
+        raise HistoError(f"{path}: a link that leads back to itself, expected one to a file; remove it") from None
     if not target.is_relative_to(root) or not target.exists() or target in (p.resolve() for p in path.parents):
         raise HistoError(
             f"{path}: a link to {target}, expected one to a file or another folder within {root}; "
             "put the images themselves there"
         )
-
-
-def _checked(path: Path) -> bytes:
-    """The bytes of an image that is small enough and can be decoded."""
-    try:
-        # PIL warns from 89 megapixels on and refuses from 179 on, both from the header alone.
-        quietly = warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning)
-        with quietly, PIL.Image.open(path) as image:
-            size = f"{image.width:,} x {image.height:,} pixels"
-            too_large = image.width * image.height > MAX_PIXELS
-    except PIL.Image.DecompressionBombError as error:
-        size, too_large = str(error), True
-    except Exception:  # `decode` names it
-        too_large = False
-    if too_large:
-        raise HistoError(f"{path}: {size}, expected at most {MAX_PIXELS:,} in all; scale it down or cut it up")
-    data = path.read_bytes()
-    schema.decode(data, str(path))
-    return data
 
 
 def _folders(directory: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ import xxhash
 from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 
+from hf_histo.config import DataOptions
 from hf_histo.data import hub_names, synthetic
-from hf_histo.data.builder import FolderBuilder
+from hf_histo.data.builder import LEFT_OUT, FolderBuilder
 from hf_histo.data.folders import ClassFolders
 from hf_histo.data.hdf5 import Challenge, ChallengeFile, PatchCamelyon
 from hf_histo.data.idx import Idx
@@ -21,33 +23,42 @@ from hf_histo.data.tables import WildsCamelyon17
 from hf_histo.errors import HistoError
 from hf_histo.files import atomic_file
 
+logger = logging.getLogger(__name__)
+
 SYNTHETIC = "synthetic"
 LAYOUTS: tuple[type[FolderBuilder], ...] = (Challenge, PatchCamelyon, WildsCamelyon17, Idx, ClassFolders)
 
 
-def load(directory: str | Path, *, cache_dir: str | Path | None = None) -> datasets.DatasetDict:
+def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = None) -> datasets.DatasetDict:
     """Load a folder in any known layout as splits `train`, `val` and, where present, `test` and others.
 
-    Class folders may come without `val`, or as the single split `full`: callers that need a split must look for it.
+    `source` is that folder, or the options that name it and say how to read it. Class folders may come without `val`,
+    or as the single split `full`: callers that need a split must look for it.
 
     The name "synthetic" stands for the built-in data set, generated below `cache_dir` the first time. A single file in
     the challenge layout is loaded as the split `test` alone. "hub:OWNER/NAME" is a data set on the Hub, see
     `hub_names.load`.
 
     The first time, the files are checked and converted below `cache_dir`, all or nothing and by one process at a time
-    (default: `datasets.config.HF_DATASETS_CACHE`). The cache is keyed by the contents of the files: a folder that
-    moved is not converted again, one with a changed byte is. What was found in the files is in `info.description`.
+    (default: `datasets.config.HF_DATASETS_CACHE`). The cache is keyed by the contents of the files and the options: a
+    folder that moved is not converted again, one with a changed byte is. What was found in the files is in
+    `info.description`, with a line for each image that was left out (`--on_bad_image skip`), which is logged each time.
 
     Raises HistoError for a folder that is missing, of no known layout or incomplete, and for every fault in a file;
     OSError where the disk is full or the cache can't be written.
     """
-    cache_dir = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
-    if str(directory).startswith(hub_names.PREFIX):
-        return hub_names.load(str(directory), cache_dir=cache_dir)
-    directory = _synthetic(cache_dir) if str(directory) == SYNTHETIC else Path(directory)
+    options = source if isinstance(source, DataOptions) else DataOptions(data=str(source))
+    cache_dir = Path(cache_dir or options.cache_dir or datasets.config.HF_DATASETS_CACHE)
+    if options.data.startswith(hub_names.PREFIX):
+        return hub_names.load(options.data, cache_dir=cache_dir)
+    directory = _synthetic(cache_dir) if options.data == SYNTHETIC else Path(options.data)
     builder_class = _layout(directory)
+    defaults = DataOptions()
     try:
         name = _content_fingerprint(directory, builder_class.sources(directory), cache_dir)
+        chosen = {key: getattr(options, key) for key in builder_class.OPTIONS}
+        if changed := {key: value for key, value in chosen.items() if value != getattr(defaults, key)}:
+            name = xxhash.xxh3_128(f"{name}{changed}".encode()).hexdigest()
     except FileNotFoundError as error:
         expected = builder_class.EXPECTED
         raise HistoError(f"{error.filename}: no such file, expected {expected}; complete the folder") from None
@@ -57,6 +68,7 @@ def load(directory: str | Path, *, cache_dir: str | Path | None = None) -> datas
         config_name=name,
         config_id=name,  # given, so that `directory` doesn't enter the key
         directory=directory,
+        options=options,
     )
     try:
         builder.download_and_prepare()
@@ -64,7 +76,26 @@ def load(directory: str | Path, *, cache_dir: str | Path | None = None) -> datas
         if isinstance(error.__cause__, HistoError | OSError):
             raise error.__cause__ from None
         raise
-    return builder.as_dataset()
+    return _reported(builder)
+
+
+def _reported(builder: FolderBuilder) -> datasets.DatasetDict:
+    """The converted data, saying what was left out of it; HistoError where too little remains."""
+    directory, info = builder.config.directory, builder.info
+    lines = [line.removeprefix(LEFT_OUT) for line in info.description.splitlines() if line.startswith(LEFT_OUT)]
+    remedy = "replace some of the images that were left out"
+    for split, rows in info.splits.items():
+        if not rows.num_examples:
+            raise HistoError(f"{directory}: {split} has no readable image; {remedy}, e.g. {lines[-1]}")
+    data = builder.as_dataset()
+    if lines:
+        logger.warning("%s: left out %d images that can't be read:\n%s", directory, len(lines), "\n".join(lines))
+        for split in data.keys() & {"train"}:
+            present = set(data[split]["label"])
+            lost = [name for label, name in enumerate(info.features["label"].names) if label not in present]
+            if lost:
+                raise HistoError(f"{directory}: {split} has no readable image of {', '.join(lost)}; {remedy}")
+    return data
 
 
 def fingerprint(dataset: datasets.Dataset | datasets.DatasetDict) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypedDict
 
 import datasets
@@ -16,6 +19,7 @@ import torch
 
 from hf_histo.errors import HistoError
 
+MAX_PIXELS = 100_000_000  # per image, looked at before it is decoded
 _PPM = re.compile(rb"P6\s+([1-9]\d*)\s+([1-9]\d*)\s+255\s")
 
 
@@ -62,18 +66,24 @@ def decode(data: bytes | memoryview, source: str = "image") -> torch.Tensor:
     """Decode the bytes of an image file into a contiguous uint8 RGB tensor (3, H, W) in [0, 255] that owns its memory.
 
     8-bit PPM is read by NumPy, any other format by PIL with EXIF orientation applied, exactly as `datasets.Image` does
-    (torchvision's decoders, deprecated since 0.29, give the same bytes). Transparency is dropped, the first frame of
-    an animation is taken, and 16-bit gray values keep their high byte.
+    (torchvision's decoders, deprecated since 0.29, give the same bytes). Transparency is dropped, and the first frame
+    of an animation is taken. 16-bit gray values keep their high byte; an image that stays below 4,096 is of 12 bits, as
+    scanners give them, and keeps the upper 8 of those.
 
-    Raises HistoError, starting with `source`, for bytes that are no image or one with more than 8 bits in a way that
-    has no fixed range (32-bit integers, floats).
+    Raises HistoError, starting with `source`, for bytes that are no image, one of over 100 megapixels, told from its
+    header, or one with more than 8 bits in a way that has no fixed range (32-bit integers, floats).
     """
     try:
         if header := _PPM.match(data):
             width, height = int(header[1]), int(header[2])
+            _check_size(width, height)
             pixels = np.frombuffer(data, np.uint8, 3 * height * width, header.end()).reshape(height, width, 3)
         else:
             pixels = _decode_with_pil(data)
+    except _TooLargeError as error:
+        raise HistoError(
+            f"{source}: {error}, expected at most {MAX_PIXELS:,} in all; scale it down or cut it up"
+        ) from None
     # PIL's readers let almost any exception out on broken bytes: SyntaxError, struct.error, zlib.error, MemoryError...
     except Exception as error:
         found = f"{len(data)} bytes starting with {bytes(data[:8])!r}"
@@ -81,21 +91,53 @@ def decode(data: bytes | memoryview, source: str = "image") -> torch.Tensor:
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
+def checked(path: Path) -> bytes:
+    """The bytes of an image file that `decode` takes. Raises HistoError as that does."""
+    data = path.read_bytes()
+    decode(data, str(path))
+    return data
+
+
+class _TooLargeError(Exception):
+    """The message says how large."""
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise _TooLargeError(f"{width:,} x {height:,} pixels")
+
+
+@contextmanager
+def _opened(data: bytes | memoryview) -> Iterator[PIL.Image.Image]:
+    """The image by its header, no larger than `MAX_PIXELS`."""
+    with warnings.catch_warnings():
+        # PIL warns from 89 megapixels on and refuses from 179 on, both from the header alone.
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", message="Palette images with Transparency")  # which is dropped
+        try:
+            with PIL.Image.open(io.BytesIO(data)) as image:
+                _check_size(*image.size)
+                yield image
+        except PIL.Image.DecompressionBombError as error:
+            raise _TooLargeError(str(error)) from None
+
+
 def _decode_with_pil(data: bytes | memoryview) -> np.ndarray:
-    with PIL.Image.open(io.BytesIO(data)) as file:
+    with _opened(data) as file:
         image = PIL.ImageOps.exif_transpose(file)
-    if image.mode.startswith("I;16"):
-        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixel mode {image.mode} has no fixed range, expected 8 or 16 bits")
-    return np.asarray(image.convert("RGB"))
+        if image.mode.startswith("I;16"):
+            pixels = np.asarray(image)
+            image = PIL.Image.fromarray((pixels >> (8 if pixels.max() >= 4096 else 4)).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError(f"pixel mode {image.mode} has no fixed range, expected 8 or 16 bits")
+        return np.asarray(image.convert("RGB"))
 
 
 def size(data: bytes | memoryview) -> tuple[int, int]:
     """Height and width that `decode` will give, from the header wherever that tells them; raises whatever PIL does."""
     if header := _PPM.match(data):
         return int(header[2]), int(header[1])
-    with PIL.Image.open(io.BytesIO(data)) as image:
+    with _opened(data) as image:
         # Orientations from 5 on swap the sides, in some formats already here.
         turned = image.height != image.width and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
     height, width = decode(data).shape[1:] if turned else (image.height, image.width)

@@ -34,6 +34,7 @@ class WildsCamelyon17(FolderBuilder):
     """
 
     LAYOUT = "wilds_camelyon17"
+    OPTIONS = ("on_bad_image",)
     EXPECTED = "metadata.csv and patches/patient_004_node_4/patch_patient_004_node_4_x_3328_y_21792.png and so on"
     LABELS = ("normal", "tumor")
 
@@ -68,23 +69,24 @@ class WildsCamelyon17(FolderBuilder):
         first = None
         for row in rows.itertuples():
             path = self.config.directory / str(row.path)
-            data = path.read_bytes()
-            size = decode(data, str(path)).shape
-            first = first or size
-            if size != first:
-                raise HistoError(
-                    f"{path}: shape {tuple(size)}, expected {tuple(first)} as the first; download it again"
+            with self.skipping(str(row.path)):
+                data = path.read_bytes()
+                size = decode(data, str(path)).shape
+                first = first or size
+                if size != first:
+                    raise HistoError(
+                        f"{path}: shape {tuple(size)}, expected {tuple(first)} as the first; download it again"
+                    )
+                yield (
+                    path.stem,
+                    {
+                        "id": path.stem,
+                        "image": {"bytes": data, "path": None},
+                        "label": row.tumor,
+                        "center": row.center,
+                        "group": f"patient_{row.patient:03}",
+                    },
                 )
-            yield (
-                path.stem,
-                {
-                    "id": path.stem,
-                    "image": {"bytes": data, "path": None},
-                    "label": row.tumor,
-                    "center": row.center,
-                    "group": f"patient_{row.patient:03}",
-                },
-            )
 
 
 def _table(directory: Path) -> pd.DataFrame:

@@ -11,7 +11,8 @@ import PIL.Image
 import pytest
 from fixtures import images, truncate
 
-from hf_histo.data.load import load
+from hf_histo.config import DataOptions
+from hf_histo.data.load import fingerprint, load
 from hf_histo.data.schema import ImageTable, decode
 from hf_histo.errors import HistoError
 
@@ -89,6 +90,9 @@ def test_folders_below_a_class(folder: Path) -> None:
         ("palette.gif", images(1)[0], "P"),
         ("palette.png", images(1)[0], "P"),
         ("bit.png", images(1)[0], "1"),
+        ("clear.png", images(1)[0], "P"),
+        ("twelve.png", (np.arange(168).reshape(12, 14) * 20).astype(np.uint16), None),
+        ("deep.tif", (np.arange(168).reshape(12, 14) * 390).astype(np.uint16), None),
         ("alpha.png", np.concatenate([images(1)[0], images(1)[0][..., :1]], 2), None),
         ("cmyk.jpg", images(1)[0], "CMYK"),
         ("one.bmp", images(1)[0][:1, :1], None),
@@ -99,14 +103,15 @@ def test_folders_below_a_class(folder: Path) -> None:
 def test_any_format_is_embedded_as_it_is(folder: Path, name: str, pixels: np.ndarray, mode: str | None) -> None:
     path = folder / "train/ant" / name
     image = PIL.Image.fromarray(pixels)
-    (image.convert(mode) if mode else image).save(path)
+    transparency = {"transparency": bytes(range(256))} if name == "clear.png" else {}
+    (image.convert(mode) if mode else image).save(path, **transparency)
     train = load(folder)["train"]
     row = train["id"][:].index(f"train/ant/{name}")
     assert train.with_format("arrow")[:]["image"][row]["bytes"].as_py() == path.read_bytes()
     decoded = ImageTable(train)[row]["image"]
     assert tuple(decoded.shape) == (3, *pixels.shape[:2])
-    if "sixteen" in name:
-        assert np.array_equal(decoded[1], pixels >> 8)
+    if pixels.dtype == np.uint16:
+        assert np.array_equal(decoded[1], pixels >> (4 if "twelve" in name else 8))
 
 
 def test_refuses_one_unreadable_image_among_many(folder: Path) -> None:
@@ -218,3 +223,64 @@ def test_animations_give_their_first_frame(folder: Path) -> None:
     first.save(buffer, "GIF")
     row = train["id"][:].index("train/ant/moving.gif")
     assert np.array_equal(ImageTable(train)[row]["image"], decode(buffer.getvalue()))
+
+
+def test_a_link_to_itself(folder: Path) -> None:
+    loop = folder / "train/ant/loop.png"
+    loop.symlink_to(loop)
+    refused(folder, r"train/ant/loop\.png: a link that leads back to itself")
+    loop.unlink()
+    (folder / "train/ant/a").symlink_to(folder / "train/ant/b")
+    (folder / "train/ant/b").symlink_to(folder / "train/ant/a")
+    assert len(load(folder)["train"]) == 6  # neither folders nor named like images
+
+
+def test_a_folder_named_like_an_image(folder: Path) -> None:
+    (folder / "train/ant/7.png").mkdir()
+    refused(folder, r"train/ant/7\.png: no images in this folder")
+
+
+def spoil(folder: Path) -> None:
+    """Make 3 of the 6 training images unreadable, one for each reason."""
+    truncate(folder / "train/cat/0.png")
+    (folder / "train/ant/1.png").write_bytes(b"")
+    (folder / "train/cat/2.png").write_bytes(png_header(30_000, 30_000))
+
+
+def test_unreadable_images_are_left_out_by_name(folder: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    spoil(folder)
+    refused(folder, r"train/ant/1\.png: not a readable image \(0 bytes")
+    options = DataOptions(data=str(folder), on_bad_image="skip")
+    for run in range(2):
+        caplog.clear()
+        data = load(options)
+        assert data["train"]["id"][:] == ["train/ant/3.png", "train/ant/5.png", "train/cat/4.png"]
+        assert len(data["val"]) == 6
+        assert "left out 3 images" in caplog.text
+        for text in (caplog.text, data["train"].info.description):
+            assert "train/ant/1.png: not a readable image (0 bytes" in text
+            assert "train/cat/2.png: Image size (900000000 pixels) exceeds" in text
+            assert text.count("train/cat/0.png") == 1 and str(folder / "train") not in text
+        if run == 0:
+            folder = folder.rename(tmp_path / "moved")
+            options.data = str(folder)
+    refused(folder, r"train/ant/1\.png: not a readable image")  # the cache of those that were read does not hide it
+
+
+def test_leaving_out_is_other_data(folder: Path) -> None:
+    assert fingerprint(load(folder)) != fingerprint(load(DataOptions(data=str(folder), on_bad_image="skip")))
+
+
+def test_a_class_without_a_readable_image(folder: Path) -> None:
+    for name in (1, 3, 5):
+        truncate(folder / f"train/ant/{name}.png")
+    for _ in range(2):
+        with pytest.raises(HistoError, match="train has no readable image of ant; replace"):
+            load(DataOptions(data=str(folder), on_bad_image="skip"))
+
+
+def test_a_split_without_a_readable_image(folder: Path) -> None:
+    for path in (folder / "test").rglob("*.png"):
+        truncate(path)
+    with pytest.raises(HistoError, match="test has no readable image; replace"):
+        load(DataOptions(data=str(folder), on_bad_image="skip"))

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
+import zlib
 from pathlib import Path
 
 import datasets
@@ -106,6 +108,19 @@ def test_what_is_read_can_be_prepared_and_selected(table: datasets.Dataset) -> N
 def test_sixteen_bits_keep_the_high_byte() -> None:
     gray = np.array([[0, 255], [256, 65535]], np.uint16)
     assert decode(file_bytes(gray, "PNG"))[0].tolist() == [[0, 0], [1, 255]]
+    gray = np.array([[0, 255], [256, 4095]], np.uint16)  # 12 bits
+    assert decode(file_bytes(gray, "PNG"))[0].tolist() == [[0, 15], [16, 255]]
+
+
+@pytest.mark.parametrize("width", [10_001, 30_000])
+def test_giants_are_refused_by_their_header(width: int) -> None:
+    ppm = b"P6\n%d 10000\n255\n" % width
+    png = bytearray(file_bytes(images(1)[0], "PNG"))
+    png[16:24] = struct.pack(">II", width, 10_000)
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    for data in (ppm, bytes(png)):
+        with pytest.raises(HistoError, match=r"^image: .*pixels.*, expected at most 100,000,000 in all"):
+            decode(data)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 from fixtures import truncate, write_csv, write_wilds
 
+from hf_histo.config import DataOptions
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
@@ -112,3 +113,12 @@ def test_refuses_an_absent_validation_center(tmp_path: Path) -> None:
         rewrite(tmp_path, "center", row, 2)
     with pytest.raises(HistoError, match=r"metadata\.csv: no rows for val"):
         load(tmp_path)
+
+
+def test_an_unreadable_patch_is_left_out(tmp_path: Path) -> None:
+    paths = write_wilds(tmp_path)
+    truncate(paths[1])
+    refused(tmp_path, r"x_32_y_64\.png: not a readable image")
+    train = load(DataOptions(data=str(tmp_path), on_bad_image="skip"))["train"]
+    assert train["id"][:] == [paths[i].stem for i in (0, 2, 3)]
+    assert f"left out {paths[1].relative_to(tmp_path)}: not a readable image" in train.info.description
