@@ -105,7 +105,10 @@ class PredictionOptions:
 
     _argument_group_name = "prediction"
 
-    test_time_views: int = option(1, "views that a prediction averages: 1, or 8 for every turn and flip of the square")
+    test_time_views: int = option(
+        1, "views whose mean logit is a prediction: 1, or 8 of the square, or any number drawn"
+    )
+    test_time_augmentation: str = option("square", "every turn and flip of the square, or a preset of --augmentation")
     adapt_batch_norm: bool = option(False, "predict with batch-norm statistics of the images that are predicted")
 
 
@@ -306,8 +309,6 @@ def _validated(config: Config) -> Config:
         raise HistoError(f"--stain_mixing is {config.centers.stain_mixing}, expected in [0, 1]")
     if config.centers.stain_mixing and config.centers.normalization == "none":
         raise HistoError("--stain_mixing needs --normalization rgb, reinhard or macenko: the space it mixes in")
-    if config.prediction.test_time_views not in (1, 8):
-        raise HistoError(f"--test_time_views is {config.prediction.test_time_views}, expected 1 or 8")
     if config.output.push_to_hub and not config.output.hub_model_id:
         raise HistoError("--push_to_hub needs --hub_model_id owner/name")
     return config

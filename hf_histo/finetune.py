@@ -120,7 +120,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         preprocessing=views,
         head=head,
         normalizer=normalizer,
-        views=config.prediction.test_time_views,
+        views=augmentation.Views.of(config),
         adapt_batch_norm=config.prediction.adapt_batch_norm,
         data={
             "name": Path(config.data.data).resolve().name,

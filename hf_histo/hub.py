@@ -24,6 +24,7 @@ from hf_histo.evaluation import predictions as prediction_tables
 from hf_histo.evaluation import report
 from hf_histo.files import atomic_folder, write_json
 from hf_histo.models import adapters, backbones, heads
+from hf_histo.transforms.augmentation import PLAIN, Views
 from hf_histo.transforms.preprocessing import FITS, Preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
 
@@ -49,7 +50,7 @@ class Sidecar:
         batch_norm: "frozen" or "track".
         preprocessing: of an evaluation image.
         normalizer: of the centers' color, or None.
-        views: that a prediction averages, 1 or 8.
+        views: whose mean logit is a prediction.
         adapt_batch_norm: whether a prediction takes batch-norm statistics from its own images.
         threshold: probability of the second class from which on it is predicted, in [0, 1].
         thresholds: others to choose from by name, for a binary task: "validation" (best balanced accuracy there) and
@@ -72,7 +73,7 @@ class Sidecar:
     head: heads.Design = dataclasses.field(default_factory=heads.Design)
     bare: bool = True
     normalizer: CenterNormalizer | None = None
-    views: int = 1
+    views: Views = PLAIN
     adapt_batch_norm: bool = False
     threshold: float = 0.5
     thresholds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -92,7 +93,11 @@ class Sidecar:
                 declared[key] = tuple(float(value) for value in declared[key])
             normalizer = None if color is None else CenterNormalizer.from_json(color)
             head = heads.Design.from_json(content.pop("head", {"widths": ()}))
-            sidecar = cls(**content, preprocessing=Preprocessing(**declared), normalizer=normalizer, head=head)
+            views = content.pop("views", 1)  # before views could be drawn: a number of those of the square
+            views = Views(**views) if isinstance(views, dict) else Views(views)
+            sidecar = cls(
+                **content, preprocessing=Preprocessing(**declared), normalizer=normalizer, head=head, views=views
+            )
         except FileNotFoundError:
             raise HistoError(f"{folder}: holds no {SIDECAR}; expected the adapter folder of a finished run") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, HistoError) as error:
@@ -130,7 +135,7 @@ class Sidecar:
             or not self.backbone.keys() >= {"name", "revision", "fingerprint"}
             or not isinstance(self.backbone["name"], str),
             "preprocessing": not _is_sound(self.preprocessing),
-            "views": self.views not in (1, 8),
+            "views": not isinstance(self.views.seed, int) or self.views.seed < 0,
             "adapt_batch_norm": not isinstance(self.adapt_batch_norm, bool),
             "threshold": not _is_probability(self.threshold),
             "thresholds": not isinstance(self.thresholds, dict)

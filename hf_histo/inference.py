@@ -18,6 +18,7 @@ from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, predictions
 from hf_histo.evaluation.forward import forward
 from hf_histo.hub import Sidecar, load
+from hf_histo.transforms.augmentation import Views
 
 Image = str | Path | PIL.Image.Image | np.ndarray | torch.Tensor
 
@@ -83,7 +84,7 @@ class Classifier:
         dataset: datasets.Dataset,
         *,
         threshold: str | float | None = None,
-        views: int | None = None,
+        views: Views | None = None,
         adapt_batch_norm: bool | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
@@ -96,7 +97,7 @@ class Classifier:
         largest one.
 
         Where the adapter normalizes color, a center that training did not see is measured on `dataset` as a whole:
-        give all its images at once, not one by one; likewise where batch norm is adapted. `views` (1 or 8) and
+        give all its images at once, not one by one; likewise where batch norm is adapted. `views` and
         `adapt_batch_norm` (take the batch-norm statistics from `dataset`) override what the adapter says of them.
         """
         chosen = self.sidecar.threshold_named(threshold)

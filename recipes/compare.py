@@ -7,7 +7,7 @@
 A row is a config of recipes/histo_lora.py, and any of its options given here holds for every row. `reported.yaml` in
 its folder tells, by the config's file name without suffix, the row's `name`, the published test accuracy (`reported`,
 with its `source`), and whether predictions are `balanced`: class 1 for half of a split's images, labels unseen. Rows
-that differ in nothing else, or only in options of prediction (`test_time_views`, `adapt_batch_norm`), share a training.
+that differ in nothing else, or only in options of prediction (--test_time_views and the like), share a training.
 
 With `--protocol validation` every split with labels beside train is evaluated, with `leave_one_center_out` each center
 that training never saw. Each row, seed and center is a run of its own in OUT/ROW, so the same command goes on where an
@@ -35,6 +35,7 @@ from hf_histo.files import atomic_file, write_json
 from hf_histo.finetune import fine_tune
 from hf_histo.inference import Classifier
 from hf_histo.training import runs
+from hf_histo.transforms.augmentation import Views
 
 TOLD = "reported.yaml"
 METRICS = ("accuracy", "auroc")
@@ -161,7 +162,7 @@ def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
         for split in missing:
             table = classifier.predict(
                 fold[split],
-                views=config.prediction.test_time_views,
+                views=Views.of(config),
                 adapt_batch_norm=config.prediction.adapt_batch_norm,
                 batch_size=config.training.per_device_eval_batch_size,
             )

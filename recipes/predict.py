@@ -8,6 +8,7 @@ probability of class 1 (for more than two classes: of the predicted one).
 """
 
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from dataclasses import replace
 from pathlib import Path
 
 from hf_histo.data.load import load
@@ -29,7 +30,10 @@ def main() -> None:
     decision.add_argument(
         "--balanced", type=float, nargs="?", const=0.5, metavar="SHARE", help="call this share 1 (0.5)"
     )
-    parser.add_argument("--test_time_views", type=int, choices=(1, 8), help="average 8 turns and flips of the square")
+    parser.add_argument(
+        "--test_time_views", type=int, help="mean logit of 1 or 8 views of the square, or any drawn ones"
+    )
+    parser.add_argument("--test_time_augmentation", help="square, or a preset of --augmentation to draw views from")
     parser.add_argument(
         "--adapt_batch_norm", action=BooleanOptionalAction, help="take batch-norm statistics from these images"
     )
@@ -41,9 +45,11 @@ def main() -> None:
     data = load(options.data, cache_dir=options.cache_dir)
     if options.split not in data:
         raise HistoError(f"--split {options.split}: {options.data} has {', '.join(data)}")
+    views = {"count": options.test_time_views, "augmentation": options.test_time_augmentation}
+    given = {key: value for key, value in views.items() if value is not None}
     table = classifier.predict(
         data[options.split],
-        views=options.test_time_views,
+        views=replace(classifier.sidecar.views, **given),
         adapt_batch_norm=options.adapt_batch_norm,
         batch_size=options.batch_size,
     )

@@ -24,6 +24,7 @@ from hf_histo.errors import HistoError
 from hf_histo.evaluation import predictions
 from hf_histo.finetune import Result, fine_tune
 from hf_histo.training import trainer
+from hf_histo.transforms.augmentation import Views
 
 DESIGNED = {
     "adapter_config.json",
@@ -170,6 +171,10 @@ def test_a_sidecar_that_is_none(adapter: Path, content: str) -> None:
         ("temperature", float("inf")),
         ("preprocessing", None),
         ("preprocessing", {"image_size": 32}),
+        ("views", 3),
+        ("views", {"count": 8, "augmentation": "magic"}),
+        ("views", {"count": 8, "augmentation": []}),
+        ("views", {"seed": "0"}),
         ("unknown", 1),
     ],
 )
@@ -195,9 +200,14 @@ def test_a_sidecar_with_a_strange_preprocessing(adapter: Path, key: str, value: 
 def test_a_sidecar_older_than_an_option(adapter: Path) -> None:
     file = adapter / "hf_histo.json"
     content = json.loads(file.read_text())
-    del content["preprocessing"]["fit"]
+    assert content["views"] == {"count": 1, "augmentation": "square", "seed": 0}
+    content["views"] = 8
+    del content["preprocessing"]["fit"], content["adapt_batch_norm"]
     file.write_text(json.dumps(content), encoding="utf-8")
-    assert hub.Sidecar.read(adapter).preprocessing.fit == "crop"
+    sidecar = hub.Sidecar.read(adapter)
+    assert sidecar.preprocessing.fit == "crop"
+    assert sidecar.views == Views(8)
+    assert not sidecar.adapt_batch_norm
 
 
 def test_a_folder_of_no_run_and_a_name_without_a_network(tmp_path: Path) -> None:

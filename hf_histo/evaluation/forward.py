@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from hf_histo.data.schema import Sample
 from hf_histo.models import batchnorm
 from hf_histo.training import runs
+from hf_histo.transforms.augmentation import PLAIN, Views
 from hf_histo.transforms.preprocessing import Preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
 
@@ -29,7 +29,7 @@ def forward(
     preprocessing: Preprocessing,
     *,
     normalizer: CenterNormalizer | None = None,
-    views: int = 1,
+    views: Views = PLAIN,
     adapt_batch_norm: bool = False,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -46,7 +46,7 @@ def forward(
         dataset: of the one schema; images may differ in size.
         preprocessing: of an evaluation view.
         normalizer: of the centers' color, which must know the centers of `dataset`.
-        views: 1, or 8 for the mean logit over the four quarter turns and their mirror images.
+        views: over which the logits are averaged.
         adapt_batch_norm: use batch-norm statistics of `dataset`'s own unlabeled images (see `batchnorm.adapted`); every
             process measures them on all images.
         batch_size, num_workers: of the loader in each process.
@@ -69,26 +69,19 @@ def forward(
         hidden = not accelerator.is_local_main_process
         for images, centers, index in tqdm(loader, desc=description, disable=hidden, leave=False):
             images = images.to(device)
-            yield preprocessing(images if normalizer is None else normalizer(images, centers)), index.to(device)
+            yield images if normalizer is None else normalizer(images, centers), index.to(device)
 
     gathered = []
-    adaptation = (pixels for pixels, _ in batches(loader, "Adapting batch norm"))
+    adaptation = (preprocessing(images) for images, _ in batches(loader, "Adapting batch norm"))
     with batchnorm.adapted(model, adaptation) if adapt_batch_norm else nullcontext():
-        for pixels, index in batches(accelerator.prepare(loader, device_placement=[False]), description):
-            logits = torch.stack([model(pixel_values=view).logits.float() for view in _views(pixels, views)]).mean(0)
+        for images, index in batches(accelerator.prepare(loader, device_placement=[False]), description):
+            every_view = views(images, preprocessing, index)
+            logits = torch.stack([model(pixel_values=view).logits.float() for view in every_view]).mean(0)
             gathered.append([part.cpu() for part in accelerator.gather_for_metrics((logits, index))])
     every, order = (torch.cat(parts).numpy() for parts in zip(*gathered, strict=True))
     if not np.array_equal(np.sort(order), np.arange(len(dataset))):
         raise RuntimeError(f"{len(order)} predictions for {len(dataset)} images: each must come once")
     return every[np.argsort(order)].astype(np.float64)
-
-
-def _views(pixels: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
-    yield pixels
-    if count == 8:
-        for turns, mirrored in list(itertools.product(range(4), (False, True)))[1:]:
-            view = torch.rot90(pixels.flip(-1) if mirrored else pixels, turns, (-2, -1))
-            yield view.contiguous(memory_format=torch.channels_last)
 
 
 def _stack(samples: list[Sample]) -> tuple[torch.Tensor, ...]:

@@ -8,14 +8,18 @@ sample looks like.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from hf_histo.config import Config
 from hf_histo.errors import HistoError
+from hf_histo.transforms.preprocessing import Preprocessing
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights of torchvision's and PIL's gray conversion
 RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))  # NTSC 1953
@@ -132,6 +136,61 @@ def augment(
     for change in (_restain, _recolor, _scan):
         floats = change(floats, draws, augmentation)
     return _resample(floats, draws, augmentation, size)
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of an image whose mean logit is its prediction.
+
+    Attributes:
+        count: how many.
+        augmentation: "square" for the image itself and, if `count` is 8, its quarter turns and all their mirror
+            images; or the preset from which each view is drawn.
+        seed: of what is drawn.
+
+    Raises `HistoError` for a number of views that the square does not have, or an unknown preset.
+    """
+
+    count: int = 1
+    augmentation: str = "square"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        square = self.augmentation == "square"
+        if not square and self.augmentation not in PRESETS:
+            raise HistoError(
+                f"--test_time_augmentation is {self.augmentation!r}, expected one of square, {', '.join(PRESETS)}"
+            )
+        if not isinstance(self.count, int) or self.count < 1 or (square and self.count not in (1, 8)):
+            expected = "1 or 8; other numbers need --test_time_augmentation" if square else "a number of at least 1"
+            raise HistoError(f"--test_time_views is {self.count!r}, expected {expected}")
+
+    @classmethod
+    def of(cls, config: Config) -> Views:
+        """The ones that the options ask for."""
+        return cls(config.prediction.test_time_views, config.prediction.test_time_augmentation, config.training.seed)
+
+    def __call__(
+        self, images: torch.Tensor, preprocessing: Preprocessing, index: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
+        """Views (B, 3, image_size, image_size), normalized, of (B, 3, H, W), uint8 or float in [0, 1].
+
+        `index` as in `augment`, where a view's number stands for the epoch: neither batches nor processes change it.
+        """
+        if self.augmentation != "square":
+            augmentation, size = PRESETS[self.augmentation], preprocessing.image_size
+            for view in range(self.count):
+                augmented = augment(images, augmentation, size, seed=self.seed, epoch=view, index=index)
+                yield preprocessing.normalize(augmented)
+            return
+        pixels = preprocessing(images)
+        yield pixels
+        for turns, mirrored in list(itertools.product(range(4), (False, True)))[1 : self.count]:
+            turned = torch.rot90(pixels.flip(-1) if mirrored else pixels, turns, (-2, -1))
+            yield turned.contiguous(memory_format=torch.channels_last)
+
+
+PLAIN = Views()
 
 
 def uniform(seed: int, epoch: int, index: torch.Tensor, count: int) -> np.ndarray:

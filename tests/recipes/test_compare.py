@@ -20,6 +20,7 @@ from hf_histo.data.load import load
 from hf_histo.errors import run
 from hf_histo.evaluation import metrics, predictions, thresholds
 from hf_histo.inference import Classifier
+from hf_histo.transforms.augmentation import Views
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compare.py"
 REPORT = sorted((RECIPE.parent / "configs" / "report").glob("*.yaml"))
@@ -158,7 +159,7 @@ def test_rows_that_differ_at_prediction_share_a_training(call: Call, rows: list[
 
     classifier = Classifier.from_pretrained(adapter(output, "a_linear", "seed-0"))
     validation = load(written["c_views"]["options"]["data"])["val"]
-    assert tables["c_views"]["logit"].tolist() == classifier.predict(validation, views=8)["logit"].tolist()
+    assert tables["c_views"]["logit"].tolist() == classifier.predict(validation, views=Views(8))["logit"].tolist()
     stamp = files["c_views"].stat().st_mtime_ns
     call([views, base], output, "--seeds=1")
     assert files["c_views"].stat().st_mtime_ns == stamp

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from hf_histo.errors import HistoError
 from hf_histo.transforms import augmentation as module
-from hf_histo.transforms.augmentation import LUMA, PRESETS, Augmentation, augment, preset
+from hf_histo.transforms.augmentation import LUMA, PRESETS, Augmentation, Views, augment, preset
 
 EXACT = {"rtol": 0, "atol": 1e-4}
 
@@ -287,3 +287,17 @@ def test_noise_has_the_declared_deviation_and_belongs_to_the_sample() -> None:
     assert abs(deviations.mean() - 0.05) < 0.005
     alone = augment(gray[:1], Augmentation(noise=0.1), 16, seed=0, epoch=0, index=torch.tensor([7]))
     torch.testing.assert_close(alone[0], noisy[7] + 128 / 255, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "augmentation", "message"),
+    [
+        (3, "square", "--test_time_views is 3, expected 1 or 8"),
+        (0, "strong", "--test_time_views is 0, expected a number of at least 1"),
+        ("8", "square", "--test_time_views is '8'"),
+        (8, "stronk", "--test_time_augmentation is 'stronk', expected one of square, none, flips"),
+    ],
+)
+def test_views_that_there_are_not(count: int, augmentation: str, message: str) -> None:
+    with pytest.raises(HistoError, match=message):
+        Views(count, augmentation)

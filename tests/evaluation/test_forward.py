@@ -1,0 +1,68 @@
+"""A prediction is the mean logit over its views, whatever the batches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from miniature import write_data
+from torch import nn
+
+from hf_histo.data.load import load
+from hf_histo.data.schema import ImageTable
+from hf_histo.evaluation.forward import forward
+from hf_histo.transforms.augmentation import Views, augment, preset
+from hf_histo.transforms.preprocessing import Preprocessing
+
+VIEW = Preprocessing(32, 32, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+class Linear(nn.Module):
+    """Logits that depend on where a pixel is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3 * 32 * 32, 2, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=pixel_values.flatten(1) @ self.weight)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> datasets.Dataset:
+    folder = tmp_path_factory.mktemp("data")
+    return load(write_data(folder / "data"), cache_dir=folder / "cache")["val"]
+
+
+@pytest.fixture(scope="module")
+def images(data: datasets.Dataset) -> torch.Tensor:
+    return torch.stack([sample["image"] for sample in ImageTable(data).__getitems__(list(range(len(data))))])
+
+
+def mean_logit(views: list[torch.Tensor]) -> np.ndarray:
+    with torch.no_grad():
+        return np.mean([Linear()(view.contiguous()).logits.numpy() for view in views], axis=0)
+
+
+def test_the_eight_views_of_the_square(data: datasets.Dataset, images: torch.Tensor) -> None:
+    plain = VIEW(images)
+    turned = [torch.rot90(view, turns, (-2, -1)) for view in (plain, plain.flip(-1)) for turns in range(4)]
+    found = forward(Linear(), data, VIEW, views=Views(8))
+    np.testing.assert_allclose(found, mean_logit(turned), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(forward(Linear(), data, VIEW), mean_logit([plain]), rtol=0, atol=1e-4)
+
+
+def test_drawn_views_are_those_of_the_augmentation(data: datasets.Dataset, images: torch.Tensor) -> None:
+    index = torch.arange(len(data))
+    drawn = [
+        VIEW.normalize(augment(images, preset("crop-jitter"), 32, seed=7, epoch=view, index=index)) for view in range(3)
+    ]
+    found = forward(Linear(), data, VIEW, views=Views(3, "crop-jitter", seed=7))
+    np.testing.assert_allclose(found, mean_logit(drawn), rtol=0, atol=1e-4)
+    batched = forward(Linear(), data, VIEW, views=Views(3, "crop-jitter", seed=7), batch_size=4)
+    np.testing.assert_allclose(batched, found, rtol=0, atol=1e-4)
+    for other in (Views(2, "crop-jitter", seed=7), Views(3, "crop-jitter", seed=8), Views(3, "flips", seed=7), Views()):
+        assert np.abs(forward(Linear(), data, VIEW, views=other) - found).min() > 1e-3
