@@ -144,6 +144,8 @@ class OutputOptions:
     push_to_hub: bool = option(False, "upload the adapter folder when the run is done")
     hub_model_id: str | None = option(None, "repository on the Hub: owner/name")
     hub_private: bool = option(False, "create the repository as private")
+    hub_revision: str | None = option(None, "branch of it to write to, made where it is missing (default: main)")
+    hub_create_pr: bool = option(False, "open a pull request there instead of writing")
 
 
 @dataclass
@@ -309,6 +311,9 @@ def _validated(config: Config) -> Config:
         raise HistoError(f"--stain_mixing is {config.centers.stain_mixing}, expected in [0, 1]")
     if config.centers.stain_mixing and config.centers.normalization == "none":
         raise HistoError("--stain_mixing needs --normalization rgb, reinhard or macenko: the space it mixes in")
-    if config.output.push_to_hub and not config.output.hub_model_id:
-        raise HistoError("--push_to_hub needs --hub_model_id owner/name")
+    output = config.output
+    if output.push_to_hub and (output.hub_model_id or "").count("/") != 1:
+        raise HistoError(f"--push_to_hub: --hub_model_id is {output.hub_model_id!r}, expected owner/name")
+    if output.hub_revision and output.hub_create_pr:
+        raise HistoError("--hub_revision and --hub_create_pr exclude each other: a pull request has its own branch")
     return config

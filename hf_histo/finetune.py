@@ -40,11 +40,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to: its adapter folder, metrics.json, and the seconds it took (None if it was done before)."""
+    """What a run came to.
+
+    Attributes:
+        adapter: its folder.
+        metrics: what metrics.json holds.
+        seconds: that it took; None if it was done before.
+        address: where it was uploaded, in the process that did so.
+    """
 
     adapter: Path
     metrics: dict[str, Any]
     seconds: float | None
+    address: str | None = None
 
     def summary(self) -> str:
         """A short table of the evaluated splits, then sizes, seconds and the folder."""
@@ -62,6 +70,7 @@ class Result:
                 f"adapter: {adapter:.2f} MiB, beside {model:.2f} MiB for the whole model",
                 f"seconds: {self.seconds:.0f}" if self.seconds is not None else "finished before, nothing was trained",
                 f"adapter folder: {self.adapter}",
+                *([f"uploaded: {self.address}"] if self.address else []),
             ]
         )
 
@@ -69,15 +78,30 @@ class Result:
 def fine_tune(config: Config, data: datasets.DatasetDict) -> Result:
     """Train on the split `train`, choose the checkpoint on `val`, predict every other split, save the adapter folder.
 
-    Call it in every process of a launch. A run that was interrupted goes on from its last checkpoint; one that is
-    finished is not trained again.
+    With `--push_to_hub`, upload that. Call it in every process of a launch. A run that was interrupted goes on from its
+    last checkpoint; one that is finished is not trained again.
 
-    Raises `HistoError` for data or options that can't be trained on, before anything is trained.
+    Raises `HistoError` for data or options that can't be trained on and a Hub that can't be written to, before anything
+    is trained; and where the upload fails, after.
     """
     started = time.monotonic()
+    output = config.output
+    pushes = output.push_to_hub and PartialState(cpu=runs.use_cpu()).is_main_process
+    if pushes:
+        hub.check_access(str(output.hub_model_id), pull_request=output.hub_create_pr)
     folder = runs.begin(config, fingerprint(data))
     with runs.disk_space_for(folder):
-        return _fine_tune(config, data, folder, started)
+        result = _fine_tune(config, data, folder, started)
+    if not pushes:
+        return result
+    address = hub.push(
+        result.adapter,
+        str(output.hub_model_id),
+        private=output.hub_private,
+        revision=output.hub_revision,
+        pull_request=output.hub_create_pr,
+    )
+    return dataclasses.replace(result, address=address)
 
 
 def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started: float) -> Result:

@@ -7,14 +7,16 @@ import importlib.metadata
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_token, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,6 +37,20 @@ RESIZED = {
     "pad": "longer side resized to, and the shorter one padded with the mean color below to,",
 }
 PACKAGES = ("hf_histo", "torch", "transformers", "peft", "timm", "datasets", "accelerate")
+HERE = "THIS_FOLDER"  # in the card's lines of code; `push` puts the repository's name there
+
+# What the Hub's client lets out: an upload that breaks in one of its threads ends in a RuntimeError.
+FAILURES = (HTTPError, OSError, ValueError, RuntimeError)
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may do this"
+REMEDIES: dict[int | type[BaseException], str] = {
+    LocalTokenNotFoundError: _LOG_IN,
+    400: "correct what it names",
+    401: _LOG_IN,
+    403: "use a token that may write there",
+    404: "check the name, the branch and, where it is private, the token",
+    409: "somebody else changes it at the same time: give the same command again",
+    429: "the Hub is asked too often: wait a while",
+}
 
 
 @dataclass(frozen=True)
@@ -248,31 +264,106 @@ def load(
 
 
 def fetch(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of an adapter: `source` itself, or the Hub's snapshot of it in the cache."""
+    """The local folder of an adapter: `source` itself, or the Hub's snapshot of it in the cache.
+
+    Without a network, a snapshot that was fetched before is as good. Raises `HistoError` if there is none.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     try:
         return Path(snapshot_download(str(source), revision=revision))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise HistoError(
-            f"adapter {source}: no such folder, and not to be had from the Hub ({' '.join(str(error).split())[:200]})"
-        ) from None
+    except FAILURES as error:
+        raise HistoError(f"adapter {source}: no such folder, and not to be had from the Hub: {_told(error)}") from None
 
 
-def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
-    """Upload an adapter folder to the Hub as `repository` (owner/name), and return its address.
+def check_access(repository: str, *, pull_request: bool = False) -> None:
+    """Ask the Hub who we are, so that hours of training don't end in a refused upload.
 
-    Raises `HistoError` if the Hub refuses; the folder stays as it is, and the same call tries again.
+    Raises `HistoError` without a network or a token, where the token may only read, and where neither its owner nor one
+    of the owner's organizations owns `repository` (owner/name), unless all we want there is a pull request.
     """
+    try:
+        validate_repo_id(repository)
+        account = HfApi().whoami()
+    except FAILURES as error:
+        raise HistoError(f"--hub_model_id {repository}: the Hub can't be written to: {_told(error)}") from None
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise HistoError(f"--hub_model_id {repository}: {account['name']}'s token may only read; {REMEDIES[403]}")
+    owners = [account["name"], *(organization["name"] for organization in account.get("orgs", []))]
+    if repository.split("/")[0] not in owners and not pull_request:
+        raise HistoError(
+            f"--hub_model_id {repository}: the token is of {account['name']}, expected a repository of "
+            f"{' or '.join(owners)}; to propose it to others, add --hub_create_pr"
+        )
+
+
+def push(
+    folder: str | Path,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    pull_request: bool = False,
+) -> str:
+    """Upload an adapter folder to the Hub as `repository` (owner/name), in one commit, and return its address.
+
+    What the Hub has already is not sent again, so a second call goes on where the first one was cut off. The card's
+    lines of code get the repository's name. Files of the repository that the folder does not have stay there.
+
+    Args:
+        folder: of a finished run; it is only read.
+        repository: made where it is missing, unless a pull request is wanted.
+        private: of a new repository; an existing one stays as it is.
+        revision: branch to write, made where it is missing.
+        pull_request: propose the commit instead, and return the address of the pull request.
+
+    Raises `HistoError` if the folder is no adapter's or the Hub refuses; the same call tries again.
+    """
+    folder = Path(folder)
+    Sidecar.read(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    contents: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in files}
+    contents["README.md"] = (folder / "README.md").read_text(encoding="utf-8").replace(HERE, repository).encode()
     api = HfApi()
     try:
-        address = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload hf_histo adapter")
-    except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise HistoError(f"--hub_model_id {repository}: the upload of {folder} failed ({reason}); try again") from None
-    return str(address)
+        if not pull_request:
+            api.create_repo(repository, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")  # the predictions
+            commit = api.create_commit(
+                repository,
+                [CommitOperationAdd(name, content) for name, content in contents.items()],
+                commit_message="Upload hf_histo adapter",
+                revision=revision,
+                create_pr=pull_request,
+            )
+    except FAILURES as error:
+        raise HistoError(
+            f"--hub_model_id {repository}: the upload failed: {_told(error)}. {folder} is whole; once that is done, "
+            f"python recipes/push.py --adapter {folder} --hub_model_id {repository} goes on"
+        ) from None
+    return str(commit.pr_url or commit.repo_url)
+
+
+def _told(error: BaseException) -> str:
+    """What the Hub said or why it could not be asked, and the remedy, in one line that never holds the token."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    if any(isinstance(link, OfflineModeIsEnabled) for link in chain):
+        return "HF_HUB_OFFLINE is set, and it is not in the cache; unset that to ask the Hub"
+    told = next((link for link in chain if isinstance(link, HfHubHTTPError)), None)
+    if told is None:
+        said, remedy = f"{type(chain[-1]).__name__}: {chain[-1]}", REMEDIES.get(type(chain[-1]), "try again")
+    else:
+        status = told.response.status_code
+        said = f"status {status}" + (f", {told.server_message}" if told.server_message else "")
+        remedy = REMEDIES.get(status, "the fault is the Hub's: try again later")
+    said = " ".join(said.split())[:300]
+    return f"{said.replace(get_token() or chr(0), '***')}; {remedy}"
 
 
 def card(sidecar: Sidecar, metrics: Mapping[str, Any]) -> ModelCard:

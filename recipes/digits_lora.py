@@ -11,7 +11,6 @@ predicted. The result is an adapter folder for recipes/predict.py and hf_histo.i
 
 from accelerate import PartialState
 
-from hf_histo import hub
 from hf_histo.config import parse
 from hf_histo.data.load import load
 from hf_histo.errors import run
@@ -23,8 +22,6 @@ def main() -> None:
     result = fine_tune(config, load(config.data))
     if PartialState().is_main_process:
         print(result.summary())
-        if config.output.push_to_hub and config.output.hub_model_id:
-            print(hub.push(result.adapter, config.output.hub_model_id, private=config.output.hub_private))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ test is only predicted. The result is an adapter folder for recipes/predict.py a
 
 from accelerate import PartialState
 
-from hf_histo import hub
 from hf_histo.config import parse
 from hf_histo.data.folds import pool_centers
 from hf_histo.data.load import load
@@ -30,8 +29,6 @@ def main() -> None:
     result = fine_tune(config, data)
     if state.is_main_process:
         print(result.summary())
-        if config.output.push_to_hub and config.output.hub_model_id:
-            print(hub.push(result.adapter, config.output.hub_model_id, private=config.output.hub_private))
 
 
 if __name__ == "__main__":

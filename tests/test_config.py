@@ -156,6 +156,8 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
 
 def test_pushing_needs_a_name() -> None:
     assert "--hub_model_id" in refusal("--push_to_hub")
+    assert "expected owner/name" in refusal("--push_to_hub", "--hub_model_id", "model")
+    assert "exclude each other" in refusal("--hub_create_pr", "--hub_revision", "v2")
     assert parse(None, ["--push_to_hub", "--hub_model_id", "me/model"]).output.push_to_hub
 
 

@@ -38,6 +38,8 @@ INDIFFERENT = {
     "push_to_hub",
     "hub_model_id",
     "hub_private",
+    "hub_revision",
+    "hub_create_pr",
 }
 
 

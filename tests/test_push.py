@@ -1,0 +1,331 @@
+"""Push and pull with the real client against a Hub on loopback, and against that Hub's failures."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pandas as pd
+import pytest
+from hub_server import CUT, LOST, READ_TOKEN, TOKEN, Hub
+from miniature import config, write_backbone, write_data
+
+from hf_histo import hub
+from hf_histo.data.load import load
+from hf_histo.errors import HistoError
+from hf_histo.evaluation import predictions
+from hf_histo.finetune import fine_tune
+from hf_histo.inference import Classifier
+from hf_histo.training import trainer
+
+NAME = "ana/tumor"
+QUICK = ["--target_modules=last-conv", "--num_train_epochs=1"]
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("source")
+    return write_backbone(folder / "backbone"), write_data(folder / "data")
+
+
+@pytest.fixture(scope="module")
+def finished(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "run"
+    return fine_tune(config(run, *source, *QUICK), load(source[1])).adapter
+
+
+@pytest.fixture
+def adapter(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "adapter")
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that this process's client asks, logged in, with an empty cache, and without waiting between attempts."""
+    constants = huggingface_hub.constants
+    with Hub(tmp_path / "hub") as started:
+        monkeypatch.setattr(constants, "ENDPOINT", started.address)
+        files = f"{started.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        yield started
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def on_the_hub(folder: Path, name: str = NAME) -> dict[str, bytes]:
+    """What the Hub is to hold: the folder, with the repository's name in the card."""
+    files = contents(folder)
+    return files | {"README.md": files["README.md"].replace(b"THIS_FOLDER", name.encode())}
+
+
+def refusal(adapter: Path, name: str = NAME, **options: bool | str) -> str:
+    """The message of a push that fails; it names the repository and the folder, which stays as it was."""
+    before = contents(adapter)
+    with pytest.raises(HistoError) as caught:
+        hub.push(adapter, name, **options)
+    assert contents(adapter) == before
+    message = str(caught.value)
+    assert message.startswith(f"--hub_model_id {name}: ")
+    assert f"python recipes/push.py --adapter {adapter} --hub_model_id {name}" in message
+    assert "\n" not in message
+    assert TOKEN not in message
+    return message
+
+
+def test_one_process_pushes_and_another_pulls(
+    adapter: Path, source: tuple[Path, Path], tmp_path: Path, finished: Path
+) -> None:
+    environment = {**os.environ, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HUB_OFFLINE": "0", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    push = [str(ROOT / "recipes" / "push.py"), "--adapter", str(adapter), "--hub_model_id", NAME, "--hub_private"]
+    pull = (
+        "import sys; from hf_histo.data.load import load; from hf_histo.inference import Classifier\n"
+        "data, name, local, output = sys.argv[1:]\n"
+        "found = [Classifier.from_pretrained(name, revision='v2'), Classifier.from_pretrained(local)]\n"
+        "one, other = (classifier.predict(load(data)['val']) for classifier in found)\n"
+        "one.assign(local=other['logit'])[['logit', 'local']].to_parquet(output)\n"
+    )
+    pulled = tmp_path / "pulled.parquet"
+    with Hub(tmp_path / "hub") as server:
+        environment["HF_ENDPOINT"] = server.address
+        command = [sys.executable, *push, "--hub_revision", "v2"]
+        pushed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert pushed.returncode == 0, pushed.stderr
+        assert pushed.stdout == f"uploaded: {server.address}/{NAME}\n"
+        assert TOKEN not in pushed.stdout + pushed.stderr
+        assert server.files(NAME, "v2") == on_the_hub(adapter)
+        assert server.files(NAME) == {}
+        assert server.is_private(NAME)
+        arguments = [str(source[1]), NAME, str(adapter), str(pulled)]
+        subprocess.run([sys.executable, "-c", pull, *arguments], env=environment, check=True)
+    found = pd.read_parquet(pulled)
+    assert np.ptp(found["logit"]) > 1e-3
+    np.testing.assert_array_equal(found["logit"], found["local"])
+    saved = predictions.array(predictions.read(finished / "predictions" / "val.parquet"), "logit")
+    np.testing.assert_allclose(found["logit"], saved, rtol=0, atol=1e-5)
+
+
+def test_without_a_network_the_cache_will_do(
+    server: Hub, adapter: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push(adapter, NAME)
+    first = hub.fetch(NAME)
+    asked = server.requests.total()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert hub.fetch(NAME) == first
+    data = load(source[1])["val"]
+    found, wanted = (Classifier.from_pretrained(place).predict(data) for place in (NAME, adapter))
+    np.testing.assert_array_equal(found["logit"], wanted["logit"])
+    assert server.requests.total() == asked
+
+
+def test_a_second_push_sends_nothing_again(server: Hub, adapter: Path) -> None:
+    assert hub.push(adapter, NAME) == f"{server.address}/{NAME}"
+    assert server.requests["PUT upload"] == 3  # the weights, and the predictions of two splits
+    hub.push(adapter, NAME)
+    assert server.requests["PUT upload"] == 3
+    assert server.requests["POST commit"] == 1
+    assert server.files(NAME) == on_the_hub(adapter)
+    assert not server.is_private(NAME)
+
+
+def test_a_pull_request_leaves_the_branch(server: Hub, adapter: Path) -> None:
+    hub.push(adapter, NAME)
+    (adapter / "metrics.json").write_bytes((adapter / "metrics.json").read_bytes() + b"\n")
+    address = hub.push(adapter, NAME, pull_request=True)
+    assert address == f"{server.address}/{NAME}/discussions/1"
+    assert server.files(NAME, "refs/pr/1") == on_the_hub(adapter)
+    assert server.files(NAME) != on_the_hub(adapter)
+    assert contents(hub.fetch(NAME, "refs/pr/1")) == on_the_hub(adapter)
+
+
+def test_other_files_of_the_repository_stay(server: Hub, adapter: Path) -> None:
+    huggingface_hub.HfApi().create_repo(NAME)
+    huggingface_hub.HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id=NAME)
+    (adapter / ".cache").write_bytes(b"not for the Hub")
+    hub.push(adapter, NAME)
+    (adapter / ".cache").unlink()
+    assert server.files(NAME) == {"notes.txt": b"mine", **on_the_hub(adapter)}
+
+
+@pytest.mark.parametrize("what", ["create", "validate", "preupload", "batch", "upload", "verify", "commit"])
+@pytest.mark.parametrize(
+    ("status", "remedy"), [(401, "hf auth login"), (403, "may write"), (404, "check the name"), (500, "try again")]
+)
+def test_a_push_that_is_refused(server: Hub, adapter: Path, what: str, status: int, remedy: str) -> None:
+    server.fail(what, status)
+    message = refusal(adapter)
+    assert remedy in message
+    assert f"status {status}" in message
+    assert "refused by order" in message
+    server.heal()
+    hub.push(adapter, NAME)
+    assert server.files(NAME) == on_the_hub(adapter)
+
+
+def test_a_push_that_collides(server: Hub, adapter: Path) -> None:
+    hub.push(adapter, NAME)
+    (adapter / "metrics.json").write_bytes((adapter / "metrics.json").read_bytes() + b"\n")
+    server.fail("commit", 409)
+    message = refusal(adapter)
+    assert "status 409" in message
+    assert "give the same command again" in message
+    server.heal()
+    hub.push(adapter, NAME)
+    assert server.files(NAME) == on_the_hub(adapter)
+
+
+@pytest.mark.parametrize("what", ["create", "batch", "upload", "commit"])
+@pytest.mark.parametrize("how", [CUT, LOST])
+def test_a_push_whose_connection_is_cut(server: Hub, adapter: Path, what: str, how: int) -> None:
+    server.fail(what, how)
+    assert "try again" in refusal(adapter)
+    server.heal()
+    before = server.requests["PUT upload"]
+    hub.push(adapter, NAME)
+    assert server.files(NAME) == on_the_hub(adapter)
+    if (what, how) == ("upload", LOST) or what == "commit":
+        assert server.requests["PUT upload"] - before < 3  # what had arrived was not sent again
+
+
+def test_a_fault_that_passes_is_not_told(server: Hub, adapter: Path) -> None:
+    server.fail("upload", 500, times=2)
+    server.fail("batch", CUT, times=1)
+    hub.push(adapter, NAME)
+    assert server.files(NAME) == on_the_hub(adapter)
+
+
+def test_a_server_that_repeats_the_token(server: Hub, adapter: Path) -> None:
+    server.fail("commit", 403, message=f"Bearer {TOKEN} may not")
+    assert "Bearer *** may not" in refusal(adapter)
+
+
+def test_a_card_that_the_hub_refuses(server: Hub, adapter: Path) -> None:
+    card = (adapter / "README.md").read_text(encoding="utf-8")
+    (adapter / "README.md").write_text(card.replace("pipeline_tag: image-classification", "pipeline_tag: [1]"))
+    assert "pipeline_tag is [1]" in refusal(adapter)
+
+
+def test_a_folder_of_no_adapter(server: Hub, tmp_path: Path) -> None:
+    with pytest.raises(HistoError, match=r"holds no hf_histo\.json"):
+        hub.push(tmp_path, NAME)
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [(401, "hf auth login"), (403, "may write"), (404, "check the name"), (500, "try again"), (CUT, "try again")],
+)
+def test_a_pull_that_fails(server: Hub, adapter: Path, status: int, remedy: str) -> None:
+    hub.push(adapter, NAME)
+    server.fail("resolve", status)
+    with pytest.raises(HistoError, match=f"adapter {NAME}: ") as caught:
+        Classifier.from_pretrained(NAME)
+    assert remedy in str(caught.value)
+    assert TOKEN not in str(caught.value)
+    server.heal()
+    assert contents(hub.fetch(NAME)) == on_the_hub(adapter)
+
+
+def test_a_private_repository_of_somebody_else_and_an_unknown_branch(
+    server: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push(adapter, NAME, private=True)
+    with pytest.raises(HistoError, match=r"status 404.*check the name, the branch"):
+        hub.fetch(NAME, "nowhere")
+    monkeypatch.setenv("HF_TOKEN", "hf_unknown")
+    with pytest.raises(HistoError, match=r"status 401.*hf auth login"):
+        hub.fetch(NAME)
+
+
+def test_what_was_half_pulled_is_no_adapter_without_a_network(
+    server: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push(adapter, NAME)
+    server.fail("resolve", 500, times=1)
+    with pytest.raises(HistoError):
+        hub.fetch(NAME)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HistoError, match=NAME):
+        Classifier.from_pretrained(NAME)
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "expected"),
+    [
+        ("ana/tumor", TOKEN, None),
+        ("clinic/tumor", TOKEN, None),
+        ("other/tumor", TOKEN, "expected a repository of ana or clinic"),
+        ("ana/tumor", READ_TOKEN, "may only read"),
+        ("ana/tumor", "hf_unknown", "status 401.*hf auth login"),
+        ("ana/tumor", None, "hf auth login"),
+        ("ana/a b", TOKEN, "--hub_model_id ana/a b"),
+    ],
+)
+def test_credentials(
+    server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, token: str | None, expected: str | None
+) -> None:
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    else:
+        monkeypatch.delenv("HF_TOKEN")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    if expected is None:
+        return hub.check_access(name)
+    with pytest.raises(HistoError, match=expected) as caught:
+        hub.check_access(name)
+    assert (token or TOKEN) not in str(caught.value)
+    if token == TOKEN and name == "other/tumor":
+        hub.check_access(name, pull_request=True)
+
+
+def test_a_run_asks_before_it_trains_and_pushes_after(
+    server: Hub, source: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path
+) -> None:
+    options = ["--push_to_hub", f"--hub_model_id={NAME}"]
+    server.fail("whoami", 401)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "build", lambda *args, **kwargs: pytest.fail("trained"))
+        with pytest.raises(HistoError, match=r"status 401.*hf auth login"):
+            fine_tune(config(tmp_path / "run", *source, *QUICK, *options), load(source[1]))
+    assert not (tmp_path / "run").exists()
+    server.heal()
+
+    # A finished run is pushed by the same command; what fails then costs nothing.
+    shutil.copytree(finished.parent, tmp_path / "run")
+    server.fail("commit", 500)
+    with pytest.raises(HistoError, match=r"recipes/push\.py"):
+        fine_tune(config(tmp_path / "run", *source, *QUICK, *options), load(source[1]))
+    server.heal()
+    result = fine_tune(config(tmp_path / "run", *source, *QUICK, *options), load(source[1]))
+    assert result.address == f"{server.address}/{NAME}"
+    assert f"uploaded: {result.address}" in result.summary()
+    assert server.files(NAME) == on_the_hub(result.adapter)
+
+
+def test_only_the_main_process_pushes(
+    server: Hub, source: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path
+) -> None:
+    shutil.copytree(finished.parent, tmp_path / "run")
+    monkeypatch.setattr("accelerate.PartialState.is_main_process", property(lambda state: False))
+    options = config(tmp_path / "run", *source, *QUICK, "--push_to_hub", f"--hub_model_id={NAME}")
+    assert fine_tune(options, load(source[1])).address is None
+    assert not server.requests
+
+
+def test_without_a_network_the_message_says_so(adapter: Path) -> None:
+    assert "HF_HUB_OFFLINE" in refusal(adapter, "nobody/nothing")
