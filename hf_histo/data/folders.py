@@ -49,11 +49,13 @@ class ClassFolders(FolderBuilder):
     @classmethod
     def matches(cls, directory: Path) -> bool:
         folders = _folders(directory)
-        return any(_split_of(folder) for folder in folders) or any(_is_image(p) for f in folders for p in f.iterdir())
+        return any(split_of(folder) for folder in folders) or any(is_image(p) for f in folders for p in f.iterdir())
 
     @classmethod
     def sources(cls, directory: Path) -> list[str]:
-        return [_name(path, directory) for classes in _scan(directory).values() for p in classes.values() for path in p]
+        return [
+            name_of(path, directory) for classes in _scan(directory).values() for p in classes.values() for path in p
+        ]
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=schema.features(_labels(_scan(self.config.directory))))
@@ -68,7 +70,7 @@ class ClassFolders(FolderBuilder):
     def _generate_examples(self, classes: dict[str, list[Path]]) -> Iterator[tuple[str, dict[str, Any]]]:
         for label, paths in classes.items():
             for path in paths:
-                name = _name(path, self.config.directory)
+                name = name_of(path, self.config.directory)
                 with self.skipping(name):
                     image = {"bytes": schema.checked(path), "path": None}
                     yield name, {"id": name, "image": image, "label": label, "center": -1, "group": ""}
@@ -78,7 +80,7 @@ def _scan(directory: Path) -> dict[str, dict[str, list[Path]]]:
     """The image files by split and class, everything in text order; splits as train, val, test."""
     folders: dict[str, Path] = {}
     for folder in _folders(directory):
-        if split := _split_of(folder):
+        if split := split_of(folder):
             if split in folders:
                 raise HistoError(
                     f"{directory}: {folders[split].name} and {folder.name} both name the split {split}, "
@@ -109,7 +111,7 @@ def _classes(folder: Path, root: Path) -> dict[str, list[Path]]:
     """The images of every class folder in `folder`."""
     _check_link(folder, root)
     for path in sorted(folder.iterdir()):
-        if _is_image(path):
+        if is_image(path):
             raise HistoError(f"{path}: an image beside the class folders; move it into one or remove it")
     classes = {path.name: _images(path, root) for path in _folders(folder)}
     if not classes:
@@ -126,7 +128,7 @@ def _images(folder: Path, root: Path) -> list[Path]:
             continue
         if path.is_dir():
             images += _images(path, root)
-        elif _is_image(path):
+        elif is_image(path):
             _check_link(path, root)
             images.append(path)
         else:
@@ -157,11 +159,13 @@ def _folders(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if path.is_dir() and not _is_clutter(path))
 
 
-def _split_of(folder: Path) -> str | None:
-    return next((split for split, names in SPLITS.items() if folder.name.lower() in names), None)
+def split_of(path: Path) -> str | None:
+    """The split that the name of a folder stands for."""
+    return next((split for split, names in SPLITS.items() if path.name.lower() in names), None)
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
+    """Whether a path looks like an image that PIL reads."""
     return path.suffix.lower() in PIL.Image.registered_extensions() and not path.is_dir() and not _is_clutter(path)
 
 
@@ -169,7 +173,8 @@ def _is_clutter(path: Path) -> bool:
     return path.name.startswith(".") or path.name.lower() in CLUTTER
 
 
-def _name(path: Path, directory: Path) -> str:
+def name_of(path: Path, directory: Path) -> str:
+    """The id of an image: its path below `directory`, with forward slashes."""
     name = path.relative_to(directory).as_posix()
     if not name.isprintable():  # bytes that are no text, which no table could hold
         raise HistoError(f"{directory}: a file is named {name!r}, expected printable text; rename it")

@@ -16,6 +16,7 @@ from filelock import FileLock
 from hf_histo.config import DataOptions
 from hf_histo.data import hub_names, synthetic
 from hf_histo.data.builder import LEFT_OUT, FolderBuilder
+from hf_histo.data.cytology import HiCervix, NamedImages, SplitLists, check_known
 from hf_histo.data.folders import ClassFolders
 from hf_histo.data.hdf5 import Challenge, ChallengeFile, PatchCamelyon
 from hf_histo.data.idx import Idx
@@ -26,7 +27,16 @@ from hf_histo.files import atomic_file
 logger = logging.getLogger(__name__)
 
 SYNTHETIC = "synthetic"
-LAYOUTS: tuple[type[FolderBuilder], ...] = (Challenge, PatchCamelyon, WildsCamelyon17, Idx, ClassFolders)
+LAYOUTS: tuple[type[FolderBuilder], ...] = (
+    Challenge,
+    PatchCamelyon,
+    WildsCamelyon17,
+    Idx,
+    HiCervix,
+    NamedImages,
+    SplitLists,
+    ClassFolders,
+)
 
 
 def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = None) -> datasets.DatasetDict:
@@ -88,6 +98,7 @@ def _reported(builder: FolderBuilder) -> datasets.DatasetDict:
         if not rows.num_examples:
             raise HistoError(f"{directory}: {split} has no readable image; {remedy}, e.g. {lines[-1]}")
     data = builder.as_dataset()
+    check_known(directory, next(iter(data.values())).features["label"].names)
     if lines:
         logger.warning("%s: left out %d images that can't be read:\n%s", directory, len(lines), "\n".join(lines))
         for split in data.keys() & {"train"}:
