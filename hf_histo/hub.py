@@ -98,6 +98,11 @@ class Sidecar:
         default_factory=lambda: {name: importlib.metadata.version(name) for name in PACKAGES}
     )
 
+    @property
+    def id2label(self) -> dict[int, str]:
+        """The class that each logit speaks for."""
+        return dict(enumerate(self.label_names[-self.num_outputs :]))
+
     @classmethod
     def read(cls, folder: Path) -> Sidecar:
         """Read it from an adapter folder. Raises `HistoError` if it is missing or not of this form."""
@@ -209,6 +214,8 @@ def save(
         else:
             assert isinstance(model, PreTrainedModel)
             model.save_pretrained(temporary)
+        if processor := sidecar.preprocessing.image_processor():
+            processor.save_pretrained(temporary)
         color = sidecar.normalizer and sidecar.normalizer.as_json()
         write_json(temporary / SIDECAR, dataclasses.asdict(sidecar) | {"normalizer": color})
         write_json(temporary / "metrics.json", metrics)
@@ -416,12 +423,21 @@ def card(sidecar: Sidecar, metrics: Mapping[str, Any]) -> ModelCard:
             f"```python\n{needs}from peft import PeftModel\n"
             "from transformers import AutoModelForImageClassification\n\n"
             f"base = AutoModelForImageClassification.from_pretrained({base}, num_labels={sidecar.num_outputs}, "
-            'ignore_mismatched_sizes=True, dtype="float32")\n'
+            f'id2label={sidecar.id2label}, ignore_mismatched_sizes=True, dtype="float32")\n'
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()\n'
             "logits = model(pixel_values=pixel_values).logits\n```",
             f"`pixel_values`: RGB in [0, 1], {RESIZED[size.fit]} {size.resize_size} ({size.interpolation}), center "
             f"crop {size.image_size}, minus {size.mean}, divided by {size.std}.",
         ]
+        if size.image_processor():
+            left_out = "one view, without the normalization of color or a threshold"
+            sections += [
+                f"And then in a pipeline ({left_out}):",
+                "```python\nfrom transformers import AutoImageProcessor, pipeline\n\n"
+                'processor = AutoImageProcessor.from_pretrained("THIS_FOLDER")\n'
+                'classify = pipeline("image-classification", model=base, image_processor=processor)\n'
+                'classify("patch.png")\n```',
+            ]
     versions = ", ".join(f"{package} {version}" for package, version in sidecar.versions.items())
     sections += ["## Versions", versions + "."]
     return ModelCard("\n\n".join(sections) + "\n")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import torch
 from fixtures import write_challenge
 
-from hf_histo.config import Config, parse
-from hf_histo.models import backbones, batchnorm
+from hf_histo import hub
+from hf_histo.config import AdapterOptions, Config, parse
+from hf_histo.models import adapters, backbones, batchnorm
+from hf_histo.models.accounting import account
+from hf_histo.transforms import preprocessing
 
 COUNTS = {"train": 24, "val": 13, "test": 7}
 SIZE = 32
@@ -27,6 +31,39 @@ def write_backbone(folder: Path, name: str = "test_resnet.r160_in1k", seed: int 
     with torch.no_grad():
         model.train()(pixel_values=torch.randn(16, 3, 96, 96) + torch.randn(16, 3, 1, 1))
     model.save_pretrained(folder)
+    return folder
+
+
+def write_adapter(folder: Path, backbone: Path, *, seed: int = 0, outputs: int = 1, **options: Any) -> Path:
+    """Save an adapter folder as a run leaves it, with random LoRA weights in place of trained ones.
+
+    `options` are those of `hub.Sidecar`, and of `AdapterOptions` as `lora`.
+    """
+    torch.manual_seed(seed)
+    names = ["normal", "tumor", "other"][: max(2, outputs)]
+    lora = options.pop("lora", None) or AdapterOptions(target_modules="last-conv")
+    head = options.get("head")
+    model = backbones.load(str(backbone), outputs, image_size=SIZE, head=head)
+    views = preprocessing.resolve(model.config, str(backbone), SIZE, SIZE)
+    sidecar = hub.Sidecar(
+        **{
+            "method": lora.method,
+            "label_names": names,
+            "num_outputs": outputs,
+            "backbone": {"name": str(backbone), "revision": None, "fingerprint": backbones.fingerprint(model)},
+            "batch_norm": "frozen",
+            "preprocessing": views,
+            "data": {"name": "miniature", "fingerprint": "0", "counts": COUNTS},
+            **options,
+        }
+    )
+    adapted = adapters.add(model, lora)
+    for name, weight in adapted.named_parameters():
+        if weight.requires_grad:
+            weight.data.normal_(std=0.3 if "lora_" in name else 0.1)
+    selection = {"split": "val", "metric": "auroc", "value": 1.0, "step": 1}
+    sizes = account(adapted, batch_norm=sidecar.batch_norm)
+    hub.save(folder, adapted, sidecar, metrics={"selection": selection, "splits": {}, **sizes}, tables={})
     return folder
 
 

@@ -28,6 +28,7 @@ from hf_histo.transforms.augmentation import Views
 
 DESIGNED = {
     "adapter_config.json",
+    "preprocessor_config.json",
     "adapter_model.safetensors",
     "hf_histo.json",
     "README.md",

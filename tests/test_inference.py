@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from miniature import config, write_backbone, write_data
+from miniature import SIZE, config, write_adapter, write_backbone, write_data
 from scipy.special import expit, softmax
 from torch import nn
 
@@ -212,3 +213,22 @@ def test_the_device_is_the_one_that_was_asked_for(classifier: Classifier, arrays
     np.testing.assert_array_equal(on_cpu(arrays)["logit"], classifier(arrays)["logit"])
     with pytest.raises(NotImplementedError, match="meta"):  # it went there: nothing can be read back from it
         Classifier(copy.deepcopy(classifier.model), classifier.sidecar).to("meta")(arrays)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_the_pipeline_of_the_card_says_the_same(
+    run: Path, arrays: list[np.ndarray], tmp_path: Path, outputs: int
+) -> None:
+    folder = write_adapter(tmp_path / "adapter", run / "backbone", outputs=outputs)
+    PIL.Image.fromarray(arrays[0]).save(tmp_path / "patch.png")
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    bare = "\n".join(block for block in blocks if "Classifier" not in block)
+    bare = bare.replace("THIS_FOLDER", str(folder)).replace("patch.png", str(tmp_path / "patch.png"))
+    names: dict[str, Any] = {"pixel_values": torch.zeros(1, 3, SIZE, SIZE)}
+    exec(bare, names)
+    table = Classifier.from_pretrained(folder)(arrays)
+    for array, probability in zip(arrays, table["probability"], strict=True):
+        said = {entry["label"]: entry["score"] for entry in names["classify"](PIL.Image.fromarray(array))}
+        labels = table.attrs["label_names"]
+        expected = {"tumor": probability} if outputs == 1 else dict(zip(labels, probability, strict=True))
+        assert said == pytest.approx(expected, abs=1e-5)

@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import datasets
+import PIL.Image
 import torch
 from timm.data import resolve_data_config
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import AutoImageProcessor, CLIPImageProcessor, PreTrainedConfig
 
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
@@ -97,6 +98,23 @@ class Preprocessing:
         mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
         return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+    def image_processor(self) -> CLIPImageProcessor | None:
+        """transformers' image processor that gives the same view, for pipelines; None with "pad", which it lacks.
+
+        CLIP's is the one of resize, center crop, rescale and normalization. Where an odd number of pixels is cropped,
+        its crop may start one pixel earlier.
+        """
+        if self.fit == "pad":
+            return None
+        side = self.resize_size
+        return CLIPImageProcessor(
+            size={"shortest_edge": side} if self.fit == "crop" else {"height": side, "width": side},
+            crop_size={"height": self.image_size, "width": self.image_size},
+            resample=PIL.Image.Resampling[self.interpolation.upper()],
+            image_mean=self.mean,
+            image_std=self.std,
+        )
 
 
 def resolve(

@@ -208,3 +208,20 @@ def test_a_backbone_without_a_usable_declaration(tmp_path: Path, content: str | 
         resolve(PreTrainedConfig(), str(tmp_path))
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash"])
+@pytest.mark.parametrize("shape", [(50, 71), (71, 50), (40, 40)])
+def test_the_image_processor_gives_the_same_view(fit: str, shape: tuple[int, int], tmp_path: Path) -> None:
+    views = Preprocessing(32, 40, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), fit)
+    processor = views.image_processor()
+    assert processor
+    processor.save_pretrained(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    given = AutoImageProcessor.from_pretrained(tmp_path)(PIL.Image.fromarray(image), return_tensors="pt")
+    ours = views(torch.from_numpy(image).permute(2, 0, 1)[None])
+    torch.testing.assert_close(given["pixel_values"], ours, rtol=0, atol=1e-6, check_stride=False)
+
+
+def test_padding_has_no_image_processor() -> None:
+    assert Preprocessing(32, 40, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "pad").image_processor() is None
