@@ -20,6 +20,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_histo.errors import HistoError
+from hf_histo.files import read_text
 
 Extra = TypeVar("Extra")
 
@@ -261,8 +262,8 @@ def _parse(usage: str | None, arguments: Sequence[str] | None, extra: list[type]
 
 def _yaml_arguments(file: str, known: Sequence[str]) -> list[str]:
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(read_text(file))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise HistoError(f"--config {file}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if content is None:  # an empty file, or one of comments alone
         return []
@@ -273,7 +274,8 @@ def _yaml_arguments(file: str, known: Sequence[str]) -> list[str]:
         if key not in known:
             raise HistoError(f"--config {file}: " + _unknown("key", str(key), list(known)))
         if isinstance(value, dict | list):
-            raise HistoError(f"--config {file}: {key} takes one value, found {value!r}")
+            # Not what it holds: a few lines of aliases can stand for more than fits into memory.
+            raise HistoError(f"--config {file}: {key} takes one value, found a {type(value).__name__} of {len(value)}")
         if value is not None:
             arguments.append(f"--{key}={value}")
     return arguments

@@ -50,6 +50,23 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file. Raises OSError, and ValueError for no JSON, or one too large or nested too deeply."""
+    try:
+        return json.loads(read_text(path))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file that people write, or this package. Raises OSError, and ValueError above 16 MiB."""
+    with Path(path).open("rb") as file:
+        content = file.read(2**24 + 1)
+    if len(content) > 2**24:
+        raise ValueError("larger than 16 MiB")
+    return content.decode("utf-8")
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically; NaN is a ValueError: write None where a value is undefined."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import math
 import shutil
 import warnings
@@ -24,13 +23,14 @@ from transformers import PreTrainedModel
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import predictions as prediction_tables
 from hf_histo.evaluation import report
-from hf_histo.files import atomic_folder, write_json
+from hf_histo.files import atomic_folder, read_json, write_json
 from hf_histo.models import adapters, backbones, heads
 from hf_histo.transforms.augmentation import PLAIN, Views
 from hf_histo.transforms.preprocessing import FITS, Preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
 
 SIDECAR = "hf_histo.json"
+MAX_SIDE = 4096  # pixels on a side of what a backbone sees: far more than any, and a batch of them fits into memory
 RESIZED = {
     "crop": "shorter side resized to",
     "squash": "both sides resized to",
@@ -108,7 +108,7 @@ class Sidecar:
         """Read it from an adapter folder. Raises `HistoError` if it is missing or not of this form."""
         file = folder / SIDECAR
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file)
             declared, color = content.pop("preprocessing"), content.pop("normalizer", None)
             for key in ("mean", "std"):
                 declared[key] = tuple(float(value) for value in declared[key])
@@ -154,7 +154,8 @@ class Sidecar:
             "num_outputs": self.num_outputs not in (1, len(self.label_names)),
             "backbone": not isinstance(self.backbone, dict)
             or not self.backbone.keys() >= {"name", "revision", "fingerprint"}
-            or not isinstance(self.backbone["name"], str),
+            or not isinstance(self.backbone["name"], str)
+            or ".." in Path(self.backbone["name"]).parts,
             "preprocessing": not _is_sound(self.preprocessing),
             "views": not isinstance(self.views.seed, int) or self.views.seed < 0,
             "adapt_batch_norm": not isinstance(self.adapt_batch_norm, bool),
@@ -172,7 +173,7 @@ def _is_sound(views: Preprocessing) -> bool:
     return (
         isinstance(views.image_size, int)
         and isinstance(views.resize_size, int)
-        and 0 < views.image_size <= views.resize_size
+        and 0 < views.image_size <= views.resize_size <= MAX_SIDE
         and views.interpolation in ("nearest", "bilinear", "bicubic", "lanczos")
         and len(views.mean) == len(views.std) == 3
         and all(map(math.isfinite, (*views.mean, *views.std)))
@@ -231,7 +232,7 @@ def save(
 def read_metrics(folder: Path) -> dict[str, Any]:
     """metrics.json of an adapter folder. Raises `HistoError` if it can't be read."""
     try:
-        content: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(folder / "metrics.json")
     except (OSError, ValueError) as error:
         raise HistoError(f"{folder / 'metrics.json'}: can't be read ({error}); the adapter folder is damaged") from None
     return content

@@ -150,6 +150,23 @@ def test_a_file_that_is_missing_or_not_a_mapping(tmp_path: Path) -> None:
     assert "config" in refusal("--config")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: !!python/object/apply:os.system ['exit 3']",
+        "seed: " + "[" * 100_000,
+        "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)),
+        "seed: &a0 [x]\n" + "".join(f"lora_rank: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)),
+        "? [a, b]\n: 1",
+        "seed: " + "9" * 5000,
+        "&a [*a]",
+    ],
+)
+def test_yaml_made_to_do_harm(tmp_path: Path, text: str) -> None:
+    """Code to run, and a few lines that stand for a hundred billion values."""
+    assert len(refusal("--config", write(tmp_path, text))) < 10_000
+
+
 def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
     assert parse(None, ["--config", write(tmp_path, "# all defaults\n")]) == Config()
 

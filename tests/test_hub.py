@@ -16,6 +16,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from miniature import config, write_backbone, write_data
+from safetensors.torch import load_file, save_file
 
 from hf_histo import hub
 from hf_histo.data.load import load
@@ -23,6 +24,7 @@ from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import predictions
 from hf_histo.finetune import Result, fine_tune
+from hf_histo.models import adapters, backbones
 from hf_histo.training import trainer
 from hf_histo.transforms.augmentation import Views
 
@@ -36,6 +38,7 @@ DESIGNED = {
     "predictions/val.parquet",
     "predictions/test.parquet",
 }
+ROOT = Path(hub.__file__).parents[1]
 QUICK = ["--target_modules=last-conv"]
 
 
@@ -209,6 +212,134 @@ def test_a_sidecar_older_than_an_option(adapter: Path) -> None:
     assert sidecar.preprocessing.fit == "crop"
     assert sidecar.views == Views(8)
     assert not sidecar.adapt_batch_norm
+
+
+def test_a_sidecar_of_a_thousand_brackets(adapter: Path) -> None:
+    (adapter / "hf_histo.json").write_text("[" * 200_000, encoding="utf-8")
+    assert "nested too deeply" in refusal(adapter)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"head": {"widths": [10**9, 10**9]}},
+        {"head": {"widths": [512] * 10_000}},
+        {"backbone": {"name": "../../etc", "revision": None, "fingerprint": ""}},
+        {"backbone": {"name": "owner/../../x", "revision": None, "fingerprint": ""}},
+        {"preprocessing": {"image_size": 10**9, "resize_size": 10**9, "interpolation": "bilinear",
+                           "mean": [0, 0, 0], "std": [1, 1, 1]}},
+    ],
+)  # fmt: skip
+def test_a_sidecar_that_asks_for_the_moon(adapter: Path, change: dict[str, Any]) -> None:
+    file = adapter / "hf_histo.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change), encoding="utf-8")
+    assert "hf_histo.json" in refusal(adapter)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
+        {"auto_mapping": {"base_model_class": "x", "parent_library": "antigravity"}},
+        {"layer_replication": [[0, 10**6]]},
+        {"rank_pattern": {".*": 10**9}},
+        {"peft_type": "XLORA"},
+        {"bias": "all"},
+        {"r": 10**9},
+        {"r": "8"},
+        {"lora_alpha": "much"},
+    ],
+)
+def test_an_adapter_config_that_asks_for_more_than_lora(adapter: Path, change: dict[str, Any]) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change), encoding="utf-8")
+    assert "can't be put on" in refusal(adapter)
+
+
+def test_no_regex_of_an_adapter_is_run(adapter: Path, results: dict[str, Result]) -> None:
+    file = adapter / "adapter_config.json"
+    endless = {"target_modules": "(.*)*(.*)*(.*)*(.*)*(.*)*!", "modules_to_save": ["timm_model"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | endless), encoding="utf-8")
+    folders = adapter, results["frozen"].adapter
+    changed, original = (adapters.weights(hub.load(folder)[0], batch_norm="frozen") for folder in folders)
+    assert changed.keys() == original.keys()
+    assert all(torch.equal(changed[key], original[key]) for key in original)
+
+
+class Bomb:
+    """What unpickling it would run."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.witness,)
+
+
+def test_a_pickle_is_never_opened(adapter: Path, tmp_path: Path) -> None:
+    (adapter / "adapter_model.safetensors").unlink()
+    for name in ("adapter_model.bin", "pytorch_model.bin", "adapter_model.pt", "training_args.bin"):
+        torch.save(Bomb(tmp_path / "witness"), adapter / name)
+    assert "adapter_model.safetensors" in refusal(adapter)
+    torch.save(Bomb(tmp_path / "witness"), adapter / "adapter_model.safetensors")
+    assert "can't be put on" in refusal(adapter)
+    assert not (tmp_path / "witness").exists()
+
+
+@pytest.mark.parametrize("fault", ["shape", "nan", "missing", "unknown", "rank"])
+def test_weights_that_do_not_fit(adapter: Path, fault: str) -> None:
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    key = next(key for key in weights if "lora_B" in key)
+    if fault == "shape":
+        weights[key] = weights[key][:1].clone()
+    if fault == "nan":
+        weights[key] = weights[key] / 0
+    if fault == "missing":
+        del weights[key]
+    if fault == "unknown":
+        weights["base_model.model.other.weight"] = torch.ones(2)
+    if fault == "rank":
+        weights = {k: v[:1].clone() if "lora_A" in k else v for k, v in weights.items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    refusal(adapter)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"}},
+        {"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "unheard_of"},
+        {"architecture": "local-dir:../elsewhere"},
+        {"model_args": {"checkpoint_path": "../elsewhere/weights.pth"}},
+        {"_attn_implementation": "nobody/kernel"},
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        {"model_args": {"layers": [10**9] * 4}},
+        {"model_args": {"stem_width": 10**6}},
+        {"model_args": "text"},
+        {"pretrained_cfg": {"input_size": [3, 10**9, 10**9], "mean": [0, 0, 0], "std": [1, 1, 1]}},
+    ],
+)
+def test_a_backbone_made_to_do_harm(
+    source: tuple[Path, Path], tmp_path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(source[0], tmp_path / "backbone")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'witness')!r}, 'w')\n")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change), encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    with pytest.raises(HistoError) as caught:
+        backbones.load(str(folder), 1)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "witness").exists()
+
+
+def test_nothing_is_unpickled_and_no_remote_code_trusted() -> None:
+    files = [path for name in ("hf_histo", "recipes") for path in (ROOT / name).rglob("*.py")]
+    assert len(files) > 50
+    never = r"trust_remote_code(?!=False)|import pickle|yaml\.load\(|torch\.load\(|(?<![.\w])(?:eval|exec)\("
+    assert not [(path, match) for path in files for match in re.findall(never, path.read_text(encoding="utf-8"))]
 
 
 def test_a_folder_of_no_run_and_a_name_without_a_network(tmp_path: Path) -> None:

@@ -30,11 +30,11 @@ class ClassFolders(FolderBuilder):
 
     Splits may also be called training, valid, validation or testing, in any capitalization, and be missing; without
     any, the one split is `full`. The classes are the names of the folders in `train` (without one: in all splits),
-    sorted. A class folder holds images of any size and format that PIL reads, directly or in folders below it, in the
-    text order of their paths. They are stored as they are; `id` is the path below the data set's folder, with forward
-    slashes. `group` is unknown.
+    sorted. A class folder holds images of any size in the formats of `schema.FORMATS`, directly or in folders below it,
+    in the text order of their paths. They are stored as they are; `id` is the path below the data set's folder, with
+    forward slashes. `group` is unknown.
 
-    Files whose suffix is none of PIL's are left out with a warning, hidden ones silently. Links are followed within
+    Files whose suffix is of none of these are left out with a warning, hidden ones silently. Links are followed within
     the data set's folder.
 
     Raises HistoError, naming the file or folder, for an image that can't be decoded or has over 100 megapixels (unless
@@ -165,8 +165,9 @@ def split_of(path: Path) -> str | None:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a path looks like an image that PIL reads."""
-    return path.suffix.lower() in PIL.Image.registered_extensions() and not path.is_dir() and not _is_clutter(path)
+    """Whether a path looks like an image that `schema.decode` reads."""
+    format = PIL.Image.registered_extensions().get(path.suffix.lower())
+    return format in schema.FORMATS and not path.is_dir() and not _is_clutter(path)
 
 
 def _is_clutter(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ import numpy as np
 import pandas as pd
 
 from hf_histo.data.builder import FolderBuilder, split_generator
-from hf_histo.data.schema import encode_ppm
+from hf_histo.data.schema import MAX_PIXELS, encode_ppm
 from hf_histo.errors import HistoError
 
 logger = logging.getLogger(__name__)
 
-MAX_PIXELS = 100_000_000  # per image, looked at before anything is read
+MAX_BYTES = 3 * MAX_PIXELS  # of an image, and of a chunk, which HDF5 reads whole; looked at before anything is read
+MAX_ROWS = 100_000_000
+# How many times its size deflate can expand at most (https://www.zlib.net/zlib_tech.html), and what is never a bomb.
+EXPANSION, SMALL = 1032, 2**20
 PROBES = 64  # images that tell the pixel format of a file
 # Below this, an image that exceeds 1 may be a dark one in [0, 255] as well as one in an unknown range.
 DARKEST_PEAK = 16
@@ -60,10 +64,13 @@ class Challenge(FolderBuilder):
         formats, counts, slides_known = {}, {}, True
         for split, path in self._files().items():
             with _open(path) as file:
-                keys = sorted(file)
-                if not keys:
-                    raise HistoError(f"{path}: no images, expected one group per image; export the file again")
+                keys = _keys(file)
                 formats[path], counts[path] = _detect(file, keys), len(keys)
+                if math.prod(formats[path].shape) * len(keys) > SMALL + EXPANSION * path.stat().st_size:
+                    raise HistoError(
+                        f"{path}: {len(keys)} images of {formats[path].size} in {path.stat().st_size} bytes, expected "
+                        "data for each; they are links to one another: export the file again"
+                    )
                 if split != "test":
                     slides_known = slides_known and _names_slides(file, keys)
         first, *others = formats
@@ -92,7 +99,7 @@ class Challenge(FolderBuilder):
         self, path: Path, pixels: PixelFormat, slides_known: bool, labels_hidden: bool
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         with _open(path) as file:
-            for key in sorted(file):
+            for key in _keys(file):
                 group = _image_group(file, key)
                 center, slide = _metadata(group)
                 # Without the center as a prefix: in the published files a slide number belongs to one center, and
@@ -183,8 +190,8 @@ class PatchCamelyon(FolderBuilder):
         with _open(path) as file:
             patches = _patches(file)
             # Whole chunks at a time: reading by row would decompress a chunk again for each of its rows.
-            chunk = (patches.chunks or (1,))[0]
-            step = -(-512 // chunk) * chunk
+            step = min(512, max(1, MAX_BYTES // math.prod(patches.shape[1:])))
+            step = step - step % (patches.chunks or (1,))[0] or step
             for start in range(0, len(patches), step):
                 for row, patch in enumerate(_read(patches, slice(start, start + step)), start):
                     yield (
@@ -278,8 +285,10 @@ def _image(group: h5py.Group) -> h5py.Dataset:
             f"{_where(dataset)}: shape {shape}, expected (3, H, W) or (H, W, 3) with neither H nor W equal to 3; "
             "convert it to RGB"
         )
-    if max(shape[0] * shape[1], shape[1] * shape[2]) > MAX_PIXELS:
-        raise HistoError(f"{_where(dataset)}: shape {shape}, expected at most {MAX_PIXELS} pixels; cut it into patches")
+    if dataset.nbytes > MAX_BYTES:
+        raise HistoError(
+            f"{_where(dataset)}: {dtype} of shape {shape}, expected at most {MAX_BYTES} bytes; cut it into patches"
+        )
     if dtype != np.uint8 and (dtype.kind != "f" or dtype.itemsize > 8):
         raise HistoError(f"{_where(dataset)}: {dtype}, expected uint8, float16, float32 or float64; convert it")
     return dataset
@@ -335,9 +344,12 @@ def _patches(file: h5py.File) -> h5py.Dataset:
     if dataset is None:
         raise HistoError(f"{file.filename}: no x, expected the patches there; download the file again")
     shape = dataset.shape
-    if dataset.dtype != np.uint8 or len(shape) != 4 or 0 in shape or shape[3] != 3 or shape[1] * shape[2] > MAX_PIXELS:
-        found = f"{dataset.dtype} {shape}"
-        raise HistoError(f"{_where(dataset)}: {found}, expected uint8 (N, H, W, 3) with N > 0; download the file again")
+    fits = len(shape) == 4 and 0 < shape[0] <= MAX_ROWS and shape[3] == 3 and 0 < math.prod(shape[1:]) <= MAX_BYTES
+    if dataset.dtype != np.uint8 or not fits:
+        raise HistoError(
+            f"{_where(dataset)}: {dataset.dtype} {shape}, expected uint8 (N, H, W, 3) with N from 1 to {MAX_ROWS} and "
+            f"at most {MAX_PIXELS} pixels; download the file again"
+        )
     return dataset
 
 
@@ -363,6 +375,20 @@ def _pcam_slides(path: Path, count: int) -> list[str]:
     return slides
 
 
+def _keys(file: h5py.File) -> list[str]:
+    """The names in the file in text order."""
+    try:
+        keys = list(file)
+    except UNREADABLE as error:
+        raise HistoError(f"{file.filename}: unreadable ({error}); copy or download it again") from error
+    if not keys:
+        raise HistoError(f"{file.filename}: no images, expected one group per image; export the file again")
+    for key in keys:
+        if not (isinstance(key, str) and key.isprintable()):  # bytes that are no text, which no table could hold
+            raise HistoError(f"{file.filename}: a group is named {key!r}, expected printable text; rename it")
+    return sorted(keys)
+
+
 def _open(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
@@ -374,9 +400,12 @@ def _member(parent: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
     """What `parent` holds under `name`, None where it holds nothing.
 
     Only hard links are followed: an external link, or a soft link whose path runs through one, leads to another file.
-    The type of a link is asked of the low-level interface, because `name in parent` would already follow it.
+    The type of a link is asked of the low-level interface, because `name in parent` would already follow it. A name
+    with a slash in it, which only a forged file has, would be taken for a path through other links.
     """
     links, raw = parent.id.links, name.encode("utf-8", "surrogateescape")
+    if "/" in name or name == ".":
+        raise HistoError(f"{_where(parent, name)}: a path, expected a name without slashes; export the file again")
     try:
         if not links.exists(raw):
             return None
@@ -402,6 +431,10 @@ def _dataset(parent: h5py.Group, name: str, kinds: str) -> h5py.Dataset | None:
         raise HistoError(f"{_where(dataset)}: data kept in other files, expected it in this one; copy it in")
     if dtype.kind not in kinds:
         raise HistoError(f"{_where(dataset)}: dtype {dtype}, expected plain numbers; convert it")
+    stored, chunk = dataset.id.get_storage_size(), math.prod(dataset.chunks or (0,)) * dtype.itemsize
+    if dataset.nbytes > SMALL + EXPANSION * stored or chunk > MAX_BYTES:
+        found = f"{dtype} of shape {dataset.shape} in chunks of {chunk} bytes, {stored} bytes on disk"
+        raise HistoError(f"{_where(dataset)}: {found}, expected the data to be there; export the file again")
     return dataset
 
 

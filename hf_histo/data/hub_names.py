@@ -9,6 +9,7 @@ import numpy as np
 import xxhash
 from datasets.exceptions import DatasetGenerationError
 from datasets.table import embed_table_storage
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from hf_histo.data import schema
 from hf_histo.data.builder import hold_out
@@ -67,6 +68,7 @@ def _as_schema(name: str, rows: datasets.Dataset) -> datasets.Dataset:
             "each; keep those in a copy"
         )
     count = len(rows)
+    _check_paths(name, rows, images[0])
     table = rows.select_columns([images[0], labels[0]]).rename_columns({images[0]: "image", labels[0]: "label"})
     # The bytes into the table, where a local folder holds files.
     table = table.with_format("arrow").map(embed_table_storage, batched=True).with_format(None)
@@ -74,3 +76,15 @@ def _as_schema(name: str, rows: datasets.Dataset) -> datasets.Dataset:
     table = table.add_column("center", [-1] * count).add_column("group", [""] * count)
     features = schema.features(rows.features[labels[0]].names)
     return table.select_columns(list(features)).cast(features)
+
+
+def _check_paths(name: str, rows: datasets.Dataset, column: str) -> None:
+    """Raise HistoError for an image that is a path to somewhere else: a table could name any file of this machine."""
+    source = Path(name.removeprefix(PREFIX).partition("@")[0])
+    roots = [root.resolve() for root in (source, Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE))]
+    for batch in rows.select_columns([column]).with_format("arrow").iter(1000):
+        images = batch[column].combine_chunks()
+        for path in images.field("path").filter(images.field("bytes").is_null()).drop_null().to_pylist():
+            if not any(Path(path).resolve().is_relative_to(root) for root in roots):
+                found = f"an image is {path}, expected its bytes or a file of this data set"
+                raise HistoError(f"--data {name}: {found}; put it there")

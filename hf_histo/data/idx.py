@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_histo.data.builder import FolderBuilder, hold_out, split_generator
-from hf_histo.data.schema import encode_ppm
+from hf_histo.data.schema import MAX_PIXELS, encode_ppm
 from hf_histo.errors import HistoError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ ROLES = ("train-images", "train-labels", "test-images", "test-labels")
 # Two zero bytes, the type (8: unsigned byte), the number of dimensions: "The IDX file format",
 # http://yann.lecun.com/exdb/mnist/
 MAGIC = {"images": 0x0803, "labels": 0x0801}
-MAX_PIXELS = 100_000_000  # per image, looked at before anything is read
 
 
 class Idx(FolderBuilder):

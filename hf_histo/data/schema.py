@@ -19,7 +19,10 @@ import torch
 
 from hf_histo.errors import HistoError
 
-MAX_PIXELS = 100_000_000  # per image, looked at before it is decoded
+MAX_PIXELS = 100_000_000  # of an image, looked at before it is decoded
+# The formats that PIL decodes by itself; of its others, EPS would run Ghostscript.
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "WEBP", "JPEG2000")
+
 _PPM = re.compile(rb"P6\s+([1-9]\d*)\s+([1-9]\d*)\s+255\s")
 
 
@@ -70,8 +73,9 @@ def decode(data: bytes | memoryview, source: str = "image") -> torch.Tensor:
     of an animation is taken. 16-bit gray values keep their high byte; an image that stays below 4,096 is of 12 bits, as
     scanners give them, and keeps the upper 8 of those.
 
-    Raises HistoError, starting with `source`, for bytes that are no image, one of over 100 megapixels, told from its
-    header, or one with more than 8 bits in a way that has no fixed range (32-bit integers, floats).
+    Raises HistoError, starting with `source`, for bytes in none of `FORMATS` (the name of a file says nothing), an
+    image of over 100 megapixels, told from its header, or one with more than 8 bits in a way that has no fixed range
+    (32-bit integers, floats).
     """
     try:
         if header := _PPM.match(data):
@@ -115,7 +119,7 @@ def _opened(data: bytes | memoryview) -> Iterator[PIL.Image.Image]:
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", message="Palette images with Transparency")  # which is dropped
         try:
-            with PIL.Image.open(io.BytesIO(data)) as image:
+            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(*image.size)
                 yield image
         except PIL.Image.DecompressionBombError as error:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logsumexp, softmax
@@ -32,6 +33,7 @@ from hf_histo.errors import HistoError
 from hf_histo.files import atomic_file
 
 COLUMNS = ("id", "center", "group", "label", "logit", "probability")
+MAX_VALUES, MAX_NAME = 50_000_000, 4096  # in a file, and bytes of a name
 
 
 def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:
@@ -207,13 +209,9 @@ def read(path: str | Path) -> pd.DataFrame:
     if not path.is_file():
         raise HistoError(f"{path} is not a file: pass a predictions file that a training recipe wrote (.parquet)")
     try:
-        table = pq.read_table(path, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
+        table = _table(path)
+    except (pa.ArrowException, OSError, MemoryError) as error:
         raise HistoError(f"{path} can't be read as parquet: pass a whole predictions file ({error})") from None
-    if missing := [name for name in COLUMNS if name not in table.column_names]:
-        raise HistoError(
-            f"{path} lacks the columns {missing} (it has {table.column_names}): pass a file made by predictions.write"
-        )
     columns = {name: table[name].to_pylist() for name in COLUMNS}
     try:
         logits, probability = (np.array(columns[name], dtype=np.float64) for name in ("logit", "probability"))
@@ -224,9 +222,39 @@ def read(path: str | Path) -> pd.DataFrame:
         raise HistoError(f"{path}: column probability isn't one number in [0, 1] per logit: predict again")
     # The stored probabilities stay: a calibrated table's are not the plain sigmoid or softmax of its logits.
     predictions["probability"] = probability.reshape(array(predictions, "logit").shape).tolist()
-    names = json.loads((table.schema.metadata or {}).get(b"label_names", b"null"))
-    predictions.attrs["label_names"] = names or label_names(predictions)
+    try:
+        names = json.loads((table.schema.metadata or {}).get(b"label_names", b"null"))
+    except (ValueError, RecursionError):
+        names = "no list of names"
+    expected = label_names(predictions)
+    if names is not None and not (isinstance(names, list) and list(map(type, names)) == [str] * len(expected)):
+        raise HistoError(
+            f"{path}: its label_names are not {len(expected)} names: pass a file made by predictions.write"
+        )
+    predictions.attrs["label_names"] = names or expected
     return predictions
+
+
+def _table(path: Path) -> pa.Table:
+    """The columns of a table, whose size is looked at before it is read: a few bytes can stand for billions of rows."""
+    # Text as a dictionary: one long text may stand in every row.
+    found = pq.read_schema(path).names
+    with pq.ParquetFile(path, read_dictionary=sorted({"id", "group"} & set(found))) as file:
+        if missing := [name for name in COLUMNS if name not in found]:
+            raise HistoError(
+                f"{path} lacks the columns {missing} (it has {found}): pass a file made by predictions.write"
+            )
+        parts = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        values = sum(part.column(i).num_values for part in parts for i in range(part.num_columns))
+        if max(file.metadata.num_rows, values) > MAX_VALUES:
+            raise HistoError(f"{path}: {values} values in {file.metadata.num_rows} rows, expected at most {MAX_VALUES}")
+        table = file.read(columns=list(COLUMNS))
+    for name in ("id", "group"):
+        if pa.types.is_dictionary(table[name].type):
+            longest = max((pc.max(pc.binary_length(c.dictionary)).as_py() or 0 for c in table[name].chunks), default=0)
+            if longest > MAX_NAME:
+                raise HistoError(f"{path}: {name} has a text of {longest} bytes, expected at most {MAX_NAME}")
+    return table
 
 
 def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,10 +21,15 @@ from transformers import PreTrainedModel
 
 from hf_histo.config import AdapterOptions
 from hf_histo.errors import HistoError
+from hf_histo.files import read_json
 from hf_histo.models import batchnorm, heads, qkv
 
 # Initializers that peft implements for linear layers only.
 LINEAR_ONLY_INITIALIZERS = {"pissa", "olora", "eva", "corda", "orthogonal"}
+# What this package sets of a `LoraConfig`, beside the layers and the head.
+SETTINGS = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "revision"}
+SETTINGS |= {"base_model_name_or_path"}
+PREFIX = "base_model.model."  # of peft's names
 
 
 @dataclass(frozen=True)
@@ -275,13 +280,16 @@ def save(model: PeftModel, folder: Path, *, batch_norm: str) -> None:
 def restore(model: PreTrainedModel, folder: Path, *, batch_norm: str) -> PeftModel:
     """Put the adapter in `folder` on `model`, for prediction.
 
-    Raises `HistoError` for files that are missing or unreadable, weights that are not finite, and weights that do not
-    fit the model to the last key and shape.
+    Of `adapter_config.json` only the plain numbers of LoRA count: which layers it is on and its rank are what the
+    weights say, so that nothing in that file can run a regex, import a module or make a layer of another size.
+
+    Raises `HistoError` for files that are missing or unreadable, settings that this package never writes, weights that
+    are not finite, and weights that do not fit the model to the last key and shape.
     """
     try:
         saved = load_file(folder / "adapter_model.safetensors")  # before peft, which would unpickle another file
-        qkv.split(model, PeftConfig.from_pretrained(str(folder)).target_modules or ())
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        config = _saved_config(model, folder, saved)
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise HistoError(f"{folder}: the adapter can't be put on {type(model).__name__} ({reason})") from None
@@ -300,6 +308,24 @@ def merged(model: PeftModel) -> PreTrainedModel:
     whole = model.merge_and_unload()
     qkv.fuse(whole)
     return whole
+
+
+def _saved_config(model: PreTrainedModel, folder: Path, saved: dict[str, torch.Tensor]) -> LoraConfig:
+    """What the adapter in `folder` needs; fused layers of `model` are taken apart for it."""
+    content, default = read_json(folder / "adapter_config.json"), LoraConfig().to_dict()
+    for key in default.keys() & content.keys() - {*SETTINGS, "target_modules", "modules_to_save", "peft_version"}:
+        if content[key] != default[key] and key != "inference_mode":
+            raise ValueError(f"adapter_config.json: {key} is {str(content[key])[:100]}, expected {default[key]}")
+    found = {key.removeprefix(PREFIX).split(".lora_A.")[0]: len(saved[key]) for key in saved if ".lora_A." in key}
+    qkv.split(model, found)
+    if set(found.values()) - {content["r"]} or found.keys() - _adaptable(model).keys():
+        raise ValueError(f"adapter_config.json: r is {str(content['r'])[:100]}, or the layers are not of this model")
+    return LoraConfig(
+        **{key: content[key] for key in SETTINGS & content.keys()},
+        target_modules=sorted(found) or DUMMY_TARGET_MODULES,
+        modules_to_save=heads.trained(model),
+        inference_mode=True,
+    )
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

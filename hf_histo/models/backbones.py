@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,11 @@ from transformers.utils import logging as transformers_logging
 from hf_histo.errors import HistoError
 from hf_histo.models import clip, heads, registry
 
+# In a config.json: code to run or fetch, and files to read.
+REFUSED = ("auto_map", "quantization_config", "_attn_implementation", "attn_implementation", "transformers_weights")
+REFUSED += ("use_pretrained_backbone", "checkpoint_path", "cache_dir")
+MAX_NUMBER, MAX_LAYERS = 1_000_000, 1000  # the largest numbers in it: a vocabulary may be the former
+SPARE = 2**24  # weights that a backbone may lack, of its output layer
 BUILTIN = Path(__file__).parent / "builtin"
 
 
@@ -90,6 +96,8 @@ def load(
     folder = None if random_weights else _open_clip_folder(name, source, revision)
     config = _config(name, source, None if on_logits else num_outputs, revision, random_weights, folder)
     _allow_image_size(name, config, image_size)
+    if Path(source).is_dir() and not (random_weights or folder):
+        _check_size(name, Path(source), config)
     try:
         with _quiet():
             if random_weights:
@@ -105,6 +113,7 @@ def load(
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
                     use_safetensors=True,
+                    trust_remote_code=False,
                 )
                 new = None if keep_head or on_logits else heads.name_of(model)
                 _check_complete(name, loaded, new, "; --head_on logits needs its output layer" if on_logits else "")
@@ -203,12 +212,58 @@ def _config(
         return TimmWrapperConfig.from_dict(declaration, num_labels=num_outputs or declared.num_classes)
     own = {} if num_outputs is None else {"num_labels": num_outputs}
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision or "main", **own)
-    except (OSError, ValueError) as error:
+        declaration, _ = PreTrainedConfig.get_config_dict(source, revision=revision or "main")
+        _check_declaration(name, declaration)
+        config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False, **own)
+    except HistoError:
+        raise
+    # Checked by transformers against its dataclasses, whose errors are of many types.
+    except Exception as error:
         raise HistoError(unavailable(name, source, error)) from None
     if entry:
         config.pretrained_cfg = entry.preprocessing
     return config
+
+
+def _check_declaration(name: str, declaration: dict[str, Any]) -> None:
+    """Raise `HistoError` for what a config.json can make the libraries do beside building a model of a common size.
+
+    That is: to read other files, to fetch or run code, and to build more layers than memory holds.
+    """
+    architecture = str(declaration.get("architecture", ""))
+    if "architecture" in declaration and not timm.is_model(architecture.split(".")[0]):  # timm takes a path here, too
+        raise HistoError(
+            f"--backbone {name}: timm knows no {architecture[:100]!r}, the architecture in its config.json"
+        )
+    parts: list[tuple[str, Any]] = [("", declaration)]
+    while parts:
+        key, value = parts.pop()
+        if value and key in REFUSED:
+            found = f"{key}: {str(value)[:100]}"
+            raise HistoError(f"--backbone {name}: its config.json says {found}, expected none of {', '.join(REFUSED)}")
+        limit = MAX_LAYERS if re.search("layer|depth|block|stage", key) else MAX_NUMBER
+        if isinstance(value, int) and abs(value) > limit:
+            raise HistoError(f"--backbone {name}: its config.json says {key}: {value}, expected at most {limit}")
+        if isinstance(value, dict):
+            parts += [(str(inner), part) for inner, part in value.items()]
+        if isinstance(value, list):
+            parts += [(key, part) for part in value]
+
+
+def _check_size(name: str, folder: Path, config: PreTrainedConfig) -> None:
+    """Raise `HistoError` if the weights in `folder` are too few for the model, before memory is taken for it."""
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    try:
+        with _quiet(), torch.device("meta"):
+            model = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise HistoError(unavailable(name, str(folder), error)) from None
+    declared = sum(tensor.numel() for tensor in itertools.chain(model.parameters(), model.buffers()))
+    if declared > stored + SPARE:  # a weight takes a byte at least
+        raise HistoError(
+            f"--backbone {name}: its config.json describes {declared:,} weights, its model.safetensors has {stored:,} "
+            "bytes, expected at least one for each; copy or download it again"
+        )
 
 
 def _allow_image_size(name: str, config: PreTrainedConfig, image_size: int | None) -> None:

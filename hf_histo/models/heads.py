@@ -43,8 +43,10 @@ class Design:
             raise HistoError(f"--head_on is {self.on!r}, expected features or logits")
         if self.train_output_layer and self.on == "features":
             raise HistoError("--train_output_layer is True with --head_on features, which has none; expected logits")
-        if not all(isinstance(width, int) and width > 0 for width in self.widths):
-            raise HistoError(f"--head_widths is {self.widths}, expected whole numbers above 0, such as 512,256")
+        if len(self.widths) > 16 or not all(isinstance(width, int) and 0 < width <= 65536 for width in self.widths):
+            raise HistoError(
+                f"--head_widths is {self.widths}, expected at most 16 whole numbers from 1 to 65536, such as 512,256"
+            )
 
     @classmethod
     def of(cls, options: ModelOptions) -> Design:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -19,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_histo.config import Config
 from hf_histo.errors import HistoError
-from hf_histo.files import atomic_file
+from hf_histo.files import atomic_file, read_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +130,7 @@ def checkpoint(config: Config, folder: Path) -> str | None:
 
 def _is_complete(path: Path) -> bool:
     try:
-        json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        read_json(path / TRAINER_STATE_NAME)
     except (OSError, ValueError):
         return False
     return True
@@ -146,8 +145,8 @@ def _check(folder: Path, config: Config, data: str) -> None:
         return
     remedy = "choose another --output_dir, or delete the run with --overwrite_output_dir"
     try:
-        before = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        before = yaml.safe_load(read_text(folder / RECORD))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         before = None
     if not isinstance(before, dict):
         raise HistoError(f"--output_dir {folder}: its {RECORD} is damaged, expected the options of a run; {remedy}")

@@ -161,7 +161,7 @@ def _from_timm(declared: dict[str, Any], source: str) -> Preprocessing:
 
 def _from_image_processor(source: str) -> Preprocessing:
     try:
-        declared = AutoImageProcessor.from_pretrained(source).to_dict()
+        declared = AutoImageProcessor.from_pretrained(source, trust_remote_code=False).to_dict()
         resize = declared["size"].get("shortest_edge") or declared["size"]["height"]
         size = declared["crop_size"]["height"] if declared.get("do_center_crop") else resize
         fit = "crop" if declared["size"].get("shortest_edge") else "squash"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fixtures import CENTERS, COUNTS, damage_chunk, truncate, write_challenge, write_csv, write_pcam
 
+from hf_histo.data import hdf5
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
 from hf_histo.data.splits import shared_groups
@@ -182,8 +183,16 @@ def test_refuses_a_huge_image_before_reading(tmp_path: Path) -> None:
     write_challenge(tmp_path)
     edit(tmp_path, "val", "3/img", None)
     with h5py.File(tmp_path / "val.h5", "r+") as file:
+        file.create_dataset("3/img", data=np.zeros((3, 10_001, 10_000), np.uint8), compression=1)
+    refused(tmp_path, r"val\.h5: 3/img: uint8 of shape \(3, 10001, 10000\), expected at most 300000000 bytes")
+
+
+def test_refuses_what_is_declared_but_not_there(tmp_path: Path) -> None:
+    write_challenge(tmp_path)
+    edit(tmp_path, "val", "3/img", None)
+    with h5py.File(tmp_path / "val.h5", "r+") as file:
         file.create_dataset("3/img", (3, 1_000_000, 1_000_000), "uint8", chunks=(3, 64, 64))
-    refused(tmp_path, r"val\.h5: 3/img: shape \(3, 1000000, 1000000\), expected at most 100000000 pixels")
+    refused(tmp_path, r"val\.h5: 3/img: uint8 of shape \(3, 1000000, 1000000\) .*, 0 bytes on disk")
 
 
 def test_refuses_huge_metadata_before_reading(tmp_path: Path) -> None:
@@ -191,7 +200,55 @@ def test_refuses_huge_metadata_before_reading(tmp_path: Path) -> None:
     edit(tmp_path, "val", "3/metadata", None)
     with h5py.File(tmp_path / "val.h5", "r+") as file:
         file.create_dataset("3/metadata", (10**12,), "int64", chunks=(64,))
-    refused(tmp_path, r"val\.h5: 3/metadata: shape \(1000000000000,\)")
+    refused(tmp_path, r"val\.h5: 3/metadata: int64 of shape \(1000000000000,\) .*, 0 bytes on disk")
+
+
+def test_refuses_a_billion_rows(tmp_path: Path) -> None:
+    write_pcam(tmp_path)
+    with h5py.File(pcam_file(tmp_path, "x.h5"), "w") as file:
+        file.create_dataset("x", (10**9, 96, 96, 3), "uint8", chunks=(3, 96, 96, 3), compression="gzip")
+    refused(tmp_path, r"valid_x\.h5: x: uint8 of shape \(1000000000, 96, 96, 3\) .*, 0 bytes on disk")
+
+
+def test_refuses_a_chunk_that_unpacks_to_more_than_memory_holds(tmp_path: Path) -> None:
+    write_challenge(tmp_path)
+    edit(tmp_path, "val", "3/img", None)
+    with h5py.File(tmp_path / "val.h5", "r+") as file:
+        chunks = {"chunks": (1000, 1000, 1000), "maxshape": (None, None, None)}
+        file.create_dataset("3/img", (3, 12, 14), "uint8", compression="gzip", **chunks)
+    refused(tmp_path, r"val\.h5: 3/img: .* in chunks of 1000000000 bytes")
+
+
+def test_refuses_one_image_linked_many_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hdf5, "EXPANSION", 10)
+    monkeypatch.setattr(hdf5, "SMALL", 0)
+    write_challenge(tmp_path, size=40)
+    with h5py.File(tmp_path / "val.h5", "r+") as file:
+        for i in range(500):
+            file[f"again{i}"] = file["0"]
+    refused(tmp_path, r"val\.h5: 506 images of 40x42 in \d+ bytes")
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "..", "a\\b", "=1+1", "%n%s"])
+def test_a_key_is_a_name_and_never_a_path(tmp_path: Path, name: str) -> None:
+    data = tmp_path / "data"
+    write_challenge(data)
+    with h5py.File(data / "val.h5", "r+") as file:
+        file.move("3", name.replace("/", "|"))
+    content = (data / "val.h5").read_bytes()
+    if "/" in name:  # what no library writes: the bytes of a name replaced in the file
+        (data / "val.h5").write_bytes(content.replace(name.replace("/", "|").encode(), name.encode()))
+        refused(data, r"val\.h5: \.\./\.\./etc/passwd: a path, expected a name without slashes")
+    else:
+        assert name in load(data, cache_dir=tmp_path / "cache")["val"]["id"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"data", "cache"}
+
+
+def test_refuses_a_name_that_is_no_text(tmp_path: Path) -> None:
+    write_challenge(tmp_path)
+    with h5py.File(tmp_path / "val.h5", "r+") as file:
+        file.id.links.move(b"3", file.id, b"\xff\xfe")
+    refused(tmp_path, r"val\.h5: a group is named .*, expected printable text")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hf_histo.data.load import fingerprint, load
@@ -73,3 +75,17 @@ def test_bad_names_and_other_columns(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(str(tmp_path / "text" / "train.parquet"))
     assert "has 0 columns of images" in refusal(f"hub:{tmp_path / 'text'}", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "../secret.png", "https://example.com/track.png"])
+def test_a_table_that_names_files_of_this_machine(tmp_path: Path, path: str) -> None:
+    """Images of a table may be paths; those of files outside would be copied into the cache and sent along."""
+    PIL.Image.new("RGB", (5, 4)).save(tmp_path / "secret.png")
+    folder = tmp_path / "data"
+    write_parquet(folder, splits=("train",))
+    table = pq.read_table(folder / "train-0.parquet")
+    images = [{"bytes": None, "path": path}] * len(table)
+    table = table.set_column(0, table.schema.field(0), pa.array(images, table.schema.field(0).type))
+    pq.write_table(table, folder / "train-0.parquet")
+    with pytest.raises(HistoError, match=r"an image is .*, expected its bytes or a file of this data set"):
+        load(f"hub:{folder}", cache_dir=tmp_path / "cache")

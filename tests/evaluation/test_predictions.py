@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hf_histo.errors import HistoError
@@ -96,6 +98,23 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(HistoError, match=message) as error:
             tables.read(tmp_path / f"{name}.parquet")
         assert str(tmp_path / f"{name}.parquet") in str(error.value)
+
+
+def test_files_made_to_do_harm_are_refused(tmp_path: Path) -> None:
+    """Each is a few kilobytes, and would fill the memory or crash a reader that believes it."""
+    write = {"row_group_size": 10**7, "use_dictionary": True}
+    rows = pa.DictionaryArray.from_arrays(pa.array(np.zeros(60_000_000, np.int8)), ["a"])
+    pq.write_table(pa.table({name: rows for name in tables.COLUMNS}), tmp_path / "rows.parquet", **write)
+    small().assign(group="x" * 5000).to_parquet(tmp_path / "text.parquet")
+    good = pa.Table.from_pandas(small(), preserve_index=False)
+    for name, metadata in (("deep", "[" * 100_000), ("json", "{"), ("names", '["a"]'), ("kinds", '[1, {"a": 2}]')):
+        pq.write_table(good.replace_schema_metadata({"label_names": metadata}), tmp_path / f"{name}.parquet")
+    expected = {"rows": "rows, expected at most", "text": "group has a text of 5000 bytes"}
+    for name in ("rows", "text", "deep", "json", "names", "kinds"):
+        file = tmp_path / f"{name}.parquet"
+        assert file.stat().st_size < 200_000
+        with pytest.raises(HistoError, match=expected.get(name, "label_names aren't 2 names")):
+            tables.read(file)
 
 
 def test_names_must_match_the_classes(tmp_path: Path) -> None:
