@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
 
+import psutil
 from tqdm import tqdm
 
 
@@ -16,20 +21,43 @@ class HistoError(Exception):
     """
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asked for the end: `number`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a recipe's `main`; end in one clear line on standard error and a non-zero exit where it fails.
 
-    `HistoError` and `OSError` (a full disk, a read-only folder) exit with 1, an interrupt with 130. A traceback is
-    shown only where the environment variable `HF_HISTO_TRACEBACK` is 1, and for any other exception, which is a bug.
+    `HistoError` and `OSError` (a full disk, a read-only folder) exit with 1; SIGTERM and Ctrl-C with 128 and their
+    number (143, 130), and a line with the command that goes on. A traceback is shown only where the environment
+    variable `HF_HISTO_TRACEBACK` is 1, and for any other exception, which is a bug.
     """
     if os.environ.get("HF_HISTO_TRACEBACK") == "1":
         return main()
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         main()
     except (HistoError, OSError) as error:
         # A bare print would go on the line of a progress bar that the error cut off.
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        tqdm.write("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as interrupt:
+        number = getattr(interrupt, "number", signal.SIGINT)
+        if os.environ.get("RANK", "0") == "0":
+            end = f"interrupted by {signal.Signals(number).name}"
+            tqdm.write(f"{end}: the same command goes on from the last checkpoint: {command()}", file=sys.stderr)
+        raise SystemExit(128 + number) from None
+
+
+def command() -> str:
+    """The line that started this program, with the launcher before it (accelerate, torchrun, nice, ...)."""
+    started = [process.cmdline() for process in (psutil.Process(), *psutil.Process().parents())]
+    return shlex.join(([sys.argv] + [line for line in started if sys.argv[0] in line])[-1])
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted(number)

@@ -207,6 +207,9 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         "splits": {split: metrics.report(table) for split, table in tables.items()},
         **sizes,
     }
+    for split, values in measured["splits"].items():
+        if values["constant"]:
+            logger.warning("%s: %s; the model may have learned nothing", split, values["constant"])
     sidecar = dataclasses.replace(
         sidecar, thresholds=_thresholds(tables) if num_outputs == 1 else {}, temperature=temperature.value
     )

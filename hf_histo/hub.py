@@ -406,6 +406,8 @@ def card(sidecar: Sidecar, metrics: Mapping[str, Any]) -> ModelCard:
     for split, values in metrics["splits"].items():
         if values["overall"]["n"]:
             sections += [f"### {split}", report.center_table(values)]
+        if values.get("constant"):
+            sections += [f"**On {split}, {values['constant']}: this model may have learned nothing.**"]
     sections += [
         "## Size",
         report.size_table(metrics),

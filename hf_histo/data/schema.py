@@ -163,6 +163,7 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
     def __init__(
         self, dataset: datasets.Dataset, prepare: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> None:
+        self._rows = dataset
         self._table = dataset.select_columns(["image", "label", "center"]).with_format("arrow")
         self._prepare = prepare
 
@@ -173,7 +174,11 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
 
     def select(self, rows: Sequence[int]) -> ImageTable:
         """The images of these rows, in this order."""
-        return ImageTable(self._table.select(rows), self._prepare)
+        return ImageTable(self._rows.select(rows), self._prepare)
+
+    def ids(self, rows: Sequence[int]) -> list[str]:
+        """Of these rows, in this order."""
+        return self._rows.select_columns("id")[list(rows)]["id"]
 
     def is_of_one_size(self) -> bool:
         """Whether all images are stored with the same height and width, by their headers."""

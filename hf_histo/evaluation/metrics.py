@@ -32,7 +32,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from hf_histo.errors import HistoError
-from hf_histo.evaluation.predictions import log_odds, make, predicted
+from hf_histo.evaluation.predictions import array, label_names, log_odds, make, predicted
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction  # imports torch, which nothing here needs
@@ -74,7 +74,8 @@ def report(
         seed: of the bootstrap.
 
     Returns:
-        `{"overall": M, "centers": {"0": M, ...}, "threshold": ..., "bootstrap": {...}}`, ready for JSON, where M is
+        `{"constant": what `constant` returns, "overall": M, "centers": {"0": M, ...}, "threshold": ...,
+        "bootstrap": {...}}`, ready for JSON, where M is
         `{"n": int, "groups": int, "<metric>": {"value": v, "low": l, "high": h}, ...}`.
 
     Raises:
@@ -84,6 +85,7 @@ def report(
         raise HistoError(f"resamples is {resamples}, expected at least 1: 1000 give a stable 95% interval")
     centers = sorted(set(predictions["center"]) - {-1})
     return {
+        "constant": constant(predictions, threshold=threshold),
         "overall": _with_intervals(predictions, threshold, resamples, seed),
         "centers": {
             str(center): _with_intervals(predictions[predictions["center"] == center], threshold, resamples, seed)
@@ -92,6 +94,18 @@ def report(
         "threshold": threshold,
         "bootstrap": {"resamples": resamples, "seed": seed, "unit": "group", "confidence": CONFIDENCE},
     }
+
+
+def constant(predictions: pd.DataFrame, *, threshold: float = 0.5) -> str | None:
+    """Say what is the same for all of two rows or more, which a model that sees the images hardly gives; else None."""
+    scores = array(predictions, "logit")
+    if len(scores) < 2:
+        return None
+    if (np.ptp(scores, axis=0) < 1e-6).all():
+        return f"all {len(scores)} images have the same logits"
+    if len(classes := set(predicted(predictions, threshold).tolist())) == 1:
+        return f"all {len(scores)} images are called {label_names(predictions)[classes.pop()]}"
+    return None
 
 
 def of_logits(logits: ArrayLike, labels: ArrayLike, *, threshold: float = 0.5) -> dict[str, float | None]:

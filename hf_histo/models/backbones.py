@@ -29,8 +29,10 @@ from hf_histo.errors import HistoError
 from hf_histo.models import clip, heads, registry
 
 # In a config.json: code to run or fetch, and files to read.
-REFUSED = ("auto_map", "quantization_config", "_attn_implementation", "attn_implementation", "transformers_weights")
-REFUSED += ("use_pretrained_backbone", "checkpoint_path", "cache_dir")
+REFUSED = (
+    *("auto_map", "quantization_config", "_attn_implementation", "attn_implementation", "use_pretrained_backbone"),
+    *("transformers_weights", "checkpoint_path", "cache_dir"),
+)
 MAX_NUMBER, MAX_LAYERS = 1_000_000, 1000  # the largest numbers in it: a vocabulary may be the former
 SPARE = 2**24  # weights that a backbone may lack, of its output layer
 BUILTIN = Path(__file__).parent / "builtin"

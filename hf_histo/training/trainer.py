@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -18,13 +19,16 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from hf_histo.config import CenterOptions, Config
 from hf_histo.data.schema import ImageTable, Sample
 from hf_histo.errors import HistoError
+from hf_histo.files import write_json
 from hf_histo.models import adapters, heads
 from hf_histo.training import domains, runs
 from hf_histo.training.losses import Loss
+from hf_histo.training.stopping import StopAtCheckpoint
 from hf_histo.transforms.augmentation import Augmentation, augment, uniform
 from hf_histo.transforms.preprocessing import Preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
 
+NAN_BATCH = "nan_batch.json"
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {}),
     "adamw": (torch.optim.AdamW, {}),
@@ -62,10 +66,27 @@ class Trainer(transformers.Trainer):
         self.options = options
         self.loss: Loss = kwargs["compute_loss_func"]
         self.batch_norm = batch_norm
+        self.stop = StopAtCheckpoint(self.accelerator)
+        self.add_callback(self.stop)
         if options.domain_loss == "group_dro":
             self.add_callback(domains.GroupDRO(self._centers(), 0.01 * options.domain_weight))
         if options.domain_loss == "coral":
             self.features = domains.HeadInput(heads.module_of(kwargs["model"]))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers; SIGTERM and Ctrl-C end it at a checkpoint, as `Interrupted`.
+
+        Raises `HistoError` where the loss is NaN or infinite, with the ids of that batch in `NAN_BATCH`, and for a
+        checkpoint that holds other things than tensors and numbers: those are not unpickled.
+        """
+        try:
+            with self.stop.listening():
+                return super().train(*args, **kwargs)
+        except UnpicklingError as error:
+            raise HistoError(
+                f"--output_dir {self.args.output_dir}: its last checkpoint holds more than tensors and numbers, or is "
+                f"damaged ({' '.join(str(error).split())[:200]}); delete that checkpoint"
+            ) from None
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
@@ -101,8 +122,7 @@ class Trainer(transformers.Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         inputs = dict(inputs)
-        centers, labels = inputs.pop("center"), inputs["labels"]
-        inputs.pop("index")
+        centers, labels, index = inputs.pop("center"), inputs["labels"], inputs.pop("index")
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.options.domain_loss != "none" and model.training:
             # Scaled as the loss is: its batch's share of an update that spans steps and processes.
@@ -119,7 +139,20 @@ class Trainer(transformers.Trainer):
                     part = ImageClassifierOutput(logits=outputs.logits[centers == center])
                     means[center] = self.loss(part, labels[centers == center])
                 loss = share * weights(means)
+        if model.training and not torch.isfinite(loss):
+            self._refuse(float(loss), index)
         return (loss, outputs) if return_outputs else loss
+
+    def _refuse(self, loss: float, index: torch.Tensor) -> NoReturn:
+        assert isinstance(self.train_dataset, ImageTable)
+        file, step = Path(str(self.args.output_dir)) / NAN_BATCH, self.state.global_step + 1
+        ids = self.train_dataset.ids(index.tolist())
+        found = {"loss": str(loss), "step": step, "epoch": self.state.epoch, "process": self.args.process_index}
+        write_json(file, found | {"ids": ids})
+        raise HistoError(
+            f"the loss is {loss} at step {step}, expected a finite number; look at the {len(ids)} images with the ids in "
+            f"{file}, or lower --learning_rate from {self.args.learning_rate:g}"
+        )
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         if not self.options.balance_centers:

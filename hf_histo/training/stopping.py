@@ -1,0 +1,64 @@
+"""How training ends before its time: at a checkpoint, when a signal asks for it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_histo.errors import Interrupted
+
+
+class StopAtCheckpoint(TrainerCallback):
+    """SIGTERM and Ctrl-C let the step finish, save a checkpoint and raise `Interrupted`.
+
+    All processes of a launch stop at the same step, whichever was signaled. A second Ctrl-C ends at once.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.received: int | None = None
+        self.agreed = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals within; Python leaves them to the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.accelerator.num_processes > 1:
+            if self.received:
+                self.accelerator.set_trigger()
+            self.agreed = self.agreed or self.accelerator.check_trigger()
+        else:
+            self.agreed = self.received is not None
+        # The last step of an epoch is followed by its evaluation, which belongs into the checkpoint.
+        if self.agreed and (state.epoch or 0) % 1:
+            control.should_save = True
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.agreed:
+            self.accelerator.wait_for_everyone()
+            raise Interrupted(self.received or signal.SIGTERM)
