@@ -140,7 +140,7 @@ class Trainer(transformers.Trainer):
                     means[center] = self.loss(part, labels[centers == center])
                 loss = share * weights(means)
         if model.training and not torch.isfinite(loss):
-            self._refuse(float(loss), index)
+            self._refuse(loss.item(), index)
         return (loss, outputs) if return_outputs else loss
 
     def _refuse(self, loss: float, index: torch.Tensor) -> NoReturn:
@@ -150,8 +150,8 @@ class Trainer(transformers.Trainer):
         found = {"loss": str(loss), "step": step, "epoch": self.state.epoch, "process": self.args.process_index}
         write_json(file, found | {"ids": ids})
         raise HistoError(
-            f"the loss is {loss} at step {step}, expected a finite number; look at the {len(ids)} images with the ids in "
-            f"{file}, or lower --learning_rate from {self.args.learning_rate:g}"
+            f"the loss is {loss} at step {step}, expected a finite number; look at the {len(ids)} images with the ids "
+            f"in {file}, or lower --learning_rate from {self.args.learning_rate:g}"
         )
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:

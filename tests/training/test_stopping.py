@@ -1,0 +1,162 @@
+"""Training that ends before its time: nothing of it is lost, and what is wrong has a name."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+import torch
+from miniature import config, write_backbone, write_data
+from transformers import TrainerCallback
+
+from hf_histo import errors, finetune
+from hf_histo.data.load import load
+from hf_histo.errors import HistoError, Interrupted
+from hf_histo.training import trainer
+
+QUICK = ["--target_modules=last-conv", "--lora_dropout=0.1", "--logging_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("source")
+    return write_backbone(folder / "backbone"), write_data(folder / "data")
+
+
+@pytest.fixture(scope="module")
+def straight(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter of a run that nothing disturbed: two epochs of three steps."""
+    folder = tmp_path_factory.mktemp("straight")
+    return finetune.fine_tune(config(folder / "run", *source, *QUICK), load(source[1])).adapter
+
+
+class Signal(TrainerCallback):
+    def __init__(self, step: int, number: int, times: int) -> None:
+        self.step, self.number, self.times = step, number, times
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+def signaled(monkeypatch: pytest.MonkeyPatch, step: int, number: int, times: int = 1) -> None:
+    """Let the next training get a signal during this step."""
+    build = trainer.build
+
+    def build_signaled(*args: Any, **kwargs: Any) -> trainer.Trainer:
+        session = build(*args, **kwargs)
+        session.add_callback(Signal(step, number, times))
+        return session
+
+    monkeypatch.setattr(trainer, "build", build_signaled)
+
+
+# Of three steps in an epoch: within the first, at its end (where the evaluation belongs into the checkpoint), after it.
+@pytest.mark.parametrize(("step", "number"), [(2, signal.SIGTERM), (3, signal.SIGTERM), (4, signal.SIGINT)])
+def test_a_signal_ends_in_a_checkpoint_that_loses_nothing(
+    tmp_path: Path, source: tuple[Path, Path], straight: Path, monkeypatch: pytest.MonkeyPatch, step: int, number: int
+) -> None:
+    data, options = load(source[1]), config(tmp_path / "run", *source, *QUICK)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        signaled(patch, step, number)
+        with pytest.raises(Interrupted) as end:
+            finetune.fine_tune(options, data)
+    assert end.value.number == number
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").is_file()
+    result = finetune.fine_tune(options, data)
+    for name in ("adapter_model.safetensors", "metrics.json", "predictions/val.parquet"):
+        assert (result.adapter / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+def test_a_second_control_c_ends_at_once(
+    tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signaled(monkeypatch, 2, signal.SIGINT, times=2)
+    with pytest.raises(KeyboardInterrupt) as end:
+        finetune.fine_tune(config(tmp_path / "run", *source, *QUICK), load(source[1]))
+    assert not isinstance(end.value, Interrupted)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_recipe_names_the_command_that_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["recipe.py", "--data", "a folder"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            errors.run(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 128 + signal.SIGTERM
+    said = capsys.readouterr().err
+    assert "interrupted by SIGTERM: the same command goes on" in said
+    assert said.rstrip().endswith("recipe.py --data 'a folder'")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_names_its_images(
+    tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    def broken(*args: Any) -> Any:
+        return lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum() * value
+
+    monkeypatch.setattr(finetune.losses, "classification", broken)
+    with pytest.raises(HistoError, match=r"the loss is (nan|inf|-inf) at step 1, expected a finite number") as caught:
+        finetune.fine_tune(config(tmp_path / "run", *source, *QUICK), load(source[1]))
+    found = json.loads((tmp_path / "run" / "nan_batch.json").read_text(encoding="utf-8"))
+    assert str(tmp_path / "run" / "nan_batch.json") in str(caught.value)
+    assert (found["step"], found["epoch"], len(set(found["ids"]))) == (1, 0, 8)
+    assert set(found["ids"]) <= set(load(source[1])["train"]["id"])
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+class Touch:
+    """What unpickling it would run."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.witness,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_is_never_unpickled(
+    tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    data, options = load(source[1]), config(tmp_path / "run", *source, *QUICK)
+    with monkeypatch.context() as patch:
+        signaled(patch, 2, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            finetune.fine_tune(options, data)
+    file = tmp_path / "run" / "checkpoint-2" / name
+    assert file.is_file()
+    assert not list(tmp_path.rglob("training_args.bin"))
+    torch.save(Touch(tmp_path / "witness"), file)
+    with pytest.raises(HistoError, match=r"its last checkpoint holds more than tensors and numbers"):
+        finetune.fine_tune(options, data)
+    assert not (tmp_path / "witness").exists()
+
+
+def test_a_model_that_says_the_same_of_every_image_is_flagged(
+    tmp_path: Path, source: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_data(tmp_path / "data")
+    for file in data.glob("*.h5"):
+        with h5py.File(file, "r+") as h5:
+            for group in h5.values():
+                group["img"][...] = 128
+    options = config(tmp_path / "run", source[0], data, *QUICK, "--augmentation=none", "--num_train_epochs=1")
+    result = finetune.fine_tune(options, load(data))
+    assert result.metrics["splits"]["val"]["constant"] == "all 13 images have the same logits"
+    assert "val: all 13 images have the same logits" in caplog.text
+    assert "all 13 images have the same logits" in (result.adapter / "README.md").read_text(encoding="utf-8")
