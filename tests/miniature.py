@@ -58,9 +58,9 @@ def write_adapter(folder: Path, backbone: Path, *, seed: int = 0, outputs: int =
         }
     )
     adapted = adapters.add(model, lora)
-    for name, weight in adapted.named_parameters():
+    for weight in adapted.parameters():
         if weight.requires_grad:
-            weight.data.normal_(std=0.3 if "lora_" in name else 0.1)
+            weight.data.normal_(std=0.1)
     selection = {"split": "val", "metric": "auroc", "value": 1.0, "step": 1}
     sizes = account(adapted, batch_norm=sidecar.batch_norm)
     hub.save(folder, adapted, sidecar, metrics={"selection": selection, "splits": {}, **sizes}, tables={})

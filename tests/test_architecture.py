@@ -12,7 +12,7 @@ import pytest
 import hf_histo
 
 # `finetune` is the whole way once through, for the recipes: no stage may lean on it.
-STAGES = ("data", "transforms", "models", "training", "evaluation", "hub", "inference", "finetune")
+STAGES = ("data", "transforms", "models", "training", "evaluation", "hub", "export", "inference", "finetune")
 BASE = ("config", "errors", "files")
 
 PACKAGE = Path(hf_histo.__file__).parent

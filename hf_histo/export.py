@@ -1,0 +1,184 @@
+"""A trained classifier for use without this package: its weights in one piece, or ONNX.
+
+Both hold the model alone: from normalized pixels (B, 3, S, S) to logits. What else turns an image into a decision is
+stated in `export.json` beside it, and what no exported model does is named there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_histo.errors import HistoError
+from hf_histo.files import atomic_folder, write_json
+from hf_histo.hub import Sidecar
+from hf_histo.transforms.augmentation import PLAIN
+
+logger = logging.getLogger(__name__)
+
+STATEMENT = "export.json"
+FORMATS = ("merged", "onnx")
+# Between the logits of PyTorch and ONNX Runtime, which sum in another order; times the largest logit if above 1.
+TOLERANCE = 1e-4
+
+
+def export(model: nn.Module, sidecar: Sidecar, folder: str | Path, format: str) -> None:
+    """Write a model that `hub.load` gave as a folder of its own, whole or not at all.
+
+    Args:
+        model: is left as it was in the case of "full"; otherwise its adapter is merged into it.
+        sidecar: of the adapter.
+        folder: must not exist.
+        format: "merged": a checkpoint that `AutoModelForImageClassification` loads, and timm where the backbone is
+            timm's. "onnx": `model.onnx`, for batches of any size, whose logits ONNX Runtime was seen to give.
+
+    Raises `HistoError` for an adapter that can't be merged, a head that transformers alone can't build ("merged"), a
+    package that is missing, and logits that differ by more than `TOLERANCE` ("onnx").
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise HistoError(f"--output_dir {folder} exists already; choose another one, or remove it")
+    whole = merged(model)
+    left_out = _left_out(sidecar)
+    for part in left_out:
+        logger.warning("not part of the exported model: %s", part)
+    with atomic_folder(folder) as temporary:
+        if format == "merged":
+            _save(whole, sidecar, temporary)
+            found = {}
+        else:
+            found = {"onnx": _to_onnx(whole, sidecar, temporary / "model.onnx")}
+        statement = {
+            "format": format,
+            "input": f"pixel_values: float32 (batch, 3, {sidecar.preprocessing.image_size}, same)",
+            "preprocessing": dataclasses.asdict(sidecar.preprocessing),
+            "output": f"logits: float32 (batch, {sidecar.num_outputs})",
+            "probability": "sigmoid of the logit" if sidecar.num_outputs == 1 else "softmax of the logits",
+            "labels": sidecar.id2label,
+            "label_names": sidecar.label_names,
+            "threshold": sidecar.threshold,
+            "thresholds": sidecar.thresholds,
+            "temperature": sidecar.temperature,
+            "not_included": left_out,
+            "versions": sidecar.versions,
+            **found,
+        }
+        write_json(temporary / STATEMENT, statement)
+
+
+def merged(model: nn.Module) -> PreTrainedModel:
+    """The model with LoRA added into its weights and the trained head in place of the old one; without peft's layers.
+
+    A model without an adapter is returned as it is. Raises `HistoError` if a layer's update can't be merged.
+    """
+    if isinstance(model, PeftModel):
+        try:
+            model = model.merge_and_unload()
+        except (NotImplementedError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise HistoError(
+                f"the adapter can't be merged into its backbone: {reason}; expected LoRA on linear layers and on "
+                "convolutions without groups"
+            ) from None
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
+def _save(model: PreTrainedModel, sidecar: Sidecar, folder: Path) -> None:
+    if not sidecar.head.is_plain:
+        raise HistoError(
+            f"the classifier is {sidecar.head}, which transformers and timm alone can't build; expected one linear "
+            "layer on pooled features; --format onnx takes any"
+        )
+    views, config = sidecar.preprocessing, model.config
+    config.id2label, config.label2id = sidecar.id2label, {label: i for i, label in sidecar.id2label.items()}
+    if declared := getattr(config, "pretrained_cfg", None):  # what timm takes its preprocessing from
+        config.model_args = config.model_args or {}  # timm takes no null
+        config.label_names = list(sidecar.id2label.values())
+        config.pretrained_cfg = {
+            **declared,
+            "input_size": [3, views.image_size, views.image_size],
+            "crop_pct": views.image_size / views.resize_size,
+            "crop_mode": {"crop": "center", "squash": "squash", "pad": "border"}[views.fit],
+            "interpolation": views.interpolation,
+            "mean": views.mean,
+            "std": views.std,
+        }
+    elif processor := views.image_processor():
+        processor.save_pretrained(folder)
+    # timm knows its weights without the prefix of transformers' wrapper, which takes them either way.
+    model.save_pretrained(folder, state_dict={k.removeprefix("timm_model."): v for k, v in model.state_dict().items()})
+
+
+class _Logits(nn.Module):
+    """A model that answers with a tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(pixel_values=pixel_values).logits
+        return logits
+
+
+def _to_onnx(model: PreTrainedModel, sidecar: Sidecar, path: Path) -> dict[str, Any]:
+    """Write the file, and return its opset and the largest difference from PyTorch that was seen."""
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401  # torch's exporter is written in it
+    except ImportError as error:
+        raise HistoError(f"--format onnx needs {error.name}: pip install hf_histo[onnx]") from None
+    size, random = sidecar.preprocessing.image_size, np.random.default_rng(0)
+    pixels = random.standard_normal((3, 3, size, size), dtype=np.float32)
+    logits = _Logits(model).to(memory_format=torch.contiguous_format).eval()
+    torch.onnx.export(
+        logits,
+        (torch.from_numpy(pixels[:2]),),
+        path,
+        input_names=["pixel_values"],
+        output_names=["logits"],
+        dynamic_shapes={"pixel_values": {0: "batch"}},
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    written = onnx.load(path)
+    stated = {"preprocessing": dataclasses.asdict(sidecar.preprocessing), "labels": sidecar.id2label}
+    onnx.helper.set_model_props(written, {key: json.dumps(value) for key, value in stated.items()})
+    onnx.save(written, path)
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    differences = []
+    for count in (1, 3):  # neither is the size that it was exported with
+        (answer,) = session.run(None, {"pixel_values": pixels[:count]})
+        with torch.no_grad():
+            expected = logits(torch.from_numpy(pixels[:count])).numpy()
+        differences.append(float(np.abs(answer - expected).max() / max(1, np.abs(expected).max())))
+    if not max(differences) <= TOLERANCE:
+        raise HistoError(
+            f"the logits of ONNX Runtime differ from PyTorch's by {max(differences):.2g}, expected at most "
+            f"{TOLERANCE:g}; nothing was written: export this model as --format merged"
+        )
+    return {"opset": written.opset_import[0].version, "largest_difference": max(differences)}
+
+
+def _left_out(sidecar: Sidecar) -> list[str]:
+    """What a prediction of `Classifier` does beside the model, in words."""
+    method = sidecar.normalizer.method if sidecar.normalizer else None
+    parts = {
+        f"normalization of each center's color ({method})": method is not None,
+        f"the mean over {sidecar.views.count} views": sidecar.views != PLAIN,
+        "batch-norm statistics of the images at hand": sidecar.adapt_batch_norm,
+    }
+    return [part for part, used in parts.items() if used]

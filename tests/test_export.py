@@ -1,0 +1,124 @@
+"""What is exported gives the logits of the classifier, without this package."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from miniature import SIZE, write_adapter, write_backbone
+from timm.data import resolve_data_config
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_histo import export as module
+from hf_histo.config import AdapterOptions
+from hf_histo.errors import HistoError
+from hf_histo.export import export
+from hf_histo.hub import load
+from hf_histo.models import heads
+from hf_histo.transforms.augmentation import Views
+
+PIXELS = torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_backbone(tmp_path_factory.mktemp("backbone") / "model")
+
+
+def logits(model: torch.nn.Module) -> np.ndarray:
+    with torch.no_grad():
+        answer = model.eval()(PIXELS)
+    return getattr(answer, "logits", answer).numpy()
+
+
+def exported(adapter: Path, folder: Path, format: str) -> tuple[np.ndarray, dict[str, object]]:
+    """The logits that the adapter gives, and the statement of its export in `folder`."""
+    model, sidecar, _ = load(adapter)
+    expected = logits(model)
+    assert np.ptp(expected) > 0.1
+    export(model, sidecar, folder, format)
+    return expected, json.loads((folder / "export.json").read_text())
+
+
+def test_a_merged_checkpoint_is_one_of_transformers_and_of_timm(backbone: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", backbone, outputs=3)
+    expected, statement = exported(adapter, tmp_path / "out", "merged")
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path / "out", dtype="float32")
+    assert not [name for name, _ in plain.named_modules() if "lora" in name or "modules_to_save" in name]
+    np.testing.assert_allclose(logits(plain), expected, rtol=0, atol=1e-5)
+    assert plain.config.id2label == {0: "normal", 1: "tumor", 2: "other"}
+    assert tuple(AutoImageProcessor.from_pretrained(tmp_path / "out").data_config["input_size"]) == (3, SIZE, SIZE)
+
+    bare = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    np.testing.assert_allclose(logits(bare), expected, rtol=0, atol=1e-5)
+    declared = resolve_data_config(model=bare)
+    assert tuple(declared["input_size"]) == (3, SIZE, SIZE)
+    assert declared["crop_pct"] == 1
+    assert statement["not_included"] == []
+
+
+@pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "test_vit.r160_in1k"])
+def test_onnx_gives_the_logits_for_any_batch(name: str, tmp_path: Path) -> None:
+    backbone = write_backbone(tmp_path / "backbone", name)
+    lora = AdapterOptions(target_modules="last-conv" if "resnet" in name else "attention-qkv")
+    adapter = write_adapter(tmp_path / "adapter", backbone, lora=lora)
+    expected, statement = exported(adapter, tmp_path / "out", "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 4, 5):
+        (answer,) = session.run(["logits"], {"pixel_values": PIXELS[:count].numpy()})
+        np.testing.assert_allclose(answer, expected[:count], rtol=0, atol=1e-4)
+    written = {prop.key: json.loads(prop.value) for prop in onnx.load(tmp_path / "out" / "model.onnx").metadata_props}
+    assert written["preprocessing"] == statement["preprocessing"]
+    assert written["preprocessing"]["image_size"] == SIZE
+    assert statement["labels"] == {"0": "tumor"}
+
+
+def test_a_head_of_several_layers_goes_to_onnx_only(backbone: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", backbone, outputs=3, head=heads.Design(widths=(7,)))
+    model, sidecar, _ = load(adapter)
+    with pytest.raises(HistoError, match=r"hidden layers of 7 .*--format onnx"):
+        export(model, sidecar, tmp_path / "merged", "merged")
+    expected, _ = exported(adapter, tmp_path / "onnx", "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    (answer,) = session.run(None, {"pixel_values": PIXELS.numpy()})
+    np.testing.assert_allclose(answer, expected, rtol=0, atol=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "onnx"]
+
+
+def test_a_grouped_convolution_can_not_be_merged(tmp_path: Path) -> None:
+    backbone = write_backbone(tmp_path / "backbone", "test_efficientnet.r160_in1k")
+    lora = AdapterOptions(target_modules=r".*blocks\.4\.0\.conv_dw", lora_rank=192)
+    model, sidecar, _ = load(write_adapter(tmp_path / "adapter", backbone, lora=lora))
+    with pytest.raises(HistoError, match=r"can't be merged.*without groups"):
+        export(model, sidecar, tmp_path / "out", "merged")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_onnx_file_with_other_logits_is_not_written(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sidecar, _ = load(write_adapter(tmp_path / "adapter", backbone))
+    monkeypatch.setattr(module, "TOLERANCE", -1.0)
+    with pytest.raises(HistoError, match=r"differ from PyTorch's by .*nothing was written"):
+        export(model, sidecar, tmp_path / "out", "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_what_is_left_out_is_said(backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adapter = write_adapter(tmp_path / "adapter", backbone, views=Views(8))
+    _, statement = exported(adapter, tmp_path / "out", "merged")
+    assert statement["not_included"] == ["the mean over 8 views"]
+    assert re.search("not part of the exported model: the mean over 8 views", caplog.text)
+
+
+def test_a_folder_that_exists_is_kept(backbone: Path, tmp_path: Path) -> None:
+    model, sidecar, _ = load(write_adapter(tmp_path / "adapter", backbone))
+    with pytest.raises(HistoError, match="exists already"):
+        export(model, sidecar, tmp_path / "adapter", "merged")
