@@ -96,8 +96,12 @@ class CenterOptions:
     stain_mixing: float = option(0.0, "probability of training on a mixture of the centers' colors, in [0, 1]")
     pool_centers: bool = option(False, "train on all labeled centers, validate on a tenth of their groups")
     balance_centers: bool = option(False, "draw every training center equally often")
-    domain_loss: Literal["none", "group_dro", "coral"] = option("none", "raise hard centers, or align their features")
-    domain_weight: float = option(1.0, "weight of the CORAL penalty; for GroupDRO, hundredths of a step of its weights")
+    domain_loss: Literal["none", "group_dro", "coral", "dann"] = option(
+        "none", "raise hard centers, or make their features alike"
+    )
+    domain_weight: float = option(
+        1.0, "weight of the CORAL or DANN penalty; for GroupDRO, hundredths of a step of its weights"
+    )
 
 
 @dataclass

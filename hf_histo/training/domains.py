@@ -1,4 +1,5 @@
-"""Training that treats acquisition centers as what must not matter: balanced sampling, GroupDRO and CORAL.
+"""Training that treats acquisition centers as what must not matter: balanced sampling, GroupDRO, CORAL
+and DANN.
 
 Each composes with any loss of `losses.py` and with LoRA; Gulrajani & Lopez-Paz 2021, "In search of lost domain
 generalization", is the reason to measure them against plain training before trusting any.
@@ -6,12 +7,14 @@ generalization", is the reason to measure them against plain training before tru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils import reduce
 from torch import nn
 from torch.utils.data import Sampler
@@ -101,6 +104,47 @@ def coral(features: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
         sum(((a - b) ** 2).mean() for a, b in zip(one, other, strict=True)) for one, other in combinations(moments, 2)
     ]
     return torch.stack(distances).mean() if distances else features.sum() * 0  # type: ignore[arg-type]
+
+
+class _Reverse(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by -strength."""
+
+    @staticmethod
+    def forward(context: Any, features: torch.Tensor, strength: float) -> torch.Tensor:
+        context.strength = strength
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return -context.strength * gradient, None
+
+
+class DomainClassifier(nn.Module):
+    """Learns to tell centers from features, while features learn to leave it no way.
+
+    Ganin et al. 2016, "Domain-adversarial training of neural networks", JMLR 17(59): a gradient that is reversed below
+    this classifier, by a strength of 2 / (1 + exp(-10 p)) - 1 at the share p of training (section 5.2.2). The hidden
+    layer has 100 units, as in the paper's network for MNIST. It belongs to training, not to the model.
+
+    Args:
+        width: of the features.
+        centers: of the training set.
+    """
+
+    centers: torch.Tensor
+
+    def __init__(self, width: int, centers: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, 100), nn.ReLU(), nn.Linear(100, len(set(centers))))
+        self.register_buffer("centers", torch.tensor(sorted(set(centers))))
+        for parameter in self.parameters():  # no part of what is wrapped for several processes, so it averages itself
+            parameter.register_hook(lambda gradient: reduce(gradient, "mean"))
+
+    def forward(self, features: torch.Tensor, centers: torch.Tensor, progress: float) -> torch.Tensor:
+        """Mean cross entropy of the centers (B,) int64 given features (B, width), at a share in [0, 1] of training."""
+        strength = 2 / (1 + math.exp(-10 * progress)) - 1
+        logits = self.layers(_Reverse.apply(features.float(), strength))
+        return F.cross_entropy(logits, torch.searchsorted(self.centers, centers))
 
 
 class HeadInput:

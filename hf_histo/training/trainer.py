@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import EarlyStoppingCallback, TrainingArguments
@@ -34,6 +35,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {}),
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),
 }
+DOMAIN_CLASSIFIER = "domain_classifier.safetensors"  # in a checkpoint, not in an adapter
 
 
 class Trainer(transformers.Trainer):
@@ -70,8 +72,13 @@ class Trainer(transformers.Trainer):
         self.add_callback(self.stop)
         if options.domain_loss == "group_dro":
             self.add_callback(domains.GroupDRO(self._centers(), 0.01 * options.domain_weight))
-        if options.domain_loss == "coral":
-            self.features = domains.HeadInput(heads.module_of(kwargs["model"]))
+        if options.domain_loss in ("coral", "dann"):
+            head = heads.module_of(kwargs["model"])
+            self.features = domains.HeadInput(head)
+        self.domain_classifier: domains.DomainClassifier | None = None
+        if options.domain_loss == "dann":
+            width = next(part.in_features for part in head.modules() if isinstance(part, nn.Linear))
+            self.domain_classifier = domains.DomainClassifier(width, self._centers()).to(self.args.device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As of transformers; SIGTERM and Ctrl-C end it at a checkpoint, as `Interrupted`.
@@ -132,6 +139,10 @@ class Trainer(transformers.Trainer):
             if self.options.domain_loss == "coral":
                 assert self.features.value is not None
                 loss = loss + share * self.options.domain_weight * domains.coral(self.features.value, centers)
+            elif self.domain_classifier is not None:
+                progress = self.state.global_step / self.state.max_steps
+                told = self.domain_classifier(self.features.value, centers, progress)
+                loss = loss + share * self.options.domain_weight * told
             else:
                 (weights,) = (c for c in self.callback_handler.callbacks if isinstance(c, domains.GroupDRO))
                 means = {}
@@ -159,6 +170,12 @@ class Trainer(transformers.Trainer):
             return super()._get_train_sampler(train_dataset)
         return domains.CenterBalancedSampler(self._centers(), self.args.seed)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.domain_classifier is not None:
+            optimizer.add_param_group({"params": list(self.domain_classifier.parameters())})
+        return optimizer
+
     def _centers(self) -> list[int]:
         """Of the training images."""
         assert isinstance(self.train_dataset, ImageTable)
@@ -169,6 +186,14 @@ class Trainer(transformers.Trainer):
             adapters.save(self.model, Path(output_dir or str(self.args.output_dir)), batch_norm=self.batch_norm)
         else:
             super()._save(output_dir, state_dict)
+        if self.domain_classifier is not None:
+            folder = Path(output_dir or str(self.args.output_dir))
+            save_model(self.domain_classifier, str(folder / DOMAIN_CLASSIFIER))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.domain_classifier is not None:
+            load_model(self.domain_classifier, Path(resume_from_checkpoint) / DOMAIN_CLASSIFIER)
 
 
 def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:

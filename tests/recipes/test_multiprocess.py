@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from miniature import SIZE, write_backbone, write_data
+from miniature import SIZE, divide_training, write_backbone, write_data
 from safetensors.numpy import load_file
 
 from hf_histo.evaluation import predictions
@@ -21,7 +21,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "histo_lora.py"
 COUNTS = {"train": 24, "val": 37, "test": 11}
 # SGD, whose step is the gradient itself: Adam would hide a wrong scale and blow up rounding.
 OPTIONS = f"""--image_size={SIZE} --resize_size={SIZE} --num_train_epochs=2 --optimizer=sgd --learning_rate=0.05
-    --per_device_eval_batch_size=4 --target_modules=last-conv --logging_steps=1""".split()
+    --per_device_eval_batch_size=4 --target_modules=last-conv --logging_steps=1 --domain_loss=dann""".split()
 
 
 def launch(processes: int, arguments: Sequence[str]) -> subprocess.Popen[str]:
@@ -36,6 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The run's folder, by the number of processes, at a global batch of 8."""
     folder = tmp_path_factory.mktemp("launch")
     backbone, data = write_backbone(folder / "backbone"), write_data(folder / "data", COUNTS)
+    divide_training(data)
     common = [f"--backbone={backbone}", f"--data={data}", f"--cache_dir={folder / 'cache'}", *OPTIONS]
     started = {
         n: launch(n, [*common, f"--output_dir={folder / f'of{n}'}", f"--per_device_train_batch_size={8 // n}"])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from hf_histo.data.load import load
 from hf_histo.finetune import fine_tune
-from hf_histo.training.domains import CenterBalancedSampler, GroupDRO, coral
+from hf_histo.training.domains import CenterBalancedSampler, DomainClassifier, GroupDRO, coral
 
 
 def test_centers_are_drawn_equally_often() -> None:
@@ -59,8 +59,30 @@ def test_coral_is_zero_for_equal_centers_and_grows_with_a_shift() -> None:
     assert coral(part, torch.arange(8)).item() == 0
 
 
+def test_the_domain_classifier_learns_and_features_unlearn() -> None:
+    torch.manual_seed(0)
+    classifier = DomainClassifier(3, [5, 2, 5, 9])
+    features = torch.randn(6, 3, requires_grad=True)
+    centers = torch.tensor([9, 2, 5, 5, 9, 2])
+    expected = torch.nn.functional.cross_entropy(classifier.layers(features), torch.tensor([2, 0, 1, 1, 2, 0]))
+    straight = torch.autograd.grad(expected, [features, *classifier.parameters()])
+    for progress, strength in ((0.0, 0.0), (0.5, 2 / (1 + np.exp(-5)) - 1)):
+        told = classifier(features, centers, progress)
+        assert told.item() == pytest.approx(expected.item())
+        reversed_, *learned = torch.autograd.grad(told, [features, *classifier.parameters()])
+        torch.testing.assert_close(reversed_, -strength * straight[0])
+        torch.testing.assert_close(learned, list(straight[1:]))
+
+
 @pytest.mark.parametrize(
-    "option", ["--balance_centers", "--domain_loss=group_dro", "--domain_loss=coral", "--normalization=rgb"]
+    "option",
+    [
+        "--balance_centers",
+        "--domain_loss=group_dro",
+        "--domain_loss=coral",
+        "--domain_loss=dann",
+        "--normalization=rgb",
+    ],
 )
 def test_each_changes_training_and_repeats(tmp_path: Path, option: str) -> None:
     backbone, data = write_backbone(tmp_path / "backbone"), write_data(tmp_path / "data")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from miniature import config, write_backbone, write_data
+from miniature import config, divide_training, write_backbone, write_data
 from transformers import TrainerCallback
 
 from hf_histo import finetune
@@ -27,7 +27,9 @@ PLATEAU = ["--lr_scheduler_type=reduce_lr_on_plateau", "--lr_scheduler_patience=
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("source")
-    return write_backbone(folder / "backbone"), write_data(folder / "data")
+    data = write_data(folder / "data")
+    divide_training(data)
+    return write_backbone(folder / "backbone"), data
 
 
 def session(folder: Path, source: tuple[Path, Path], *more: str) -> trainer.Trainer:
@@ -99,6 +101,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
         "--augmentation=crop-jitter",
         "--lora_dropout=0.1",
         "--head_dropout=0.1",
+        "--domain_loss=dann",
         *PLATEAU,
     ]
     data = load(source[1])
