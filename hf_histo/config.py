@@ -86,6 +86,7 @@ class AugmentationOptions:
     _argument_group_name = "augmentation"
 
     augmentation: str = option("crop-jitter", "preset: none, flips, crop-jitter, affine, strong")
+    training_views: int | None = option(None, "views of an image that epochs take in turn (default: always a new one)")
 
 
 @dataclass
@@ -140,6 +141,17 @@ class TrainingOptions:
 
 
 @dataclass
+class SpeedOptions:
+    _argument_group_name = "speed"
+
+    cache_features: Literal["auto", "on", "off"] = option(
+        "auto",
+        "run what is frozen below the first trained layer once per view, and train on what it gave; auto: if "
+        "that is half of the work or more, and changes no result",
+    )
+
+
+@dataclass
 class OutputOptions:
     _argument_group_name = "output"
 
@@ -164,6 +176,7 @@ class Config:
     centers: CenterOptions = field(default_factory=CenterOptions)
     prediction: PredictionOptions = field(default_factory=PredictionOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    speed: SpeedOptions = field(default_factory=SpeedOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
 
     def flat(self) -> dict[str, Any]:
@@ -300,7 +313,7 @@ def _validated(config: Config) -> Config:
         ),
         "more than 0": (
             "num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-            "learning_rate lora_rank lora_alpha image_size resize_size logging_steps",
+            "learning_rate lora_rank lora_alpha image_size resize_size logging_steps training_views",
             lambda value: value > 0,
         ),
         "in [0, 1)": ("head_dropout lora_dropout", lambda value: 0 <= value < 1),

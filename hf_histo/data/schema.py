@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import datasets
 import numpy as np
@@ -16,6 +16,7 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import torch
+import xxhash
 
 from hf_histo.errors import HistoError
 
@@ -32,7 +33,7 @@ class Sample(TypedDict):
     uint8 (3, H, W) in [0, 255], its label (-1: hidden), its center (-1: unknown), its index in the table.
     """
 
-    image: torch.Tensor
+    image: NotRequired[torch.Tensor]  # a table without images has none
     label: int
     center: int
     index: int
@@ -164,8 +165,20 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
         self, dataset: datasets.Dataset, prepare: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> None:
         self._rows = dataset
-        self._table = dataset.select_columns(["image", "label", "center"]).with_format("arrow")
+        columns = [name for name in ("image", "label", "center") if name in dataset.column_names]
+        self._table = dataset.select_columns(columns).with_format("arrow")
         self._prepare = prepare
+
+    def without_images(self) -> ImageTable:
+        """The same rows, each with its label, center and index alone."""
+        return ImageTable(self._rows.remove_columns("image"))
+
+    def fingerprint(self) -> str:
+        """Content hash (xxh3, 128 bits) of the images and centers in their order, in 32 hexadecimal digits."""
+        digest = xxhash.xxh3_128(np.array(self.centers, dtype=np.int64).tobytes())
+        for image in self._stored():
+            digest.update(image)
+        return digest.hexdigest()
 
     @property
     def centers(self) -> list[int]:
@@ -206,12 +219,15 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """The samples at `indices`, in that order. Raises HistoError for an image that can't be decoded."""
         table = self._table[list(indices)]
-        images = (memoryview(row["bytes"].as_buffer()) for row in table["image"])
         labels, centers = table["label"].to_pylist(), table["center"].to_pylist()
-        return [
-            {"image": self._read(image, index), "label": label, "center": center, "index": index}
-            for image, label, center, index in zip(images, labels, centers, indices, strict=True)
+        samples: list[Sample] = [
+            {"label": label, "center": center, "index": index}
+            for label, center, index in zip(labels, centers, indices, strict=True)
         ]
+        if "image" in table.column_names:
+            for sample, row in zip(samples, table["image"], strict=True):
+                sample["image"] = self._read(memoryview(row["bytes"].as_buffer()), sample["index"])
+        return samples
 
     def _read(self, data: memoryview, index: int) -> torch.Tensor:
         image = decode(data, f"image {index}")

@@ -28,6 +28,7 @@ ADAPTER = "adapter"
 # Options that decide where and how fast a run goes, not what comes out of it.
 INDIFFERENT = {
     "cache_dir",
+    "cache_features",
     "num_workers",
     "per_device_eval_batch_size",
     "resume_from_checkpoint",

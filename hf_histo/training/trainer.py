@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ from hf_histo.data.schema import ImageTable, Sample
 from hf_histo.errors import HistoError
 from hf_histo.files import write_json
 from hf_histo.models import adapters, heads
+from hf_histo.models.features import Store
 from hf_histo.training import domains, runs
 from hf_histo.training.losses import Loss
 from hf_histo.training.stopping import StopAtCheckpoint
@@ -38,6 +40,14 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 DOMAIN_CLASSIFIER = "domain_classifier.safetensors"  # in a checkpoint, not in an adapter
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Activations that the model takes instead of pixels, of all training and validation images."""
+
+    training: Store
+    validation: Store
+
+
 class Trainer(transformers.Trainer):
     """`transformers.Trainer` for the batches of `collate`, which it turns into views on the training device.
 
@@ -48,6 +58,7 @@ class Trainer(transformers.Trainer):
         augmentation: of a training view.
         normalizer: of the centers' color, knowing those of training and validation; None leaves color as it is.
         options: of stain mixing, sampling and the loss over centers.
+        views: of a training image, which the epochs take in turn; None draws a new one in every epoch.
         batch_norm: "frozen" or "track"; a tracked one is part of a checkpoint.
     """
 
@@ -59,6 +70,7 @@ class Trainer(transformers.Trainer):
         batch_norm: str,
         options: CenterOptions,
         normalizer: CenterNormalizer | None = None,
+        views: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -66,6 +78,8 @@ class Trainer(transformers.Trainer):
         self.augmentation = augmentation
         self.normalizer = normalizer
         self.options = options
+        self.views = views
+        self.stored: Stored | None = None
         self.loss: Loss = kwargs["compute_loss_func"]
         self.batch_norm = batch_norm
         self.stop = StopAtCheckpoint(self.accelerator)
@@ -97,12 +111,20 @@ class Trainer(transformers.Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
-        images, centers = inputs.pop("image"), inputs["center"]
-        if self.model is None or not self.model.training:
-            colored = images if self.normalizer is None else self.normalizer(images, centers)
-            return {"pixel_values": self.preprocessing(colored), **inputs}
-        views = self.training_views(images, centers, inputs["index"], int(self.state.epoch or 0))
-        return {"pixel_values": self.preprocessing.normalize(views), **inputs}
+        epoch = int(self.state.epoch or 0)
+        view = epoch % self.views if self.views else epoch
+        training = self.model is not None and self.model.training
+        if self.stored is None:
+            return {"pixel_values": self.pixel_values(inputs, view if training else None), **inputs}
+        store = self.stored.training if training else self.stored.validation
+        return {"pixel_values": store.read(view % store.views, inputs["index"]), **inputs}
+
+    def pixel_values(self, inputs: dict[str, Any], view: int | None) -> torch.Tensor:
+        """What the model sees of a batch of `collate`, in the training view of that number or the evaluation view."""
+        images, centers = inputs["image"], inputs["center"]
+        if view is not None:
+            return self.preprocessing.normalize(self.training_views(images, centers, inputs["index"], view))
+        return self.preprocessing(images if self.normalizer is None else self.normalizer(images, centers))
 
     def training_views(
         self, images: torch.Tensor, centers: torch.Tensor, index: torch.Tensor, epoch: int
@@ -128,8 +150,8 @@ class Trainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        inputs = dict(inputs)
-        centers, labels, index = inputs.pop("center"), inputs["labels"], inputs.pop("index")
+        centers, labels, index = inputs["center"], inputs["labels"], inputs["index"]
+        inputs = {name: inputs[name] for name in ("pixel_values", "labels")}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.options.domain_loss != "none" and model.training:
             # Scaled as the loss is: its batch's share of an update that spans steps and processes.
@@ -199,10 +221,11 @@ class Trainer(transformers.Trainer):
 def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:
     """Samples of an `ImageTable` to {"image": uint8 (B, 3, H, W), "labels", "center", "index": int64 (B,)}.
 
-    Images must share one size.
+    Images must share one size; without images there is no "image".
     """
+    images = [sample["image"] for sample in samples if "image" in sample]
     return {
-        "image": torch.stack([sample["image"] for sample in samples]),
+        **({"image": torch.stack(images)} if images else {}),
         "labels": torch.tensor([sample["label"] for sample in samples]),
         "center": torch.tensor([sample["center"] for sample in samples]),
         "index": torch.tensor([sample["index"] for sample in samples]),
@@ -288,5 +311,6 @@ def build(
         augmentation=augmentation,
         normalizer=normalizer,
         options=config.centers,
+        views=config.augmentation.training_views,
         batch_norm=config.model.batch_norm,
     )

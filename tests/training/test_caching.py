@@ -1,0 +1,160 @@
+"""Training on stored activations ends where training on images does."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from miniature import config, write_backbone, write_data
+
+from hf_histo.config import Config
+from hf_histo.data.load import load
+from hf_histo.data.schema import ImageTable
+from hf_histo.errors import HistoError
+from hf_histo.evaluation import metrics
+from hf_histo.models import adapters, backbones, batchnorm, features
+from hf_histo.training import caching, losses, trainer
+from hf_histo.transforms import augmentation, preprocessing
+
+LINEAR = ["--method=linear", "--augmentation=crop-jitter", "--training_views=1"]
+LAST = ["--method=lora", "--target_modules=last-conv", "--augmentation=crop-jitter", "--training_views=2"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("source")
+    return write_backbone(folder / "backbone"), write_data(folder / "data")
+
+
+def build(folder: Path, source: tuple[Path, Path], *more: str) -> tuple[trainer.Trainer, Config]:
+    options = config(folder / "run", *source, "--logging_steps=1", f"--cache_dir={folder / 'cache'}", *more)
+    torch.manual_seed(0)
+    model = backbones.load(str(source[0]), 1, head_dropout=options.model.head_dropout)
+    batchnorm.freeze(model)
+    data = load(source[1])
+    session = trainer.build(
+        options,
+        folder / "run",
+        model=adapters.add(model, options.adapter),
+        train=ImageTable(data["train"]),
+        validation=ImageTable(data["val"]),
+        preprocessing=preprocessing.resolve(model.config, str(source[0]), 32, 32),
+        augmentation=augmentation.preset(options.augmentation.augmentation),
+        normalizer=None,
+        loss=losses.classification(1),
+        compute_metrics=metrics.for_trainer(),
+    )
+    return session, options
+
+
+def train(folder: Path, source: tuple[Path, Path], *more: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of training and validation, and the trained weights."""
+    session, options = build(folder, source, *more)
+    with caching.frozen_prefix(session, options):
+        session.train()
+    assert session.model is not None
+    curve = [line[key] for line in session.state.log_history for key in ("loss", "eval_loss") if key in line]
+    return curve, {n: p.detach() for n, p in session.model.named_parameters() if p.requires_grad}
+
+
+def stored(folder: Path) -> list[Path]:
+    return sorted((folder / "cache").rglob("*.bin"))
+
+
+@pytest.mark.parametrize("more", [[*LINEAR, "--head_dropout=0.3"], LAST], ids=["linear", "last-conv"])
+def test_the_same_result_to_the_last_bit(tmp_path: Path, source: tuple[Path, Path], more: list[str]) -> None:
+    more = [*more, "--num_train_epochs=4"]
+    plain, weights = train(tmp_path / "off", source, *more, "--cache_features=off")
+    cached, same = train(tmp_path / "on", source, *more)
+    assert len(stored(tmp_path / "on")) == 1 + (2 if "--training_views=2" in more else 1)
+    assert not stored(tmp_path / "off")
+    assert cached == plain
+    assert plain[-1] < plain[0]
+    for key, tensor in weights.items():
+        assert torch.equal(same[key], tensor), key
+
+
+def test_the_same_result_to_rounding_in_bf16(
+    tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    plain, _ = train(tmp_path / "off", source, *LINEAR, "--cache_features=off", "--learning_rate=1e-3")
+    cached, _ = train(tmp_path / "on", source, *LINEAR, "--cache_features=on", "--learning_rate=1e-3")
+    assert stored(tmp_path / "on")
+    assert cached == pytest.approx(plain, abs=0.01)
+
+
+def test_a_kill_keeps_what_is_complete(
+    tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "CHUNK_ROWS", 8)
+    write = features.Store.write
+
+    def killed(store: features.Store, view: int, rows: range, activations: torch.Tensor) -> None:
+        if rows.start == 16:
+            raise KeyboardInterrupt
+        write(store, view, rows, activations)
+
+    session, options = build(tmp_path, source, *LINEAR, "--cache_features=on")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(features.Store, "write", killed)
+        with caching.frozen_prefix(session, options):
+            raise AssertionError
+    before = {path: path.stat().st_mtime_ns for path in stored(tmp_path)}
+    assert len(before) == 2
+    with caching.frozen_prefix(session, options):
+        assert session.stored is not None
+    after = {path: path.stat().st_mtime_ns for path in stored(tmp_path)}
+    assert len(after) == 5  # 24 rows for training, 13 for validation
+    assert before.items() <= after.items()
+
+
+def test_another_seed_shares_them_only_where_it_draws_nothing(tmp_path: Path, source: tuple[Path, Path]) -> None:
+    for seed, files in ((0, 2), (1, 3)):
+        session, options = build(tmp_path, source, *LINEAR, f"--seed={seed}")
+        with caching.frozen_prefix(session, options):
+            assert len(stored(tmp_path)) == files
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--method=linear", "--augmentation=flips"], "--training_views"),
+        (["--method=lora", "--target_modules=all-conv", "--training_views=1"], "first trained"),
+    ],
+)
+def test_where_it_cannot_be_done(tmp_path: Path, source: tuple[Path, Path], more: list[str], message: str) -> None:
+    session, options = build(tmp_path, source, *more, "--cache_features=on")
+    with pytest.raises(HistoError, match=message), caching.frozen_prefix(session, options):
+        raise AssertionError
+    session, options = build(tmp_path, source, *more)
+    with caching.frozen_prefix(session, options):
+        assert session.stored is None
+    assert not stored(tmp_path)
+
+
+def test_a_full_disk_is_told_before(tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30 - 1000, 1000))
+    session, options = build(tmp_path, source, *LINEAR, "--cache_features=on")
+    with pytest.raises(HistoError, match=r"MiB left.*--cache_dir"), caching.frozen_prefix(session, options):
+        raise AssertionError
+    assert not stored(tmp_path)
+
+
+def test_images_are_not_read_while_training(
+    tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, options = build(tmp_path, source, *LINEAR)
+    with caching.frozen_prefix(session, options):
+
+        def refuse(*args: Any) -> None:
+            raise AssertionError
+
+        monkeypatch.setattr("hf_histo.data.schema.decode", refuse)
+        session.train()
+    assert list((tmp_path / "run").glob("checkpoint-*"))
