@@ -43,6 +43,18 @@ class DataOptions:
 
 
 @dataclass
+class ProtocolOptions:
+    _argument_group_name = "few labels"
+
+    shots: int | None = option(None, "train on so many images of each class, validate on at most 4 (default: all)")
+    percentage: float | None = option(None, "train and validate on that share of each class, above 0 up to 100")
+    level: int | None = option(None, "level of a hierarchy of classes, 1 for the coarsest (default: the deepest given)")
+    iterations_per_shot: int | None = option(
+        None, "with --shots: so many updates for each shot, and those of the warm-up, instead of passes"
+    )
+
+
+@dataclass
 class ModelOptions:
     _argument_group_name = "model"
 
@@ -78,6 +90,9 @@ class AdapterOptions:
     lora_dropout: float = option(0.0, "dropout on the input of the update, in [0, 1)")
     use_rslora: bool = option(False, "rank-stabilized scale")
     use_dora: bool = option(False, "weight-decomposed update")
+    init_adapter: str | None = option(
+        None, "adapter of another data set whose LoRA weights to start from: folder or Hub"
+    )
     init_lora_weights: str = option("default", "initializer: default (A Kaiming, B zero), gaussian, pissa, ...")
 
 
@@ -85,7 +100,7 @@ class AdapterOptions:
 class AugmentationOptions:
     _argument_group_name = "augmentation"
 
-    augmentation: str = option("crop-jitter", "preset: none, flips, crop-jitter, affine, strong")
+    augmentation: str = option("crop-jitter", "preset: none, flips, resized-crop, crop-jitter, affine, strong")
     training_views: int | None = option(None, "views of an image that epochs take in turn (default: always a new one)")
 
 
@@ -124,6 +139,8 @@ class TrainingOptions:
 
     seed: int = option(0, "seed of the head, the adapter, the order and the augmentation")
     num_train_epochs: float = option(10.0, "passes over the training set")
+    max_steps: int | None = option(None, "updates, instead of passes")
+    eval_steps: float | None = option(None, "updates between evaluations, or their share if below 1 (default: a pass)")
     per_device_train_batch_size: int = option(32, "training images per device and step")
     per_device_eval_batch_size: int = option(64, "evaluation images per device and step")
     gradient_accumulation_steps: int | None = option(None, "steps per update (default: the launcher's setting, or 1)")
@@ -170,6 +187,7 @@ class Config:
     """Everything that decides a run's result. `dataclasses.asdict` of it is what a run records."""
 
     data: DataOptions = field(default_factory=DataOptions)
+    protocol: ProtocolOptions = field(default_factory=ProtocolOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
@@ -313,10 +331,12 @@ def _validated(config: Config) -> Config:
         ),
         "more than 0": (
             "num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-            "learning_rate lora_rank lora_alpha image_size resize_size logging_steps training_views",
+            "learning_rate lora_rank lora_alpha image_size resize_size logging_steps shots percentage level max_steps "
+            "iterations_per_shot eval_steps training_views",
             lambda value: value > 0,
         ),
         "in [0, 1)": ("head_dropout lora_dropout", lambda value: 0 <= value < 1),
+        "at most 100": ("percentage", lambda value: value <= 100),
         "at most 4294967295": ("seed", lambda value: value < 2**32),  # NumPy's limit
     }
     for name, value in values.items():

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from hf_histo.errors import HistoError
 from hf_histo.files import atomic_folder, write_json
 from hf_histo.hub import Sidecar
+from hf_histo.models import adapters
 from hf_histo.transforms.augmentation import PLAIN
 
 logger = logging.getLogger(__name__)
@@ -80,17 +81,9 @@ def merged(model: nn.Module) -> PreTrainedModel:
 
     A model without an adapter is returned as it is. Raises `HistoError` if a layer's update can't be merged.
     """
-    if isinstance(model, PeftModel):
-        try:
-            model = model.merge_and_unload()
-        except (NotImplementedError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise HistoError(
-                f"the adapter can't be merged into its backbone: {reason}; expected LoRA on linear layers and on "
-                "convolutions without groups"
-            ) from None
-    assert isinstance(model, PreTrainedModel)
-    return model.eval()
+    whole = adapters.merged(model) if isinstance(model, PeftModel) else model
+    assert isinstance(whole, PreTrainedModel)
+    return whole.eval()
 
 
 def _save(model: PreTrainedModel, sidecar: Sidecar, folder: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from hf_histo import hub
 from hf_histo.config import Config
+from hf_histo.data import few_shot
 from hf_histo.data.load import check_trainable, fingerprint
 from hf_histo.data.schema import ImageTable
 from hf_histo.data.splits import shared_groups
@@ -78,6 +79,7 @@ class Result:
 def fine_tune(config: Config, data: datasets.DatasetDict) -> Result:
     """Train on the split `train`, choose the checkpoint on `val`, predict every other split, save the adapter folder.
 
+    Of `data`, `--shots`, `--percentage` and `--level` leave what they say (`few_shot.select`).
     With `--push_to_hub`, upload that. Call it in every process of a launch. A run that was interrupted goes on from its
     last checkpoint; one that is finished is not trained again.
 
@@ -85,6 +87,14 @@ def fine_tune(config: Config, data: datasets.DatasetDict) -> Result:
     is trained; and where the upload fails, after.
     """
     started = time.monotonic()
+    protocol = config.protocol
+    data = few_shot.select(
+        data,
+        seed=config.training.seed,
+        shots=protocol.shots,
+        percentage=protocol.percentage,
+        level=protocol.level,
+    )
     output = config.output
     pushes = output.push_to_hub and PartialState(cpu=runs.use_cpu()).is_main_process
     if pushes:
@@ -162,6 +172,8 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
     if options.batch_norm == "frozen":
         batchnorm.freeze(model)
     trained: nn.Module = model if config.adapter.method == "full" else adapters.add(model, config.adapter)
+    if config.adapter.init_adapter:
+        hub.start_from(trained, config.adapter.init_adapter, sidecar)
     sidecar = dataclasses.replace(sidecar, bare=not qkv.is_split(trained) and backbones.is_bare(options.backbone))
     sizes = account(trained, batch_norm=options.batch_norm)
 

@@ -271,6 +271,24 @@ def load(
     return model.eval(), sidecar, folder
 
 
+def start_from(model: nn.Module, source: str | Path, sidecar: Sidecar) -> None:
+    """Give a model that is about to be trained the LoRA weights of an adapter, and none of its head.
+
+    Raises `HistoError` unless the adapter has LoRA on the same layers, with the same ranks, of the same backbone.
+    """
+    folder = fetch(source)
+    given = Sidecar.read(folder)
+    if given.backbone["fingerprint"] != sidecar.backbone["fingerprint"]:
+        raise HistoError(
+            f"--init_adapter {source}: is for the backbone {given.backbone['name']}, whose weights are not those of "
+            f"{sidecar.backbone['name']}; expected an adapter of the same one"
+        )
+    if sidecar.method != "lora":
+        raise HistoError(f"--init_adapter {source}: --method is {sidecar.method!r}, expected lora; leave it out")
+    assert isinstance(model, PeftModel)
+    adapters.start_from(model, folder)
+
+
 def fetch(source: str | Path, revision: str | None = None) -> Path:
     """The local folder of an adapter: `source` itself, or the Hub's snapshot of it in the cache.
 

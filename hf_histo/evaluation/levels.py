@@ -19,6 +19,12 @@ from numpy.typing import NDArray
 from hf_histo.data import hierarchy
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.predictions import array, label_names
+from hf_histo.evaluation.report import table
+
+
+def are_in(predictions: pd.DataFrame) -> bool:
+    """Whether the classes have several levels."""
+    return hierarchy.depth(label_names(predictions)) > 1
 
 
 def top_down(predictions: pd.DataFrame) -> NDArray[np.int64]:
@@ -74,6 +80,18 @@ def scores(predictions: pd.DataFrame) -> dict[str, Any]:
         "mean": {kind: _mean([of[kind] for of in levels.values()]) for kind in ("by_level", "top_down")},
         "consistent": _share(consistent),
     }
+
+
+def summary(predictions: pd.DataFrame) -> str:
+    """A table of `scores`; nothing for classes of one level."""
+    if not are_in(predictions):
+        return ""
+    found = scores(predictions)
+    rows: list[list[object]] = [["level", "classes", "accuracy by level", "along the path"]]
+    for level, of in found["levels"].items():
+        rows.append([level, of["classes"], of["by_level"], of["top_down"]])
+    rows.append(["mean", "", found["mean"]["by_level"], found["mean"]["top_down"]])
+    return table(rows)
 
 
 def _probability(predictions: pd.DataFrame) -> NDArray[np.float64]:

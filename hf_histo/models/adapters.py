@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -303,10 +309,50 @@ def restore(model: PreTrainedModel, folder: Path, *, batch_norm: str) -> PeftMod
     return adapted
 
 
+def start_from(model: PeftModel, folder: Path) -> None:
+    """Load the LoRA matrices of the adapter in `folder`, and nothing else, into a model that has such ones.
+
+    Raises `HistoError` unless both have LoRA on the same layers and of the same shapes and scale.
+    """
+    try:
+        saved = load_file(folder / "adapter_model.safetensors")
+        given, own = read_json(folder / "adapter_config.json"), model.peft_config["default"]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise HistoError(f"--init_adapter {folder}: can't be read ({' '.join(str(error).split())[:200]})") from None
+    lora = {key: tensor for key, tensor in saved.items() if ".lora_" in key}
+    present = weights(model, batch_norm="frozen")
+    expected = {key: value.shape for key, value in present.items() if ".lora_" in key}
+    strange = sorted(expected.items() ^ {key: tensor.shape for key, tensor in lora.items()}.items())
+    if strange or not lora:
+        raise HistoError(
+            f"--init_adapter {folder}: its {len(lora)} LoRA matrices differ from those to be trained in {len(strange)} "
+            f"names or shapes, first {strange[0][0] if strange else 'none'}; expected its own --target_modules, "
+            "--lora_blocks and --lora_rank"
+        )
+    for name in ("lora_alpha", "use_rslora", "use_dora"):
+        if given.get(name) != getattr(own, name):
+            raise HistoError(
+                f"--init_adapter {folder}: its {name} is {str(given.get(name))[:20]}, here {getattr(own, name)}, "
+                "expected the same"
+            )
+    set_peft_model_state_dict(model, present | lora)  # peft wants the head, too
+
+
 def merged(model: PeftModel) -> PreTrainedModel:
-    """The backbone with the adapter in its weights, of the architecture that it was loaded as; `model` is used up."""
-    whole = model.merge_and_unload()
+    """The backbone with LoRA added into its weights, of the architecture that it was loaded as, and the trained head.
+
+    `model` is used up. Raises `HistoError` if a layer's update can't be merged.
+    """
+    try:
+        whole = model.merge_and_unload()
+    except (NotImplementedError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise HistoError(
+            f"the adapter can't be merged into its backbone: {reason}; expected LoRA on linear layers and on "
+            "convolutions without groups"
+        ) from None
     qkv.fuse(whole)
+    assert isinstance(whole, PreTrainedModel)
     return whole
 
 

@@ -233,7 +233,7 @@ def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:
 
 
 def training_arguments(config: Config, folder: Path) -> TrainingArguments:
-    """`TrainingArguments` for `config`: evaluate and save each epoch, keep the last and the best checkpoint.
+    """`TrainingArguments` for `config`: evaluate and save now and then, keep the last and the best checkpoint.
 
     Mixed precision and the number of accumulation steps come from the launcher (`accelerate launch`), whose settings
     transformers and this function read from the environment; the steps can be set by an option instead.
@@ -242,11 +242,17 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
     steps = options.gradient_accumulation_steps or int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
     grows = options.metric_for_best_model != "loss"
     plateau = options.lr_scheduler_type == "reduce_lr_on_plateau"
+    updates = options.max_steps
+    if config.protocol.shots and config.protocol.iterations_per_shot:
+        warmup = int(options.warmup_steps)  # 0 for a share
+        updates = warmup + config.protocol.shots * config.protocol.iterations_per_shot
+    often = "steps" if options.eval_steps else "epoch"
     try:
         return TrainingArguments(
             output_dir=str(folder),
             seed=options.seed,
             num_train_epochs=options.num_train_epochs,
+            max_steps=updates or -1,
             per_device_train_batch_size=options.per_device_train_batch_size,
             per_device_eval_batch_size=options.per_device_eval_batch_size,
             gradient_accumulation_steps=steps,
@@ -257,8 +263,10 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
             if plateau
             else {},
             warmup_steps=options.warmup_steps,
-            eval_strategy="epoch",
-            save_strategy="epoch",
+            eval_strategy=often,
+            save_strategy=often,
+            eval_steps=options.eval_steps,
+            save_steps=options.eval_steps or 500,
             save_total_limit=2,
             load_best_model_at_end=True,
             restore_callback_states_from_checkpoint=True,

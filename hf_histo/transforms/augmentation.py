@@ -85,6 +85,9 @@ PRESETS = {
         saturation=0.2,
         hue=0.05,
     ),
+    # What CLIP is adapted with, e.g. by Zanella & Ben Ayed 2024 (arXiv 2405.18541) and Dausort et al. 2024 (arXiv
+    # 2411.14975, their main.py).
+    "resized-crop": Augmentation(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), horizontal_flip=0.5),
     # The lab session's list: flip, rotation, affine.
     "affine": Augmentation(
         scale=(0.8, 1.0), horizontal_flip=0.5, vertical_flip=0.5, rotation=180.0, shear=10.0, translation=0.1

@@ -1,0 +1,36 @@
+"""Fine-tune a foundation model on cytology images, with all labels or a handful.
+
+    accelerate launch recipes/cytology_lora.py --config recipes/configs/cytology_lora.yaml --data DIR --shots 16
+    accelerate launch recipes/cytology_lora.py --data ../shared/data/herlev-papsmear \\
+        --config recipes/configs/cytology_mobilenetv2.yaml --backbone ../shared/models/mobilenetv2_100.tf_in1k
+
+DIR holds SIPaKMeD, MLCC, BCFC, Herlev or HiCervix: as class folders, as images/{train,val,test}/CLASS_NUMBER.EXT, as
+images/CLASS/ with splits/*.txt, or with HiCervix's tables. Splits that are missing are cut, always the same way: a
+fifth of images without any for test, a tenth of train for val. The same seed trains on the same images, whatever the
+method. recipes/few_shot.py runs a grid.
+"""
+
+from accelerate import PartialState
+
+from hf_histo.config import parse
+from hf_histo.data.few_shot import complete
+from hf_histo.data.load import load
+from hf_histo.errors import run
+from hf_histo.evaluation import levels, predictions
+from hf_histo.finetune import fine_tune
+from hf_histo.training.runs import use_cpu
+
+
+def main() -> None:
+    config = parse(__doc__)
+    state = PartialState(cpu=use_cpu())
+    data = complete(load(config.data))
+    result = fine_tune(config, data)
+    if state.is_main_process:
+        print(result.summary())
+        if (test := result.adapter / "predictions" / "test.parquet").is_file():
+            print(levels.summary(predictions.read(test)))
+
+
+if __name__ == "__main__":
+    run(main)
