@@ -34,6 +34,7 @@ from hf_histo.models import adapters, backbones, batchnorm, heads, qkv
 from hf_histo.models.accounting import account
 from hf_histo.training import caching, losses, runs, trainer
 from hf_histo.transforms import augmentation, preprocessing
+from hf_histo.transforms.shift import ColorRange
 from hf_histo.transforms.stain import CenterNormalizer
 
 logger = logging.getLogger(__name__)
@@ -154,6 +155,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         preprocessing=views,
         head=head,
         normalizer=normalizer,
+        colors=ColorRange.fit(ImageTable(data["train"])),
         views=augmentation.Views.of(config),
         adapt_batch_norm=config.prediction.adapt_batch_norm,
         data={

@@ -27,6 +27,7 @@ from hf_histo.files import atomic_folder, read_json, write_json
 from hf_histo.models import adapters, backbones, heads
 from hf_histo.transforms.augmentation import PLAIN, Views
 from hf_histo.transforms.preprocessing import FITS, Preprocessing
+from hf_histo.transforms.shift import ColorRange
 from hf_histo.transforms.stain import CenterNormalizer
 
 SIDECAR = "hf_histo.json"
@@ -68,6 +69,7 @@ class Sidecar:
         normalizer: of the centers' color, or None.
         views: whose mean logit is a prediction.
         adapt_batch_norm: whether a prediction takes batch-norm statistics from its own images.
+        colors: of the training images; None in folders that are older than it.
         threshold: probability of the second class from which on it is predicted, in [0, 1].
         thresholds: others to choose from by name, for a binary task: "validation" (best balanced accuracy there) and
             "balanced-SPLIT" (calls half of that split's images positive, found without its labels).
@@ -91,6 +93,7 @@ class Sidecar:
     normalizer: CenterNormalizer | None = None
     views: Views = PLAIN
     adapt_batch_norm: bool = False
+    colors: ColorRange | None = None
     threshold: float = 0.5
     thresholds: dict[str, float] = dataclasses.field(default_factory=dict)
     temperature: float = 1.0
@@ -113,11 +116,16 @@ class Sidecar:
             for key in ("mean", "std"):
                 declared[key] = tuple(float(value) for value in declared[key])
             normalizer = None if color is None else CenterNormalizer.from_json(color)
+            colors = None if content.get("colors") is None else ColorRange(**content["colors"])
             head = heads.Design.from_json(content.pop("head", {"widths": ()}))
             views = content.pop("views", 1)  # before views could be drawn: a number of those of the square
             views = Views(**views) if isinstance(views, dict) else Views(views)
             sidecar = cls(
-                **content, preprocessing=Preprocessing(**declared), normalizer=normalizer, head=head, views=views
+                **{**content, "colors": colors},
+                preprocessing=Preprocessing(**declared),
+                normalizer=normalizer,
+                head=head,
+                views=views,
             )
         except FileNotFoundError:
             raise HistoError(f"{folder}: holds no {SIDECAR}; expected the adapter folder of a finished run") from None
@@ -159,6 +167,7 @@ class Sidecar:
             "preprocessing": not _is_sound(self.preprocessing),
             "views": not isinstance(self.views.seed, int) or self.views.seed < 0,
             "adapt_batch_norm": not isinstance(self.adapt_batch_norm, bool),
+            "colors": self.colors is not None and not self.colors.is_sound(),
             "threshold": not _is_probability(self.threshold),
             "thresholds": not isinstance(self.thresholds, dict)
             or not all(map(_is_probability, self.thresholds.values())),

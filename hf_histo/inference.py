@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -10,14 +11,19 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import torch
+from numpy.typing import NDArray
+from peft import PeftModel
 from torch import nn
 
 from hf_histo.data import schema
 from hf_histo.data.load import load as load_data
+from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, predictions
+from hf_histo.evaluation.explanation import explanations, heat_map
 from hf_histo.evaluation.forward import forward
 from hf_histo.hub import Sidecar, load
+from hf_histo.models import adapters
 from hf_histo.transforms.augmentation import Views
 
 Image = str | Path | PIL.Image.Image | np.ndarray | torch.Tensor
@@ -34,6 +40,7 @@ class Classifier:
     def __init__(self, model: nn.Module, sidecar: Sidecar) -> None:
         self.model = model
         self.sidecar = sidecar
+        self.sidecars = {"default": sidecar}
         self._device: torch.device | None = None
 
     @classmethod
@@ -43,6 +50,103 @@ class Classifier:
         """From an adapter folder or a Hub name; see `hf_histo.hub.load`."""
         model, sidecar, _ = load(source, revision=revision, backbone=backbone)
         return cls(model, sidecar)
+
+    def load_adapter(
+        self, source: str | Path, name: str, *, revision: str | None = None, backbone: str | None = None
+    ) -> None:
+        """Put another adapter on the same backbone, beside those that are there, and use it from now on.
+
+        Raises `HistoError` if it is of another backbone, other classes, another head or input size, or if one of the
+        two moved the batch-norm statistics, which are the backbone's.
+        """
+        # By way of a model of its own, so that an adapter passes the same checks however it comes.
+        other, sidecar, _ = load(source, revision=revision, backbone=backbone)
+        if not (isinstance(self.model, PeftModel) and isinstance(other, PeftModel)):
+            raise HistoError(f"{source}: method full has no adapter to share a backbone; expected linear or lora")
+        for what, ours, its in (
+            ("backbone", self.sidecar.backbone["fingerprint"], sidecar.backbone["fingerprint"]),
+            ("classes", self.sidecar.label_names, sidecar.label_names),
+            ("head", self.sidecar.head, sidecar.head),
+            ("input size", self.sidecar.preprocessing.image_size, sidecar.preprocessing.image_size),
+            ("batch norm", "frozen", sidecar.batch_norm),
+            ("batch norm of the first", "frozen", self.sidecar.batch_norm),
+        ):
+            if ours != its:
+                raise HistoError(f"{source}: {what} is {its}, expected {ours}, to share a backbone")
+        adapters.join(self.model, other, name)
+        self.sidecars[name] = self.sidecar = sidecar
+
+    def set_adapter(self, name: str) -> None:
+        """Use the adapter of that name, "default" being the first one. Raises `HistoError` for an unknown name."""
+        if name not in self.sidecars:
+            raise HistoError(f"adapter {name!r} is not loaded, expected one of {', '.join(self.sidecars)}")
+        if isinstance(self.model, PeftModel):
+            self.model.set_adapter(name)
+            self.model.requires_grad_(False)
+        self.sidecar = self.sidecars[name]
+
+    def average(self, names: Sequence[str], name: str = "average") -> None:
+        """Use the mean of loaded adapters from now on; see `hf_histo.models.adapters.average`.
+
+        Its threshold is 0.5 and its temperature 1: those of the parts are not its own.
+
+        Raises `HistoError` for adapters that see images differently, and as `adapters.average` does.
+        """
+        for each in names:
+            self.set_adapter(each)
+        parts = [self.sidecars[each] for each in names]
+        for key in ("preprocessing", "normalizer", "views", "adapt_batch_norm"):
+            if any(getattr(part, key) != getattr(parts[0], key) for part in parts):
+                raise HistoError(f"adapters {', '.join(names)} differ in {key}; a mean needs the same")
+        assert isinstance(self.model, PeftModel)
+        adapters.average(self.model, names, name)
+        self.sidecar = replace(parts[0], threshold=0.5, thresholds={}, temperature=1.0)
+        self.sidecars[name] = self.sidecar
+
+    def explain(
+        self, images: Image | Sequence[Image] | datasets.Dataset, classes: Sequence[int], *, center: int = -1
+    ) -> list[NDArray[np.float32]]:
+        """Where the model sees class `classes[i]` in image i: a map (H, W) in [0, 1] for each, on its own pixels.
+
+        Of the plain view alone; images and center are those of a call. See `hf_histo.evaluation.explanation.heat_map`.
+        """
+        dataset = images if isinstance(images, datasets.Dataset) else _table(images, center, self.sidecar.label_names)
+        views, normalizer = self.sidecar.preprocessing, self.sidecar.normalizer
+        color = normalizer and normalizer.extended(views.read(dataset))
+        table, maps = ImageTable(dataset), []
+        for row, chosen in enumerate(classes):
+            sample = table[row]
+            image = sample["image"][None]
+            pixels = views(image if color is None else color(image, torch.tensor([sample["center"]])))
+            seen = heat_map(self.model.cpu(), pixels, chosen)
+            maps.append(views.back(seen[None, None], *image.shape[-2:])[0, 0].numpy())
+        return maps
+
+    def draw(self, dataset: datasets.Dataset, table: pd.DataFrame, path: str | Path, n: int = 12) -> None:
+        """Draw where the model sees the class that it predicts, as a PNG, for images of all degrees of certainty.
+
+        Args:
+            dataset: of the one schema.
+            table: its predictions.
+            path: of the PNG.
+            n: how many images at most, evenly spread over the probabilities of the predicted class.
+        """
+        names = self.sidecar.label_names
+        chosen = np.array([names.index(name) for name in table["predicted"]])
+        probability = predictions.array(table, "probability")
+        if probability.ndim == 1:
+            probability = np.stack([1 - probability, probability], axis=1)
+        certainty = probability[np.arange(len(table)), chosen]
+        order = np.argsort(-certainty, kind="stable")
+        rows = order[np.linspace(0, len(order) - 1, min(n, len(order))).round().astype(int)]
+        shown = dataset.select(rows)
+        images = [ImageTable(shown)[place]["image"].permute(1, 2, 0).numpy() for place in range(len(rows))]
+        titles = []
+        for row in rows:
+            label = table["label"].iloc[row]
+            truth = f"\nlabel {names[label]}" if label >= 0 else ""
+            titles.append(f"{table['id'].iloc[row]}\n{names[chosen[row]]}, P = {certainty[row]:.2f}{truth}")
+        explanations(images, self.explain(shown, chosen[rows].tolist()), titles, path)
 
     def to(self, device: str | torch.device) -> Classifier:
         """Predict on `device` from now on; without this, on the launcher's: an accelerator, where there is one."""

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument(
         "--adapt_batch_norm", action=BooleanOptionalAction, help="take batch-norm statistics from these images"
     )
+    parser.add_argument("--explain", type=Path, metavar="PNG", help="draw where the model sees the predicted class")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--cache_dir", help="folder of the converted data (default: the datasets library's cache)")
     options = parser.parse_args()
@@ -58,6 +59,8 @@ def main() -> None:
     else:
         threshold = classifier.sidecar.threshold_named(options.threshold)
     predictions.write_submission(options.output, table, threshold)
+    if options.explain:
+        classifier.draw(data[options.split], table, options.explain)
     print(f"{len(table)} predictions at threshold {threshold:.4f}: {options.output}")
 
 

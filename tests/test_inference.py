@@ -18,13 +18,18 @@ from miniature import SIZE, config, write_adapter, write_backbone, write_data
 from scipy.special import expit, softmax
 from torch import nn
 
+from hf_histo.config import AdapterOptions
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, predictions
 from hf_histo.finetune import fine_tune
 from hf_histo.hub import Sidecar
+from hf_histo.hub import load as load_adapter
 from hf_histo.inference import Classifier
+from hf_histo.models import adapters
+from hf_histo.models.heads import Design
+from hf_histo.transforms.augmentation import Views
 from hf_histo.transforms.preprocessing import Preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
 
@@ -232,3 +237,95 @@ def test_the_pipeline_of_the_card_says_the_same(
         labels = table.attrs["label_names"]
         expected = {"tumor": probability} if outputs == 1 else dict(zip(labels, probability, strict=True))
         assert said == pytest.approx(expected, abs=1e-5)
+
+
+def write_pair(run: Path, folder: Path, **options: Any) -> list[Path]:
+    """Two adapters on the same layers, of different weights, ranks and scales."""
+    designs = (AdapterOptions(target_modules="last-conv"), AdapterOptions(target_modules="last-conv", lora_rank=4,
+        lora_alpha=3.0, use_rslora=True))  # fmt: skip
+    return [
+        write_adapter(folder / f"adapter{i}", run / "backbone", seed=i, lora=lora, **options)
+        for i, lora in enumerate(designs)
+    ]
+
+
+def test_several_adapters_on_one_backbone(run: Path, arrays: list[np.ndarray], tmp_path: Path) -> None:
+    pair = write_pair(run, tmp_path)
+    alone = [Classifier.from_pretrained(folder)(arrays)["logit"].to_numpy() for folder in pair]
+    assert not np.allclose(*alone, atol=1e-3)
+    both = Classifier.from_pretrained(pair[0])
+    backbone = both.model.get_base_model().timm_model.conv1[0].weight
+    both.load_adapter(pair[1], "b")
+    np.testing.assert_allclose(both(arrays)["logit"], alone[1], rtol=0, atol=1e-5)
+    both.set_adapter("default")
+    np.testing.assert_allclose(both(arrays)["logit"], alone[0], rtol=0, atol=1e-5)
+    assert both.model.get_base_model().timm_model.conv1[0].weight is backbone
+    with pytest.raises(HistoError, match="'c' is not loaded, expected one of default, b"):
+        both.set_adapter("c")
+
+
+@pytest.mark.parametrize("head", [Design(), Design(widths=(5,))])
+def test_the_mean_of_adapters_is_the_model_of_the_mean_weights(
+    run: Path, arrays: list[np.ndarray], tmp_path: Path, head: Design
+) -> None:
+    pair = write_pair(run, tmp_path, head=head)
+    several = Classifier.from_pretrained(pair[0])
+    several.load_adapter(pair[1], "b")
+    several.average(["default", "b"])
+    found = several(arrays)["logit"]
+
+    merged = [adapters.merged(load_adapter(folder)[0]).state_dict() for folder in pair]
+    model = adapters.merged(load_adapter(pair[0])[0])
+    model.load_state_dict({key: (merged[0][key] + merged[1][key]) / 2 for key in merged[0]})
+    expected = Classifier(model, several.sidecar)(arrays)["logit"]
+    assert np.ptp(expected) > 1e-3
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    several.set_adapter("b")  # the parts are what they were
+    np.testing.assert_allclose(
+        several(arrays)["logit"], Classifier.from_pretrained(pair[1])(arrays)["logit"], atol=1e-5
+    )
+
+
+def test_adapters_that_do_not_go_together(run: Path, tmp_path: Path) -> None:
+    first = write_adapter(tmp_path / "first", run / "backbone")
+    classifier = Classifier.from_pretrained(first)
+    others = {
+        "backbone is": write_adapter(tmp_path / "other", write_backbone(tmp_path / "backbone", seed=5)),
+        r"classes is \['a', 'b'\]": write_adapter(tmp_path / "names", run / "backbone", label_names=["a", "b"]),
+        "head is hidden": write_adapter(tmp_path / "head", run / "backbone", head=Design(widths=(5,))),
+        "batch norm is track": write_adapter(tmp_path / "track", run / "backbone", batch_norm="track"),
+    }
+    for message, folder in others.items():
+        with pytest.raises(HistoError, match=message):
+            classifier.load_adapter(folder, "b")
+    with pytest.raises(HistoError, match="without dots"):
+        classifier.load_adapter(first, "a.b")
+    dora = write_adapter(
+        tmp_path / "dora", run / "backbone", lora=AdapterOptions(target_modules="last-conv", use_dora=True)
+    )
+    classifier.load_adapter(dora, "dora")
+    with pytest.raises(HistoError, match="DoRA"):
+        classifier.average(["default", "dora"])
+    classifier.load_adapter(write_adapter(tmp_path / "views", run / "backbone", views=Views(8)), "views")
+    with pytest.raises(HistoError, match="differ in views"):
+        classifier.average(["default", "views"])
+    linear = write_adapter(tmp_path / "linear", run / "backbone", lora=AdapterOptions(method="linear"))
+    classifier.load_adapter(linear, "linear")
+    with pytest.raises(HistoError, match="different layers"):
+        classifier.average(["default", "linear"])
+
+
+def test_a_map_lies_on_the_pixels_of_its_image(
+    classifier: Classifier, arrays: list[np.ndarray], tmp_path: Path
+) -> None:
+    tall = np.concatenate([arrays[0]] * 2)
+    maps = classifier.explain([arrays[0], tall], [1, 0])
+    assert [heat.shape for heat in maps] == [arrays[0].shape[:2], tall.shape[:2]]
+    assert all(heat.min() >= 0 and heat.max() <= 1 for heat in maps)
+    assert maps[1][:10].max() == 0  # the center crop does not see the ends
+
+
+def test_the_figure_of_explanations(classifier: Classifier, run: Path, tmp_path: Path) -> None:
+    data = load(run / "data")["test"]
+    classifier.draw(data, classifier.predict(data), tmp_path / "explanations.png")
+    assert PIL.Image.open(tmp_path / "explanations.png").size[0] > 1000

@@ -192,8 +192,17 @@ def table(rows: Sequence[Sequence[object]]) -> str:
 def center_table(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> str:
     """Return a `metrics.report` as a `table`: a row for each center and one overall, values with their intervals."""
     named = {f"center {center}": values for center, values in report["centers"].items()}
+    return _interval_table({**named, "overall": report["overall"]}, metrics)
+
+
+def overall_table(reports: Mapping[str, Mapping[str, Any]], metrics: Sequence[str] = HEADLINE) -> str:
+    """Return the overall values of several `metrics.report` by their names, with their intervals, as a `table`."""
+    return _interval_table({name: report["overall"] for name, report in reports.items()}, metrics)
+
+
+def _interval_table(named: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> str:
     rows: list[list[object]] = [["", "images", "groups", *metrics]]
-    for name, values in {**named, "overall": report["overall"]}.items():
+    for name, values in named.items():
         rows.append([name, values["n"], values["groups"], *(_interval(values[metric]) for metric in metrics)])
     return table(rows)
 

@@ -6,9 +6,10 @@ Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models"; the layers
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -336,6 +337,58 @@ def start_from(model: PeftModel, folder: Path) -> None:
                 "expected the same"
             )
     set_peft_model_state_dict(model, present | lora)  # peft wants the head, too
+
+
+def join(model: PeftModel, other: PeftModel, name: str) -> None:
+    """Put the adapter of `other`, which is of the same backbone, on `model` as well, and let it act there.
+
+    Raises `HistoError` if it is on layers that `model` does not have.
+    """
+    config = other.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    _put(model, name, config, get_peft_model_state_dict(other, save_embedding_layers=False))
+
+
+def average(model: PeftModel, names: Sequence[str], name: str) -> None:
+    """Add the mean of adapters that are on `model`, and let it act: of their updates, and of their heads.
+
+    It is exact: the model is the one whose weights are the mean of the merged models'. The updates B A are put side by
+    side, as peft's `add_weighted_adapter(combination_type="cat")` does, which takes no adapters with a head; the rank
+    is the sum of theirs. Means of A and of B ("linear") would not give the mean of the products.
+
+    Raises `HistoError` for DoRA, whose magnitudes have no such mean, and for adapters on different layers.
+    """
+    configs = [config for each in names if isinstance(config := model.peft_config[each], LoraConfig)]
+    states = [get_peft_model_state_dict(model, adapter_name=each, save_embedding_layers=False) for each in names]
+    if any(config.use_dora for config in configs):
+        raise HistoError(f"adapters {', '.join(names)}: DoRA among them, whose mean is not exact; expected plain LoRA")
+    for each, state in zip(names, states, strict=True):
+        if strange := sorted(state.keys() ^ states[0].keys()):
+            raise HistoError(f"adapters {names[0]} and {each} are on different layers, first {strange[0]}; no mean")
+    scales = [config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r) for config in configs]
+    mean = {}
+    for key in states[0]:
+        parts = [state[key] for state in states]
+        if ".lora_A." in key:
+            mean[key] = torch.cat([part * scale / len(parts) for part, scale in zip(parts, scales, strict=True)])
+        elif ".lora_B." in key:
+            mean[key] = torch.cat(parts, dim=1)
+        else:
+            mean[key] = torch.stack(parts).mean(0)
+    rank = sum(config.r for config in configs)
+    _put(model, name, replace(configs[0], r=rank, lora_alpha=rank, use_rslora=False), mean)
+
+
+def _put(model: PeftModel, name: str, config: LoraConfig, state: dict[str, torch.Tensor]) -> None:
+    if "." in name or name in model.peft_config:
+        raise HistoError(f"adapter name {name!r}: expected one without dots, and not {', '.join(model.peft_config)}")
+    try:
+        model.add_adapter(name, config)
+        set_peft_model_state_dict(model, state, adapter_name=name)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise HistoError(f"adapter {name} does not fit: {' '.join(str(error).split())[:300]}") from None
+    model.set_adapter(name)
+    model.requires_grad_(False)
 
 
 def merged(model: PeftModel) -> PreTrainedModel:

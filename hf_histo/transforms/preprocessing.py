@@ -93,6 +93,19 @@ class Preprocessing:
         cropped = functional.center_crop(self.square(images, self.resize_size), [self.image_size, self.image_size])
         return self.normalize(cropped.float() / 255 if cropped.dtype == torch.uint8 else cropped.clamp(0, 1))
 
+    def back(self, maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Float maps (B, C, image_size, image_size) of evaluation views, laid on the images (B, C, height, width).
+
+        What the crop took away is 0 there.
+        """
+        longer, shorter, side = max(height, width), min(height, width), self.resize_size
+        kept = [min(x, _ELONGATED * shorter) for x in (height, width)] if self.fit == "crop" else [height, width]
+        size = [side, side]
+        if self.fit != "squash":
+            size = [max(1, round(x * side / (shorter if self.fit == "crop" else longer))) for x in kept]
+        resized = functional.resize(functional.center_crop(maps, size), kept, antialias=True)
+        return functional.center_crop(resized, [height, width]).clamp(0, 1)
+
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Float (B, 3, H, W) in [0, 1] to zero mean and unit deviation of the backbone's training data."""
         mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)

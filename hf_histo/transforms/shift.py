@@ -1,0 +1,76 @@
+"""How far an image's color is from that of the training centers: a warning before a prediction is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hf_histo.data.schema import ImageTable
+
+MOST = 1000  # images of a center that are measured, evenly spread: enough for a mean, a deviation and a 99th percentile
+QUANTILE = 0.99
+LEAST_DEVIATION = 1 / 255  # of a statistic within a center: one step of a stored value
+
+
+@dataclass(frozen=True)
+class ColorRange:
+    """Color statistics of the training images, and how far from them is unusual.
+
+    An image is described by the mean and the deviation of its channels, six numbers for values in [0, 1]. Its distance
+    to a center is the root mean square of their z-scores among the center's training images, and its distance to the
+    training data is that to the nearest center.
+
+    Attributes:
+        centers: of each center, by its number as text, the means and the deviations of the six statistics.
+        limit: distance that 99% of the training images keep within.
+    """
+
+    centers: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    limit: float
+
+    @classmethod
+    def fit(cls, images: ImageTable) -> ColorRange:
+        """Measure up to `MOST` images of each center; labels are not read."""
+        every, centers = np.array(images.centers), {}
+        measured = []
+        for center in np.unique(every):
+            rows = np.flatnonzero(every == center)
+            chosen = rows[np.linspace(0, len(rows) - 1, min(MOST, len(rows))).round().astype(int)]
+            statistics = np.stack([_statistics(images[int(row)]["image"]) for row in chosen])
+            measured.append(statistics)
+            deviation = np.maximum(statistics.std(0), LEAST_DEVIATION)
+            centers[str(center)] = statistics.mean(0).tolist(), deviation.tolist()
+        distances = _distances(np.concatenate(measured), centers)
+        return cls(centers, float(np.quantile(distances, QUANTILE)))
+
+    def distance(self, image: torch.Tensor) -> float:
+        """Of a uint8 image (3, H, W) to the nearest training center, in deviations."""
+        return float(_distances(_statistics(image)[None], self.centers)[0])
+
+    def is_sound(self) -> bool:
+        """Whether it is of the form that `fit` gives, having been read from a file."""
+        try:
+            numbers = np.array(list(self.centers.values()), dtype=float)
+            return numbers.shape[1:] == (2, 6) and bool(
+                np.isfinite(numbers).all() and numbers[:, 1].min() > 0 and 0 <= float(self.limit) < np.inf
+            )
+        except (ValueError, TypeError, AttributeError):
+            return False
+
+
+def _statistics(image: torch.Tensor) -> NDArray[np.float64]:
+    values = image.double() / 255
+    return torch.cat([values.mean((1, 2)), values.std((1, 2), correction=0)]).numpy()
+
+
+def _distances(
+    statistics: NDArray[np.float64], centers: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> NDArray[np.float64]:
+    """Of statistics (n, 6) to the nearest center, (n,)."""
+    scores = [(statistics - np.array(mean)) / np.array(deviation) for mean, deviation in centers.values()]
+    nearest: NDArray[np.float64] = np.sqrt((np.stack(scores) ** 2).mean(axis=2)).min(axis=0)
+    return nearest

@@ -1,0 +1,144 @@
+"""A page in the browser: drop an image, see class probabilities, where the model looks, and whether the color is known.
+
+    python recipes/app.py --adapter runs/NAME/adapter
+    python recipes/app.py --adapter runs/NAME/adapter --space_dir SPACE && hf upload USER/NAME SPACE --repo-type space
+
+Needs `pip install hf_histo[app]`. Probabilities are calibrated by the adapter's temperature. The color warning compares
+the image's channel statistics with those of the training images: see `hf_histo.transforms.shift`. `--space_dir` writes
+a folder that runs as a Space of the Hub instead of starting the page: this file, the adapter and the package itself.
+"""
+
+import importlib.metadata
+import shutil
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import hf_histo
+from hf_histo import hub
+from hf_histo.errors import HistoError, run
+from hf_histo.evaluation.explanation import blend
+from hf_histo.evaluation.predictions import array
+from hf_histo.files import atomic_folder
+from hf_histo.inference import Classifier
+
+HERE = Path(__file__).parent
+STYLE = """
+.gradio-container {max-width: 1080px !important; margin: auto}
+.image-frame img, .image-container img {width: 100%; height: 100%; object-fit: contain}
+"""
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    beside = str(HERE / "adapter") if (HERE / "adapter" / hub.SIDECAR).is_file() else None
+    parser.add_argument("--adapter", required=not beside, default=beside, help="adapter folder, or its name on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit of an adapter on the Hub")
+    parser.add_argument("--backbone", help="the base model, where it is no longer where the adapter was trained")
+    parser.add_argument("--port", type=int, help="of the page (default: the first free one from 7860 on)")
+    parser.add_argument(
+        "--space_dir", type=Path, help="write a Space of the Hub into this folder, which must not exist"
+    )
+    options = parser.parse_args()
+
+    folder = hub.fetch(options.adapter, options.revision)
+    if options.space_dir:
+        return write_space(options.space_dir, folder)
+    try:
+        import gradio
+    except ImportError:
+        raise HistoError("the page needs gradio: pip install hf_histo[app]") from None
+    classifier = Classifier.from_pretrained(folder, backbone=options.backbone)
+    card = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[-1]
+    page(gradio, classifier, card).launch(server_port=options.port, css=STYLE)
+
+
+def page(gradio: Any, classifier: Classifier, card: str) -> Any:
+    """The page, not yet started."""
+    names = classifier.sidecar.label_names
+
+    def answer(image: np.ndarray | None) -> tuple[dict[str, float] | None, np.ndarray | None, str]:
+        if image is None:
+            return None, None, ""
+        table = classifier(image)
+        calibrated = np.atleast_1d(np.array(table["calibrated"].tolist()[0]))
+        probabilities = calibrated if len(calibrated) > 1 else np.array([1 - calibrated[0], calibrated[0]])
+        chosen = str(table["predicted"][0])
+        heat = classifier.explain(image, [names.index(chosen)])[0]
+        decision = f"**{chosen}**"
+        if len(array(table, "logit").shape) == 1:
+            decision += f" at a threshold of {classifier.sidecar.threshold:.2f} on the probability of {names[1]}"
+        return (
+            dict(zip(names, probabilities.tolist(), strict=True)),
+            blend(image, heat),
+            f"{decision}\n\n{color_warning(classifier, image)}",
+        )
+
+    with gradio.Blocks(title=" / ".join(names)) as blocks:
+        gradio.Markdown(f"# {' / '.join(names)}\nDrop an image. For research; not a medical device.")
+        with gradio.Row():
+            with gradio.Column():
+                image = gradio.Image(label="Image", type="numpy", image_mode="RGB", height=360)
+            with gradio.Column():
+                heat = gradio.Image(label="What speaks for the predicted class", interactive=False, height=360)
+        with gradio.Row():
+            with gradio.Column():
+                probabilities = gradio.Label(label="Calibrated probability")
+            with gradio.Column():
+                remark = gradio.Markdown(elem_id="remark")
+        with gradio.Accordion("Model card", open=False):
+            gradio.Markdown(card)
+        image.change(answer, image, [probabilities, heat, remark])
+    return blocks
+
+
+def color_warning(classifier: Classifier, image: np.ndarray) -> str:
+    """A line of Markdown on the distance of the image's color from the training centers'."""
+    colors = classifier.sidecar.colors
+    if colors is None:
+        return "The adapter does not hold the color of its training images: no check of the color."
+    distance = colors.distance(torch.from_numpy(image).permute(2, 0, 1))
+    measured = f"(distance {distance:.1f}; 99% of the training images are within {colors.limit:.1f})"
+    if distance > colors.limit:
+        return (
+            f"\u26a0\ufe0f **The color is unlike that of the training centers** {measured}. The answer may be "
+            "wrong: look at the scanner, the stain and the white balance."
+        )
+    return f"The color is like that of the training centers {measured}."
+
+
+def write_space(target: Path, adapter: Path) -> None:
+    """Write a folder that runs as a Space: app.py, the adapter, the package, what to install, and a README."""
+    sidecar = hub.Sidecar.read(adapter)
+    if Path(sidecar.backbone["name"]).is_absolute() and sidecar.method != "full":
+        raise HistoError(
+            f"--space_dir {target}: the backbone is the local folder {sidecar.backbone['name']}, which a Space does "
+            "not have; expected 'builtin' or a name on the Hub: train on one, or upload the folder"
+        )
+    if target.exists():
+        raise HistoError(f"--space_dir {target} exists already; choose another one, or remove it")
+    import gradio
+
+    title = " or ".join(sidecar.label_names)
+    needs = [
+        text
+        for text in importlib.metadata.requires("hf_histo") or []
+        if "extra ==" not in text or "extra == 'app'" in text or 'extra == "app"' in text
+    ]
+    with atomic_folder(target) as folder:
+        shutil.copytree(adapter, folder / "adapter")
+        shutil.copytree(Path(hf_histo.__file__).parent, folder / "hf_histo", ignore=shutil.ignore_patterns("*.pyc"))
+        shutil.copy(__file__, folder / "app.py")
+        (folder / "requirements.txt").write_text("\n".join(text.split(";")[0].strip() for text in needs) + "\n")
+        (folder / "README.md").write_text(
+            f"---\ntitle: {title}\nsdk: gradio\nsdk_version: {gradio.__version__}\napp_file: app.py\n---\n\n"
+            f"# {title}\n\nA page for an adapter of hf_histo, in `adapter/`. For research; not a medical device.\n"
+        )
+    print(f"Space: {target}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,132 @@
+"""The page in a browser: load, upload, read the answer."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from miniature import write_adapter
+
+from hf_histo.inference import Classifier
+from hf_histo.transforms.shift import ColorRange
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "app.py"
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+MISSING = [name for name in ("gradio", "selenium", "captum") if importlib.util.find_spec(name) is None]
+MISSING += [name for name, path in (("chromium", CHROMIUM), ("chromedriver", DRIVER)) if path is None]
+browsing = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
+    colors = ColorRange({"0": ([0.7, 0.5, 0.7, 0.2, 0.2, 0.2], [0.05] * 6)}, limit=2.0)
+    return write_adapter(tmp_path_factory.mktemp("app") / "adapter", backbone, colors=colors, temperature=2.0)
+
+
+def picture(path: Path, color: tuple[float, float, float]) -> Path:
+    noise = np.random.default_rng(0).normal(0, 0.2, (120, 96, 3))
+    pixels = np.clip(np.array(color) + noise, 0, 1) * 255
+    PIL.Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def address(adapter: Path) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False"}
+    command = [sys.executable, str(RECIPE), "--adapter", str(adapter), "--port", str(port)]
+    page = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    found = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert page.poll() is None, page.communicate()[0]
+            try:
+                urllib.request.urlopen(found, timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield found
+    finally:
+        page.terminate()
+        page.wait()
+
+
+@browsing
+def test_an_image_is_dropped_and_answered(address: str, adapter: Path, tmp_path: Path) -> None:
+    from selenium import webdriver
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1180,1000"):
+        options.add_argument(argument)
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+    try:
+        browser.get(address)
+        wait = WebDriverWait(browser, 120)
+
+        def answered(color: tuple[float, float, float], expected: str) -> str:
+            """The text of the page once `expected` is in it."""
+            for clear in browser.find_elements(
+                By.CSS_SELECTOR, "button[aria-label^='Remove'], button[aria-label='Clear']"
+            ):
+                clear.click()
+            field = wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "input[type=file]"))[0]
+            field.send_keys(str(picture(tmp_path / "patch.png", color)))
+            wait.until(lambda b: expected in b.find_element(By.TAG_NAME, "body").text)
+            wait.until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "img[src*='gradio_api/file']")) >= 2)
+            return str(browser.find_element(By.TAG_NAME, "body").text)
+
+        said = answered((0.7, 0.5, 0.7), "like that of the training centers")
+        browser.save_screenshot(os.environ.get("HF_HISTO_SCREENSHOT") or str(tmp_path / "page.png"))
+        table = Classifier.from_pretrained(adapter)(tmp_path / "patch.png")
+        for probability in (table["calibrated"][0], 1 - table["calibrated"][0]):
+            assert f"{100 * probability:.0f}%" in said
+        assert table["predicted"][0] in said
+        assert "unlike" not in said
+        said = answered((0.2, 0.8, 0.2), "unlike that of the training centers")
+        assert "distance" in said
+        browser.find_element(By.XPATH, "//*[text()='Model card']").click()
+        wait.until(lambda b: "validated for diagnosis" in b.find_element(By.TAG_NAME, "body").text)
+    finally:
+        browser.quit()
+
+
+def test_a_space_needs_a_backbone_that_it_can_have(adapter: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(RECIPE), "--adapter", str(adapter), "--space_dir", str(tmp_path / "space")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "which a Space does not have" in done.stderr
+    assert not (tmp_path / "space").exists()
+
+
+@pytest.mark.skipif("gradio" in MISSING, reason="gradio is not installed")
+def test_a_space_holds_all_that_it_needs(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", Path("builtin"))
+    command = [sys.executable, str(RECIPE), "--adapter", str(adapter), "--space_dir", str(tmp_path / "space")]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    space = tmp_path / "space"
+    assert {path.name for path in space.iterdir()} == {"README.md", "adapter", "app.py", "hf_histo", "requirements.txt"}
+    needs = (space / "requirements.txt").read_text().split()
+    assert any(line.startswith("torch") for line in needs)
+    assert not any(line.startswith("pytest") for line in needs)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    shown = subprocess.run(
+        [sys.executable, "app.py", "--help"], cwd=space, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "--adapter" in shown.stdout
