@@ -44,7 +44,7 @@ class DataOptions:
 
 @dataclass
 class ProtocolOptions:
-    _argument_group_name = "few labels"
+    _argument_group_name = "protocol"
 
     shots: int | None = option(None, "train on so many images of each class, validate on at most 4 (default: all)")
     percentage: float | None = option(None, "train and validate on that share of each class, above 0 up to 100")

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from hf_histo.errors import HistoError
 from hf_histo.files import atomic_folder, write_json
 from hf_histo.hub import Sidecar
-from hf_histo.models import adapters
+from hf_histo.models import adapters, clip
 from hf_histo.transforms.augmentation import PLAIN
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,10 @@ def _save(model: PreTrainedModel, sidecar: Sidecar, folder: Path) -> None:
         raise HistoError(
             f"the classifier is {sidecar.head}, which transformers and timm alone can't build; expected one linear "
             "layer on pooled features; --format onnx takes any"
+        )
+    if isinstance(model, clip.OpenClipForImageClassification):
+        raise HistoError(
+            "the backbone is open_clip's, which transformers and timm can't build; expected --format onnx"
         )
     views, config = sidecar.preprocessing, model.config
     config.id2label, config.label2id = sidecar.id2label, {label: i for i, label in sidecar.id2label.items()}

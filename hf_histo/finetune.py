@@ -20,12 +20,12 @@ from transformers import set_seed
 
 from hf_histo import hub
 from hf_histo.config import Config
-from hf_histo.data import few_shot
+from hf_histo.data import few_shot, hierarchy
 from hf_histo.data.load import check_trainable, fingerprint
 from hf_histo.data.schema import ImageTable
 from hf_histo.data.splits import shared_groups
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import calibration, metrics, report, thresholds
+from hf_histo.evaluation import calibration, levels, metrics, report, thresholds
 from hf_histo.evaluation.audit_figures import image_reader
 from hf_histo.evaluation.embedding import features
 from hf_histo.files import write_json
@@ -68,6 +68,7 @@ class Result:
         return "\n".join(
             [
                 report.table(rows),
+                *(f"{split}:\n{levels.summary(of)}" for split, of in self.metrics.get("levels", {}).items()),
                 f"trainable parameters: {trained:,} of {total:,} ({share:.2%})",
                 f"adapter: {adapter:.2f} MiB, beside {model:.2f} MiB for the whole model",
                 f"seconds: {self.seconds:.0f}" if self.seconds is not None else "finished before, nothing was trained",
@@ -167,7 +168,8 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
     if config.prediction.adapt_batch_norm:
         batchnorm.require(model)
     if options.text_prompt:
-        classes = backbones.text_embeddings(options.backbone, names, options.text_prompt, options.revision)
+        words = [hierarchy.path_of(name)[-1] for name in names]
+        classes = backbones.text_embeddings(options.backbone, words, options.text_prompt, options.revision)
         some = data["train"].select(range(min(len(data["train"]), 64)))
         length = float(np.linalg.norm(features(model, some, views), axis=1).mean())
         heads.start_from(model, classes, length)
@@ -222,6 +224,8 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         "splits": {split: metrics.report(table) for split, table in tables.items()},
         **sizes,
     }
+    if by_level := {split: levels.scores(table) for split, table in tables.items() if levels.are_in(table)}:
+        measured["levels"] = by_level
     for split, values in measured["splits"].items():
         if values["constant"]:
             logger.warning("%s: %s; the model may have learned nothing", split, values["constant"])

@@ -16,7 +16,6 @@ from hf_histo.config import parse
 from hf_histo.data.few_shot import complete
 from hf_histo.data.load import load
 from hf_histo.errors import run
-from hf_histo.evaluation import levels, predictions
 from hf_histo.finetune import fine_tune
 from hf_histo.training.runs import use_cpu
 
@@ -28,8 +27,6 @@ def main() -> None:
     result = fine_tune(config, data)
     if state.is_main_process:
         print(result.summary())
-        if (test := result.adapter / "predictions" / "test.parquet").is_file():
-            print(levels.summary(predictions.read(test)))
 
 
 if __name__ == "__main__":

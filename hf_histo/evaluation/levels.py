@@ -10,6 +10,7 @@ The probability of a class of a higher level is the sum over the classes below i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -82,11 +83,8 @@ def scores(predictions: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def summary(predictions: pd.DataFrame) -> str:
-    """A table of `scores`; nothing for classes of one level."""
-    if not are_in(predictions):
-        return ""
-    found = scores(predictions)
+def summary(found: Mapping[str, Any]) -> str:
+    """A table of `scores`."""
     rows: list[list[object]] = [["level", "classes", "accuracy by level", "along the path"]]
     for level, of in found["levels"].items():
         rows.append([level, of["classes"], of["by_level"], of["top_down"]])

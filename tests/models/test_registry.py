@@ -28,7 +28,9 @@ MILLIONS = {
     "uni": 303,
     "uni2-h": 681,
     "virchow2": 631,
+    "h-optimus-0": 1135,
     "phikon-v2": 303,
+    "midnight": 1135,
     "dinov2": 87,
     "dinov3": 86,
 }

@@ -70,6 +70,9 @@ def test_a_handful_of_labels(call: Call, tmp_path: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     assert "accuracy by level" in printed
     assert "along the path" in printed
+    by_level = json.loads((tmp_path / "a" / "adapter" / "metrics.json").read_text())["levels"]["test"]
+    assert by_level["levels"]["1"]["classes"] == 2
+    assert by_level["mean"]["top_down"] <= by_level["levels"]["1"]["top_down"]
 
     call("cytology_lora.py", f"--output_dir={tmp_path / 'b'}", "--level=1", "--percentage=50", "--num_train_epochs=1")
     sidecar = json.loads((tmp_path / "b" / "adapter" / "hf_histo.json").read_text())
