@@ -177,6 +177,7 @@ class OutputOptions:
     preview: bool = option(False, "before training, draw preview.png: what training makes of some images")
     push_to_hub: bool = option(False, "upload the adapter folder when the run is done")
     hub_model_id: str | None = option(None, "repository on the Hub: owner/name")
+    hub_license: str = option("unknown", "license in the model card, by its identifier on the Hub, e.g. apache-2.0")
     hub_private: bool = option(False, "create the repository as private")
     hub_revision: str | None = option(None, "branch of it to write to, made where it is missing (default: main)")
     hub_create_pr: bool = option(False, "open a pull request there instead of writing")

@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
+import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import set_seed
@@ -23,7 +24,7 @@ from hf_histo.config import Config
 from hf_histo.data import few_shot, hierarchy
 from hf_histo.data.load import check_trainable, fingerprint
 from hf_histo.data.schema import ImageTable
-from hf_histo.data.splits import shared_groups
+from hf_histo.data.splits import composition, shared_groups
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, levels, metrics, report, thresholds
 from hf_histo.evaluation.audit_figures import image_reader
@@ -38,6 +39,8 @@ from hf_histo.transforms.shift import ColorRange
 from hf_histo.transforms.stain import CenterNormalizer
 
 logger = logging.getLogger(__name__)
+
+TOLD = {"data", "backbone", "revision"}  # options that the sidecar tells, without where they lie on this machine
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         data={
             "name": Path(config.data.data).resolve().name,
             "fingerprint": fingerprint(data),
-            "counts": {split: len(rows) for split, rows in data.items()},
+            "splits": composition(data),
         },
     )
     if config.prediction.adapt_batch_norm:
@@ -197,8 +200,9 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
     )
     if config.output.preview and session.is_world_process_zero():
         _preview(session, train, data["train"]["id"], folder / "preview.png")
+    resumed = runs.checkpoint(config, folder)
     with caching.frozen_prefix(session, config):
-        session.train(resume_from_checkpoint=runs.checkpoint(config, folder))
+        session.train(resume_from_checkpoint=resumed)
 
     final = session.accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)
     classifier = Classifier(final, sidecar)
@@ -223,6 +227,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         "calibration": {"split": "val", **dataclasses.asdict(temperature)},
         "splits": {split: metrics.report(table) for split, table in tables.items()},
         **sizes,
+        "options": {key: value for key, value in config.flat().items() if key not in runs.INDIFFERENT | TOLD},
     }
     if by_level := {split: levels.scores(table) for split, table in tables.items() if levels.are_in(table)}:
         measured["levels"] = by_level
@@ -233,10 +238,20 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         sidecar, thresholds=_thresholds(tables) if num_outputs == 1 else {}, temperature=temperature.value
     )
     if session.is_world_process_zero():
-        _draw(folder / "figures", session.state.log_history, tables, data["val"])
-        hub.save(adapter, final, sidecar, metrics=measured, tables=tables, figures=folder / "figures")
-        seconds = time.monotonic() - started
-        write_json(folder / "cost.json", {"seconds": seconds, "processes": session.args.world_size})
+        figures = _draw(folder / "figures", session.state.log_history, tables, data["val"])
+        cost = {
+            "seconds": time.monotonic() - started,
+            "processes": session.args.world_size,
+            "device": torch.cuda.get_device_name() if session.args.device.type == "cuda" else session.args.device.type,
+            "threads": torch.get_num_threads(),
+            "precision": session.accelerator.mixed_precision,
+            "epochs": session.state.epoch,
+            "resumed": resumed is not None,
+        }
+        write_json(folder / "cost.json", cost)
+        hub.save(
+            adapter, final, sidecar, metrics=measured, tables=tables, figures=figures, cost=report.cost_sentence(cost)
+        )
     PartialState().wait_for_everyone()
     return Result(adapter, measured, time.monotonic() - started)
 
@@ -294,9 +309,18 @@ def _check(config: Config, data: datasets.DatasetDict, num_outputs: int) -> None
 
 def _draw(
     folder: Path, history: list[dict[str, float]], tables: dict[str, pd.DataFrame], validation: datasets.Dataset
-) -> None:
+) -> dict[str, Path]:
+    """The figures of a run by what they show, in the order of reading."""
     labeled = {split: table for split, table in tables.items() if (table["label"] >= 0).any()}
     report.training_curve(history, folder / "training_curve.png")
     report.roc_curve(labeled, folder / "roc.png")
+    figures = {"Training: loss, validation metric and learning rate": folder / "training_curve.png"}
+    figures |= {"ROC curves": folder / "roc.png"}
+    for split, table in labeled.items():
+        confusion, reliability = folder / f"confusion_{split}.png", folder / f"reliability_{split}.png"
+        report.confusion_matrix(table, confusion)
+        calibration.reliability_diagram(table, reliability)
+        figures |= {f"Confusion matrix of {split}": confusion, f"Reliability of {split}": reliability}
     image_of = image_reader(datasets.DatasetDict(val=validation))
     report.worst_errors(tables["val"], partial(image_of, "val"), folder / "worst_errors.png")
+    return figures | {"The worst errors of val": folder / "worst_errors.png"}

@@ -7,13 +7,21 @@ import importlib.metadata
 import math
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_token, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    get_token,
+    snapshot_download,
+)
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
@@ -21,8 +29,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_histo.errors import HistoError
+from hf_histo.evaluation import documents
 from hf_histo.evaluation import predictions as prediction_tables
-from hf_histo.evaluation import report
 from hf_histo.files import atomic_folder, read_json, write_json
 from hf_histo.models import adapters, backbones, heads
 from hf_histo.transforms.augmentation import PLAIN, Views
@@ -38,6 +46,7 @@ RESIZED = {
     "pad": "longer side resized to, and the shorter one padded with the mean color below to,",
 }
 PACKAGES = ("hf_histo", "torch", "transformers", "peft", "timm", "datasets", "accelerate")
+CARD_METRICS = {"accuracy": "accuracy", "auroc": "roc_auc", "f1": "f1"}  # as the Hub knows them
 HERE = "THIS_FOLDER"  # in the card's lines of code; `push` puts the repository's name there
 
 # What the Hub's client lets out: an upload that breaks in one of its threads ends in a RuntimeError.
@@ -77,7 +86,7 @@ class Sidecar:
             split, where the checkpoint was chosen, too; 1 without calibration.
         head: what the classifier is made of.
         bare: transformers and peft alone can load it; False where this package took attention or a CLIP model apart.
-        data: "name", content "fingerprint" and "counts" of images per split.
+        data: "name", content "fingerprint", and "splits": what each holds, see `splits.composition`.
         versions: of the packages that trained it.
     """
 
@@ -202,7 +211,8 @@ def save(
     *,
     metrics: Mapping[str, Any],
     tables: Mapping[str, pd.DataFrame],
-    figures: Path | None = None,
+    figures: Mapping[str, Path] | None = None,
+    cost: str = "",
 ) -> None:
     """Write the adapter folder whole or not at all; an older one of that name is replaced in the end.
 
@@ -210,9 +220,12 @@ def save(
         folder: to write, e.g. runs/NAME/adapter.
         model: a `PeftModel`, or the whole `PreTrainedModel` of a "full" run.
         sidecar: see `Sidecar`.
-        metrics: goes into metrics.json and the model card; its "splits" maps each to a `metrics.report`.
+        metrics: goes into metrics.json, the model card and the report; its "splits" maps each to a `metrics.report`,
+            its "options" are those that decided the result.
         tables: predictions by split.
-        figures: folder of PNG files to take along.
+        figures: PNG files by what they show; one of a single split is named ..._SPLIT.png.
+        cost: what the training took, as a sentence for the model card. It is in no other file: all others are the same
+            when the run is repeated.
     """
     folder = Path(folder)
     with atomic_folder(folder) as temporary:
@@ -231,9 +244,12 @@ def save(
         write_json(temporary / "metrics.json", metrics)
         for split, table in tables.items():
             prediction_tables.write(temporary / "predictions" / f"{split}.parquet", table, sidecar.label_names)
-        if figures:
-            shutil.copytree(figures, temporary / "figures")
-        card(sidecar, metrics).save(temporary / "README.md")
+        (temporary / "figures").mkdir()
+        for figure in (figures or {}).values():
+            shutil.copy(figure, temporary / "figures")
+        page = documents.render("report.html", **_facts(sidecar, metrics, figures or {}))
+        (temporary / "report.html").write_text(page, encoding="utf-8")
+        card(sidecar, metrics, figures=figures or {}, cost=cost).save(temporary / "README.md")
         if folder.exists():
             shutil.rmtree(folder)
 
@@ -401,73 +417,101 @@ def _told(error: BaseException) -> str:
     return f"{said.replace(get_token() or chr(0), '***')}; {remedy}"
 
 
-def card(sidecar: Sidecar, metrics: Mapping[str, Any]) -> ModelCard:
-    """The model card, from measured facts: data, protocol, metrics with intervals, sizes, and how to use it."""
+def card(
+    sidecar: Sidecar, metrics: Mapping[str, Any], *, figures: Mapping[str, Path] | None = None, cost: str = ""
+) -> ModelCard:
+    """The model card, from measured facts; arguments as for `save`."""
+    facts = _facts(sidecar, metrics, figures or {})
     name = sidecar.backbone["name"]
-    on_hub = not Path(name).is_absolute() and name != "builtin"
-    base = "str(hf_histo.models.backbones.BUILTIN)" if name == "builtin" else repr(name)
+    dataset = str(sidecar.data["name"])
     data = ModelCardData(
         library_name="peft" if sidecar.method != "full" else "transformers",
         pipeline_tag="image-classification",
-        base_model=name if on_hub else None,
+        base_model=None if Path(name).is_absolute() or name == "builtin" else name,
+        license=metrics["options"]["hub_license"],
         tags=["hf_histo", "medical", sidecar.method],
-    )
-    counts = ", ".join(f"{split} {count}" for split, count in sidecar.data["counts"].items())
-    sections = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {' / '.join(sidecar.label_names)} on {sidecar.data['name']}",
-        f"{sidecar.method} adaptation of `{name}`, trained with hf_histo {sidecar.versions['hf_histo']}. For research; "
-        "not a medical device, and not validated for diagnosis.",
-        f"Classifier: {sidecar.head}.",
-        "## Data",
-        f"{sidecar.data['name']} (content fingerprint `{sidecar.data['fingerprint']}`): {counts} images.",
-        "## Metrics",
-        f"The checkpoint was chosen by {metrics['selection']['metric']} on {metrics['selection']['split']}. Intervals "
-        "are 95% bootstrap intervals over groups (slides or patients).",
-    ]
-    if sidecar.temperature != 1:
-        sections.append(
-            f"Calibrated probabilities are those of the logits divided by {sidecar.temperature:.3f}, the temperature "
-            "fitted on val, on which the checkpoint was chosen as well. The metrics are without it."
-        )
-    for split, values in metrics["splits"].items():
-        if values["overall"]["n"]:
-            sections += [f"### {split}", report.center_table(values)]
-        if values.get("constant"):
-            sections += [f"**On {split}, {values['constant']}: this model may have learned nothing.**"]
-    sections += [
-        "## Size",
-        report.size_table(metrics),
-        f"Sending the adapter instead of the model saves {metrics['bytes']['saved']:.1%} of the bytes.",
-        "## Use",
-        "```python\nfrom hf_histo.inference import Classifier\n\n"
-        'table = Classifier.from_pretrained("THIS_FOLDER")(["patch.png"])\n```',
-    ]
-    if sidecar.method != "full" and not sidecar.bare:
-        sections += ["Needs this package: bare transformers and peft can't build the model that the adapter is for."]
-    elif sidecar.method != "full" and sidecar.head.is_plain:
-        needs = "import hf_histo.models.backbones\n" if name == "builtin" else ""
-        size = sidecar.preprocessing
-        sections += [
-            "With bare transformers and peft:",
-            f"```python\n{needs}from peft import PeftModel\n"
-            "from transformers import AutoModelForImageClassification\n\n"
-            f"base = AutoModelForImageClassification.from_pretrained({base}, num_labels={sidecar.num_outputs}, "
-            f'id2label={sidecar.id2label}, ignore_mismatched_sizes=True, dtype="float32")\n'
-            'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()\n'
-            "logits = model(pixel_values=pixel_values).logits\n```",
-            f"`pixel_values`: RGB in [0, 1], {RESIZED[size.fit]} {size.resize_size} ({size.interpolation}), center "
-            f"crop {size.image_size}, minus {size.mean}, divided by {size.std}.",
+        model_name=facts["title"],
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                dataset_split=split,
+                metric_type=kind,
+                metric_name=metric,
+                metric_value=values["overall"][metric]["value"],
+            )
+            for split, values in metrics["splits"].items()
+            for metric, kind in CARD_METRICS.items()
+            if values["overall"][metric]["value"] is not None
         ]
-        if size.image_processor():
-            left_out = "one view, without the normalization of color or a threshold"
-            sections += [
-                f"And then in a pipeline ({left_out}):",
-                "```python\nfrom transformers import AutoImageProcessor, pipeline\n\n"
-                'processor = AutoImageProcessor.from_pretrained("THIS_FOLDER")\n'
-                'classify = pipeline("image-classification", model=base, image_processor=processor)\n'
-                'classify("patch.png")\n```',
-            ]
-    versions = ", ".join(f"{package} {version}" for package, version in sidecar.versions.items())
-    sections += ["## Versions", versions + "."]
-    return ModelCard("\n\n".join(sections) + "\n")
+        or None,
+    )
+    return ModelCard(
+        documents.render(
+            "card.md",
+            metadata=data.to_yaml(),
+            base="str(hf_histo.models.backbones.BUILTIN)" if name == "builtin" else repr(name),
+            here=HERE,
+            resized=RESIZED[sidecar.preprocessing.fit],
+            cost=cost,
+            **facts,
+        )
+    )
+
+
+def _facts(sidecar: Sidecar, metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> dict[str, Any]:
+    """What the card and the report tell, each in its format."""
+    name, splits = sidecar.backbone["name"], sidecar.data["splits"]
+    hidden = any(held["hidden"] for held in splits.values())
+    header = ["", "images", "groups", *sidecar.label_names, *(["hidden"] if hidden else []), "centers (images)"]
+    rows = [
+        [
+            split,
+            held["images"],
+            held["groups"] or None,
+            *held["classes"].values(),
+            *([held["hidden"]] if hidden else []),
+            ", ".join(f"{center} ({count:,})" for center, count in held["centers"].items()) or None,
+        ]
+        for split, held in splits.items()
+    ]
+    return {
+        "title": f"{' / '.join(sidecar.label_names)} on {sidecar.data['name']}",
+        "backbone": Path(name).name if Path(name).is_absolute() else name,
+        "sidecar": sidecar,
+        "metrics": metrics,
+        "figures": figures,
+        "options": metrics["options"],
+        "data_rows": [header, *rows],
+        "leaks": list(_leaks(splits)),
+    }
+
+
+def _leaks(splits: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What is known of training data in the other splits, in sentences."""
+    seen = splits["train"]["centers"].keys()
+    for split, held in splits.items():
+        if split == "train":
+            continue
+        copies, groups = held["copies_of_train"], held["groups_of_train"]
+        yield (
+            f"{split}: "
+            + ", ".join(
+                [
+                    f"{copies:,} of {held['images']:,} images are byte for byte also in train"
+                    if copies
+                    else "no image is byte for byte one of train",
+                    f"{groups:,} of {held['groups']:,} groups are also in train"
+                    if groups
+                    else "no group is also in train"
+                    if held["groups"]
+                    else "groups are unknown",
+                    f"centers that train has not seen: {', '.join(sorted(held['centers'].keys() - seen)) or 'none'}"
+                    if held["centers"]
+                    else "centers are unknown",
+                ]
+            )
+            + "."
+        )
+    yield "Near copies (other compression, size or color) were not looked for here: recipes/audit.py does."

@@ -45,6 +45,8 @@ def write_adapter(folder: Path, backbone: Path, *, seed: int = 0, outputs: int =
     head = options.get("head")
     model = backbones.load(str(backbone), outputs, image_size=SIZE, head=head)
     views = preprocessing.resolve(model.config, str(backbone), SIZE, SIZE)
+    held = {"images": 0, "hidden": 0, "groups": 0, "classes": dict.fromkeys(names, 0), "centers": {}}
+    held |= {"copies_of_train": 0, "groups_of_train": 0}
     sidecar = hub.Sidecar(
         **{
             "method": lora.method,
@@ -53,7 +55,7 @@ def write_adapter(folder: Path, backbone: Path, *, seed: int = 0, outputs: int =
             "backbone": {"name": str(backbone), "revision": None, "fingerprint": backbones.fingerprint(model)},
             "batch_norm": "frozen",
             "preprocessing": views,
-            "data": {"name": "miniature", "fingerprint": "0", "counts": COUNTS},
+            "data": {"name": "miniature", "fingerprint": "0", "splits": dict.fromkeys(COUNTS, held)},
             **options,
         }
     )
@@ -62,8 +64,9 @@ def write_adapter(folder: Path, backbone: Path, *, seed: int = 0, outputs: int =
         if weight.requires_grad:
             weight.data.normal_(std=0.1)
     selection = {"split": "val", "metric": "auroc", "value": 1.0, "step": 1}
-    sizes = account(adapted, batch_norm=sidecar.batch_norm)
-    hub.save(folder, adapted, sidecar, metrics={"selection": selection, "splits": {}, **sizes}, tables={})
+    metrics = {"selection": selection, "splits": {}, "options": {"hub_license": "unknown"}}
+    metrics |= account(adapted, batch_norm=sidecar.batch_norm)
+    hub.save(folder, adapted, sidecar, metrics=metrics, tables={})
     return folder
 
 

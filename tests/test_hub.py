@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +18,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from miniature import config, write_backbone, write_data
 from safetensors.torch import load_file, save_file
 
 from hf_histo import hub
+from hf_histo.config import parse
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import predictions
+from hf_histo.evaluation import predictions, report
 from hf_histo.finetune import Result, fine_tune
 from hf_histo.models import adapters, backbones
 from hf_histo.training import trainer
@@ -35,6 +42,7 @@ DESIGNED = {
     "hf_histo.json",
     "README.md",
     "metrics.json",
+    "report.html",
     "predictions/val.parquet",
     "predictions/test.parquet",
 }
@@ -115,9 +123,136 @@ def test_the_card_is_one_for_the_hub(results: dict[str, Result]) -> None:
     card = ModelCard.load(results["frozen"].adapter / "README.md")
     assert card.data.library_name == "peft"
     assert card.data.pipeline_tag == "image-classification"
+    assert card.data.license == "unknown"
     assert {"hf_histo", "lora"} <= set(card.data.tags)
-    accuracy = results["frozen"].metrics["splits"]["test"]["overall"]["accuracy"]["value"]
-    assert f"{accuracy:.3f}" in card.text or f"{accuracy:.4f}" in card.text
+    metrics = results["frozen"].metrics["splits"]
+    assert card.data.model_name == "normal / tumor on data"
+    told = {(result.dataset_split, result.metric_type): result.metric_value for result in card.data.eval_results}
+    assert told == {
+        (split, kind): metrics[split]["overall"][name]["value"]
+        for split in ("val", "test")
+        for name, kind in (("accuracy", "accuracy"), ("auroc", "roc_auc"), ("f1", "f1"))
+    }
+    again = model_index_to_eval_results(eval_results_to_model_index(card.data.model_name, card.data.eval_results))
+    assert again == (card.data.model_name, card.data.eval_results)
+
+
+def test_the_card_tells_what_was_measured(results: dict[str, Result]) -> None:
+    folder = results["frozen"].adapter
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert report.center_table(metrics["splits"]["test"]) in text
+    assert report.table(report.size_rows(metrics)) in text
+    cost = json.loads((folder.parent / "cost.json").read_text(encoding="utf-8"))
+    assert cost["seconds"] > 0
+    assert report.cost_sentence(cost) in text
+    assert "| train |     24 |     12 |     12 |    12 |" in text
+    assert "- test: no image is byte for byte one of train, no group is also in train, centers" in text
+    assert "not a medical device" in text
+    shown = re.findall(r"!\[[^]]+\]\((.+?)\)", text)
+    assert {"figures/training_curve.png", "figures/confusion_test.png", "figures/reliability_val.png"} <= set(shown)
+    assert all((folder / name).is_file() for name in shown)
+    options = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert options == metrics["options"]
+    assert parse(None, [f"--{key}={value}" for key, value in options.items() if value is not None])
+
+
+def test_the_options_that_are_told_make_the_same_run(results: dict[str, Result], source: tuple[Path, Path]) -> None:
+    told = results["frozen"].metrics["options"]
+    run = yaml.safe_load((results["frozen"].adapter.parent / "run.yaml").read_text(encoding="utf-8"))
+    assert told == {key: value for key, value in run.items() if key in told}
+    assert not {str(path) for path in source} & set(map(str, told.values()))
+    assert "num_train_epochs" in told
+
+
+@pytest.mark.parametrize("on_hub", [True, False])
+def test_the_card_names_a_base_model_that_the_hub_has(results: dict[str, Result], on_hub: bool) -> None:
+    sidecar = hub.Sidecar.read(results["frozen"].adapter)
+    if on_hub:
+        sidecar = dataclasses.replace(sidecar, backbone={**sidecar.backbone, "name": "timm/resnet18.a1_in1k"})
+    card = hub.card(sidecar, results["frozen"].metrics)
+    assert card.data.base_model == ("timm/resnet18.a1_in1k" if on_hub else None)
+    if on_hub:
+        assert "from_pretrained('timm/resnet18.a1_in1k', num_labels=1" in card.text
+
+
+def test_leaks_are_told(results: dict[str, Result]) -> None:
+    sidecar = hub.Sidecar.read(results["frozen"].adapter)
+    test = {**sidecar.data["splits"]["test"], "copies_of_train": 3, "groups_of_train": 2, "centers": {}}
+    sidecar.data["splits"]["test"] = test
+    text = hub.card(sidecar, results["frozen"].metrics).text
+    assert (
+        "- test: 3 of 7 images are byte for byte also in train, 2 of 4 groups are also in train, centers are unknown."
+    ) in text
+
+
+def test_any_name_of_a_class_is_shown_as_it_is(results: dict[str, Result], tmp_path: Path) -> None:
+    """In the card as Markdown and in the report as HTML, and not as what it would mean there."""
+    strange = ["<script>alert(1)</script>", "a|b *c* `d`\n# e \"'&"]
+    folder = results["frozen"].adapter
+    sidecar = dataclasses.replace(hub.Sidecar.read(folder), label_names=strange)
+    for held in sidecar.data["splits"].values():
+        held["classes"] = dict(zip(strange, held["classes"].values(), strict=True))
+    model, _, _ = hub.load(folder)
+    hub.save(tmp_path / "adapter", model, sidecar, metrics=results["frozen"].metrics, tables={})
+
+    page = Page.read(tmp_path / "adapter" / "report.html")
+    assert "script" not in page.tags
+    assert strange[0] in page.text
+    assert " ".join(strange[1].split()) in " ".join(page.text.split())
+
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert card.data.model_name == " / ".join(strange) + " on data"
+    assert "<script>" not in card.text
+    header, rule = next(pair for pair in pairwise(card.text.splitlines()) if pair[0].startswith("|"))
+    assert len(re.findall(r"(?<!\\)\|", header)) == rule.count("|")
+
+
+class Page(HTMLParser):
+    """The tags, the attributes and the visible text of an HTML page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    @classmethod
+    def read(cls, path: Path) -> Page:
+        page = cls()
+        page.feed(path.read_text(encoding="utf-8"))
+        return page
+
+
+def test_the_report_holds_all_that_it_shows(results: dict[str, Result]) -> None:
+    folder = results["frozen"].adapter
+    page = Page.read(folder / "report.html")
+    assert not page.tags & {"script", "link", "iframe", "object", "a"}
+    addresses = [value or "" for name, value in page.attributes if name in ("src", "href", "srcset", "style")]
+    assert len(addresses) == len(list((folder / "figures").glob("*.png"))) == 7
+    inside = {base64.b64decode(address.removeprefix("data:image/png;base64,")) for address in addresses}
+    assert inside == {path.read_bytes() for path in (folder / "figures").iterdir()}
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    style = (folder / "report.html").read_text(encoding="utf-8").split("<style>")[1].split("</style>")[0]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert ("name", "viewport") in page.attributes
+
+
+def test_the_report_tells_the_metrics_of_each_center(results: dict[str, Result]) -> None:
+    text = Page.read(results["frozen"].adapter / "report.html").text
+    for split in ("val", "test"):
+        for row in report.center_rows(results["frozen"].metrics["splits"][split])[1:]:
+            assert "".join(map(report.cell, row)) in text
+    assert "learning_rate" in text
+    assert "seconds" not in text
 
 
 def test_a_finished_run_is_not_trained_again(
@@ -135,8 +270,10 @@ def test_the_same_command_gives_the_same_bytes(
     results: dict[str, Result], source: tuple[Path, Path], tmp_path: Path
 ) -> None:
     again = fine_tune(config(tmp_path / "again", *source, *QUICK), load(source[1]))
-    for name in ("adapter_model.safetensors", "metrics.json"):
-        assert (again.adapter / name).read_bytes() == (results["frozen"].adapter / name).read_bytes(), name
+    for path in results["frozen"].adapter.rglob("*.*"):
+        name = path.relative_to(results["frozen"].adapter)
+        if name.name != "README.md":  # it tells the seconds
+            assert (again.adapter / name).read_bytes() == path.read_bytes(), name
 
 
 def refusal(folder: Path, **options: str) -> str:
@@ -362,7 +499,7 @@ def test_a_backbone_with_other_weights_is_refused(adapter: Path, tmp_path: Path,
 def test_a_save_that_fails_leaves_the_old_folder(
     adapter: Path, monkeypatch: pytest.MonkeyPatch, results: dict[str, Result], part: str
 ) -> None:
-    def fail(*args: object) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
         raise OSError("disk full")
 
     model, sidecar, _ = hub.load(adapter)

@@ -214,6 +214,14 @@ def test_a_server_that_repeats_the_token(server: Hub, adapter: Path) -> None:
     assert "Bearer *** may not" in refusal(adapter)
 
 
+def test_the_hub_reads_the_card(server: Hub, adapter: Path) -> None:
+    """By its own check of the metadata (here that of the loopback server), and the client's."""
+    huggingface_hub.ModelCard.load(adapter / "README.md").validate(repo_type="model")
+    (metadata,) = server.cards
+    assert metadata["model-index"][0]["results"][0]["dataset"]["split"] == "val"
+    assert metadata["license"] == "unknown"
+
+
 def test_a_card_that_the_hub_refuses(server: Hub, adapter: Path) -> None:
     card = (adapter / "README.md").read_text(encoding="utf-8")
     (adapter / "README.md").write_text(card.replace("pipeline_tag: image-classification", "pipeline_tag: [1]"))

@@ -175,12 +175,17 @@ def views_sheet(rows: Mapping[str, Sequence[NDArray[np.float32]]], path: str | P
                 axes.set_title(name if place == 0 else "", fontsize=8)
 
 
+def cell(value: object) -> str:
+    """A value as tables show it: floats to three decimals, None as a dash."""
+    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
 def table(rows: Sequence[Sequence[object]]) -> str:
     """Return rows, the first of them the header, as an aligned Markdown table, which reads well as plain text too.
 
-    Floats are given to three decimals and None as a dash; the first column is aligned left, the others right.
+    Values are those of `cell`; the first column is aligned left, the others right.
     """
-    cells = [["–" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    cells = [[cell(value) for value in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     return "\n".join(
@@ -190,25 +195,30 @@ def table(rows: Sequence[Sequence[object]]) -> str:
 
 
 def center_table(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> str:
-    """Return a `metrics.report` as a `table`: a row for each center and one overall, values with their intervals."""
+    """Return `center_rows` as a `table`."""
+    return table(center_rows(report, metrics))
+
+
+def center_rows(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> list[list[object]]:
+    """Return a `metrics.report` as a header, a row for each center and one overall, values with their intervals."""
     named = {f"center {center}": values for center, values in report["centers"].items()}
-    return _interval_table({**named, "overall": report["overall"]}, metrics)
+    return _interval_rows({**named, "overall": report["overall"]}, metrics)
 
 
 def overall_table(reports: Mapping[str, Mapping[str, Any]], metrics: Sequence[str] = HEADLINE) -> str:
     """Return the overall values of several `metrics.report` by their names, with their intervals, as a `table`."""
-    return _interval_table({name: report["overall"] for name, report in reports.items()}, metrics)
+    return table(_interval_rows({name: report["overall"] for name, report in reports.items()}, metrics))
 
 
-def _interval_table(named: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> str:
+def _interval_rows(named: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> list[list[object]]:
     rows: list[list[object]] = [["", "images", "groups", *metrics]]
     for name, values in named.items():
         rows.append([name, values["n"], values["groups"], *(_interval(values[metric]) for metric in metrics)])
-    return table(rows)
+    return rows
 
 
-def size_table(metrics: Mapping[str, Any]) -> str:
-    """Return the "parameters" and "bytes" of a run (see `models.accounting.account`) as a `table`, in MiB."""
+def size_rows(metrics: Mapping[str, Any]) -> list[list[object]]:
+    """Return the "parameters" and "bytes" of a run (see `models.accounting.account`) as a header and rows, in MiB."""
     parameters, size = metrics["parameters"], metrics["bytes"]
     rows: list[list[object]] = [
         ["", "model", "adapter", "share"],
@@ -217,7 +227,18 @@ def size_table(metrics: Mapping[str, Any]) -> str:
     for name, suffix in (("MiB", ""), ("MiB as fp16", "_fp16")):
         model, adapter = size[f"model{suffix}"], size[f"adapter{suffix}"]
         rows.append([name, f"{model / 2**20:.2f}", f"{adapter / 2**20:.2f}", f"{adapter / model:.2%}"])
-    return table(rows)
+    return rows
+
+
+def cost_sentence(cost: Mapping[str, Any]) -> str:
+    """What cost.json of a run holds, to read."""
+    device = f"CPU (threads: {cost['threads']})" if cost["device"] == "cpu" else cost["device"]
+    precision = "float32" if cost["precision"] == "no" else f"mixed precision {cost['precision']}"
+    since = " since it was resumed from a checkpoint" if cost["resumed"] else ""
+    return (
+        f"{cost['seconds']:,.0f} seconds{since}, predictions and figures included; {cost['epochs']:g} epochs on "
+        f"{cost['processes']} × {device}, {precision}."
+    )
 
 
 def _interval(entry: Mapping[str, float | None]) -> str | None:

@@ -14,7 +14,7 @@ from hf_histo.data import schema
 from hf_histo.data.inventory import components, inventory
 from hf_histo.data.load import fingerprint, load
 from hf_histo.data.schema import ImageTable
-from hf_histo.data.splits import clean, resplit, shared_groups, with_families
+from hf_histo.data.splits import clean, composition, resplit, shared_groups, with_families
 from hf_histo.errors import HistoError
 
 
@@ -180,3 +180,30 @@ def test_loaded_data(tmp_path: Path) -> None:
     grouped = with_families(data, inventory(data).assign(group=""))
     assert len({fingerprint(grouped), fingerprint(with_families(data, inventory(data))), before}) == 3
     assert sum(map(len, new.values())) == 36
+
+
+def test_what_splits_hold_and_what_of_train_is_in_them() -> None:
+    data, _ = made(
+        {
+            "train": [(0, 0, "a"), (1, 1, "a"), (1, 1, "b"), (2, 1, "")],
+            "val": [(3, 0, ""), (4, -1, "")],
+            "test": [(2, 1, "b"), (2, 0, "c"), (5, 1, "a")],
+        }
+    )
+    found = composition(data)
+    names = data["train"].features["label"].names
+    assert found["train"] == {
+        "images": 4,
+        "hidden": 0,
+        "groups": 2,
+        "classes": dict(zip(names, [1, 3], strict=False)) | dict.fromkeys(names[2:], 0),
+        "centers": {"0": 4},
+    }
+    assert (found["val"]["hidden"], found["val"]["groups"]) == (1, 0)
+    leaks = {split: (held["copies_of_train"], held["groups_of_train"]) for split, held in list(found.items())[1:]}
+    assert leaks == {"val": (0, 0), "test": (2, 2)}
+
+
+def test_a_split_alone_has_nothing_of_train_in_it() -> None:
+    data, _ = made({"full": [(0, 0, ""), (1, 1, "")]})
+    assert "copies_of_train" not in composition(data)["full"]

@@ -65,7 +65,8 @@ def test_a_handful_of_labels(call: Call, tmp_path: Path, capsys: pytest.CaptureF
     assert state["max_steps"] == 8
     assert state["eval_steps"] == 4
     sidecar = json.loads((tmp_path / "a" / "adapter" / "hf_histo.json").read_text())
-    assert sidecar["data"]["counts"] == {"train": 6, "val": 6, "test": 18}
+    images = {split: held["images"] for split, held in sidecar["data"]["splits"].items()}
+    assert images == {"train": 6, "val": 6, "test": 18}
     assert sidecar["label_names"] == list(COLORS)
     printed = capsys.readouterr().out
     assert "accuracy by level" in printed
@@ -77,7 +78,7 @@ def test_a_handful_of_labels(call: Call, tmp_path: Path, capsys: pytest.CaptureF
     call("cytology_lora.py", f"--output_dir={tmp_path / 'b'}", "--level=1", "--percentage=50", "--num_train_epochs=1")
     sidecar = json.loads((tmp_path / "b" / "adapter" / "hf_histo.json").read_text())
     assert sidecar["label_names"] == ["ASC", "Normal"]
-    assert sidecar["data"]["counts"]["train"] == 9
+    assert sidecar["data"]["splits"]["train"]["images"] == 9
 
 
 def test_a_grid_goes_on_and_compares_the_same_images(

@@ -63,8 +63,8 @@ def test_digits_with_a_head_on_the_output_layer(call: Call, tmp_path: Path, data
     sizes = json.loads((adapter / "metrics.json").read_text(encoding="utf-8"))["parameters"]
     assert f"trainable parameters: {sizes['trainable']:,} of {sizes['total']:,}" in shown
     assert "| parameters" in (adapter / "README.md").read_text(encoding="utf-8")
-    counts = json.loads((adapter / "hf_histo.json").read_text(encoding="utf-8"))["data"]["counts"]
-    assert counts == {"train": 50, "val": 10, "test": 20}
+    splits = json.loads((adapter / "hf_histo.json").read_text(encoding="utf-8"))["data"]["splits"]
+    assert {split: held["images"] for split, held in splits.items()} == {"train": 50, "val": 10, "test": 20}
     saved = predictions.read(adapter / "predictions" / "test.parquet")
     digit = np.frombuffer(gzip.decompress((data / "t10k-images-idx3-ubyte.gz").read_bytes()), np.uint8, 256, 16)
     found = Classifier.from_pretrained(adapter)(digit.reshape(16, 16))
