@@ -97,10 +97,22 @@ class AdapterOptions:
 
 
 @dataclass
+class PreparationOptions:
+    """Of each image when it is read, in training and prediction alike: see `hf_histo.transforms.mri.Preparation`."""
+
+    _argument_group_name = "preparation of MRI slices"
+
+    gray: bool = option(False, "take out color")
+    crop_to_brain: bool = option(False, "cut off the background around the head")
+    even_field: bool = option(False, "divide out slow changes of brightness (bias field)")
+    contrast: Literal["none", "clahe", "stretch"] = option("none", "equalize locally, or stretch the histogram")
+
+
+@dataclass
 class AugmentationOptions:
     _argument_group_name = "augmentation"
 
-    augmentation: str = option("crop-jitter", "preset: none, flips, resized-crop, crop-jitter, affine, strong")
+    augmentation: str = option("crop-jitter", "preset: none, flips, resized-crop, crop-jitter, affine, strong, mri")
     training_views: int | None = option(None, "views of an image that epochs take in turn (default: always a new one)")
 
 
@@ -191,6 +203,7 @@ class Config:
     protocol: ProtocolOptions = field(default_factory=ProtocolOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    preparation: PreparationOptions = field(default_factory=PreparationOptions)
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
     centers: CenterOptions = field(default_factory=CenterOptions)
     prediction: PredictionOptions = field(default_factory=PredictionOptions)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from hf_histo.models import adapters, backbones, batchnorm, heads, qkv
 from hf_histo.models.accounting import account
 from hf_histo.training import caching, losses, runs, trainer
 from hf_histo.transforms import augmentation, preprocessing
+from hf_histo.transforms.mri import Preparation
 from hf_histo.transforms.shift import ColorRange
 from hf_histo.transforms.stain import CenterNormalizer
 
@@ -142,6 +142,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
     )
     source = backbones.locate(options.backbone)
     views = preprocessing.resolve(model.config, source, options.image_size, options.resize_size, options.fit)
+    views = dataclasses.replace(views, preparation=Preparation.of(config.preparation))
     changes = augmentation.preset(config.augmentation.augmentation)
     train, validation = views.read(data["train"], changes.side(views.image_size)), views.read(data["val"])
     color = config.centers.normalization
@@ -199,7 +200,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         compute_metrics=metrics.for_trainer(),
     )
     if config.output.preview and session.is_world_process_zero():
-        _preview(session, train, data["train"]["id"], folder / "preview.png")
+        _preview(session, data["train"], train, folder / "preview.png")
     resumed = runs.checkpoint(config, folder)
     with caching.frozen_prefix(session, config):
         session.train(resume_from_checkpoint=resumed)
@@ -257,19 +258,23 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
 
 
 def _preview(
-    session: trainer.Trainer, data: ImageTable, ids: Sequence[str], path: Path, images: int = 8, epochs: int = 7
+    session: trainer.Trainer, rows: datasets.Dataset, images: ImageTable, path: Path, count: int = 8, epochs: int = 7
 ) -> None:
-    """Some training images of every center as they are read, and what training makes of them in its first epochs."""
-    centers = np.array(data.centers)
+    """Some training images of every center as stored, as prepared, and as training sees them in its first epochs."""
+    centers = np.array(images.centers)
     places = [np.flatnonzero(centers == center) for center in np.unique(centers)]
-    chosen = np.concatenate([rows[: -(-images // len(places))] for rows in places])
-    batch = trainer.collate(data.__getitems__(chosen.tolist()))
-    views = [batch["image"] / 255]
+    each = -(-count // len(places))
+    chosen = np.concatenate([found[np.linspace(0, len(found) - 1, each).astype(int)] for found in places]).tolist()
+    batch = trainer.collate(images.__getitems__(chosen))
+    columns = [[sample["image"] for sample in ImageTable(rows).__getitems__(chosen)]]
+    if not session.preprocessing.preparation.is_none:
+        columns.append([session.preprocessing.preparation(image) for image in columns[0]])
+    columns = [[image / 255 for image in column] for column in columns]
     for epoch in range(epochs):
-        views.append(session.training_views(batch["image"], batch["center"], batch["index"], epoch))
+        columns.append(list(session.training_views(batch["image"], batch["center"], batch["index"], epoch)))
     report.views_sheet(
         {
-            f"{ids[int(row)]}, center {centers[row]}": [view[place].permute(1, 2, 0).numpy() for view in views]
+            f"{rows[row]['id']}, center {centers[row]}": [column[place].permute(1, 2, 0).numpy() for column in columns]
             for place, row in enumerate(chosen)
         },
         path,

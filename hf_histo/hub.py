@@ -34,6 +34,7 @@ from hf_histo.evaluation import predictions as prediction_tables
 from hf_histo.files import atomic_folder, read_json, write_json
 from hf_histo.models import adapters, backbones, heads
 from hf_histo.transforms.augmentation import PLAIN, Views
+from hf_histo.transforms.mri import CONTRASTS, Preparation
 from hf_histo.transforms.preprocessing import FITS, Preprocessing
 from hf_histo.transforms.shift import ColorRange
 from hf_histo.transforms.stain import CenterNormalizer
@@ -124,6 +125,7 @@ class Sidecar:
             declared, color = content.pop("preprocessing"), content.pop("normalizer", None)
             for key in ("mean", "std"):
                 declared[key] = tuple(float(value) for value in declared[key])
+            declared["preparation"] = Preparation(**declared.get("preparation", {}))
             normalizer = None if color is None else CenterNormalizer.from_json(color)
             colors = None if content.get("colors") is None else ColorRange(**content["colors"])
             head = heads.Design.from_json(content.pop("head", {"widths": ()}))
@@ -197,6 +199,7 @@ def _is_sound(views: Preprocessing) -> bool:
         and all(map(math.isfinite, (*views.mean, *views.std)))
         and min(views.std) > 0
         and views.fit in FITS
+        and views.preparation.contrast in CONTRASTS
     )
 
 

@@ -14,6 +14,7 @@ from hf_histo.data.load import load
 from hf_histo.evaluation.predictions import read
 from hf_histo.finetune import fine_tune
 from hf_histo.inference import Classifier
+from hf_histo.transforms.mri import Preparation
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +33,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("fit", ["crop", "pad"])
 def test_images_of_different_sizes(folder: Path, tmp_path: Path, fit: str) -> None:
-    more = [f"--fit={fit}", "--preview", "--num_train_epochs=1", "--normalization=rgb" if fit == "pad" else ""]
-    options = config(tmp_path / "run", write_backbone(tmp_path / "backbone"), folder / "data", *filter(None, more))
+    more = {"crop": ["--crop_to_brain", "--contrast=stretch"], "pad": ["--normalization=rgb"]}[fit]
+    more += [f"--fit={fit}", "--preview", "--num_train_epochs=1"]
+    options = config(tmp_path / "run", write_backbone(tmp_path / "backbone"), folder / "data", *more)
     data = load(folder / "data")
     result = fine_tune(options, data)
     assert (tmp_path / "run/preview.png").is_file()
 
     classifier = Classifier.from_pretrained(result.adapter)
     assert classifier.sidecar.preprocessing.fit == fit
+    assert classifier.sidecar.preprocessing.preparation == Preparation.of(options.preparation)
+    assert classifier.sidecar.preprocessing.preparation.is_none == (fit == "pad")
     expected = read(result.adapter / "predictions/test.parquet")
     pd.testing.assert_series_equal(classifier.predict(data["test"])["logit"], expected["logit"], atol=1e-5)
     if fit != "pad":  # alone, an image is resized on the device; color is measured on what is predicted together

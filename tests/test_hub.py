@@ -328,7 +328,7 @@ def test_a_sidecar_with_a_strange_value(adapter: Path, key: str, value: object) 
 @pytest.mark.parametrize(
     ("key", "value"),
     [("image_size", "32"), ("image_size", -1), ("resize_size", 8), ("interpolation", "magic"), ("std", [0, 1, 1]),
-     ("mean", [0.5]), ("fit", "magic")],
+     ("mean", [0.5]), ("fit", "magic"), ("preparation", {"contrast": "magic"}), ("preparation", {"unknown": True})],
 )  # fmt: skip
 def test_a_sidecar_with_a_strange_preprocessing(adapter: Path, key: str, value: object) -> None:
     file = adapter / "hf_histo.json"
@@ -342,11 +342,12 @@ def test_a_sidecar_older_than_an_option(adapter: Path) -> None:
     file = adapter / "hf_histo.json"
     content = json.loads(file.read_text())
     assert content["views"] == {"count": 1, "augmentation": "square", "seed": 0}
+    newer = hub.Sidecar.read(adapter)
     content["views"] = 8
-    del content["preprocessing"]["fit"], content["adapt_batch_norm"]
+    del content["preprocessing"]["fit"], content["preprocessing"]["preparation"], content["adapt_batch_norm"]
     file.write_text(json.dumps(content), encoding="utf-8")
     sidecar = hub.Sidecar.read(adapter)
-    assert sidecar.preprocessing.fit == "crop"
+    assert sidecar.preprocessing == newer.preprocessing
     assert sidecar.views == Views(8)
     assert not sidecar.adapt_batch_norm
 

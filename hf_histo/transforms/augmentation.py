@@ -107,6 +107,10 @@ PRESETS = {
         blur=1.0,
         noise=0.03,
     ),
+    # For slices of a head: about upright as scanners give them, left or right as good as the other.
+    "mri": Augmentation(
+        scale=(0.7, 1.0), horizontal_flip=0.5, rotation=20.0, translation=0.05, brightness=0.2, contrast=0.3
+    ),
 }
 
 

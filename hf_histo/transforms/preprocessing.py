@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, CLIPImageProcessor, PreTrainedConfi
 
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
+from hf_histo.transforms.mri import Preparation
 
 FITS = ("crop", "squash", "pad")
 _ELONGATED = 8  # longer than this times its width, an image is cropped before it is resized, or it might not fit memory
@@ -34,6 +35,7 @@ class Preprocessing:
         fit: how an image that is not square becomes so. "crop": the shorter side is resized and the longer one loses
             its ends; "squash": both sides are resized; "pad": the longer side is resized and the shorter one gets
             borders of the color `mean`, which is zero after normalization (timm's "border").
+        preparation: of each image when it is read, before all else.
     """
 
     image_size: int
@@ -42,18 +44,25 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     fit: str = "crop"
+    preparation: Preparation = field(default_factory=Preparation)
 
     def read(self, dataset: datasets.Dataset, at_least: int = 0) -> ImageTable:
-        """The images of a schema table, ready to be put into batches.
+        """The images of a schema table, prepared and ready to be put into batches.
 
-        Where all have one size, they are as they are stored, and the resize is left to the device. Otherwise each is
-        made a square of `resize_size`, or `at_least` so many, pixels on a side when it is read. An evaluation view
-        comes out the same either way: it does not depend on what else is in the table.
+        Where all have one size, they keep it, and the resize is left to the device. Otherwise each is made a square of
+        `resize_size`, or `at_least` so many, pixels on a side when it is read. An evaluation view comes out the same
+        either way: it does not depend on what else is in the table.
         """
         images = ImageTable(dataset)
-        if images.is_of_one_size():
+        keeps_size = not self.preparation.crop_to_brain and images.is_of_one_size()
+        if keeps_size and self.preparation.is_none:
             return images
-        return ImageTable(dataset, partial(self.square, side=max(self.resize_size, at_least)))
+        side = None if keeps_size else max(self.resize_size, at_least)
+        return ImageTable(dataset, partial(self._prepared, side=side))
+
+    def _prepared(self, image: torch.Tensor, side: int | None) -> torch.Tensor:
+        prepared = self.preparation(image)
+        return prepared if side is None else self.square(prepared, side)
 
     def square(self, images: torch.Tensor, side: int) -> torch.Tensor:
         """Fit (..., 3, H, W), uint8 or float in [0, 1], into (..., 3, side, side) of the same type and device.

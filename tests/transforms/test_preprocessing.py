@@ -6,12 +6,12 @@ import json
 import pickle
 from pathlib import Path
 
-import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import timm
 import torch
+from fixtures import stored
 from timm.data import create_transform, resolve_data_config
 from transformers import (
     AutoImageProcessor,
@@ -24,7 +24,6 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_histo.data import schema
 from hf_histo.errors import HistoError
 from hf_histo.transforms.preprocessing import FITS, Preprocessing, resolve
 
@@ -111,15 +110,6 @@ def test_a_view_does_not_depend_on_the_batch() -> None:
     preprocessing = Preprocessing(24, 28, "bicubic", MEAN, STD)
     together = preprocessing(images)
     assert torch.equal(together[1], preprocessing(images[1:])[0])
-
-
-def stored(*images: torch.Tensor) -> datasets.Dataset:
-    rows = [{"bytes": schema.encode_ppm(image.permute(1, 2, 0).numpy()), "path": None} for image in images]
-    columns: dict[str, list[object]] = {"id": [], "label": [], "center": [], "group": []}
-    for row in range(len(rows)):
-        for name, value in (("id", str(row)), ("label", row % 2), ("center", 0), ("group", "")):
-            columns[name].append(value)
-    return datasets.Dataset.from_dict({"image": rows, **columns}, features=schema.features(["a", "b"]))
 
 
 @pytest.mark.parametrize("fit", FITS)
