@@ -187,6 +187,7 @@ class OutputOptions:
     output_dir: str | None = option(None, "folder of the run (default: runs/DATA-BACKBONE-METHOD-seedN)")
     overwrite_output_dir: bool = option(False, "delete what the folder holds of an earlier run")
     preview: bool = option(False, "before training, draw preview.png: what training makes of some images")
+    explain: bool = option(False, "draw explanations.png: where the model sees the class it predicts on val")
     push_to_hub: bool = option(False, "upload the adapter folder when the run is done")
     hub_model_id: str | None = option(None, "repository on the Hub: owner/name")
     hub_license: str = option("unknown", "license in the model card, by its identifier on the Hub, e.g. apache-2.0")

@@ -93,9 +93,7 @@ def _save(model: PreTrainedModel, sidecar: Sidecar, folder: Path) -> None:
             "layer on pooled features; --format onnx takes any"
         )
     if isinstance(model, clip.OpenClipForImageClassification):
-        raise HistoError(
-            "the backbone is open_clip's, which transformers and timm can't build; expected --format onnx"
-        )
+        raise HistoError("the backbone is open_clip's, which transformers and timm can't build; expected --format onnx")
     views, config = sidecar.preprocessing, model.config
     config.id2label, config.label2id = sidecar.id2label, {label: i for i, label in sidecar.id2label.items()}
     if declared := getattr(config, "pretrained_cfg", None):  # what timm takes its preprocessing from

@@ -7,6 +7,7 @@ import logging
 import time
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,10 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
     )
     if session.is_world_process_zero():
         figures = _draw(folder / "figures", session.state.log_history, tables, data["val"])
+        if config.output.explain:
+            explanations = folder / "figures" / "explanations.png"
+            classifier.draw(data["val"], tables["val"], explanations)
+            figures["Where the model sees the class that it predicts, on val"] = explanations
         cost = {
             "seconds": time.monotonic() - started,
             "processes": session.args.world_size,
@@ -292,6 +297,8 @@ def _thresholds(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
 def _check(config: Config, data: datasets.DatasetDict, num_outputs: int) -> None:
     if config.adapter.method == "full" and not heads.Design.of(config.model).is_plain:
         raise HistoError("--method full saves a model of transformers, expected --head linear on features; use lora")
+    if config.output.explain and find_spec("captum") is None:
+        raise HistoError("--explain needs captum: pip install hf_histo[explain], or leave it out")
     missing = {"train", "val"} - data.keys()
     if missing:
         raise HistoError(f"--data {config.data.data}: has no split {missing.pop()!r}, only {', '.join(data)}; make one")

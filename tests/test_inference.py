@@ -38,7 +38,9 @@ from hf_histo.transforms.stain import CenterNormalizer
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     data = write_data(folder / "data")
-    fine_tune(config(folder / "run", write_backbone(folder / "backbone"), data, "--method=linear"), load(data))
+    fine_tune(
+        config(folder / "run", write_backbone(folder / "backbone"), data, "--method=linear", "--explain"), load(data)
+    )
     return folder
 
 
@@ -326,6 +328,7 @@ def test_a_map_lies_on_the_pixels_of_its_image(
 
 
 def test_the_figure_of_explanations(classifier: Classifier, run: Path, tmp_path: Path) -> None:
+    assert (run / "run" / "adapter" / "figures" / "explanations.png").is_file()
     data = load(run / "data")["test"]
     classifier.draw(data, classifier.predict(data), tmp_path / "explanations.png")
     assert PIL.Image.open(tmp_path / "explanations.png").size[0] > 1000

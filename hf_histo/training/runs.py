@@ -35,6 +35,7 @@ INDIFFERENT = {
     "output_dir",
     "overwrite_output_dir",
     "preview",
+    "explain",
     "push_to_hub",
     "hub_model_id",
     "hub_private",

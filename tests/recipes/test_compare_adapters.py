@@ -1,0 +1,32 @@
+"""Several adapters in one table."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from miniature import write_adapter, write_data
+
+from hf_histo.data.load import load
+from hf_histo.evaluation import metrics
+from hf_histo.inference import Classifier
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "compare_adapters.py"
+
+
+def test_the_table_holds_each_adapter_and_the_mean(backbone: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    adapters = [str(write_adapter(tmp_path / name, backbone, seed=seed)) for seed, name in enumerate("ab")]
+    command = [sys.executable, str(RECIPE), "--adapters", *adapters, "--data", str(data), "--average"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
+    assert header == ["", "images", "groups", "accuracy", "balanced_accuracy", "auroc", "f1"]
+    assert [row[0] for row in rows] == [*adapters, "mean of the 2"]
+    for adapter, row in zip(adapters, rows, strict=False):
+        report = metrics.report(Classifier.from_pretrained(adapter).predict(load(data)["val"]))
+        assert row[1] == "13"
+        for name, cell in zip(header[3:], row[3:], strict=True):
+            assert float(cell.split()[0]) == pytest.approx(report["overall"][name]["value"], abs=6e-4)
