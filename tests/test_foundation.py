@@ -43,7 +43,9 @@ def test_slices_of_fused_attention(data: Path, tmp_path: Path) -> None:
     check_it_loads_again(adapter, data)
 
 
-def test_a_clip_model_that_starts_from_sentences(data: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP model in open_clip's format."""
     open_clip = pytest.importorskip("open_clip")
     model = {
         "embed_dim": 16,
@@ -51,18 +53,28 @@ def test_a_clip_model_that_starts_from_sentences(data: Path, tmp_path: Path) -> 
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
     }
     view = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
-    folder = tmp_path / "clip"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     (folder / clip.CONFIG).write_text(json.dumps({"model_cfg": model, "preprocess_cfg": view}))
     save_file(open_clip.model.CLIP(**model).state_dict(), folder / clip.WEIGHTS)
+    return folder
 
+
+def test_a_clip_model_that_starts_from_sentences(clip_folder: Path, data: Path, tmp_path: Path) -> None:
     sentences = ("--text_prompt=a slide of {} tissue", "--learning_rate=1e-30", "--weight_decay=0")  # learns nothing
-    adapter = fine_tune(config(tmp_path / "run", folder, data, *QUICK, *sentences), load(data)).adapter
+    adapter = fine_tune(config(tmp_path / "run", clip_folder, data, *QUICK, *sentences), load(data)).adapter
     state = load_file(adapter / "adapter_model.safetensors")
     (head,) = (tensor for key, tensor in state.items() if key.endswith("classifier.weight"))
     names = load(data)["train"].features["label"].names
-    normal, tumor = backbones.text_embeddings(str(folder), names, "a slide of {} tissue")
+    normal, tumor = backbones.text_embeddings(str(clip_folder), names, "a slide of {} tissue")
     assert torch.allclose(torch.nn.functional.normalize(head[0], dim=0),
                           torch.nn.functional.normalize(tumor - normal, dim=0), atol=1e-5)  # fmt: skip
     check_it_loads_again(adapter, data)
+
+
+def test_a_clip_model_that_is_trained_whole(clip_folder: Path, data: Path, tmp_path: Path) -> None:
+    whole = ("--method=full", "--num_train_epochs=1")
+    adapter = fine_tune(config(tmp_path / "run", clip_folder, data, *whole), load(data)).adapter
+    recorded = pd.read_parquet(adapter / "predictions" / "test.parquet")
+    again = Classifier.from_pretrained(adapter).predict(load(data)["test"])
+    assert again["logit"].tolist() == pytest.approx(recorded["logit"].tolist(), abs=1e-6)

@@ -156,7 +156,9 @@ def test_an_adapter_of_another_data_set_to_start_from(call: Call, tmp_path: Path
         assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["cytology_lora", "cytology_linear", "cytology_text", "cytology_hicervix"])
+@pytest.mark.parametrize(
+    "name", ["cytology_lora", "cytology_linear", "cytology_text", "cytology_hicervix", "cytology_full"]
+)
 def test_the_studys_settings(name: str) -> None:
     config = parse(None, ["--config", str(RECIPES / "configs" / f"{name}.yaml")])
     assert config.training.optimizer == "adamw"
