@@ -78,6 +78,8 @@ def begin(config: Config, data: str = "") -> Path:
         if config.output.overwrite_output_dir and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".*.incomplete*"):  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         for name, content in ((RECORD, yaml.safe_dump(config.flat(), sort_keys=False)), (DATA, data)):
             if not (folder / name).exists():
                 with atomic_file(folder / name) as temporary:
@@ -139,7 +141,8 @@ def _is_complete(path: Path) -> bool:
 
 
 def _check(folder: Path, config: Config, data: str) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    # What a killed process left unfinished is nothing.
+    if not folder.exists() or (folder.is_dir() and all(".incomplete" in path.name for path in folder.iterdir())):
         return
     if not (folder / RECORD).is_file():
         raise HistoError(f"--output_dir {folder}: holds no run but other files (no {RECORD}); choose another one")

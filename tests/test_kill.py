@@ -1,0 +1,155 @@
+"""A run that is killed anywhere and started again by the same command ends in the bytes of one that nothing hit."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hub_server import Hub
+from killable import run
+from miniature import SIZE, write_backbone, write_data
+
+NAME = "ana/tumor"
+RESULTS = ("adapter_model.safetensors", "metrics.json", "predictions/val.parquet", "predictions/test.parquet")
+QUICK = f"""--image_size={SIZE} --resize_size={SIZE} --per_device_train_batch_size=8 --num_train_epochs=2
+    --learning_rate=0.01 --lora_dropout=0.1""".split()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with its options, and the phases of it to be killed in, each known by its events."""
+
+    recipe: str
+    options: tuple[str, ...]
+    phases: dict[str, tuple[str, str]]  # kind and part of the path; "" is any
+
+
+JOBS = {
+    "run": Job(
+        "histo_lora.py",
+        ("--target_modules=last-conv", "--push_to_hub", f"--hub_model_id={NAME}"),
+        {
+            "conversion": ("", "/cache/"),
+            "training": ("backward", ""),
+            "half a checkpoint file": ("torch.save", "/checkpoint-"),
+            "begin": ("", "/run/.run"),
+            "checkpoint": ("", "/checkpoint-"),
+            "adapter": ("", "/.adapter."),
+            "push": ("open", "/adapter/"),
+        },
+    ),
+    "sweep": Job(
+        "pareto.py",
+        ("--ranks", "2", "4", "--seeds=1", "--target_modules=last-conv"),
+        {"sweep": ("", ""), "sweep, training": ("backward", "")},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("source")
+    return write_backbone(folder / "backbone"), write_data(folder / "data")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with Hub(tmp_path_factory.mktemp("hub")) as started:
+        yield started
+
+
+def start(
+    job: Job, root: Path, source: tuple[Path, Path], server: Hub, kill: int | None = None
+) -> tuple[int, str, list[tuple[str, str]]]:
+    backbone, data = source
+    folders = f"--output_dir={root / 'run'} --cache_dir={root / 'cache'} --backbone={backbone} --data={data}"
+    return run(job.recipe, [*QUICK, *folders.split(), *job.options], root, kill=kill, hub=server.address)
+
+
+def results(root: Path) -> dict[str, bytes]:
+    """What the adapters of all runs in a folder hold."""
+    adapters = sorted((root / "run").rglob("adapter"))
+    assert adapters
+    return {f"{a.relative_to(root)}/{name}": (a / name).read_bytes() for a in adapters for name in RESULTS}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    source: tuple[Path, Path], server: Hub, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[list[tuple[str, str]], dict[str, bytes]]]:
+    """By job, its events and results, made when first asked for."""
+
+    class Made(dict[str, tuple[list[tuple[str, str]], dict[str, bytes]]]):
+        def __missing__(self, name: str) -> tuple[list[tuple[str, str]], dict[str, bytes]]:
+            root = tmp_path_factory.mktemp(name)
+            code, said, events = start(JOBS[name], root, source, server)
+            assert code == 0, said
+            self[name] = events, results(root)
+            return self[name]
+
+    return Made()
+
+
+def check(
+    job: str,
+    phase: str,
+    seed: int,
+    root: Path,
+    source: tuple[Path, Path],
+    server: Hub,
+    undisturbed: dict[str, tuple[list[tuple[str, str]], dict[str, bytes]]],
+) -> None:
+    events, expected = undisturbed[job]
+    kind, part = JOBS[job].phases[phase]
+    moments = [n for n, (k, path) in enumerate(events) if kind in ("", k) and part in path]
+    assert moments, f"nothing happens in {phase}"
+    kill = random.Random(seed).choice(moments)
+    shutil.rmtree(server.folder / NAME, ignore_errors=True)
+    code, said, _ = start(JOBS[job], root, source, server, kill)
+    assert code == -9, f"event {kill} of {len(events)}, {events[kill]}: {said}"
+    for adapter in (root / "run").rglob("adapter"):  # whole, or not there
+        assert all((adapter / name).is_file() for name in RESULTS)
+    for file in (root / "run").rglob("adapter/*.json"):
+        json.loads(file.read_text(encoding="utf-8"))
+    code, said, _ = start(JOBS[job], root, source, server)
+    assert code == 0, f"after event {kill} of {len(events)}, {events[kill]}: {said}"
+    assert results(root) == expected, f"after event {kill} of {len(events)}, {events[kill]}"
+    if "--push_to_hub" in JOBS[job].options:
+        pushed = server.files(NAME)
+        assert all(pushed[name] == (root / "run" / "adapter" / name).read_bytes() for name in RESULTS)
+    assert not [path for path in (root / "run").rglob("*.incomplete*") if path.parent == root / "run"]
+
+
+ALL = [(job, phase) for job in JOBS for phase in JOBS[job].phases]
+
+
+@pytest.mark.parametrize(("job", "phase"), [("run", "half a checkpoint file"), ("run", "adapter")])
+def test_killed_and_started_again(
+    job: str,
+    phase: str,
+    tmp_path: Path,
+    source: tuple[Path, Path],
+    server: Hub,
+    undisturbed: dict[str, tuple[list[tuple[str, str]], dict[str, bytes]]],
+) -> None:
+    check(job, phase, 0, tmp_path, source, server, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(("job", "phase"), ALL)
+def test_killed_anywhere_and_started_again(
+    job: str,
+    phase: str,
+    seed: int,
+    tmp_path: Path,
+    source: tuple[Path, Path],
+    server: Hub,
+    undisturbed: dict[str, tuple[list[tuple[str, str]], dict[str, bytes]]],
+) -> None:
+    check(job, phase, seed, tmp_path, source, server, undisturbed)
