@@ -39,6 +39,7 @@ class DataOptions:
     on_bad_image: Literal["error", "skip"] = option(
         "error", "stop at an image file that can't be read, or leave it out"
     )
+    streaming: bool = option(False, "with hub:..., read training images as they are needed, and keep none")
     num_workers: int = option(0, "processes that read batches beside each training process")
 
 
@@ -361,6 +362,8 @@ def _validated(config: Config) -> Config:
         for name in names.split():
             if values[name] is not None and not holds(values[name]):
                 raise HistoError(f"--{name} is {values[name]}, expected {expected}")
+    if config.data.streaming:
+        _check_streaming(config)
     if not 0 <= config.centers.stain_mixing <= 1:
         raise HistoError(f"--stain_mixing is {config.centers.stain_mixing}, expected in [0, 1]")
     if config.centers.stain_mixing and config.centers.normalization == "none":
@@ -371,3 +374,12 @@ def _validated(config: Config) -> Config:
     if output.hub_revision and output.hub_create_pr:
         raise HistoError("--hub_revision and --hub_create_pr exclude each other: a pull request has its own branch")
     return config
+
+
+def _check_streaming(config: Config) -> None:
+    if not config.data.data.startswith("hub:"):
+        raise HistoError(f"--streaming needs --data hub:..., the name or folder of shards, not {config.data.data}")
+    if config.data.num_workers > 1 or config.model.text_prompt or config.output.preview:
+        raise HistoError("--streaming goes with --num_workers 0 or 1, and without --text_prompt and --preview")
+    if (config.centers, config.protocol) != (CenterOptions(), ProtocolOptions()):
+        raise HistoError("--streaming knows no centers and takes all images: leave out the options of both")

@@ -20,6 +20,9 @@ class HistoError(Exception):
     The message is one line that names the argument or file, the value found, what was expected, and the remedy.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # a library's reason may be of several
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal asked for the end: `number`."""

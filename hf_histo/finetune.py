@@ -21,10 +21,11 @@ from transformers import set_seed
 
 from hf_histo import hub
 from hf_histo.config import Config
-from hf_histo.data import few_shot, hierarchy
+from hf_histo.data import few_shot, hierarchy, hub_names
 from hf_histo.data.load import check_trainable, fingerprint
 from hf_histo.data.schema import ImageTable
 from hf_histo.data.splits import composition, shared_groups
+from hf_histo.data.stream import Stream
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, levels, metrics, report, thresholds
 from hf_histo.evaluation.audit_figures import image_reader
@@ -145,9 +146,10 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
     views = preprocessing.resolve(model.config, source, options.image_size, options.resize_size, options.fit)
     views = dataclasses.replace(views, preparation=Preparation.of(config.preparation))
     changes = augmentation.preset(config.augmentation.augmentation)
-    train, validation = views.read(data["train"], changes.side(views.image_size)), views.read(data["val"])
+    train = _stream(config, len(data["train"]), views) or views.read(data["train"], changes.side(views.image_size))
+    validation = views.read(data["val"])
     color = config.centers.normalization
-    normalizer = None if color == "none" else CenterNormalizer.fit(train, color)
+    normalizer = None if color == "none" or isinstance(train, Stream) else CenterNormalizer.fit(train, color)
     sidecar = hub.Sidecar(
         method=config.adapter.method,
         label_names=names,
@@ -200,7 +202,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         loss=losses.classification(num_outputs, losses.balancing_weights(train_labels, names) if balance else None),
         compute_metrics=metrics.for_trainer(),
     )
-    if config.output.preview and session.is_world_process_zero():
+    if config.output.preview and isinstance(train, ImageTable) and session.is_world_process_zero():
         _preview(session, data["train"], train, folder / "preview.png")
     resumed = runs.checkpoint(config, folder)
     with caching.frozen_prefix(session, config):
@@ -283,6 +285,17 @@ def _preview(
             for place, row in enumerate(chosen)
         },
         path,
+    )
+
+
+def _stream(config: Config, total: int, views: preprocessing.Preprocessing) -> Stream | None:
+    """The training images where they are streamed; all made squares of one size, since none is known before."""
+    if not config.data.streaming:
+        return None
+    state = PartialState()
+    square = partial(views.prepared, side=views.resize_size)
+    return hub_names.train_stream(
+        config.data.data, total, config.training.seed, state.process_index, state.num_processes, square
     )
 
 

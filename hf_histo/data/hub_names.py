@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import xxhash
 from datasets.exceptions import DatasetGenerationError
@@ -13,6 +15,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from hf_histo.data import schema
 from hf_histo.data.builder import hold_out
+from hf_histo.data.stream import Prepare, Stream
 from hf_histo.errors import HistoError
 
 PREFIX = "hub:"
@@ -29,14 +32,7 @@ def load(name: str, *, cache_dir: str | Path) -> datasets.DatasetDict:
 
     Raises `HistoError` for a name that can't be had, without a split `train`, and with other columns.
     """
-    source, _, revision = name.removeprefix(PREFIX).partition("@")
-    try:
-        found = datasets.load_dataset(source, revision=revision or None, cache_dir=str(cache_dir))
-    except (OSError, ValueError, RuntimeError, IndexError, DatasetGenerationError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise HistoError(
-            f"--data {name}: can't be had ({reason}); expected a data set on the Hub and a network"
-        ) from None
+    found = _find(name, cache_dir=str(cache_dir))
     if "train" not in found:
         raise HistoError(f"--data {name}: has the splits {', '.join(found)}, expected train among them; choose another")
     data = datasets.DatasetDict(
@@ -47,34 +43,100 @@ def load(name: str, *, cache_dir: str | Path) -> datasets.DatasetDict:
         data = datasets.DatasetDict(
             {**data, "train": data["train"].select(kept), "val": data["train"].select(held_out)}
         )
+    return _named(data)
+
+
+def load_streaming(name: str) -> datasets.DatasetDict:
+    """As `load`, with nothing but the labels of `train`: its images are for `stream` to read, and `image` is empty.
+
+    The other splits, of which one must be for validation, are read whole. "hub:s3://BUCKET/FOLDER" (any address that
+    fsspec knows) is a folder of parquet shards.
+    """
+    found = _find(name, streaming=True)
+    if "train" not in found or not set(SPLITS) & set(found):
+        raise HistoError(f"--data {name}: has the splits {', '.join(found)}, expected train and validation; add them")
+    data = {}
+    for split, rows in found.items():
+        image, label = columns(name, rows.features)
+        if split == "train":
+            labels = [value for batch in rows.select_columns([label]).iter(10_000) for value in batch[label]]
+            data["train"] = datasets.Dataset.from_dict(
+                {"id": [""] * len(labels), "image": [None] * len(labels), "label": labels}
+                | {"center": [-1] * len(labels), "group": [""] * len(labels)},
+                features=schema.features(rows.features[label].names),
+            )
+        else:
+            bare = rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
+            kinds = datasets.Features({column: rows.features[column] for column in (image, label)})
+            data[SPLITS.get(split, split)] = _as_schema(name, datasets.Dataset.from_list(list(bare), features=kinds))
+    return _named(datasets.DatasetDict(data))
+
+
+def train_stream(name: str, total: int, seed: int, rank: int, processes: int, prepare: Prepare | None) -> Stream:
+    """The training images of `load_streaming`, for one process of a launch; see `Stream`."""
+    rows = _find(name, streaming=True)["train"]
+    image, label = columns(name, rows.features)
+    return Stream(
+        rows, image=image, label=label, total=total, seed=seed, rank=rank, processes=processes, prepare=prepare
+    )
+
+
+def _find(name: str, **options: Any) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    source, _, revision = name.removeprefix(PREFIX).partition("@")
+    try:
+        if "://" in source:
+            return datasets.load_dataset("parquet", data_files=_shards(source), **options)
+        return datasets.load_dataset(source, revision=revision or None, **options)
+    except (OSError, ValueError, RuntimeError, IndexError, DatasetGenerationError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise HistoError(
+            f"--data {name}: can't be had ({reason}); expected a data set on the Hub and a network"
+        ) from None
+
+
+def _shards(address: str) -> dict[str, list[str]]:
+    """The parquet files below an address of fsspec, by the split that their names start with."""
+    storage, folder = fsspec.core.url_to_fs(address)
+    found = {split: storage.glob(f"{folder}/{split}*.parquet") for split in ("train", *SPLITS, "test")}
+    return {split: [storage.unstrip_protocol(file) for file in files] for split, files in found.items() if files}
+
+
+def _named(data: datasets.DatasetDict) -> datasets.DatasetDict:
+    """With the fingerprint of its content."""
     content = xxhash.xxh3_128()
     for split, rows in data.items():
         content.update(split.encode())
         for batch in rows.with_format("arrow").iter(1000):
             for image, label in zip(batch["image"], batch["label"], strict=True):
-                content.update(image["bytes"].as_buffer())
+                content.update(image["bytes"].as_buffer() if image.is_valid else b"")
                 content.update(str(label).encode())
     for rows in data.values():
         rows.info.config_name = content.hexdigest()
     return data
 
 
-def _as_schema(name: str, rows: datasets.Dataset) -> datasets.Dataset:
-    images = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
-    labels = [column for column, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]
+def columns(name: str, features: datasets.Features) -> tuple[str, str]:
+    """The one of images and the one of class labels. Raises `HistoError` for more or fewer."""
+    images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+    labels = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     if len(images) != 1 or len(labels) != 1:
         raise HistoError(
             f"--data {name}: has {len(images)} columns of images and {len(labels)} of class labels, expected one of "
             "each; keep those in a copy"
         )
+    return images[0], labels[0]
+
+
+def _as_schema(name: str, rows: datasets.Dataset) -> datasets.Dataset:
+    image, label = columns(name, rows.features)
     count = len(rows)
-    _check_paths(name, rows, images[0])
-    table = rows.select_columns([images[0], labels[0]]).rename_columns({images[0]: "image", labels[0]: "label"})
+    _check_paths(name, rows, image)
+    table = rows.select_columns([image, label]).rename_columns({image: "image", label: "label"})
     # The bytes into the table, where a local folder holds files.
     table = table.with_format("arrow").map(embed_table_storage, batched=True).with_format(None)
     table = table.add_column("id", [str(row) for row in range(count)])
     table = table.add_column("center", [-1] * count).add_column("group", [""] * count)
-    features = schema.features(rows.features[labels[0]].names)
+    features = schema.features(rows.features[label].names)
     return table.select_columns(list(features)).cast(features)
 
 

@@ -60,6 +60,8 @@ def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = Non
     options = source if isinstance(source, DataOptions) else DataOptions(data=str(source))
     cache_dir = Path(cache_dir or options.cache_dir or datasets.config.HF_DATASETS_CACHE)
     if options.data.startswith(hub_names.PREFIX):
+        if options.streaming:
+            return hub_names.load_streaming(options.data)
         return hub_names.load(options.data, cache_dir=cache_dir)
     directory = _synthetic(cache_dir) if options.data == SYNTHETIC else Path(options.data)
     builder_class = _layout(directory)

@@ -81,6 +81,8 @@ def _views(session: Trainer) -> int | None:
 
 def _unwanted(session: Trainer, config: Config) -> str | None:
     """Why the options leave nothing to store."""
+    if config.data.streaming:
+        return "training images are streamed"
     wanted, views = config.speed.cache_features, _views(session)
     if wanted == "off":
         return "switched off"

@@ -11,15 +11,17 @@ from typing import Any, NoReturn
 
 import torch
 import transformers
+from accelerate.data_loader import DataLoaderShard
 from peft import PeftModel
 from safetensors.torch import load_model, save_model
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_histo.config import CenterOptions, Config
 from hf_histo.data.schema import ImageTable, Sample
+from hf_histo.data.stream import Stream
 from hf_histo.errors import HistoError
 from hf_histo.files import write_json
 from hf_histo.models import adapters, heads
@@ -177,7 +179,7 @@ class Trainer(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _refuse(self, loss: float, index: torch.Tensor) -> NoReturn:
-        assert isinstance(self.train_dataset, ImageTable)
+        assert isinstance(self.train_dataset, ImageTable | Stream)
         file, step = Path(str(self.args.output_dir)) / NAN_BATCH, self.state.global_step + 1
         ids = self.train_dataset.ids(index.tolist())
         found = {"loss": str(loss), "step": step, "epoch": self.state.epoch, "process": self.args.process_index}
@@ -185,6 +187,18 @@ class Trainer(transformers.Trainer):
         raise HistoError(
             f"the loss is {loss} at step {step}, expected a finite number; look at the {len(ids)} images with the ids "
             f"in {file}, or lower --learning_rate from {self.args.learning_rate:g}"
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As of transformers; a stream is this process's part already."""
+        if not isinstance(self.train_dataset, Stream):
+            return super().get_train_dataloader()
+        return DataLoaderShard(
+            self.train_dataset,
+            device=self.args.device,
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
         )
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:

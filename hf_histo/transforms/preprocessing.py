@@ -58,9 +58,10 @@ class Preprocessing:
         if keeps_size and self.preparation.is_none:
             return images
         side = None if keeps_size else max(self.resize_size, at_least)
-        return ImageTable(dataset, partial(self._prepared, side=side))
+        return ImageTable(dataset, partial(self.prepared, side=side))
 
-    def _prepared(self, image: torch.Tensor, side: int | None) -> torch.Tensor:
+    def prepared(self, image: torch.Tensor, side: int | None) -> torch.Tensor:
+        """One image as `read` gives it, uint8 (3, H, W), or (3, side, side) where `side` is given."""
         prepared = self.preparation(image)
         return prepared if side is None else self.square(prepared, side)
 

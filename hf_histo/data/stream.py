@@ -1,0 +1,86 @@
+"""A training set of any size, read as it is needed from shards here, on the Hub or in object storage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice, repeat
+
+import datasets
+import torch
+import xxhash
+from datasets.distributed import split_dataset_by_node
+
+from hf_histo.data.schema import Sample, decode
+from hf_histo.errors import HistoError
+
+Prepare = Callable[[torch.Tensor], torch.Tensor]
+BUFFER = 1000  # images among which a pass is shuffled, beside the order of the shards
+REMEMBERED = 10_000  # names of the last images, for messages
+
+
+class Stream(torch.utils.data.IterableDataset[Sample]):
+    """The part of one process of a launch in every pass over the training images.
+
+    A pass is a function of the seed and its number, so that a run that was interrupted in the middle of one goes on
+    with the image that is next (it reads, but does not train on, those before). In a pass the processes see every image
+    once if their number divides that of the shards and these hold equally many, or if it does not; else a process
+    whose shards hold fewer begins again, and the others leave some out.
+
+    `Sample.index` is a hash of the image's column `id`, or of its bytes, so that augmentation depends on the image and
+    not on where it stood.
+
+    Args:
+        rows: a column of images, whose bytes are in the shards, and one of labels.
+        image, label: these columns.
+        total: images in a pass of all processes.
+        seed: of the order.
+        rank, processes: of the launch.
+        prepare: applied to every image, uint8 (3, H, W), that is read.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        *,
+        image: str,
+        label: str,
+        total: int,
+        seed: int,
+        rank: int = 0,
+        processes: int = 1,
+        prepare: Prepare | None = None,
+    ) -> None:
+        self._image, self._label, self._prepare = image, label, prepare
+        columns = [image, label, *({"id"} & set(rows.features))]
+        rows = rows.select_columns(columns).cast_column(image, datasets.Image(decode=False))
+        self._rows = split_dataset_by_node(rows.shuffle(seed=seed, buffer_size=BUFFER), rank, processes)
+        self._count = total // processes
+        self._ids: dict[int, str] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        """The number of the next pass, from 0."""
+        self._rows.set_epoch(epoch)
+
+    def ids(self, rows: Sequence[int]) -> list[str]:
+        """Of samples by their `index`, among the last `REMEMBERED` that this process read."""
+        return [self._ids.get(row, f"index {row}") for row in rows]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Sample]:
+        for row in islice(chain.from_iterable(repeat(self._rows)), self._count):
+            data = row[self._image]["bytes"]
+            if data is None:
+                raise HistoError(
+                    f"--streaming: an image is the path {row[self._image]['path']}, expected its bytes in the shard, "
+                    "as push_to_hub and to_parquet of datasets write them"
+                )
+            name = row.get("id") or xxhash.xxh3_128_hexdigest(data)
+            index = xxhash.xxh3_64_intdigest(name.encode()) >> 1
+            if len(self._ids) >= REMEMBERED:
+                self._ids.pop(next(iter(self._ids)))
+            self._ids[index] = name
+            image = decode(data, name)
+            image = image if self._prepare is None else self._prepare(image)
+            yield {"image": image, "label": row[self._label], "center": -1, "index": index}

@@ -1,0 +1,221 @@
+"""Mutated files: whatever the bytes are, the loaders and the sidecar's parser end in a table or in `HistoError`.
+
+Each batch of files runs in a forked process, so that a crash of a C library is seen and named, too. What once failed
+stays in tests/corpus, by kind.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from fixtures import images, write_challenge, write_pcam, write_wilds
+
+from hf_histo.config import parse
+from hf_histo.data.load import load
+from hf_histo.data.schema import decode, encode_ppm
+from hf_histo.errors import HistoError
+from hf_histo.evaluation import predictions
+from hf_histo.hub import SIDECAR, Sidecar
+
+CORPUS = Path(__file__).parent / "corpus"
+BATCH = 250
+MEMORY = 4 * 2**30  # more than any small file may take
+TOKENS = [b"\x00" * 4, b"\xff" * 4, b"\xff" * 8, b"\x00\x00\x00\x80", b"../", b"[" * 64, b"NaN", b"1e999", b"null"]
+
+
+def mutate(content: bytes, random: random.Random) -> bytes:
+    """Flip bits, overwrite, cut out, repeat or insert a piece, once to eight times; or cut the end off."""
+    data = bytearray(content)
+    for _ in range(random.choice((1, 1, 2, 4, 8))):
+        place = random.randrange(len(data) + 1)
+        kind = random.randrange(6)
+        if kind == 0 and place < len(data):
+            data[place] ^= 1 << random.randrange(8)
+        elif kind == 1:
+            piece = random.choice(TOKENS)
+            data[place : place + len(piece)] = piece
+        elif kind == 2:
+            del data[place : place + random.randrange(1, 64)]
+        elif kind == 3:
+            data[place:place] = random.choice(TOKENS)
+        elif kind == 4:
+            piece = data[place : place + random.randrange(1, 64)]
+            data[place:place] = piece
+        elif random.random() < 0.2:
+            del data[place:]
+        elif place < len(data):
+            data[place] = random.randrange(256)
+    return bytes(data)
+
+
+def sidecar(folder: Path) -> bytes:
+    views = {"image_size": 32, "resize_size": 32, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
+    color = {"method": "rgb", "reference": [[0.5] * 3, [0.1, 0, 0], [0, 0.1, 0], [0, 0, 0.1]]}
+    return json.dumps(
+        {
+            "method": "lora",
+            "label_names": ["normal", "tumor"],
+            "num_outputs": 1,
+            "backbone": {"name": "builtin", "revision": None, "fingerprint": "0"},
+            "batch_norm": "frozen",
+            "preprocessing": views,
+            "normalizer": color | {"0": color["reference"]},
+            "data": {"name": "x", "fingerprint": "0", "counts": {"train": 1}},
+            "head": {"widths": [8], "on": "features", "train_output_layer": False, "softmax": False},
+            "thresholds": {"validation": 0.4},
+            "threshold": 0.5,
+            "temperature": 1.5,
+        }
+    ).encode()
+
+
+def file_of(write: Callable[[Path], object], name: str) -> Callable[[Path], bytes]:
+    def make(folder: Path) -> bytes:
+        write(folder)
+        return (folder / name).read_bytes()
+
+    return make
+
+
+def folder_of_images(folder: Path) -> None:
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (folder / split / label).mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(images(1)[0]).save(folder / split / label / "1.png")
+
+
+def digits(folder: Path) -> None:
+    pixels, labels = np.zeros((20, 4, 4), np.uint8), np.arange(20, dtype=np.uint8) % 10
+    for name, magic, array in (("images-idx3", 0x803, pixels), ("labels-idx1", 0x801, labels)):
+        header = np.array([magic, *array.shape], ">u4").tobytes()
+        (folder / f"train-{name}-ubyte").write_bytes(header + array.tobytes())
+
+
+def table(folder: Path) -> None:
+    made = predictions.make(range(4), [0] * 4, [""] * 4, [0, 1, 0, 1], [0.5, -1.0, 2.0, 0.1])
+    predictions.write(folder / "val.parquet", made, ["normal", "tumor"])
+
+
+def image(format: str) -> Callable[[Path], bytes]:
+    def make(folder: Path) -> bytes:
+        PIL.Image.fromarray(images(1)[0]).save(folder / "image", format)
+        return (folder / "image").read_bytes()
+
+    return make
+
+
+def loads(folder: Path) -> None:
+    load(folder, cache_dir=folder / "cache")
+
+
+def reads_sidecar(folder: Path) -> None:
+    Sidecar.read(folder)
+
+
+def reads_yaml(folder: Path) -> None:
+    parse(None, ["--config", str(folder / "run.yaml")])
+
+
+PCAM = "camelyonpatch_level_2_split_valid_x.h5"
+# By kind: the file that is mutated, how it and its neighbors are written, what reads it.
+KINDS: dict[str, tuple[str, Callable[[Path], bytes], Callable[[Path], object]]] = {
+    "challenge": ("val.h5", file_of(lambda f: write_challenge(f, counts={"train": 4, "val": 3}), "val.h5"), loads),
+    "pcam": (PCAM, file_of(write_pcam, PCAM), loads),
+    "pcam-table": (
+        "camelyonpatch_level_2_split_valid_meta.csv",
+        file_of(write_pcam, "camelyonpatch_level_2_split_valid_meta.csv"),
+        loads,
+    ),
+    "wilds-table": ("metadata.csv", file_of(write_wilds, "metadata.csv"), loads),
+    "folder-image": ("train/a/1.png", file_of(folder_of_images, "train/a/1.png"), loads),
+    "idx-images": ("train-images-idx3-ubyte", file_of(digits, "train-images-idx3-ubyte"), loads),
+    "idx-labels": ("train-labels-idx1-ubyte", file_of(digits, "train-labels-idx1-ubyte"), loads),
+    "sidecar": (SIDECAR, sidecar, reads_sidecar),
+    "yaml": ("run.yaml", lambda folder: b"seed: 3\nlora_rank: 4\ndata: x\nhead: mlp\n", reads_yaml),
+    "predictions": ("val.parquet", file_of(table, "val.parquet"), lambda f: predictions.read(f / "val.parquet")),
+    "ppm": ("image", lambda folder: encode_ppm(images(1)[0]), lambda f: decode((f / "image").read_bytes())),
+    **{
+        format.lower(): ("image", image(format), lambda f: decode((f / "image").read_bytes()))
+        for format in ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000")
+    },
+}
+
+
+def _batch(kind: str, folder: str, contents: list[bytes], failures: str) -> None:
+    """Read every content in turn; note the one at work, and what was not refused properly."""
+    name, _, read = KINDS[kind]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for number, content in enumerate(contents):
+        (Path(failures) / "at").write_text(str(number))
+        (Path(folder) / name).write_bytes(content)
+        try:
+            read(Path(folder))
+        except HistoError as error:
+            assert "\n" not in str(error) and len(str(error)) < 5000
+        except BaseException:
+            (Path(failures) / str(number)).write_text(traceback.format_exc())
+        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > before + MEMORY:
+            (Path(failures) / str(number)).write_text("took more memory than it may")
+            return
+
+
+def check(kind: str, contents: list[bytes], folder: Path) -> None:
+    name, make, _ = KINDS[kind]
+    (folder / "files").mkdir(parents=True)
+    make(folder / "files")
+    if not (folder / "files" / name).parent.is_dir():
+        (folder / "files" / name).parent.mkdir(parents=True)
+    for start in range(0, len(contents), BATCH):
+        failures = folder / f"failures{start}"
+        failures.mkdir()
+        batch = contents[start : start + BATCH]
+        process = multiprocessing.get_context("fork").Process(
+            target=_batch, args=(kind, str(folder / "files"), batch, str(failures))
+        )
+        process.start()
+        process.join(600)
+        crashed = process.exitcode != 0
+        if process.is_alive():
+            process.kill()
+            process.join()
+        found = {int(path.name): path.read_text() for path in failures.iterdir() if path.name != "at"}
+        if crashed:
+            found[int((failures / "at").read_text())] = f"ended with exit code {process.exitcode}, or hung"
+        for number, error in found.items():
+            kept = folder / f"{kind}-{start + number}"
+            kept.write_bytes(batch[number])
+            pytest.fail(f"{kept}: {error}")
+
+
+def mutants(kind: str, count: int, seed: int, folder: Path) -> list[bytes]:
+    folder.mkdir()
+    original = KINDS[kind][1](folder)
+    return [mutate(original, random.Random(f"{kind} {seed} {i}")) for i in range(count)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mutated_files(kind: str, tmp_path: Path) -> None:
+    slow = KINDS[kind][2] is loads
+    check(kind, mutants(kind, 10 if slow else 60, 0, tmp_path / "original"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("path", sorted(CORPUS.glob("*")), ids=lambda path: path.name)
+def test_what_once_failed(path: Path, tmp_path: Path) -> None:
+    check(path.name.rsplit("-", 1)[0], [path.read_bytes()], tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_ten_thousand_mutated_files(kind: str, tmp_path: Path) -> None:
+    check(kind, mutants(kind, 10_000, 1, tmp_path / "original"), tmp_path / "run")
