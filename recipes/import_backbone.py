@@ -5,14 +5,13 @@
     python recipes/import_backbone.py --backbone uni --output_dir backbones/uni
     python recipes/cytology_lora.py --backbone backbones/uni --data DIR
 
-Training and prediction never unpickle anything. Some models are published as a pickle only: here, and nowhere else,
-such a file is read, by torch's restricted unpickler, which builds tensors and refuses anything else.
+This package unpickles nothing. Some models are published as a pickle only: then the recipe says where it lies and how
+to convert it, if you trust its source, and `--snapshot` reads the result.
 """
 
 import argparse
 import shutil
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import snapshot_download
@@ -38,18 +37,23 @@ def listing() -> str:
 
 
 def weights(folder: Path, stem: str) -> dict[str, torch.Tensor]:
-    """Of a snapshot: safetensors where there are any, else the pickle. Raises HistoError where there is neither."""
-    files = sorted(folder.glob(f"{stem}*.safetensors")) or sorted(folder.glob(f"*{stem}*.bin"))
+    """Of a snapshot's safetensors. Raises HistoError where there are none, naming the way from a pickle to them."""
+    files = sorted(folder.glob(f"{stem}*.safetensors"))
     if not files:
-        raise HistoError(f"{folder}: holds no weights, expected {stem}.safetensors or a .bin; download them again")
-    state: dict[str, torch.Tensor] = {}
+        pickles = sorted(folder.glob(f"*{stem}*.bin"))
+        remedy = "download them again"
+        if pickles:
+            remedy = (
+                f"{pickles[0].name} is a pickle, which can run code. If you trust its source, convert it and pass "
+                f'--snapshot {folder}: python -c "import torch; from safetensors.torch import save_file; '
+                f"state = torch.load('{pickles[0]}', map_location='cpu', weights_only=True); "
+                f"save_file({{k: v.contiguous().clone() for k, v in state.items()}}, '{folder / stem}.safetensors')\""
+            )
+        raise HistoError(f"{folder}: holds no {stem}*.safetensors, expected the model's weights; {remedy}")
     try:
-        for file in files:
-            pickled = file.suffix == ".bin"
-            state |= torch.load(file, map_location="cpu", weights_only=True) if pickled else load_file(file)
-    except (UnpicklingError, RuntimeError, OSError, SafetensorError) as error:
-        raise HistoError(f"{file}: not plain tensors ({' '.join(str(error).split())[:200]})") from None
-    return {key: tensor.contiguous().clone() for key, tensor in state.items()}
+        return {key: tensor for file in files for key, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise HistoError(f"{files[0].parent}: weights can't be read ({' '.join(str(error).split())[:200]})") from None
 
 
 def convert(name: str, snapshot: Path, folder: Path) -> None:
