@@ -41,7 +41,7 @@ def run(main: Callable[[], None]) -> None:
     """
     if os.environ.get("HF_HISTO_TRACEBACK") == "1":
         return main()
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         main()
     except (HistoError, OSError) as error:
@@ -54,6 +54,8 @@ def run(main: Callable[[], None]) -> None:
             end = f"interrupted by {signal.Signals(number).name}"
             tqdm.write(f"{end}: the same command goes on from the last checkpoint: {command()}", file=sys.stderr)
         raise SystemExit(128 + number) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def command() -> str:

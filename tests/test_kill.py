@@ -6,11 +6,12 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hub_server import Hub
+from hub_server import TOKEN, Hub
 from killable import run
 from miniature import SIZE, write_backbone, write_data
 
@@ -153,3 +154,35 @@ def test_killed_anywhere_and_started_again(
     undisturbed: dict[str, tuple[list[tuple[str, str]], dict[str, bytes]]],
 ) -> None:
     check(job, phase, seed, tmp_path, source, server, undisturbed)
+
+
+def test_two_at_once_on_a_cold_cache(source: tuple[Path, Path], server: Hub, tmp_path: Path) -> None:
+    """One converts the data, the other waits for it; and the token with which they push is in no file or line."""
+    backbone, data = source
+
+    def train(name: str) -> tuple[int, str, list[tuple[str, str]]]:
+        folders = f"--output_dir={tmp_path / name / 'run'} --cache_dir={tmp_path / 'cache'}"
+        target = f"--backbone={backbone} --data={data} --push_to_hub --hub_model_id=ana/{name}"
+        (tmp_path / name).mkdir()
+        return run("histo_lora.py", [*QUICK, *folders.split(), *target.split()], tmp_path / name, hub=server.address)
+
+    with ThreadPoolExecutor(2) as threads:
+        ended = list(threads.map(train, ("one", "other")))
+    for code, said, _ in ended:
+        assert code == 0, said
+        assert TOKEN not in said
+    one, other = (results(tmp_path / name) for name in ("one", "other"))
+    assert one == other
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or TOKEN.encode() not in file.read_bytes(), file
+
+
+def test_a_token_is_not_told_when_the_hub_refuses(source: tuple[Path, Path], server: Hub, tmp_path: Path) -> None:
+    backbone, data = source
+    options = f"--output_dir={tmp_path / 'run'} --backbone={backbone} --data={data} --push_to_hub"
+    arguments = [*QUICK, *options.split(), "--hub_model_id=somebody_else/model"]
+    code, said, _ = run("histo_lora.py", arguments, tmp_path, hub=server.address)
+    assert code == 1
+    assert "error: " in said
+    assert TOKEN not in said
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()]

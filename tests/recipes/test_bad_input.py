@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import subprocess
 import sys
@@ -147,3 +148,33 @@ def test_a_full_disk(tmp_path: Path, backbone: Path) -> None:
         assert (small / "precious").read_text() == "kept"
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_an_output_folder_that_is_read_only(fails: Callable[..., str], tmp_path: Path) -> None:
+    data, locked = write_data(tmp_path / "data"), tmp_path / "locked"
+    locked.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(locked)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a read-only file system takes root")
+    try:
+        assert "Read-only file system" in fails(data, f"--output_dir={locked / 'run'}")
+        assert "Read-only file system" in fails(data, f"--cache_dir={locked / 'cache'}")
+    finally:
+        subprocess.run(["umount", str(locked)], check=True)
+
+
+def test_no_home_to_keep_a_cache_in(tmp_path: Path, backbone: Path) -> None:
+    """Where nothing can be written: one line that names it; and `--cache_dir` is all that is missing."""
+    names = ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "XDG_CACHE_HOME")
+    environment = {key: value for key, value in os.environ.items() if key not in names} | {"HOME": "/proc/nobody"}
+    options = f"--data {write_data(tmp_path / 'data')} --backbone {backbone} --image_size 32 --resize_size 32"
+    command = [sys.executable, str(RECIPES / "histo_lora.py"), *options.split(), "--num_train_epochs", "1"]
+    command += ["--output_dir", str(tmp_path / "run")]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 1
+    assert "/proc/nobody" in only_error(ended.stderr)
+    ended = subprocess.run(
+        [*command, "--cache_dir", str(tmp_path / "cache")], capture_output=True, text=True, env=environment
+    )
+    assert ended.returncode == 0, ended.stderr

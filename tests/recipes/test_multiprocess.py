@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from miniature import SIZE, divide_training, write_backbone, write_data
 from safetensors.numpy import load_file
@@ -98,3 +100,26 @@ def test_the_losses_agree(runs: dict[int, Path]) -> None:
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
+def test_a_process_that_dies_takes_the_launch_down(runs: dict[int, Path], tmp_path: Path) -> None:
+    """Not a hang: the others would wait for it in the next reduction."""
+    source = runs[1].parent
+    common = [f"--backbone={source / 'backbone'}", f"--data={source / 'data'}", f"--cache_dir={source / 'cache'}"]
+    process = launch(2, [*common, *OPTIONS, f"--output_dir={tmp_path / 'run'}", "--num_train_epochs=1000"])
+    try:
+        for _ in range(3000):
+            if list((tmp_path / "run").glob("checkpoint-*/trainer_state.json")):
+                break
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+        children = psutil.Process(process.pid).children()
+        (victim,) = (child for child in children if child.environ().get("RANK") == "1")
+        victim.kill()
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode not in (0, None)
+    assert "Signal 9 (SIGKILL)" in output
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]

@@ -91,11 +91,9 @@ def test_a_recipe_names_the_command_that_goes_on(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["recipe.py", "--data", "a folder"])
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as end:
-            errors.run(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(SystemExit) as end:
+        errors.run(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert signal.getsignal(signal.SIGTERM) == before
     assert end.value.code == 128 + signal.SIGTERM
     said = capsys.readouterr().err
     assert "interrupted by SIGTERM: the same command goes on" in said

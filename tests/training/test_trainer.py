@@ -32,7 +32,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_backbone(folder / "backbone"), data
 
 
-def session(folder: Path, source: tuple[Path, Path], *more: str) -> trainer.Trainer:
+def session(folder: Path, source: tuple[Path, Path], *more: str, weights: list[float] | None = None) -> trainer.Trainer:
     options = config(folder, *source, *more)
     torch.manual_seed(0)
     model = backbones.load(str(source[0]), 1)
@@ -47,7 +47,7 @@ def session(folder: Path, source: tuple[Path, Path], *more: str) -> trainer.Trai
         preprocessing=preprocessing.resolve(model.config, str(source[0]), 32, 32),
         augmentation=augmentation.preset(options.augmentation.augmentation),
         normalizer=None,
-        loss=losses.classification(1),
+        loss=losses.classification(1, weights),
         compute_metrics=metrics.for_trainer(),
     )
 
@@ -70,13 +70,16 @@ def test_training_learns_its_images(tmp_path: Path, source: tuple[Path, Path]) -
     assert loss[-1] < 0.5 * loss[0]
 
 
-def test_accumulation_does_not_change_the_trajectory(tmp_path: Path, source: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
+def test_accumulation_does_not_change_the_trajectory(
+    tmp_path: Path, source: tuple[Path, Path], weights: list[float] | None
+) -> None:
     """SGD, whose step is the gradient itself: Adam would hide a wrong scale and blow up rounding."""
     found = []
     for batch, steps in ((8, 1), (1, 8)):
         sizes = [f"--per_device_train_batch_size={batch}", f"--gradient_accumulation_steps={steps}"]
         more = ["--optimizer=sgd", "--learning_rate=0.01", "--logging_steps=1", "--target_modules=last-conv"]
-        run = session(tmp_path / str(batch), source, *sizes, *more)
+        run = session(tmp_path / str(batch), source, *sizes, *more, weights=weights)
         run.train()
         assert run.state.global_step == 6
         found.append((history(run, "loss"), history(run, "grad_norm"), trained_weights(run)))
