@@ -40,6 +40,8 @@ class DataOptions:
         "error", "stop at an image file that can't be read, or leave it out"
     )
     streaming: bool = option(False, "with hub:..., read training images as they are needed, and keep none")
+    pixel_order: Literal["detect", "hwc", "chw"] = option("detect", "order of the columns in a table of pixels")
+    pixel_range: Literal["detect", "1", "255"] = option("detect", "largest value in a table of pixels")
     num_workers: int = option(0, "processes that read batches beside each training process")
 
 

@@ -18,6 +18,7 @@ from hf_histo.data import hub_names, synthetic
 from hf_histo.data.builder import LEFT_OUT, FolderBuilder
 from hf_histo.data.cytology import HiCervix, NamedImages, SplitLists, check_known
 from hf_histo.data.folders import ClassFolders
+from hf_histo.data.frames import SUFFIXES, PixelTables
 from hf_histo.data.hdf5 import Challenge, ChallengeFile, PatchCamelyon
 from hf_histo.data.idx import Idx
 from hf_histo.data.tables import WildsCamelyon17
@@ -35,6 +36,7 @@ LAYOUTS: tuple[type[FolderBuilder], ...] = (
     HiCervix,
     NamedImages,
     SplitLists,
+    PixelTables,
     ClassFolders,
 )
 
@@ -46,8 +48,8 @@ def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = Non
     or as the single split `full`: callers that need a split must look for it.
 
     The name "synthetic" stands for the built-in data set, generated below `cache_dir` the first time. A single file in
-    the challenge layout is loaded as the split `test` alone. "hub:OWNER/NAME" is a data set on the Hub, see
-    `hub_names.load`.
+    the challenge layout is loaded as the split `test` alone, a table of pixels as `full`. "hub:OWNER/NAME" is a data
+    set on the Hub, see `hub_names.load`.
 
     The first time, the files are checked and converted below `cache_dir`, all or nothing and by one process at a time
     (default: `datasets.config.HF_DATASETS_CACHE`). The cache is keyed by the contents of the files and the options: a
@@ -142,7 +144,7 @@ def _synthetic(cache_dir: Path) -> Path:
 
 def _layout(directory: Path) -> type[FolderBuilder]:
     if directory.is_file():
-        return ChallengeFile
+        return PixelTables if directory.suffix.lower() in SUFFIXES else ChallengeFile
     if not directory.is_dir():
         raise HistoError(f"{directory}: no such folder; give the folder that holds the data set")
     for layout in LAYOUTS:

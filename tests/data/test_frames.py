@@ -1,0 +1,165 @@
+"""Tables of flattened images: the three formats, both orders and ranges, and that no table is held in memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.ndimage import gaussian_filter
+
+from hf_histo.config import DataOptions
+from hf_histo.data.load import load
+from hf_histo.data.schema import ImageTable
+from hf_histo.errors import HistoError
+
+LABELS = ["glioma", "none", "pituitary"]
+SIZE = 12
+
+
+def smooth(count: int, seed: int = 0) -> np.ndarray:
+    """Smooth uint8 images (count, SIZE, SIZE, 3), each with 0 and 255 in it."""
+    noise = np.random.default_rng(seed).normal(size=(count, SIZE, SIZE, 3))
+    noise = gaussian_filter(noise, (0, 2, 2, 0))
+    low, high = (pick(axis=(1, 2, 3), keepdims=True) for pick in (noise.min, noise.max))
+    return np.rint((noise - low) / (high - low) * 255).astype(np.uint8)
+
+
+def write(
+    path: Path, images: np.ndarray, *, order: str = "hwc", maximum: int = 255, labels: list[object] | None = None
+) -> np.ndarray:
+    """Write a table, its label column last; return the values (N, n)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = (images.transpose(0, 3, 1, 2) if order == "chw" else images).reshape(len(images), -1)
+    values = values if maximum == 255 else values.astype(np.float32) / 255
+    labels = [LABELS[i % 3] for i in range(len(images))] if labels is None else labels
+    if path.suffix == ".npz":
+        np.savez_compressed(path, images=values, y=np.array(labels))
+        return values
+    table = pd.DataFrame(values, columns=[f"pixel_{i}" for i in range(values.shape[1])]).assign(Label=labels)
+    table.to_csv(path, index=False) if path.suffix == ".csv" else table.to_parquet(path)
+    return values
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "data/train.csv", smooth(9))
+    write(tmp_path / "data/Testing.csv", smooth(4, seed=1))
+    return tmp_path / "data"
+
+
+def refused(directory: Path, message: str, **options: str) -> None:
+    with pytest.raises(HistoError, match=message) as caught:
+        load(DataOptions(data=str(directory), **options))  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".npz"])
+@pytest.mark.parametrize("order", ["hwc", "chw"])
+@pytest.mark.parametrize("maximum", [1, 255])
+def test_every_format_order_and_range_gives_the_same_images(
+    tmp_path: Path, suffix: str, order: str, maximum: int
+) -> None:
+    images = smooth(9)
+    write(tmp_path / f"train{suffix}", images, order=order, maximum=maximum)
+    data = load(tmp_path)
+    assert list(data) == ["train"]
+    train = data["train"]
+    assert train.features["label"].names == LABELS and train["label"][:] == [i % 3 for i in range(9)]
+    assert train["id"][:] == [str(i) for i in range(9)]
+    for row, image in enumerate(images):
+        assert np.array_equal(ImageTable(train)[row]["image"].permute(1, 2, 0), image)
+    assert f"{order.upper()} 12x12 in [0, {maximum}], 9 images" in train.info.description
+
+
+def test_splits_and_a_single_file(folder: Path) -> None:
+    assert {name: len(rows) for name, rows in load(folder).items()} == {"train": 9, "test": 4}
+    assert list(load(folder / "train.csv")) == ["full"]
+
+
+def test_what_is_stated_is_not_detected(folder: Path) -> None:
+    stated = load(DataOptions(data=str(folder), pixel_order="chw", pixel_range="255"))["train"]
+    assert "CHW" in stated.info.description
+    found = ImageTable(stated)[0]["image"].numpy()
+    assert np.array_equal(found, smooth(9)[0].reshape(3, SIZE, SIZE))
+    refused(folder, r"train\.csv: row 0: 133 in value 0, .*expected a number in \[0, 1\]", pixel_range="1")
+
+
+def test_gray_images_number_labels_and_groups(tmp_path: Path) -> None:
+    gray = smooth(4)[..., 0].reshape(4, -1)
+    table = pd.DataFrame(gray).assign(label=[10, 2, 10, -1], patient=["a", "a", "b", "c"], id=["w", "x", "y", "z"])
+    table.to_csv(tmp_path / "train.csv")  # with pandas' index, a column without a name
+    train = load(tmp_path)["train"]
+    assert train.features["label"].names == ["2", "10"] and train["label"][:] == [1, 0, 1, -1]
+    assert train["group"][:] == ["a", "a", "b", "c"] and train["id"][:] == ["w", "x", "y", "z"]
+    assert np.array_equal(ImageTable(train)[1]["image"].numpy(), np.stack([gray[1].reshape(SIZE, SIZE)] * 3))
+
+
+def edit(folder: Path, change: object) -> None:
+    table = pd.read_csv(folder / "train.csv", dtype=object)
+    change(table).to_csv(folder / "train.csv", index=False)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop(columns="Label"), r"train\.csv: no column label"),
+        (lambda t: t.drop(columns="pixel_7"), r"train\.csv: 431 columns of values, expected 3 x S x S or S x S"),
+        (lambda t: t.assign(pixel_7=[*["1"] * 8, "abc"]), r"train\.csv: row 8: no number in value 7"),
+        (lambda t: t.assign(pixel_7=[*["1"] * 8, ""]), r"train\.csv: row 8: no number in value 7"),
+        (lambda t: t.assign(pixel_7=[*["1"] * 8, "256"]), r"train\.csv: row 8: 256 in value 7"),
+        (lambda t: t.assign(Label="none"), "expected at least two"),
+        (lambda t: t[t["Label"] != "glioma"], r"Testing\.csv: class 'glioma', which train\.csv lacks"),
+        (lambda t: t[:0], r"train\.csv: no rows"),
+        (lambda t: t.assign(**{f"pixel_{i}": "5" for i in range(432)}), "state it by --pixel_range"),
+        (lambda t: t.assign(**{f"pixel_{i}": "50" for i in range(432)}), "state it by --pixel_order"),
+    ],
+)
+def test_refusals(folder: Path, change: object, message: str) -> None:
+    edit(folder, change)
+    refused(folder, message)
+
+
+def test_a_bad_row_is_left_out(folder: Path) -> None:
+    edit(folder, lambda t: t.assign(pixel_7=[*["1"] * 8, "abc"]))
+    train = load(DataOptions(data=str(folder), on_bad_image="skip"))["train"]
+    assert train["id"][:] == [str(i) for i in range(8)]
+    assert "left out train.csv: row 8: no number in value 7" in train.info.description
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.parquet", "train.npz"])
+@pytest.mark.parametrize("content", [b"", b"PAR1 or PK\x03\x04 and nothing", None])
+def test_broken_files(tmp_path: Path, name: str, content: bytes | None) -> None:
+    if content is None:  # cut off
+        write(tmp_path / name, smooth(9))
+        content = (tmp_path / name).read_bytes()[:-400]
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path, rf"{name}: ")
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from hf_histo.data import frames
+path = Path(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert len(frames._described(path)) == 1500
+assert sum(1 for _ in frames._rows(path)) == 1500
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_a_table_is_never_in_memory(tmp_path: Path, suffix: str) -> None:
+    values = np.random.default_rng(0).random((1500, 3 * 80 * 80), np.float32)
+    path = tmp_path / f"train{suffix}"
+    if suffix == ".npz":
+        np.savez(path, images=values, y=np.arange(1500) % 2)
+    else:
+        table = pd.DataFrame(values, columns=[str(i) for i in range(values.shape[1])])
+        table.assign(label=np.arange(1500) % 2).to_parquet(path)
+    found = subprocess.run([sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 0.7 * values.nbytes  # 115 MB
