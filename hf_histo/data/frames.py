@@ -127,9 +127,10 @@ class PixelTables(FolderBuilder):
     def _layout(self, path: Path) -> Layout:
         """How the file stores its images: stated, or told from the first ones."""
         options = self.config.options
-        probes = np.stack(
-            [row for row in itertools.islice(_rows(path), PROBES) if np.isfinite(row).all()] or [[np.nan]]
-        )
+        probes = np.stack(list(itertools.islice(_rows(path), PROBES)))
+        probes = probes[np.isfinite(probes).all(axis=1)]
+        if not len(probes):
+            raise HistoError(f"{path}: each of the first images has a value that is no number; correct them")
         maximum, order = 255, options.pixel_order
         if options.pixel_range != "detect":
             maximum = int(options.pixel_range)
