@@ -61,5 +61,5 @@ def _parts(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Any, ...]:
     return convolution.weight, convolution.bias, mean, variance, norm.eps, norm.weight, norm.bias
 
 
-def _set(convolution: nn.Conv2d, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+def _set(convolution: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     convolution.weight, convolution.bias = weight, bias
