@@ -11,18 +11,18 @@ the sides in turn, and the median over the repetitions counts: on a busy machine
 Into OUT go benchmark.md, .json and .png.
 """
 
-import json
+import multiprocessing
 import os
 import platform
 import random
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -79,7 +79,6 @@ class Options:
     steps: int = option(3, "training steps in each, after one that does not count")
     images: int = option(512, "that are generated for training")
     rows: list[int] = field(default_factory=lambda: [1_000, 10_000, 100_000], metadata={"help": "of growing tables"})
-    alone: str | None = option(None, "print the memory of one measurement; the benchmark calls itself with this")
 
 
 class Clock(TrainerCallback):
@@ -231,8 +230,7 @@ class Bench:
         """The median step of a short training, from the end of the step before to its own: reading is part of it."""
         clock = Clock()
         session.add_callback(clock)
-        for callback in (ProgressCallback, PrinterCallback):
-            session.remove_callback(callback)
+        quiet(session)
         session.args.max_steps = self.options.steps + 1
         for strategy in ("eval_strategy", "save_strategy", "logging_strategy"):
             setattr(session.args, strategy, "no")
@@ -307,6 +305,7 @@ class Bench:
         speed = replace(self.config.speed, cache_features="on")
         config = replace(self.config, adapter=adapter, training=training, augmentation=changes, speed=speed)
         session = self.session(config)
+        quiet(session)
         started = time.perf_counter()
         if ours:
             shutil.rmtree(self.folder / "cache" / "hf_histo_features", ignore_errors=True)
@@ -322,6 +321,12 @@ class Bench:
                         batch = {name: part.to(session.args.device) for name, part in batch.items()}
                         session.model.eval()(pixel_values=session.pixel_values(batch, None))
         return time.perf_counter() - started
+
+
+def quiet(session: transformers.Trainer) -> None:
+    """Without a bar, and without a line for each logged loss."""
+    for callback in (ProgressCallback, PrinterCallback):
+        session.remove_callback(callback)
 
 
 def write_images(folder: Path, counts: Mapping[str, int]) -> None:
@@ -365,15 +370,6 @@ def own_memory() -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), None)
 
 
-def alone(arguments: list[str], name: str, folder: Path) -> dict[str, Any]:
-    """What `--alone NAME` prints, in a process of its own."""
-    command = [sys.executable, __file__, *arguments, "--alone", name, "--cache_dir", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise HistoError(f"--alone {name} failed: {done.stderr[-500:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def in_turn(sides: Mapping[str, Callable[[], float]], repetitions: int, title: str) -> dict[str, list[float]]:
     """Seconds of each side in each repetition."""
     found: dict[str, list[float]] = {name: [] for name in sides}
@@ -414,46 +410,48 @@ def main() -> None:
     if options.quick:
         options = replace(options, repetitions=1, steps=1, images=32, rows=[100, 1000])
         config = replace(config, training=replace(config.training, per_device_train_batch_size=4))
-    if options.alone is not None:
-        return tell(Bench(config, options, Path(str(config.data.cache_dir))), options.alone)
     with tempfile.TemporaryDirectory() as temporary:
         config = replace(config, data=replace(config.data, cache_dir=str(Path(temporary) / "cache")))
         bench = Bench(config, options, Path(temporary))
         write_images(bench.folder / "data", {"train": options.images, "val": options.images // 4})
-        found = measure(bench, sys.argv[1:])
+        found = measure(bench)
     write(folder, found | described(bench))
 
 
-def tell(bench: Bench, name: str) -> None:
-    """Measure one thing, and print its memory as JSON."""
-    path = bench.folder / f"{name}.arrow"
-    if path.exists():
-        print(json.dumps(epoch(path)))
-        return
+def peaks(bench: Bench, name: str) -> dict[str, int | None]:
+    """Bytes that this process came to hold, at most, in the steps of a side."""
     steps(bench)[name]()
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    print(json.dumps({"host": host, "device": torch.cuda.max_memory_allocated() if not runs.use_cpu() else None}))
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"host": host, "device": None if runs.use_cpu() else torch.cuda.max_memory_allocated()}
 
 
-def measure(bench: Bench, arguments: list[str]) -> dict[str, Any]:
+def measure(bench: Bench) -> dict[str, Any]:
     both = ("this package", True), ("stock", False)
     count = bench.options.repetitions
     for rows in bench.options.rows:
         write_table(bench.folder / f"{rows}.arrow", rows)
-    return {
-        "step": in_turn(steps(bench), count, "training step"),
-        "reading": in_turn({name: partial(bench.reading, ours) for name, ours in both}, count, "reading"),
-        "augmenting": in_turn({name: partial(bench.augmenting, ours) for name, ours in both}, count, "augmenting"),
-        "probe": in_turn(
-            {"linear probe": partial(bench.probe, True), "forward pass": partial(bench.probe, False)}, count, "probe"
-        ),
-        "memory": {
-            name: alone(arguments, name, bench.folder)
-            for name in tqdm(("stock", "this package", "full fine-tuning"), desc="memory")
-        },
-        "growth": [alone(arguments, str(rows), bench.folder) for rows in tqdm(bench.options.rows, desc="growth")],
-    }
+    # Memory is that of a new process, from one that has imported everything and done nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_histo.finetune"])
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        return {
+            "step": in_turn(steps(bench), count, "training step"),
+            "reading": in_turn({name: partial(bench.reading, ours) for name, ours in both}, count, "reading"),
+            "augmenting": in_turn({name: partial(bench.augmenting, ours) for name, ours in both}, count, "augmenting"),
+            "probe": in_turn(
+                {"linear probe": partial(bench.probe, True), "forward pass": partial(bench.probe, False)},
+                count,
+                "probe",
+            ),
+            "memory": {
+                name: pool.submit(peaks, bench, name).result()
+                for name in tqdm(("stock", "this package", "full fine-tuning"), desc="memory")
+            },
+            "growth": [
+                pool.submit(epoch, bench.folder / f"{rows}.arrow").result()
+                for rows in tqdm(bench.options.rows, desc="growth")
+            ],
+        }
 
 
 def described(bench: Bench) -> dict[str, Any]:
