@@ -181,6 +181,11 @@ class SpeedOptions:
         "run what is frozen below the first trained layer once per view, and train on what it gave; auto: if "
         "that is half of the work or more, and changes no result",
     )
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "auto", "arithmetic of training; auto: what the launcher says, else bf16 on a GPU that has it, else float32"
+    )
+    activation_checkpointing: bool = option(False, "compute activations again for the gradient: less memory, more time")
+    torch_compile: bool = option(False, "compile the model, for minutes, into faster steps")
 
 
 @dataclass

@@ -34,7 +34,7 @@ from hf_histo.files import write_json
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones, batchnorm, heads, qkv
 from hf_histo.models.accounting import account
-from hf_histo.training import caching, losses, runs, trainer
+from hf_histo.training import frozen, losses, runs, trainer
 from hf_histo.transforms import augmentation, preprocessing
 from hf_histo.transforms.mri import Preparation
 from hf_histo.transforms.shift import ColorRange
@@ -205,7 +205,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
     if config.output.preview and isinstance(train, ImageTable) and session.is_world_process_zero():
         _preview(session, data["train"], train, folder / "preview.png")
     resumed = runs.checkpoint(config, folder)
-    with caching.frozen_prefix(session, config):
+    with frozen.folded_batch_norm(session), frozen.cached_prefix(session, config):
         session.train(resume_from_checkpoint=resumed)
 
     final = session.accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)

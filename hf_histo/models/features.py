@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +30,7 @@ CHUNK_ROWS = 1024
 
 
 @dataclass
-class _Call:
+class Call:
     """Of a module in a forward pass: its name, the first tensor it was given, what it returned, and when."""
 
     name: str
@@ -46,6 +46,20 @@ class _Reached(Exception):
 
     def __init__(self, activation: torch.Tensor) -> None:
         self.activation = activation
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, a call of `module` calls `forward`."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 @dataclass(frozen=True)
@@ -102,9 +116,7 @@ class Cut:
                 handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
                 stack.callback(handle.remove)
             for name, output in self.skipped.items():
-                module = model.get_submodule(name)
-                module.forward = partial(skip, output)
-                stack.callback(delattr, module, "forward")
+                stack.enter_context(replaced(model.get_submodule(name), partial(skip, output)))
             yield
 
     def _nothing(self, like: Any, stored: torch.Tensor) -> Any:
@@ -138,14 +150,14 @@ def find(model: nn.Module, pixels: torch.Tensor) -> Cut | None:
 
 def _find(model: nn.Module, pixels: torch.Tensor) -> Cut | None:
     with FlopCounterMode(display=False) as whole:
-        calls, logits = _record(model, pixels)
+        calls, logits = record(model, pixels)
     first = next((c for c in calls if any(p.requires_grad for p in c.module.parameters(recurse=False))), None)
     if first is None:
         return None
     by_name = {call.name: call for call in calls}
     parts = first.name.split(".")
     outwards = [by_name.get(".".join(parts[:depth])) for depth in range(len(parts), 0, -1)]
-    found: _Call | None = None
+    found: Call | None = None
     for call in outwards:
         # The outermost module with the same input, so that hooks on what wraps a layer see the activation, too.
         if call is None or (found and call.given is not found.given):
@@ -163,7 +175,7 @@ def _find(model: nn.Module, pixels: torch.Tensor) -> Cut | None:
     return dataclasses.replace(cut, share=before.get_total_flops() / whole.get_total_flops())
 
 
-def _cut(calls: list[_Call], at: _Call, pixels: torch.Tensor) -> Cut:
+def _cut(calls: list[Call], at: Call, pixels: torch.Tensor) -> Cut:
     """The cut at the input of a call; skipped are the outermost modules that were done before, and only once."""
     assert at.given is not None
     often = {name for name, group in itertools.groupby(sorted(c.name for c in calls)) if len(list(group)) > 1}
@@ -186,15 +198,15 @@ def _continues(model: nn.Module, cut: Cut, pixels: torch.Tensor, logits: torch.T
     return torch.allclose(resumed, logits, rtol=1e-3, atol=1e-5)  # NaN is close to nothing
 
 
-def _record(model: nn.Module, pixels: torch.Tensor) -> tuple[list[_Call], torch.Tensor]:
+def record(model: nn.Module, pixels: torch.Tensor) -> tuple[list[Call], torch.Tensor]:
     """The calls of the modules below `model` in a forward pass, in the order in which they began, and the logits."""
-    calls: list[_Call] = []
-    running: list[_Call] = []
+    calls: list[Call] = []
+    running: list[Call] = []
     clock = itertools.count()
 
     def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        running.append(_Call(name, module, next(clock), tensors[0] if tensors else None))
+        running.append(Call(name, module, next(clock), tensors[0] if tensors else None))
         calls.append(running[-1])
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:

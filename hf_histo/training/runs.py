@@ -28,6 +28,7 @@ ADAPTER = "adapter"
 # Options that decide where and how fast a run goes, not what comes out of it.
 INDIFFERENT = {
     "cache_dir",
+    "activation_checkpointing",
     "cache_features",
     "num_workers",
     "per_device_eval_batch_size",
@@ -52,6 +53,25 @@ def use_cpu() -> bool:
     """
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return asked or not torch.accelerator.is_available()
+
+
+def mixed_precision(config: Config) -> str:
+    """ "no", "bf16" or "fp16": what `--mixed_precision` says; "auto" is what the launcher says, else by the device.
+
+    On a GPU that computes in bf16, that is bf16. A CPU stays in float32, where a run gives the same bits on every
+    machine of its kind; where it has bf16, the log says so.
+    """
+    wanted = config.speed.mixed_precision
+    if wanted != "auto":
+        return wanted
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no":
+        return launched
+    if not use_cpu():
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        logger.info("this CPU computes in bf16, too, which --mixed_precision bf16 makes use of")
+    return "no"
 
 
 def folder_of(config: Config) -> Path:

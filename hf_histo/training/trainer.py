@@ -250,9 +250,11 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
     """`TrainingArguments` for `config`: evaluate and save now and then, keep the last and the best checkpoint.
 
     Mixed precision and the number of accumulation steps come from the launcher (`accelerate launch`), whose settings
-    transformers and this function read from the environment; the steps can be set by an option instead.
+    are in the environment, or from options.
     """
     options = config.training
+    precision = runs.mixed_precision(config)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precision  # where transformers, which can't be told "no", leaves it, too
     steps = options.gradient_accumulation_steps or int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
     grows = options.metric_for_best_model != "loss"
     plateau = options.lr_scheduler_type == "reduce_lr_on_plateau"
@@ -295,6 +297,10 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
             dataloader_pin_memory=torch.cuda.is_available(),
             ddp_find_unused_parameters=False,
             use_cpu=runs.use_cpu(),
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            torch_compile=config.speed.torch_compile,
+            accelerator_config={"non_blocking": torch.cuda.is_available()},
             report_to="none",
         )
     except ValueError as error:
@@ -318,6 +324,10 @@ def build(
     options = config.training
     optimizer, settings = OPTIMIZERS[options.optimizer]
     settings = {**settings, "lr": options.learning_rate, "weight_decay": options.weight_decay}
+    if not runs.use_cpu():  # on a CPU, the update is a hundredth of a step, and fused it would round otherwise
+        settings["fused"] = True
+    if config.speed.activation_checkpointing:
+        _checkpoint_activations(model)
     callbacks = [EarlyStoppingCallback(options.early_stopping_patience)] if options.early_stopping_patience else []
     return Trainer(
         model=model.to(memory_format=torch.channels_last),
@@ -336,3 +346,13 @@ def build(
         views=config.augmentation.training_views,
         batch_norm=config.model.batch_norm,
     )
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    # The former is the name of the latter in newer versions of transformers.
+    enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable()
+    except (ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise HistoError(f"--activation_checkpointing: this backbone can't do it ({reason}); leave it out") from None

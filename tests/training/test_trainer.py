@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import metrics
 from hf_histo.models import adapters, backbones, batchnorm
-from hf_histo.training import losses, trainer
+from hf_histo.training import losses, runs, trainer
 from hf_histo.transforms import augmentation, preprocessing
 
 PLATEAU = ["--lr_scheduler_type=reduce_lr_on_plateau", "--lr_scheduler_patience=3"]
@@ -181,3 +182,53 @@ def test_an_unknown_scheduler_is_refused_in_one_line(tmp_path: Path) -> None:
         trainer.training_arguments(parse(None, ["--lr_scheduler_type=zigzag"]), tmp_path)
     assert "zigzag" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_checkpointed_activations_give_the_same_curve(tmp_path: Path) -> None:
+    backbone, data = write_backbone(tmp_path / "vit", "test_vit.r160_in1k"), write_data(tmp_path / "data")
+    curves = []
+    for name, more in (("plain", []), ("checkpointed", ["--activation_checkpointing=True"])):
+        run = session(tmp_path / name, (backbone, data), "--logging_steps=1", "--num_train_epochs=1", *more)
+        assert run.model is not None
+        assert run.model.get_submodule("base_model.model.timm_model").grad_checkpointing is (name != "plain")
+        run.train()
+        curves.append((history(run, "loss"), history(run, "grad_norm")))
+    assert min(curves[0][1]) > 0
+    assert curves[0][0] == pytest.approx(curves[1][0], abs=1e-6)
+    assert curves[0][1] == pytest.approx(curves[1][1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_curve(tmp_path: Path, source: tuple[Path, Path]) -> None:
+    curves = []
+    for compiled in ("False", "True"):
+        more = ["--logging_steps=1", "--num_train_epochs=1", "--target_modules=last-conv", "--learning_rate=1e-3"]
+        run = session(tmp_path / compiled, source, f"--torch_compile={compiled}", *more)
+        run.train()
+        curves.append(history(run, "loss"))
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("launched", "option", "expected"),
+    [(None, "auto", "no"), ("bf16", "auto", "bf16"), ("no", "bf16", "bf16"), ("bf16", "no", "no")],
+)
+def test_precision_is_the_options_then_the_launchers_then_the_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: str | None, option: str, expected: str
+) -> None:
+    monkeypatch.setattr(runs, "use_cpu", lambda: True)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    arguments = trainer.training_arguments(parse(None, [f"--mixed_precision={option}"]), tmp_path)
+    assert arguments.bf16 is (expected == "bf16")
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == expected
+
+
+def test_a_gpu_that_has_bf16_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(runs, "use_cpu", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has, expected in ((True, "bf16"), (False, "no")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert runs.mixed_precision(parse(None, [])) == expected

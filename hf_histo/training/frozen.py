@@ -1,4 +1,4 @@
-"""Training on stored activations of the frozen part of a model, where the options and the model allow it."""
+"""What a step need not compute because it is frozen: batch norm of its own, and all below the first trained layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from hf_histo.config import Config
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
-from hf_histo.models import batchnorm, features
+from hf_histo.models import batchnorm, features, folding
 from hf_histo.training.trainer import Stored, Trainer, collate
 from hf_histo.transforms.augmentation import Augmentation
 
@@ -30,7 +30,19 @@ WORTH_IT = 0.5  # share of a forward pass before the cut from which "auto" store
 
 
 @contextmanager
-def frozen_prefix(session: Trainer, config: Config) -> Iterator[None]:
+def folded_batch_norm(session: Trainer) -> Iterator[None]:
+    """Within the block, frozen batch norm is part of the convolutions before it, see `folding.folded`."""
+    assert session.model is not None
+    if session.batch_norm == "track" or not batchnorm.layers(session.model):
+        yield
+        return
+    with folding.folded(session.model, _sample(session)) as count:
+        logger.info("%d batch norms are folded into the convolutions before them", count)
+        yield
+
+
+@contextmanager
+def cached_prefix(session: Trainer, config: Config) -> Iterator[None]:
     """Within the block, `session` trains and validates on activations below `--cache_dir`, computing what is missing.
 
     They are kept, for the next run of the same backbone on the same data. Same results as without: in float32, to the

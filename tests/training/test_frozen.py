@@ -1,9 +1,10 @@
-"""Training on stored activations ends where training on images does."""
+"""What is saved on frozen layers does not change the result."""
 
 from __future__ import annotations
 
 import shutil
 from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import metrics
 from hf_histo.models import adapters, backbones, batchnorm, features
-from hf_histo.training import caching, losses, trainer
+from hf_histo.training import frozen, losses, trainer
 from hf_histo.transforms import augmentation, preprocessing
 
 LINEAR = ["--method=linear", "--augmentation=crop-jitter", "--training_views=1"]
@@ -54,7 +55,7 @@ def build(folder: Path, source: tuple[Path, Path], *more: str) -> tuple[trainer.
 def train(folder: Path, source: tuple[Path, Path], *more: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses of training and validation, and the trained weights."""
     session, options = build(folder, source, *more)
-    with caching.frozen_prefix(session, options):
+    with frozen.cached_prefix(session, options):
         session.train()
     assert session.model is not None
     curve = [line[key] for line in session.state.log_history for key in ("loss", "eval_loss") if key in line]
@@ -102,11 +103,11 @@ def test_a_kill_keeps_what_is_complete(
     session, options = build(tmp_path, source, *LINEAR, "--cache_features=on")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(features.Store, "write", killed)
-        with caching.frozen_prefix(session, options):
+        with frozen.cached_prefix(session, options):
             raise AssertionError
     before = {path: path.stat().st_mtime_ns for path in stored(tmp_path)}
     assert len(before) == 2
-    with caching.frozen_prefix(session, options):
+    with frozen.cached_prefix(session, options):
         assert session.stored is not None
     after = {path: path.stat().st_mtime_ns for path in stored(tmp_path)}
     assert len(after) == 5  # 24 rows for training, 13 for validation
@@ -116,7 +117,7 @@ def test_a_kill_keeps_what_is_complete(
 def test_another_seed_shares_them_only_where_it_draws_nothing(tmp_path: Path, source: tuple[Path, Path]) -> None:
     for seed, files in ((0, 2), (1, 3)):
         session, options = build(tmp_path, source, *LINEAR, f"--seed={seed}")
-        with caching.frozen_prefix(session, options):
+        with frozen.cached_prefix(session, options):
             assert len(stored(tmp_path)) == files
 
 
@@ -129,10 +130,10 @@ def test_another_seed_shares_them_only_where_it_draws_nothing(tmp_path: Path, so
 )
 def test_where_it_cannot_be_done(tmp_path: Path, source: tuple[Path, Path], more: list[str], message: str) -> None:
     session, options = build(tmp_path, source, *more, "--cache_features=on")
-    with pytest.raises(HistoError, match=message), caching.frozen_prefix(session, options):
+    with pytest.raises(HistoError, match=message), frozen.cached_prefix(session, options):
         raise AssertionError
     session, options = build(tmp_path, source, *more)
-    with caching.frozen_prefix(session, options):
+    with frozen.cached_prefix(session, options):
         assert session.stored is None
     assert not stored(tmp_path)
 
@@ -141,7 +142,7 @@ def test_a_full_disk_is_told_before(tmp_path: Path, source: tuple[Path, Path], m
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30 - 1000, 1000))
     session, options = build(tmp_path, source, *LINEAR, "--cache_features=on")
-    with pytest.raises(HistoError, match=r"MiB left.*--cache_dir"), caching.frozen_prefix(session, options):
+    with pytest.raises(HistoError, match=r"MiB left.*--cache_dir"), frozen.cached_prefix(session, options):
         raise AssertionError
     assert not stored(tmp_path)
 
@@ -150,7 +151,7 @@ def test_images_are_not_read_while_training(
     tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session, options = build(tmp_path, source, *LINEAR)
-    with caching.frozen_prefix(session, options):
+    with frozen.cached_prefix(session, options):
 
         def refuse(*args: Any) -> None:
             raise AssertionError
@@ -158,3 +159,26 @@ def test_images_are_not_read_while_training(
         monkeypatch.setattr("hf_histo.data.schema.decode", refuse)
         session.train()
     assert list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_folded_batch_norm_gives_the_same_curve(tmp_path: Path, source: tuple[Path, Path]) -> None:
+    curves = []
+    for folded in (False, True):
+        more = ["--target_modules=last-conv", "--cache_features=off", "--learning_rate=1e-3"]
+        session, _ = build(tmp_path / str(folded), source, *more)
+        with frozen.folded_batch_norm(session) if folded else nullcontext():
+            session.train()
+        curves.append([line[key] for line in session.state.log_history for key in ("loss", "eval_loss") if key in line])
+    assert curves[0] != curves[1]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_no_graph_is_built_below_the_first_trained_layer(tmp_path: Path, source: tuple[Path, Path]) -> None:
+    session, _ = build(tmp_path, source, "--target_modules=last-conv")
+    assert session.model is not None
+    seen = {}
+    for name in ("layer3", "layer4"):
+        layer = session.model.get_submodule(f"base_model.model.timm_model.{name}")
+        layer.register_forward_hook(lambda module, args, output, name=name: seen.update({name: output.requires_grad}))
+    session.model.train()(pixel_values=torch.randn(2, 3, 32, 32))
+    assert seen == {"layer3": False, "layer4": True}

@@ -1,0 +1,62 @@
+"""What a run holds in memory does not grow with its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from datasets.arrow_writer import ArrowWriter
+
+from hf_histo.data import schema
+from hf_histo.data.load import check_trainable
+from hf_histo.data.schema import ImageTable
+from hf_histo.data.splits import shared_groups
+from hf_histo.training import losses, trainer
+
+STATUS = Path("/proc/self/status")
+ROWS = {"small": 200, "large": 20_000}
+SIDE = 60
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, datasets.Dataset]:
+    folder = tmp_path_factory.mktemp("tables")
+    image = {"bytes": schema.encode_ppm(np.zeros((SIDE, SIDE, 3), dtype=np.uint8)), "path": None}
+    found = {}
+    for name, rows in ROWS.items():
+        path = folder / f"{name}.arrow"
+        with ArrowWriter(path=str(path), features=schema.features(("normal", "tumor"))) as writer:
+            for row in range(rows):
+                writer.write({"id": str(row), "image": image, "label": row % 2, "center": 0, "group": str(row // 100)})
+            writer.finalize()
+        found[name] = datasets.Dataset.from_file(str(path))
+    return found
+
+
+def own_memory() -> int:
+    """Bytes that no file backs: those of a mapped table can be given back at any time, and read again."""
+    return next(1024 * int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="needs Linux's account of a process's memory")
+def test_a_hundred_times_the_images_take_no_more_memory(tables: dict[str, datasets.Dataset]) -> None:
+    def begin_training(rows: datasets.Dataset) -> ImageTable:
+        check_trainable(rows)
+        shared_groups({"train": rows, "val": tables["small"]})
+        losses.balancing_weights(rows["label"], ["normal", "tumor"])
+        images = ImageTable(rows)
+        assert images.is_of_one_size()
+        images.fingerprint()
+        order = np.random.default_rng(0).permutation(len(images))[:200]
+        for some in np.split(order, 10):
+            trainer.collate(images.__getitems__(some.tolist()))
+        return images
+
+    begin_training(tables["small"])  # what is loaded and allocated once
+    before = own_memory()
+    images = begin_training(tables["large"])
+    stored = len(images) * SIDE * SIDE * 3
+    assert stored > 200e6
+    assert own_memory() - before < 0.1 * stored
