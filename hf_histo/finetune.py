@@ -43,6 +43,8 @@ from hf_histo.transforms.stain import CenterNormalizer
 
 logger = logging.getLogger(__name__)
 
+COMPONENTS = "components.png"
+
 TOLD = {"data", "backbone", "revision"}  # options that the sidecar tells, without where they lie on this machine
 
 
@@ -215,11 +217,11 @@ def _fine_tune(
     )
     if config.output.preview and isinstance(train, ImageTable) and session.is_world_process_zero():
         _preview(session, data["train"], train, folder / "preview.png")
+    resumed = runs.checkpoint(config, folder)
     selection: dict[str, Any] = {"split": "val", "metric": config.training.metric_for_best_model}
     if config.adapter.method == "pca":
-        selection |= _fit_components(config, trained, data, sidecar, folder / "figures" / "components.png")
+        selection |= _fit_components(config, trained, data, sidecar, folder / "figures" / COMPONENTS)
     else:
-        resumed = runs.checkpoint(config, folder)
         with caching.frozen_prefix(session, config):
             session.train(resume_from_checkpoint=resumed)
         selection |= {"value": session.state.best_metric, "step": session.state.best_global_step}
@@ -254,6 +256,8 @@ def _fine_tune(
     )
     if session.is_world_process_zero():
         figures = _draw(folder / "figures", session.state.log_history, tables, data["val"])
+        if config.adapter.method == "pca":
+            figures["The first two principal components of the features"] = folder / "figures" / COMPONENTS
         if config.output.explain:
             explanations = folder / "figures" / "explanations.png"
             classifier.draw(data["val"], tables["val"], explanations)
@@ -264,7 +268,7 @@ def _fine_tune(
             "device": torch.cuda.get_device_name() if session.args.device.type == "cuda" else session.args.device.type,
             "threads": torch.get_num_threads(),
             "precision": session.accelerator.mixed_precision,
-            "epochs": session.state.epoch,
+            "epochs": session.state.epoch or 0,
             "resumed": resumed is not None,
         }
         write_json(folder / "cost.json", cost)
