@@ -350,7 +350,7 @@ def _fit_components(
     embedding_map(
         {"frozen backbone": np.concatenate(list(found.values()))}, {"class": classes, "split": splits}, figure
     )
-    return {"value": abs(probe.value), "components": probe.components}
+    return {"value": abs(probe.value), "step": None, "components": probe.components}
 
 
 def _thresholds(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
