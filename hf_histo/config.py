@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
@@ -35,6 +35,12 @@ class DataOptions:
     _argument_group_name = "data"
 
     data: str = option("synthetic", "folder with the data set, hub:OWNER/NAME, or 'synthetic' for the built-in one")
+    split: Literal["files", "published", "clean"] = option(
+        "files",
+        "'files': as they are; 'published': looked at for copies, val cut from train if there is none, and test_clean, "
+        "the test images with no copy in training; 'clean': one image of each family of copies, split anew",
+    )
+    negative_class: str | None = option(None, "class that means 'nothing found', for sensitivity at a specificity")
     cache_dir: str | None = option(None, "folder of the converted data (default: the datasets library's cache)")
     on_bad_image: Literal["error", "skip"] = option(
         "error", "stop at an image file that can't be read, or leave it out"
@@ -83,7 +89,9 @@ class ModelOptions:
 class AdapterOptions:
     _argument_group_name = "adapter"
 
-    method: Literal["linear", "lora", "full"] = option("lora", "train the classifier, LoRA + classifier, or all")
+    method: Literal["linear", "lora", "full", "pca"] = option(
+        "lora", "train the classifier, LoRA + classifier, or all; pca: logistic regression on principal components"
+    )
     target_modules: str | None = option(None, "preset or regex of the layers with LoRA (default: by architecture)")
     lora_blocks: Literal["all", "bottom", "mid", "up", "half-bottom", "half-up", "top3"] = option(
         "all", "transformer blocks with LoRA: a third, a half, or the last three"
@@ -167,7 +175,9 @@ class TrainingOptions:
     warmup_steps: float = option(0.1, "steps of warm-up, or a share of all steps if below 1")
     early_stopping_patience: int = option(10, "epochs without progress before training stops; 0: never")
     metric_for_best_model: str = option("auroc", "validation metric that chooses the checkpoint: auroc, accuracy, loss")
-    class_balance: Literal["weights", "none"] = option("weights", "weight the loss against class imbalance")
+    class_balance: Literal["weights", "sampling", "none"] = option(
+        "weights", "against class imbalance: weight the loss, or draw every class equally often"
+    )
     resume_from_checkpoint: str | None = option(None, "folder of a checkpoint, or 'last' (the default in a begun run)")
     logging_steps: int = option(10, "updates between two lines of the training log")
 
@@ -248,6 +258,12 @@ class Config:
         return Path(self.output.output_dir)
 
 
+def with_options(config: Config, options: Mapping[str, Any]) -> Config:
+    """The same options but for some, which are checked as on the command line; raises `HistoError` as `parse` does."""
+    values = config.flat() | dict(options)
+    return parse(None, [f"--{name}={value}" for name, value in values.items() if value is not None])
+
+
 class _Refusing(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise HistoError(f"{message}; --help lists the options")
@@ -270,28 +286,32 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return ", ".join(spellings) + value
 
 
-def parse(usage: str | None, arguments: Sequence[str] | None = None) -> Config:
+def parse(usage: str | None, arguments: Sequence[str] | None = None, **defaults: Any) -> Config:
     """Parse `arguments` (default: the command line) into a `Config`.
 
-    `usage` is the recipe's docstring, shown by `--help`. YAML values go through the parser as if they stood first on
-    the command line.
+    `usage` is the recipe's docstring, shown by `--help`; `defaults` are options for which it has values of its
+    own. YAML values go through the parser as if they stood first on the command line.
 
     Raises `HistoError` for an unknown option or YAML key (with the nearest known one), a value of the wrong type or
     out of range, and a file that is missing or not a mapping.
     """
-    return _parse(usage, arguments, [])[0]
+    return _parse(usage, arguments, [], defaults)[0]
 
 
-def parse_with(extra: type[Extra], usage: str | None, arguments: Sequence[str] | None = None) -> tuple[Config, Extra]:
+def parse_with(
+    extra: type[Extra], usage: str | None, arguments: Sequence[str] | None = None, **defaults: Any
+) -> tuple[Config, Extra]:
     """`parse` for a recipe with options of its own: `extra` is a dataclass like the groups of `Config`.
 
     A YAML file can't set these, so that it means the same to every recipe.
     """
-    config, (own,) = _parse(usage, arguments, [extra])
+    config, (own,) = _parse(usage, arguments, [extra], defaults)
     return config, own
 
 
-def _parse(usage: str | None, arguments: Sequence[str] | None, extra: list[type]) -> tuple[Config, list[Any]]:
+def _parse(
+    usage: str | None, arguments: Sequence[str] | None, extra: list[type], defaults: Mapping[str, Any]
+) -> tuple[Config, list[Any]]:
     groups = [*get_type_hints(Config).values(), *extra]
     parser = _Parser(
         groups,
@@ -300,6 +320,7 @@ def _parse(usage: str | None, arguments: Sequence[str] | None, extra: list[type]
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(**defaults)
     parser.add_argument("--config", metavar="YAML", help="file with any of these options; the command line wins")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     known = [f.name for group in groups for f in dataclasses.fields(group)]
@@ -390,3 +411,5 @@ def _check_streaming(config: Config) -> None:
         raise HistoError("--streaming goes with --num_workers 0 or 1, and without --text_prompt and --preview")
     if (config.centers, config.protocol) != (CenterOptions(), ProtocolOptions()):
         raise HistoError("--streaming knows no centers and takes all images: leave out the options of both")
+    if config.data.split != "files" or config.training.class_balance == "sampling" or config.adapter.method == "pca":
+        raise HistoError("--streaming sees an image once: leave out --split, --class_balance sampling and --method pca")

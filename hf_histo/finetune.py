@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from hf_histo import hub
 from hf_histo.config import Config
@@ -27,20 +28,22 @@ from hf_histo.data.schema import ImageTable
 from hf_histo.data.splits import composition, shared_groups
 from hf_histo.data.stream import Stream
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import calibration, levels, metrics, report, thresholds
+from hf_histo.evaluation import calibration, levels, metrics, predictions, report, thresholds
 from hf_histo.evaluation.audit_figures import image_reader
-from hf_histo.evaluation.embedding import features
+from hf_histo.evaluation.embedding import embedding_map, features
 from hf_histo.files import write_json
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones, batchnorm, heads, qkv
 from hf_histo.models.accounting import account
-from hf_histo.training import frozen, losses, runs, trainer
+from hf_histo.training import components, frozen, losses, runs, trainer
 from hf_histo.transforms import augmentation, preprocessing
 from hf_histo.transforms.mri import Preparation
 from hf_histo.transforms.shift import ColorRange
 from hf_histo.transforms.stain import CenterNormalizer
 
 logger = logging.getLogger(__name__)
+
+COMPONENTS = "components.png"
 
 TOLD = {"data", "backbone", "revision"}  # options that the sidecar tells, without where they lie on this machine
 
@@ -63,10 +66,13 @@ class Result:
 
     def summary(self) -> str:
         """A short table of the evaluated splits, then sizes, seconds and the folder."""
-        names = ("accuracy", "auroc", "loss")
+        reports = {split: values["overall"] for split, values in self.metrics["splits"].items()}
+        names = ["accuracy", "auroc", "loss"]
+        if "recall_0" in reports["val"]:  # of more than two classes
+            names[1:1] = ["balanced_accuracy"]
+            names += [name for name in reports["val"] if name.startswith("sensitivity_at")]
         rows: list[list[object]] = [["split", "images", *names]]
-        for split, values in self.metrics["splits"].items():
-            overall = values["overall"]
+        for split, overall in reports.items():
             rows.append([split, overall["n"], *(overall[name]["value"] for name in names)])
         trained, total, share = (self.metrics["parameters"][key] for key in ("trainable", "total", "share"))
         adapter, model = (self.metrics["bytes"][key] / 2**20 for key in ("adapter", "model"))
@@ -83,8 +89,10 @@ class Result:
         )
 
 
-def fine_tune(config: Config, data: datasets.DatasetDict) -> Result:
+def fine_tune(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence[TrainerCallback] = ()) -> Result:
     """Train on the split `train`, choose the checkpoint on `val`, predict every other split, save the adapter folder.
+
+    `callbacks` are told of the training besides the package's own; one of them may end it by an exception.
 
     Of `data`, `--shots`, `--percentage` and `--level` leave what they say (`few_shot.select`).
     With `--push_to_hub`, upload that. Call it in every process of a launch. A run that was interrupted goes on from its
@@ -108,7 +116,7 @@ def fine_tune(config: Config, data: datasets.DatasetDict) -> Result:
         hub.check_access(str(output.hub_model_id), pull_request=output.hub_create_pr)
     folder = runs.begin(config, fingerprint(data))
     with runs.disk_space_for(folder):
-        result = _fine_tune(config, data, folder, started)
+        result = _fine_tune(config, data, folder, started, callbacks)
     if not pushes:
         return result
     address = hub.push(
@@ -121,7 +129,9 @@ def fine_tune(config: Config, data: datasets.DatasetDict) -> Result:
     return dataclasses.replace(result, address=address)
 
 
-def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started: float) -> Result:
+def _fine_tune(
+    config: Config, data: datasets.DatasetDict, folder: Path, started: float, callbacks: Sequence[TrainerCallback]
+) -> Result:
     adapter = folder / runs.ADAPTER
     if runs.is_finished(folder):
         return Result(adapter, hub.read_metrics(adapter), None)
@@ -129,7 +139,8 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
     set_seed(config.training.seed)
     names = next(iter(data.values())).features["label"].names
     num_outputs = 1 if len(names) == 2 else len(names)
-    _check(config, data, num_outputs)
+    negative = predictions.class_index(names, config.data.negative_class)
+    _check(config, data, num_outputs, negative)
 
     options = config.model
     head = heads.Design.of(options)
@@ -170,6 +181,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
             "name": Path(config.data.data).resolve().name,
             "fingerprint": fingerprint(data),
             "splits": composition(data),
+            "description": data["train"].info.description,
         },
     )
     if config.prediction.adapt_batch_norm:
@@ -200,13 +212,19 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
         augmentation=changes,
         normalizer=normalizer and normalizer.extended(validation),
         loss=losses.classification(num_outputs, losses.balancing_weights(train_labels, names) if balance else None),
-        compute_metrics=metrics.for_trainer(),
+        compute_metrics=metrics.for_trainer(negative=negative),
+        callbacks=callbacks,
     )
     if config.output.preview and isinstance(train, ImageTable) and session.is_world_process_zero():
         _preview(session, data["train"], train, folder / "preview.png")
     resumed = runs.checkpoint(config, folder)
-    with frozen.folded_batch_norm(session), frozen.cached_prefix(session, config):
-        session.train(resume_from_checkpoint=resumed)
+    selection: dict[str, Any] = {"split": "val", "metric": config.training.metric_for_best_model}
+    if config.adapter.method == "pca":
+        selection |= _fit_components(config, trained, data, sidecar, folder / "figures" / COMPONENTS)
+    else:
+        with frozen.folded_batch_norm(session), frozen.cached_prefix(session, config):
+            session.train(resume_from_checkpoint=resumed)
+        selection |= {"value": session.state.best_metric, "step": session.state.best_global_step}
 
     final = session.accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)
     classifier = Classifier(final, sidecar)
@@ -222,14 +240,9 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
     }
     temperature = calibration.fit_temperature(tables["val"])
     measured = {
-        "selection": {
-            "split": "val",
-            "metric": config.training.metric_for_best_model,
-            "value": session.state.best_metric,
-            "step": session.state.best_global_step,
-        },
+        "selection": selection,
         "calibration": {"split": "val", **dataclasses.asdict(temperature)},
-        "splits": {split: metrics.report(table) for split, table in tables.items()},
+        "splits": {split: metrics.report(table, negative=negative) for split, table in tables.items()},
         **sizes,
         "options": {key: value for key, value in config.flat().items() if key not in runs.INDIFFERENT | TOLD},
     }
@@ -243,6 +256,8 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
     )
     if session.is_world_process_zero():
         figures = _draw(folder / "figures", session.state.log_history, tables, data["val"])
+        if config.adapter.method == "pca":
+            figures["The first two principal components of the features"] = folder / "figures" / COMPONENTS
         if config.output.explain:
             explanations = folder / "figures" / "explanations.png"
             classifier.draw(data["val"], tables["val"], explanations)
@@ -253,7 +268,7 @@ def _fine_tune(config: Config, data: datasets.DatasetDict, folder: Path, started
             "device": torch.cuda.get_device_name() if session.args.device.type == "cuda" else session.args.device.type,
             "threads": torch.get_num_threads(),
             "precision": session.accelerator.mixed_precision,
-            "epochs": session.state.epoch,
+            "epochs": session.state.epoch or 0,
             "resumed": resumed is not None,
         }
         write_json(folder / "cost.json", cost)
@@ -299,6 +314,45 @@ def _stream(config: Config, total: int, views: preprocessing.Preprocessing) -> S
     )
 
 
+def _fit_components(
+    config: Config, model: nn.Module, data: datasets.DatasetDict, sidecar: hub.Sidecar, figure: Path
+) -> dict[str, Any]:
+    """Set the head to the regression on principal components that is best on `val`, and draw the first two."""
+    normalizer, wanted = sidecar.normalizer, config.training.metric_for_best_model
+    found = {
+        split: features(model, rows, sidecar.preprocessing, normalizer=normalizer and normalizer.extended(rows))
+        for split, rows in data.items()
+        if not split.endswith("_clean")
+    }
+
+    def score(probe: components.Probe) -> float:
+        logits = found["val"] @ probe.weight.T + probe.bias
+        value = metrics.of_logits(logits, data["val"]["label"], negative=negative)[wanted]
+        assert value is not None  # `_check` looked
+        return -value if wanted == "loss" else value
+
+    names = sidecar.label_names
+    negative = predictions.class_index(names, config.data.negative_class)
+    probe = components.fit(
+        found["train"],
+        np.array(data["train"]["label"]),
+        classes=len(names),
+        balanced=config.training.class_balance != "none",
+        score=score,
+    )
+    parts = heads.module_of(model).modules()  # the frozen original and the copy that is saved
+    (head,) = (part for part in parts if isinstance(part, nn.Linear) and part.weight.requires_grad)
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(probe.weight))
+        head.bias.copy_(torch.from_numpy(probe.bias))
+    every = [(split, [*names, "hidden"][label]) for split in found for label in data[split]["label"]]
+    splits, classes = zip(*every, strict=True)
+    embedding_map(
+        {"frozen backbone": np.concatenate(list(found.values()))}, {"class": classes, "split": splits}, figure
+    )
+    return {"value": abs(probe.value), "step": None, "components": probe.components}
+
+
 def _thresholds(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
     found = {f"balanced-{split}": thresholds.for_share(table).value for split, table in tables.items()}
     labels = tables["val"]["label"]
@@ -307,7 +361,9 @@ def _thresholds(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
     return found
 
 
-def _check(config: Config, data: datasets.DatasetDict, num_outputs: int) -> None:
+def _check(config: Config, data: datasets.DatasetDict, num_outputs: int, negative: int | None) -> None:
+    if config.adapter.method == "pca" and not heads.Design.of(config.model).is_plain:
+        raise HistoError("--method pca fits one linear layer, expected --head linear on features; leave out the others")
     if config.adapter.method == "full" and not heads.Design.of(config.model).is_plain:
         raise HistoError("--method full saves a model of transformers, expected --head linear on features; use lora")
     if config.output.explain and find_spec("captum") is None:
@@ -320,7 +376,7 @@ def _check(config: Config, data: datasets.DatasetDict, num_outputs: int) -> None
         if "train" in (one, other):
             logger.warning("%d groups are both in %s and %s, e.g. %s", len(groups), one, other, groups[0])
     labels = data["val"]["label"]
-    possible = metrics.of_logits(np.zeros((len(labels), num_outputs)), labels)
+    possible = metrics.of_logits(np.zeros((len(labels), num_outputs)), labels, negative=negative)
     wanted = config.training.metric_for_best_model
     if wanted not in possible:
         raise HistoError(f"--metric_for_best_model is {wanted!r}, expected one of {', '.join(possible)}")

@@ -48,6 +48,7 @@ RESIZED = {
 }
 PACKAGES = ("hf_histo", "torch", "transformers", "peft", "timm", "datasets", "accelerate")
 CARD_METRICS = {"accuracy": "accuracy", "auroc": "roc_auc", "f1": "f1"}  # as the Hub knows them
+UNSEEN = "Near copies (other compression, size or color) were not looked for here: recipes/audit.py does."
 HERE = "THIS_FOLDER"  # in the card's lines of code; `push` puts the repository's name there
 
 # What the Hub's client lets out: an upload that breaks in one of its threads ends in a RuntimeError.
@@ -69,7 +70,7 @@ class Sidecar:
     """What `hf_histo.json` holds: how to turn an image into a decision with this adapter.
 
     Attributes:
-        method: "linear", "lora" or "full"; a "full" folder holds the whole model, not an adapter.
+        method: "linear", "lora", "pca" or "full"; a "full" folder holds the whole model, not an adapter.
         label_names: classes in the order of their indices.
         num_outputs: logits of the head; 1 for a binary task, where it speaks for the second class.
         backbone: name as `backbones.locate` takes it (a local folder as its absolute path), "revision" on the Hub or
@@ -87,7 +88,8 @@ class Sidecar:
             split, where the checkpoint was chosen, too; 1 without calibration.
         head: what the classifier is made of.
         bare: transformers and peft alone can load it; False where this package took attention or a CLIP model apart.
-        data: "name", content "fingerprint", and "splits": what each holds, see `splits.composition`.
+        data: "name", content "fingerprint", "splits": what each holds, see `splits.composition`, and a "description" of
+            the files.
         versions: of the packages that trained it.
     """
 
@@ -165,7 +167,7 @@ class Sidecar:
 
     def _check(self, file: Path) -> None:
         faults = {
-            "method": self.method not in ("linear", "lora", "full"),
+            "method": self.method not in ("linear", "lora", "full", "pca"),
             "batch_norm": self.batch_norm not in ("frozen", "track"),
             "label_names": not isinstance(self.label_names, list)
             or len(self.label_names) < 2
@@ -487,7 +489,7 @@ def _facts(sidecar: Sidecar, metrics: Mapping[str, Any], figures: Mapping[str, P
         "figures": figures,
         "options": metrics["options"],
         "data_rows": [header, *rows],
-        "leaks": list(_leaks(splits)),
+        "leaks": [*_leaks(splits), *([UNSEEN] if metrics["options"]["split"] == "files" else [])],
     }
 
 
@@ -517,4 +519,3 @@ def _leaks(splits: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             )
             + "."
         )
-    yield "Near copies (other compression, size or color) were not looked for here: recipes/audit.py does."

@@ -4,10 +4,14 @@
     accelerate launch recipes/compare.py --rows a.yaml b.yaml --data DIR --protocol leave_one_center_out \\
         --select worst --output_dir OUT --backbone ../shared/models/mobilenetv2_100.tf_in1k
 
-A row is a config of recipes/histo_lora.py, and any of its options given here holds for every row. `reported.yaml` in
-its folder tells, by the config's file name without suffix, the row's `name`, the published test accuracy (`reported`,
-with its `source`), and whether predictions are `balanced`: class 1 for half of a split's images, labels unseen. Rows
-that differ in nothing else, or only in options of prediction (--test_time_views and the like), share a training.
+    accelerate launch recipes/compare.py --data DIR --output_dir OUT \\
+        --rows recipes/configs/mri_vgg16_lora.yaml recipes/configs/mri_backbones/*.yaml
+
+A row is a config of a training recipe, and any of its options given here holds for every row. `reported.yaml`, in its
+folder or that of another row, tells, by the config's file name without suffix, the row's `name`, the published test
+accuracy (`reported`, with its `source`), and whether predictions are `balanced`: class 1 for half of a split's images,
+labels unseen. Rows that differ in nothing else, or only in options of prediction (--test_time_views and the like),
+share a training.
 
 With `--protocol validation` every split with labels beside train is evaluated, with `leave_one_center_out` each center
 that training never saw. Each row, seed and center is a run of its own in OUT/ROW, so the same command goes on where an
@@ -15,6 +19,7 @@ earlier one was stopped. Into OUT go PROTOCOL.md, .json and .png.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -26,11 +31,12 @@ from accelerate import PartialState
 
 from hf_histo.config import Config, PredictionOptions, option, parse, parse_with
 from hf_histo.data.folds import leave_one_center_out
+from hf_histo.data.leaks import arrange
 from hf_histo.data.load import fingerprint, load
 from hf_histo.errors import HistoError, run
 from hf_histo.evaluation import metrics, predictions, thresholds
 from hf_histo.evaluation.report import table
-from hf_histo.evaluation.summary import Spread, bar_chart, best, held_out, spread
+from hf_histo.evaluation.summary import METRICS, Spread, bar_chart, best, held_out, spread
 from hf_histo.files import atomic_file, write_json
 from hf_histo.finetune import fine_tune
 from hf_histo.inference import Classifier
@@ -38,7 +44,6 @@ from hf_histo.training import runs
 from hf_histo.transforms.augmentation import Views
 
 TOLD = "reported.yaml"
-METRICS = ("accuracy", "auroc")
 
 
 @dataclass
@@ -74,37 +79,47 @@ class Row:
 Values = dict[str, dict[str, dict[int, float | None]]]
 
 
-def read_told(row: Path) -> Told:
-    """What is told of a row. Raises HistoError for a file that can't be read, or tells anything else."""
-    file = row.parent / TOLD
-    if not file.is_file():
-        return Told(row.stem)
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        told = Told(**({"name": row.stem} | content.get(row.stem, {})))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
-        raise HistoError(
-            f"{file}: {row.stem} can't be read ({' '.join(str(error).split())}), expected a mapping of name, reported, "
-            "source and balanced"
-        ) from None
-    if told.reported is not None and not (
-        isinstance(told.reported, int | float) and 0 <= told.reported <= 1 and told.source
-    ):
-        raise HistoError(f"{file}: {row.stem} reports {told.reported!r}, expected a number from 0 to 1 and its source")
-    return told
+def read_told(paths: Sequence[Path]) -> dict[str, Told]:
+    """What is told of rows, by stem. Raises HistoError for a file that can't be read, or tells anything else."""
+    every = {path.stem: Told(path.stem) for path in paths}
+    for file in sorted({path.parent / TOLD for path in paths}):
+        if not file.is_file():
+            continue
+        for stem in every:
+            try:
+                content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+                told = Told(**(asdict(every[stem]) | content.get(stem, {})))
+            except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
+                raise HistoError(
+                    f"{file}: {stem} can't be read ({' '.join(str(error).split())}), expected a mapping of name, "
+                    "reported, source and balanced"
+                ) from None
+            if told.reported is not None and not (
+                isinstance(told.reported, int | float) and 0 <= told.reported <= 1 and told.source
+            ):
+                raise HistoError(
+                    f"{file}: {stem} reports {told.reported!r}, expected a number from 0 to 1 and its source"
+                )
+            every[stem] = told
+    return every
 
 
-def read_rows(options: Options, base: Config) -> dict[str, Row]:
+def read_rows(options: Options) -> dict[str, Row]:
     """The rows by their files' names; raises HistoError where they can't be told apart or differ in their data."""
     rows: dict[str, Row] = {}
-    for path in [Path(name) for name in options.rows if Path(name).name != TOLD]:
+    paths = [Path(name) for name in options.rows if Path(name).name != TOLD]
+    told = read_told(paths)
+    for path in paths:
         own = parse(None, ["--config", str(path)])
         config, _ = parse_with(Options, None, ["--config", str(path), *sys.argv[1:]])
-        row = Row(config, read_told(path), own.model.backbone)
+        row = Row(config, told[path.stem], own.model.backbone)
         if path.stem in rows or row.told.name in [other.told.name for other in rows.values()]:
             raise HistoError(f"--rows {path}: {row.told.name!r} is the name of two rows; rename one")
-        if config.data.data != base.data.data:
-            raise HistoError(f"--rows {path}: its data is {config.data.data!r}, expected that of all rows; give --data")
+        for one in rows.values():
+            if config.data != one.config.data:
+                raise HistoError(
+                    f"--rows {path}: its data is {config.data}, expected that of all rows, {one.config.data}; give it"
+                )
         rows[path.stem] = row
     if not rows:
         raise HistoError(f"--rows {' '.join(options.rows)}: no config among them, expected at least one")
@@ -193,12 +208,12 @@ def markdown(
     rows: dict[str, Row], results: dict[str, dict[str, dict[str, Spread]]], data: str, options: Options
 ) -> str:
     """The table, and what has to be known to read it."""
-    lines: list[list[object]] = [["", "backbone", "reported test accuracy", "split", "accuracy", "AUROC", "seeds"]]
+    lines: list[list[object]] = [["", "backbone", "reported test accuracy", "split", *METRICS.values(), "seeds"]]
     for stem, row in rows.items():
         for split, found in results[stem].items():
             backbone = Path(row.config.model.backbone).name
             told = "" if row.told.reported is None else f"{row.told.reported:.4f}"
-            lines.append([row.told.name, backbone, told, split, found["accuracy"], found["auroc"], options.seeds])
+            lines.append([row.told.name, backbone, told, split, *(found[m] for m in METRICS), options.seeds])
     notes = [f"Obtained on {data}: mean ± sample deviation (seeds: {options.seeds})."]
     if options.protocol == "validation":
         notes.append("Checkpoints were chosen on val.")
@@ -220,16 +235,17 @@ def main() -> None:
         raise HistoError(f"--seeds is {options.seeds}, expected at least 1")
     if options.select and options.protocol == "validation":
         raise HistoError("--select on validation misleads, expected --protocol leave_one_center_out; add it")
-    rows = read_rows(options, base)
+    rows = read_rows(options)
 
-    data = load(base.data)
+    shared = next(iter(rows.values())).config.data
+    data = arrange(load(shared), shared.split)
     trainers_first = sorted(rows, key=lambda stem: trainer_of(stem, rows) != stem)
     values = {stem: measure(stem, rows, data, folder, options) for stem in trainers_first}
     if not PartialState().is_main_process:
         return
 
     results = {stem: summed_up(values[stem], options.protocol) for stem in rows}
-    source = f"{base.data.data} (content fingerprint {fingerprint(data)})"
+    source = f"{shared.data} (content fingerprint {fingerprint(data)})"
     text = markdown(rows, results, source, options)
     chosen = None
     if options.select:
@@ -243,7 +259,7 @@ def main() -> None:
         {row.told.name: {s: found["accuracy"] for s, found in results[stem].items()} for stem, row in rows.items()},
         folder / f"{options.protocol}.png",
         reported={row.told.name: row.told.reported for row in rows.values() if row.told.reported is not None},
-        axis=f"accuracy on {Path(base.data.data).name}: mean ± sample deviation (seeds: {options.seeds})",
+        axis=f"accuracy on {Path(shared.data).name}: mean ± sample deviation (seeds: {options.seeds})",
     )
     content = {
         stem: {

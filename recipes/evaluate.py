@@ -54,7 +54,8 @@ def parse() -> Namespace:
         default="balanced_accuracy",
         help="what --threshold_on maximizes (default: balanced_accuracy)",
     )
-    parser.add_argument("--specificity", type=float, default=0.95, help="that sensitivity is given at (default: 0.95)")
+    parser.add_argument("--specificity", type=float, default=0.95, help="for --criterion sensitivity (default: 0.95)")
+    parser.add_argument("--negative_class", help="class that means 'nothing found', for sensitivity at a specificity")
     parser.add_argument("--submission", type=Path, metavar="CSV", help="write ID, Pred, Prob of the one split")
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples for the intervals")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
@@ -97,6 +98,7 @@ def main() -> None:
 
     splits = {split: read("--predictions", paths, options.ensemble) for split, paths in files.items()}
     names = tables.label_names(next(iter(splits.values())))
+    negative = tables.class_index(names, options.negative_class)
     temperature = calibration.Temperature(1.0, "--calibrate_on was not given")
     if options.calibrate_on:
         validation = read_validation("--calibrate_on", options.calibrate_on, options.ensemble, names)
@@ -115,13 +117,14 @@ def main() -> None:
         if options.balanced is not None:
             chosen = thresholds.for_share(predictions, options.balanced)
         threshold = chosen.value if chosen else options.threshold
-        result = report(predictions, threshold=threshold, resamples=options.resamples, seed=options.seed)
+        result = report(
+            predictions, threshold=threshold, negative=negative, resamples=options.resamples, seed=options.seed
+        )
         calibrated = calibration.report(predictions)
         metrics[split] = {
             "predictions": files[split],
             **result,
             "threshold_choice": asdict(chosen) if chosen else None,
-            "screening": asdict(thresholds.screening(predictions, specificity=options.specificity)),
             "calibration": {**calibrated, "temperature": asdict(temperature), "fitted_on": options.calibrate_on},
         }
         print(f"\n{split} at threshold {threshold:.3f}, 95% intervals from resampled groups\n\n{center_table(result)}")

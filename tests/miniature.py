@@ -64,7 +64,7 @@ def write_adapter(folder: Path, backbone: Path, *, seed: int = 0, outputs: int =
         if weight.requires_grad:
             weight.data.normal_(std=0.1)
     selection = {"split": "val", "metric": "auroc", "value": 1.0, "step": 1}
-    metrics = {"selection": selection, "splits": {}, "options": {"hub_license": "unknown"}}
+    metrics = {"selection": selection, "splits": {}, "options": {"hub_license": "unknown", "split": "files"}}
     metrics |= account(adapted, batch_norm=sidecar.batch_norm)
     hub.save(folder, adapted, sidecar, metrics=metrics, tables={})
     return folder

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_histo.config import Config, parse
+from hf_histo.config import Config, parse, with_options
 from hf_histo.errors import HistoError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "configs").glob("*.yaml"))
@@ -194,3 +194,20 @@ def test_every_published_config_parses() -> None:
     assert len(CONFIGS) >= 4, CONFIGS
     for file in CONFIGS:
         assert parse(None, ["--config", str(file)]) != Config(), file
+
+
+def test_a_recipe_with_defaults_of_its_own(tmp_path: Path) -> None:
+    assert parse(None, [], split="published").data.split == "published"
+    assert parse(None, ["--config", write(tmp_path, "split: clean")], split="published").data.split == "clean"
+    assert parse(None, ["--split=files"], split="published").data.split == "files"
+
+
+def test_other_options_are_checked_as_on_the_command_line() -> None:
+    config = parse(None, ["--use_dora=True", "--lora_rank=4"])
+    assert with_options(config, {}) == config
+    changed = with_options(config, {"lora_rank": 2, "learning_rate": 1e-5, "target_modules": r".*\.(a|b)"})
+    assert (changed.adapter.lora_rank, changed.adapter.use_dora, changed.training.learning_rate) == (2, True, 1e-5)
+    assert changed.adapter.target_modules == r".*\.(a|b)"
+    for options, message in (({"lora_rank": 0}, "--lora_rank is 0"), ({"lora_rnk": 1}, "did you mean '--lora_rank'")):
+        with pytest.raises(HistoError, match=message):
+            with_options(config, options)

@@ -1,8 +1,9 @@
-"""Other splits of the labeled images: every center held out of training once, or all of them in it."""
+"""Other splits of the labeled images: every center, or every fold, held out of training once."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import datasets
 import numpy as np
@@ -66,15 +67,65 @@ def pool_centers(data: datasets.DatasetDict, *, seed: int, validation_share: flo
     return named(datasets.DatasetDict({**{n: pool.select(rows) for n, rows in parts.items()}, **others}), data)
 
 
+def k_folds(
+    data: datasets.DatasetDict, *, folds: int = 5, seed: int = 0, validation_share: float = 0.1
+) -> dict[int, datasets.DatasetDict]:
+    """For every fold, counted from 0: it as `test`, and the splits `train` and `val` of the others.
+
+    All labeled images of all splits are put together and divided by scikit-learn's `StratifiedGroupKFold` over label
+    and group, so that each is in `test` once, folds have about the same shares of the classes, and no group is on two
+    sides. `id` gets its split as a prefix; `val` is chosen as in `leave_one_center_out`.
+
+    Args:
+        data: splits whose groups are known (`splits.with_families`); an image of unknown group is its own.
+        folds: at least 2.
+        seed: of the assignment; the same gives the same.
+        validation_share: of the images outside the fold that go to `val`, in (0, 0.5], about.
+
+    Raises:
+        HistoError: `folds` or the share is outside its range; there is no labeled image; a class has fewer groups than
+            there are folds.
+    """
+    _check_share(validation_share)
+    if folds < 2:
+        raise HistoError(f"folds is {folds}, expected at least 2, e.g. 5")
+    pool = _pool(data, list(data))
+    labels, groups = np.array(pool["label"]), _groups(pool)
+    for label, name in enumerate(pool.features["label"].names):
+        count = len(set(groups[labels == label]))
+        if 0 < count < folds:
+            raise HistoError(f"class {name!r} has {count} groups, expected at least one for each of {folds} folds")
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    divided = {}
+    for fold, (rest, held_out) in enumerate(splitter.split(labels, labels, groups)):
+        rows = _parts(pool, rest, seed, validation_share, f"fold {fold} held out") | {"test": held_out}
+        divided[fold] = named(datasets.DatasetDict({name: pool.select(part) for name, part in rows.items()}), data)
+    return divided
+
+
+def with_validation(data: datasets.DatasetDict, *, share: float = 0.1) -> datasets.DatasetDict:
+    """With a `val` cut from `train` where there is none: `share` of each class (about), whole groups.
+
+    The draw is always the same, so that runs of any seed are chosen on the same images. Raises HistoError where
+    `train` is too small for it.
+    """
+    if "val" in data:
+        return data
+    train = data["train"]
+    rows = _parts(train, np.arange(len(train)), 0, share, "no val")
+    parts = {name: train.select(part) for name, part in rows.items()}
+    return named(datasets.DatasetDict({**data, **parts}), data)
+
+
 def _check_share(share: float) -> None:
     if not 0 < share <= 0.5:
         raise HistoError(f"validation_share is {share}, expected more than 0 and at most 0.5, e.g. 0.15")
 
 
-def _pool(data: datasets.DatasetDict) -> datasets.Dataset:
-    """The labeled images of `train` and `val`, with ids that name the split."""
+def _pool(data: datasets.DatasetDict, names: Sequence[str] = POOLED) -> datasets.Dataset:
+    """The labeled images of the splits `names`, with ids that name the split."""
     parts = []
-    for name in POOLED:
+    for name in names:
         if name in data:
             split = data[name].remove_columns("id").add_column("id", [f"{name}/{key}" for key in data[name]["id"]])
             parts.append(split.select_columns(data[name].column_names).cast(data[name].features))
@@ -83,7 +134,7 @@ def _pool(data: datasets.DatasetDict) -> datasets.Dataset:
     pool = datasets.concatenate_datasets(parts)
     labeled = np.flatnonzero(np.array(pool["label"]) >= 0)
     if not len(labeled):
-        raise HistoError("train and val: all labels are hidden (-1), expected labeled images; add labels")
+        raise HistoError(f"{' and '.join(names)}: all labels are hidden (-1), expected labeled images; add labels")
     return pool.select(labeled)
 
 

@@ -185,6 +185,11 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
         """Of every row."""
         return self._table["center"][:].to_pylist()
 
+    @property
+    def labels(self) -> list[int]:
+        """Of every row."""
+        return self._table["label"][:].to_pylist()
+
     def select(self, rows: Sequence[int]) -> ImageTable:
         """The images of these rows, in this order."""
         return ImageTable(self._rows.select(rows), self._prepare)

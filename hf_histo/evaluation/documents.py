@@ -28,10 +28,12 @@ def render(template: str, **facts: Any) -> str:
     )
     environment.filters |= {
         "cell": report.cell,
+        "class_rows": report.class_rows,
         "center_rows": report.center_rows,
         "embedded": _embedded,
         "plain": _plain,
         "plain_rows": lambda rows: [[_plain(x) if isinstance(x, str) else x for x in row] for row in rows],
+        "screening": report.screening,
         "size_rows": report.size_rows,
         "table": report.table,
         "yaml": lambda options: yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True).rstrip(),

@@ -4,7 +4,8 @@ Every metric is one function of row weights. With all weights 1 it gives the val
 resamples, a whole block of them at once, it gives the interval. Both therefore mean exactly the same thing.
 
 Two classes give metrics of the positive class (label 1). More classes give the same names as unweighted (macro)
-averages over the classes for which the value is defined, and `precision_<class>` and `recall_<class>` besides.
+averages over the classes for which the value is defined, and `precision_<class>`, `recall_<class>` and `auroc_<class>`
+besides. Screening metrics need a class that means "nothing found", which of two classes is the first one unless told.
 
 | metric | definition | undefined where |
 |---|---|---|
@@ -18,6 +19,8 @@ a class or its rest does not occur |
 | `recall` | TP / (TP + FN) | the class does not occur |
 | `f1` | 2 TP / (2 TP + FP + FN) | the class neither occurs nor is predicted |
 | `loss` | unweighted cross entropy in nats, from the logits | there is no labeled row |
+| `sensitivity_at_<s>` | highest share of the images of any other class that a threshold on 1 - p(negative) finds, \
+leaving at least the share s, the specificity, of the negative images alone | either kind does not occur |
 
 An undefined metric is None. Rows with a hidden label (-1) are left out; `n` counts the rest.
 """
@@ -40,25 +43,34 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 CONFIDENCE = 0.95
+SPECIFICITIES = (0.9, 0.95)  # of the screening metrics
 BLOCK = 2**18  # rows × resamples worked on at once: 2 MiB per float64 array stays near the processor's cache
 
 
-def compute(predictions: pd.DataFrame, *, threshold: float = 0.5) -> dict[str, float | None]:
+def compute(
+    predictions: pd.DataFrame, *, threshold: float = 0.5, negative: int | None = None
+) -> dict[str, float | None]:
     """Return every metric of the module's table, and `n`.
 
     Args:
         predictions: a predictions table.
         threshold: the probability in [0, 1] from which on class 1 is predicted, where there are two classes.
+        negative: the class that means "nothing found"; None is class 0 of two, and no screening metric for more.
 
     Raises:
         HistoError: `threshold` is outside [0, 1].
     """
-    rows = _Rows(predictions, threshold)
+    rows = _Rows(predictions, threshold, negative)
     return {"n": len(rows.labels)} | {name: _defined(value[0]) for name, value in rows.metrics().items()}
 
 
 def report(
-    predictions: pd.DataFrame, *, threshold: float = 0.5, resamples: int = 1000, seed: int = 0
+    predictions: pd.DataFrame,
+    *,
+    threshold: float = 0.5,
+    negative: int | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Return every metric with its interval, overall and for each known center.
 
@@ -69,13 +81,13 @@ def report(
 
     Args:
         predictions: a predictions table. Rows of the unknown center (-1) count in "overall" only.
-        threshold: as in `compute`.
+        threshold, negative: as in `compute`.
         resamples: how many bootstrap resamples, at least 1.
         seed: of the bootstrap.
 
     Returns:
         `{"constant": what `constant` returns, "overall": M, "centers": {"0": M, ...}, "threshold": ...,
-        "bootstrap": {...}}`, ready for JSON, where M is
+        "negative": ..., "bootstrap": {...}}`, ready for JSON, where M is
         `{"n": int, "groups": int, "<metric>": {"value": v, "low": l, "high": h}, ...}`.
 
     Raises:
@@ -84,14 +96,16 @@ def report(
     if resamples < 1:
         raise HistoError(f"resamples is {resamples}, expected at least 1: 1000 give a stable 95% interval")
     centers = sorted(set(predictions["center"]) - {-1})
+
+    def with_intervals(part: pd.DataFrame) -> dict[str, Any]:
+        return _with_intervals(_Rows(part, threshold, negative), resamples, seed)
+
     return {
         "constant": constant(predictions, threshold=threshold),
-        "overall": _with_intervals(predictions, threshold, resamples, seed),
-        "centers": {
-            str(center): _with_intervals(predictions[predictions["center"] == center], threshold, resamples, seed)
-            for center in centers
-        },
+        "overall": with_intervals(predictions),
+        "centers": {str(center): with_intervals(predictions[predictions["center"] == center]) for center in centers},
         "threshold": threshold,
+        "negative": _Rows(predictions, threshold, negative).negative,
         "bootstrap": {"resamples": resamples, "seed": seed, "unit": "group", "confidence": CONFIDENCE},
     }
 
@@ -108,13 +122,15 @@ def constant(predictions: pd.DataFrame, *, threshold: float = 0.5) -> str | None
     return None
 
 
-def of_logits(logits: ArrayLike, labels: ArrayLike, *, threshold: float = 0.5) -> dict[str, float | None]:
+def of_logits(
+    logits: ArrayLike, labels: ArrayLike, *, threshold: float = 0.5, negative: int | None = None
+) -> dict[str, float | None]:
     """Return `compute` of bare logits, (n,), (n, 1) or (n, K), and labels, (n,), as `predictions.make` takes them."""
     n = len(np.asarray(logits))
-    return compute(make(range(n), np.full(n, -1), [""] * n, labels, logits), threshold=threshold)
+    return compute(make(range(n), np.full(n, -1), [""] * n, labels, logits), threshold=threshold, negative=negative)
 
 
-def for_trainer(*, threshold: float = 0.5) -> Callable[[EvalPrediction], dict[str, float]]:
+def for_trainer(*, threshold: float = 0.5, negative: int | None = None) -> Callable[[EvalPrediction], dict[str, float]]:
     """Return a `compute_metrics` for `transformers.Trainer`.
 
     It takes logits of shape (n,), (n, 1) or (n, K), and label ids that are labels of shape (n,) or a tuple that
@@ -125,7 +141,7 @@ def for_trainer(*, threshold: float = 0.5) -> Callable[[EvalPrediction], dict[st
     def compute_metrics(evaluation: EvalPrediction) -> dict[str, float]:
         labels = evaluation.label_ids
         labels = labels[0] if isinstance(labels, tuple) else labels
-        values = of_logits(evaluation.predictions, labels, threshold=threshold)
+        values = of_logits(evaluation.predictions, labels, threshold=threshold, negative=negative)
         return {name: float(value) for name, value in values.items() if value is not None and name != "loss"}
 
     return compute_metrics
@@ -134,7 +150,7 @@ def for_trainer(*, threshold: float = 0.5) -> Callable[[EvalPrediction], dict[st
 class _Rows:
     """The labeled rows of a table as arrays, and the metrics as a function of how often each group of rows counts."""
 
-    def __init__(self, predictions: pd.DataFrame, threshold: float) -> None:
+    def __init__(self, predictions: pd.DataFrame, threshold: float, negative: int | None = None) -> None:
         own = "\0" + predictions["id"]  # no name of a group starts with this: an image without one is its own group
         groups = predictions["group"].where(predictions["group"] != "", own)
         labeled = (predictions["label"] >= 0).to_numpy()
@@ -145,6 +161,10 @@ class _Rows:
         scores = {c: score[labeled] for c, score in log_odds(predictions).items()}
         self.orders = {c: _order(score) for c, score in scores.items()}
         self.classes = max(scores) + 1
+        self.negative = 0 if negative is None and self.classes == 2 else negative
+        if self.negative is not None:
+            suspicion = -scores[self.negative] if self.negative in scores else scores[1]
+            self.suspicion = _order(suspicion)
         if self.classes == 2:
             of_truth = np.where(self.labels == 1, scores[1], -scores[1])
         else:
@@ -168,13 +188,13 @@ class _Rows:
                 _ranking((self.labels == c)[order], counts[self.groups[order]], ties)
                 for c, (order, ties) in self.orders.items()
             ]
-            auroc, average_precision = (_mean(np.stack(values, axis=1)) for values in zip(*ranking, strict=True))
+            aurocs, average_precisions = (np.stack(values, axis=1) for values in zip(*ranking, strict=True))
             binary = self.classes == 2
             values = {
                 "accuracy": accuracy,
                 "balanced_accuracy": balanced,
-                "auroc": auroc,
-                "average_precision": average_precision,
+                "auroc": _mean(aurocs),
+                "average_precision": _mean(average_precisions),
                 "precision": precision[:, 1] if binary else _mean(precision),
                 "recall": recall[:, 1] if binary else _mean(recall),
                 "f1": f1[:, 1] if binary else _mean(f1),
@@ -183,6 +203,12 @@ class _Rows:
         if not binary:
             values |= {f"precision_{c}": precision[:, c] for c in range(self.classes)}
             values |= {f"recall_{c}": recall[:, c] for c in range(self.classes)}
+            values |= {f"auroc_{c}": aurocs[:, c] for c in range(self.classes)}
+        if self.negative is not None:
+            order, ties = self.suspicion
+            positive = (self.labels != self.negative)[order]
+            sensitivities = _sensitivities(positive, counts[self.groups[order]], ties)
+            values |= {f"sensitivity_at_{s}": of for s, of in zip(SPECIFICITIES, sensitivities, strict=True)}
         return values
 
     def _per_group(self, classes: NDArray[np.int64], weights: Floats | None = None) -> NDArray[Any]:
@@ -210,8 +236,20 @@ def _ranking(positive: NDArray[np.bool_], weights: Floats, ties: NDArray[np.intp
     return auroc, np.where(n > 0, average_precision, np.nan)
 
 
-def _with_intervals(predictions: pd.DataFrame, threshold: float, resamples: int, seed: int) -> dict[str, Any]:
-    rows = _Rows(predictions, threshold)
+def _sensitivities(positive: NDArray[np.bool_], weights: Floats, ties: NDArray[np.intp]) -> list[Floats]:
+    """Return the sensitivity, (B,), at each of `SPECIFICITIES`, of rows as `_ranking` takes them."""
+    positives = np.add.reduceat(weights * positive[:, None], ties, axis=0).cumsum(axis=0)
+    negatives = np.add.reduceat(weights * ~positive[:, None], ties, axis=0).cumsum(axis=0)
+    p, n = positives[-1:].sum(axis=0), negatives[-1:].sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found, spared = positives / p, (n - negatives) / n
+    return [
+        np.where((p > 0) & (n > 0), np.where(spared >= s, found, 0).max(axis=0, initial=0), np.nan)
+        for s in SPECIFICITIES
+    ]
+
+
+def _with_intervals(rows: _Rows, resamples: int, seed: int) -> dict[str, Any]:
     groups = rows.group_count
     result: dict[str, Any] = {"n": len(rows.labels), "groups": groups}
     samples: dict[str, Floats] = {}

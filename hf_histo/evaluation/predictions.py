@@ -161,6 +161,19 @@ def label_names(predictions: pd.DataFrame) -> list[str]:
     return predictions.attrs.get("label_names") or [str(i) for i in range(2 if logits.ndim == 1 else logits.shape[1])]
 
 
+def class_index(names: Sequence[str], negative_class: str | None) -> int | None:
+    """Return the index of `--negative_class` among the class names, None where none is given.
+
+    Raises:
+        HistoError: no class is named so.
+    """
+    if negative_class is None:
+        return None
+    if negative_class not in names:
+        raise HistoError(f"--negative_class is {negative_class!r}, expected the name of a class: {', '.join(names)}")
+    return list(names).index(negative_class)
+
+
 def write(path: str | Path, predictions: pd.DataFrame, label_names: Sequence[str]) -> None:
     """Write the table as parquet, atomically; `label_names` go into the schema metadata as a JSON list.
 

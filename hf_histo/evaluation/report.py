@@ -15,6 +15,7 @@ from sklearn.metrics import confusion_matrix as count_confusions
 from sklearn.metrics import roc_curve as rates
 
 from hf_histo.evaluation.figures import COLORS, GRAY, LINES, drawing, say
+from hf_histo.evaluation.metrics import SPECIFICITIES
 from hf_histo.evaluation.predictions import array, label_names, log_odds, predicted
 
 HEADLINE = ("accuracy", "balanced_accuracy", "auroc", "f1")
@@ -215,6 +216,23 @@ def _interval_rows(named: Mapping[str, Mapping[str, Any]], metrics: Sequence[str
     for name, values in named.items():
         rows.append([name, values["n"], values["groups"], *(_interval(values[metric]) for metric in metrics)])
     return rows
+
+
+def class_rows(report: Mapping[str, Any], names: Sequence[str]) -> list[list[object]]:
+    """Return a `metrics.report` of more than two classes as a header and a row for each class, with its name."""
+    metrics = ("precision", "recall", "auroc")
+    rows: list[list[object]] = [["", *metrics]]
+    for place, name in enumerate(names):
+        rows.append([name, *(_interval(report["overall"][f"{metric}_{place}"]) for metric in metrics)])
+    return rows
+
+
+def screening(report: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return the screening metrics of a `metrics.report` as a sentence, "" where it has none."""
+    if report["negative"] is None:
+        return ""
+    found = [f"{_interval(report['overall'][f'sensitivity_at_{s}']) or '–'} at specificity {s}" for s in SPECIFICITIES]
+    return f"Sensitivity for any class but {names[report['negative']]}: {', '.join(found)}."
 
 
 def size_rows(metrics: Mapping[str, Any]) -> list[list[object]]:

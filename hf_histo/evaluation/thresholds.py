@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from hf_histo.errors import HistoError
-from hf_histo.evaluation.predictions import label_names, log_odds, positive_probability
+from hf_histo.evaluation.predictions import label_names, positive_probability
 
 Floats = NDArray[np.float64]
 Criterion = Literal["balanced_accuracy", "f1", "accuracy", "sensitivity"]
@@ -35,21 +35,6 @@ class Threshold:
     value: float
     criterion: str
     achieved: float
-    n: int
-
-
-@dataclass(frozen=True)
-class Screening:
-    """What `screening` found, both None where no image is labeled positive, or none negative.
-
-    Attributes:
-        sensitivity: share of the positive images that are found, in [0, 1].
-        specificity: share of the negative images that are left alone, in [0, 1].
-        n: labeled images.
-    """
-
-    sensitivity: float | None
-    specificity: float | None
     n: int
 
 
@@ -133,40 +118,6 @@ def choose(
     equal = np.flatnonzero(values == values.max())
     best = equal[-1] if criterion == "sensitivity" else equal[np.abs(cuts[equal] - 0.5).argmin()]
     return Threshold(float(cuts[best]), criterion, float(values[best]), len(positive))
-
-
-def screening(predictions: pd.DataFrame, *, negative: str | None = None, specificity: float = 0.95) -> Screening:
-    """Return the highest sensitivity at a specificity of at least `specificity`, for any class against `negative`.
-
-    It is a point of the table's own ROC curve, to compare models by, and has no threshold: one for use comes from
-    `choose` on a validation table. Images are ranked by the log odds of all classes but `negative` together.
-
-    Args:
-        predictions: a table of two or more classes; rows with a hidden label are left out.
-        negative: name of the class that means "nothing found", by default the first one.
-        specificity: in [0, 1].
-
-    Raises:
-        HistoError: there is no class `negative`, or `specificity` is outside [0, 1].
-    """
-    _checked(specificity)
-    names = label_names(predictions)
-    if negative is not None and negative not in names:
-        raise HistoError(f"negative is {negative!r}, expected the name of a class: one of {', '.join(names)}")
-    healthy = names.index(negative) if negative is not None else 0
-    labeled = predictions[predictions["label"] >= 0]
-    positive = (labeled["label"] != healthy).to_numpy()
-    if positive.all() or not positive.any():
-        return Screening(None, None, len(labeled))
-    odds = log_odds(labeled)
-    score = -odds[healthy] if healthy in odds else odds[1]  # of two classes, log_odds gives class 1 alone
-    cuts = np.append(np.unique(score), np.inf)
-    negatives = (~positive).sum()
-    sensitivity = _at_least(score[positive], cuts) / positive.sum()
-    spared = (negatives - _at_least(score[~positive], cuts)) / negatives
-    highest = sensitivity[spared >= specificity].max()
-    best = np.flatnonzero(sensitivity == highest)[-1]
-    return Screening(float(highest), float(spared[best]), len(labeled))
 
 
 def _cuts(probability: Floats) -> Floats:

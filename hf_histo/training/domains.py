@@ -1,5 +1,4 @@
-"""Training that treats acquisition centers as what must not matter: balanced sampling, GroupDRO, CORAL
-and DANN.
+"""Training that treats acquisition centers as what must not matter: GroupDRO, CORAL and DANN.
 
 Each composes with any loss of `losses.py` and with LoRA; Gulrajani & Lopez-Paz 2021, "In search of lost domain
 generalization", is the reason to measure them against plain training before trusting any.
@@ -8,42 +7,16 @@ generalization", is the reason to measure them against plain training before tru
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import reduce
 from torch import nn
-from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
-
-
-class CenterBalancedSampler(Sampler[int]):
-    """Draws as many samples as there are, with replacement, each center as often as the others.
-
-    The order is a function of the seed and the epoch, so that a resumed run continues it.
-    """
-
-    def __init__(self, centers: Sequence[int], seed: int) -> None:
-        _, place, counts = np.unique(centers, return_inverse=True, return_counts=True)
-        self._probabilities = 1 / counts[place] / len(counts)
-        self._seed = seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._probabilities)
-
-    def __iter__(self) -> Iterator[int]:
-        random = np.random.default_rng([self._seed, self._epoch])
-        return iter(random.choice(len(self), len(self), p=self._probabilities).tolist())
 
 
 class GroupDRO(TrainerCallback, ExportableState):

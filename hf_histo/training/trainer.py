@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import transformers
 from accelerate.data_loader import DataLoaderShard
@@ -16,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_histo.config import CenterOptions, Config
@@ -28,6 +29,7 @@ from hf_histo.models import adapters, heads
 from hf_histo.models.features import Store
 from hf_histo.training import domains, runs
 from hf_histo.training.losses import Loss
+from hf_histo.training.sampling import BalancedSampler
 from hf_histo.training.stopping import StopAtCheckpoint
 from hf_histo.transforms.augmentation import Augmentation, augment, uniform
 from hf_histo.transforms.preprocessing import Preprocessing
@@ -59,7 +61,8 @@ class Trainer(transformers.Trainer):
         preprocessing: of an evaluation view.
         augmentation: of a training view.
         normalizer: of the centers' color, knowing those of training and validation; None leaves color as it is.
-        options: of stain mixing, sampling and the loss over centers.
+        options: of stain mixing and the loss over centers.
+        balanced: "labels" or "centers" of the training table, or both, whose values are drawn equally often.
         views: of a training image, which the epochs take in turn; None draws a new one in every epoch.
         batch_norm: "frozen" or "track"; a tracked one is part of a checkpoint.
     """
@@ -72,6 +75,7 @@ class Trainer(transformers.Trainer):
         batch_norm: str,
         options: CenterOptions,
         normalizer: CenterNormalizer | None = None,
+        balanced: Sequence[str] = (),
         views: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -80,6 +84,7 @@ class Trainer(transformers.Trainer):
         self.augmentation = augmentation
         self.normalizer = normalizer
         self.options = options
+        self.balanced = balanced
         self.views = views
         self.stored: Stored | None = None
         self.loss: Loss = kwargs["compute_loss_func"]
@@ -87,14 +92,15 @@ class Trainer(transformers.Trainer):
         self.stop = StopAtCheckpoint(self.accelerator)
         self.add_callback(self.stop)
         if options.domain_loss == "group_dro":
-            self.add_callback(domains.GroupDRO(self._centers(), 0.01 * options.domain_weight))
+            self.add_callback(domains.GroupDRO(self._training_table().centers, 0.01 * options.domain_weight))
         if options.domain_loss in ("coral", "dann"):
             head = heads.module_of(kwargs["model"])
             self.features = domains.HeadInput(head)
         self.domain_classifier: domains.DomainClassifier | None = None
         if options.domain_loss == "dann":
             width = next(part.in_features for part in head.modules() if isinstance(part, nn.Linear))
-            self.domain_classifier = domains.DomainClassifier(width, self._centers()).to(self.args.device)
+            classifier = domains.DomainClassifier(width, self._training_table().centers)
+            self.domain_classifier = classifier.to(self.args.device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As of transformers; SIGTERM and Ctrl-C end it at a checkpoint, as `Interrupted`.
@@ -202,9 +208,10 @@ class Trainer(transformers.Trainer):
         )
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
-        if not self.options.balance_centers:
+        if not self.balanced:
             return super()._get_train_sampler(train_dataset)
-        return domains.CenterBalancedSampler(self._centers(), self.args.seed)
+        values = np.stack([getattr(self._training_table(), name) for name in self.balanced], axis=1)
+        return BalancedSampler(values, self.args.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -212,10 +219,9 @@ class Trainer(transformers.Trainer):
             optimizer.add_param_group({"params": list(self.domain_classifier.parameters())})
         return optimizer
 
-    def _centers(self) -> list[int]:
-        """Of the training images."""
+    def _training_table(self) -> ImageTable:
         assert isinstance(self.train_dataset, ImageTable)
-        return self.train_dataset.centers
+        return self.train_dataset
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if isinstance(self.model, PeftModel):
@@ -319,6 +325,7 @@ def build(
     normalizer: CenterNormalizer | None,
     loss: Loss,
     compute_metrics: Callable[..., dict[str, float]],
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
     """A `Trainer` that trains `model` as `config` says, with checkpoints under `folder`."""
     options = config.training
@@ -328,7 +335,9 @@ def build(
         settings["fused"] = True
     if config.speed.activation_checkpointing:
         _checkpoint_activations(model)
-    callbacks = [EarlyStoppingCallback(options.early_stopping_patience)] if options.early_stopping_patience else []
+    balanced = {"labels": options.class_balance == "sampling", "centers": config.centers.balance_centers}
+    patience = options.early_stopping_patience
+    stopping = [EarlyStoppingCallback(patience)] if patience else []
     return Trainer(
         model=model.to(memory_format=torch.channels_last),
         args=training_arguments(config, folder),
@@ -338,11 +347,12 @@ def build(
         compute_loss_func=loss,
         compute_metrics=compute_metrics,
         optimizer_cls_and_kwargs=(optimizer, settings),
-        callbacks=callbacks,
+        callbacks=[*stopping, *callbacks],
         preprocessing=preprocessing,
         augmentation=augmentation,
         normalizer=normalizer,
         options=config.centers,
+        balanced=[column for column, wanted in balanced.items() if wanted],
         views=config.augmentation.training_views,
         batch_norm=config.model.batch_norm,
     )

@@ -10,7 +10,7 @@ import pytest
 from fixtures import write_challenge
 
 from hf_histo.data import schema
-from hf_histo.data.folds import leave_one_center_out, pool_centers
+from hf_histo.data.folds import k_folds, leave_one_center_out, pool_centers, with_validation
 from hf_histo.data.load import fingerprint, load
 from hf_histo.errors import HistoError
 
@@ -160,3 +160,42 @@ def test_pooling_trains_on_every_labeled_center_and_keeps_the_test(data: dataset
     assert fingerprint(pooled) != fingerprint(pool_centers(data, seed=1))
     with pytest.raises(HistoError, match=r"validation_share is 0\.9"):
         pool_centers(data, seed=0, validation_share=0.9)
+
+
+def test_folds_hold_out_every_image_once_and_no_group_twice(data: datasets.DatasetDict) -> None:
+    folds = k_folds(data, folds=4, seed=1)
+    held_out = [key for fold in folds.values() for key in fold["test"]["id"]]
+    assert len(held_out) == len(set(held_out)) == 300  # of all three splits
+    for fold in folds.values():
+        groups = [set(part["group"]) for part in fold.values()]
+        assert list(fold) == ["train", "val", "test"]
+        assert sum(map(len, groups)) == len(set.union(*groups)) == 75
+        assert sum(map(len, fold.values())) == 300
+        assert len(fold["test"]) == pytest.approx(75, abs=12)
+        assert sum(fold["test"]["label"]) / len(fold["test"]) == pytest.approx(130 / 300, abs=0.1)
+        assert len(fold["val"]) == pytest.approx(0.1 * 225, abs=10)
+    assert len({fingerprint(fold) for fold in folds.values()}) == 4
+    again, other = k_folds(data, folds=4, seed=1), k_folds(data, folds=4, seed=2)
+    assert [fingerprint(fold) for fold in again.values()] == [fingerprint(fold) for fold in folds.values()]
+    assert fingerprint(other[0]) != fingerprint(folds[0])
+
+
+def test_folds_refuse_a_class_of_too_few_groups_and_less_than_two() -> None:
+    data = datasets.DatasetDict(train=split([*rows(0, 40), *[(1, 0, "slide_x")] * 3]))
+    assert len(k_folds(data, folds=2)) == 2
+    few = datasets.DatasetDict(train=split([(0, 0, f"slide_{i}") for i in range(20)] + [(1, 0, "slide_x")] * 3))
+    with pytest.raises(HistoError, match="class 'tumor' has 1 groups, expected at least one for each of 2 folds"):
+        k_folds(few, folds=2)
+    with pytest.raises(HistoError, match="folds is 1"):
+        k_folds(data, folds=1)
+
+
+def test_validation_is_cut_where_there_is_none(data: datasets.DatasetDict) -> None:
+    assert with_validation(data) is data
+    without = datasets.DatasetDict(train=data["train"], test=data["test"])
+    cut = with_validation(without)
+    assert set(cut) == {"train", "val", "test"}
+    assert not set(cut["train"]["group"]) & set(cut["val"]["group"])
+    assert sorted([*cut["train"]["id"], *cut["val"]["id"]]) == sorted(data["train"]["id"])
+    assert len(cut["val"]) == pytest.approx(20, abs=8)
+    assert fingerprint(cut) == fingerprint(with_validation(without)) != fingerprint(without)

@@ -17,6 +17,8 @@ from hf_histo.errors import HistoError
 from hf_histo.evaluation import metrics
 from hf_histo.evaluation.predictions import array, make, predicted
 
+SCREENING = {"sensitivity_at_0.9": 0.9, "sensitivity_at_0.95": 0.95}
+
 
 def random_table(n: int = 400, classes: int = 1, groups: int = 0, seed: int = 0) -> pd.DataFrame:
     random = np.random.default_rng(seed)
@@ -60,8 +62,38 @@ def test_values_are_those_of_scikit_learn(classes: int, threshold: float) -> Non
         for c in range(classes):
             assert values[f"precision_{c}"] == pytest.approx(parts[0][c])
             assert values[f"recall_{c}"] == pytest.approx(parts[1][c])
+            one = array(table, "probability")[:, c]
+            assert values[f"auroc_{c}"] == pytest.approx(sk.roc_auc_score(table["label"] == c, one))
+        assert not any(name.startswith("sensitivity") for name in values)
     else:
-        assert set(values) == set(expected)
+        assert set(values) == {*expected, "sensitivity_at_0.9", "sensitivity_at_0.95"}
+
+
+@pytest.mark.parametrize(("classes", "negative"), [(1, None), (1, 0), (2, 1), (4, 2)])
+def test_screening_is_a_point_of_the_roc_curve(classes: int, negative: int | None) -> None:
+    table = random_table(classes=classes, groups=30)
+    probability, healthy = array(table, "probability"), negative or 0
+    score = probability if classes == 1 else 1 - probability[:, healthy]
+    counts = np.random.default_rng(1).multinomial(30, np.full(30, 1 / 30), size=4).T.astype(float)
+    rows = metrics._Rows(table, 0.5, negative)
+    values = {
+        name: [metrics.compute(table, negative=negative)[name], *rows.metrics(counts)[name]] for name in SCREENING
+    }
+    for b, weights in enumerate([None, *(counts[rows.groups].T)]):
+        false_rate, true_rate, _ = sk.roc_curve(
+            table["label"] != healthy, score.round(12), sample_weight=weights, drop_intermediate=False
+        )
+        for name, specificity in SCREENING.items():
+            assert values[name][b] == pytest.approx(true_rate[1 - false_rate >= specificity - 1e-9].max())
+
+
+def test_screening_where_the_best_score_is_a_negative_or_a_class_lacks() -> None:
+    wrong = metrics.compute(make("abcd", [0] * 4, [""] * 4, [1, 1, 0, 0], [50.0, 60.0, 70.0, 80.0]))
+    assert wrong["sensitivity_at_0.9"] == 0
+    right = metrics.compute(make("abcd", [0] * 4, [""] * 4, [0, 0, 1, 1], [50.0, 60.0, 70.0, 80.0]))
+    assert right["sensitivity_at_0.95"] == 1  # although every probability is 1
+    for label in (0, 1, -1):
+        assert metrics.compute(make("ab", [0] * 2, [""] * 2, [label] * 2, [1.0, 2.0]))["sensitivity_at_0.9"] is None
 
 
 @pytest.mark.parametrize("classes", [1, 3])
@@ -131,7 +163,7 @@ def test_report_by_center() -> None:
 def test_undefined_is_none() -> None:
     values = metrics.compute(make("abc", [0] * 3, [""] * 3, [0, 0, 0], [-1.0, -2.0, -3.0]))
     undefined = {name for name, value in values.items() if value is None}
-    assert undefined == {"auroc", "average_precision", "balanced_accuracy", "precision", "recall", "f1"}
+    assert undefined == {"auroc", "average_precision", "balanced_accuracy", "precision", "recall", "f1", *SCREENING}
     assert values["accuracy"] == 1
 
     values = metrics.compute(make("abc", [0] * 3, [""] * 3, [0, 1, 1], [-1.0, -2.0, -3.0]))

@@ -134,3 +134,16 @@ def test_center_table() -> None:
     assert lines[-1].endswith(f" {auroc['value']:.3f} ({auroc['low']:.3f}–{auroc['high']:.3f}) |")
     assert lines[4].endswith(" – |")
     assert len({len(line) for line in lines}) == 1
+
+
+def test_tables_of_classes_and_of_screening() -> None:
+    names, logits = ["glioma", "none", "pituitary"], np.eye(3)[[0, 0, 1, 1, 2, 0]] * 3
+    table = make(range(6), [-1] * 6, [""] * 6, [0, 0, 1, 1, 2, 2], logits)
+    lines = report.class_table(metrics.report(table, negative=1), names).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == names
+    assert "0.667 (" in lines[2] and "0.500 (" in lines[4]
+    said = report.screening(metrics.report(table, negative=1), names)
+    assert said.startswith("Sensitivity for any class but none: 1.000 (1.000–1.000) at specificity 0.9, ")
+    assert report.screening(metrics.report(table), names) == ""
+    no_negative = report.screening(metrics.report(table[:2], negative=1), names)
+    assert no_negative == "Sensitivity for any class but none: – at specificity 0.9, – at specificity 0.95."

@@ -135,38 +135,6 @@ def test_hidden_labels_are_left_out() -> None:
     predictions.loc[100:, "label"] = -1
     for criterion in (*SCORES, "sensitivity"):
         assert thresholds.choose(predictions, criterion) == thresholds.choose(predictions[:100], criterion)  # type: ignore[arg-type]
-    assert thresholds.screening(predictions) == thresholds.screening(predictions[:100])
-
-
-@pytest.mark.parametrize("specificity", [0.0, 0.5, 0.95, 1.0])
-@pytest.mark.parametrize("classes", [1, 2, 4])
-def test_screening_is_a_point_of_the_roc_curve(classes: int, specificity: float) -> None:
-    predictions = random_table(classes=classes)
-    predictions.attrs["label_names"] = ["normal", "tumor"] if classes < 3 else ["a", "b", "normal", "c"]
-    healthy = predictions.attrs["label_names"].index("normal")
-    probability = array(predictions, "probability")
-    score = probability if classes == 1 else 1 - probability[:, healthy]
-    false_rate, true_rate, _ = sk.roc_curve(predictions["label"] != healthy, score.round(12), drop_intermediate=False)
-    expected = true_rate[1 - false_rate >= specificity - 1e-9].max()
-    found = thresholds.screening(predictions, negative="normal", specificity=specificity)
-    assert found.sensitivity == pytest.approx(expected)
-    assert found.specificity == pytest.approx(1 - false_rate[true_rate == expected].min())
-    assert found.n == 300
-
-
-def test_screening_for_the_other_class_and_saturated_probabilities() -> None:
-    predictions = table([50.0, 60.0, 70.0, 80.0], [0, 0, 1, 1])  # every probability is 1
-    assert thresholds.screening(predictions) == thresholds.Screening(1.0, 1.0, 4)
-    # Seen from class 1, every image of class 0 ranks above it.
-    assert thresholds.screening(predictions, negative="1") == thresholds.Screening(1.0, 1.0, 4)
-    swapped = predictions.assign(label=1 - predictions["label"])
-    assert thresholds.screening(swapped) == thresholds.Screening(0.0, 1.0, 4)
-
-
-def test_screening_of_one_class_is_undefined() -> None:
-    for labels in ([0, 0], [1, 1], [-1, -1]):
-        found = thresholds.screening(table([0.0, 1.0], labels))
-        assert found.sensitivity is None and found.specificity is None
 
 
 @pytest.mark.parametrize(
@@ -181,8 +149,6 @@ def test_screening_of_one_class_is_undefined() -> None:
         (lambda: thresholds.choose(table([0.0, 1.0], [0, 1]), "auroc"), "criterion is 'auroc'"),  # type: ignore[arg-type]
         (lambda: thresholds.choose(table([0.0, 1.0], [0, 1]), "sensitivity", specificity=95), "specificity is 95"),
         (lambda: thresholds.choose(table([800.0, 800.0], [0, 1]), "sensitivity"), "no threshold reaches"),
-        (lambda: thresholds.screening(table([0.0, 1.0], [0, 1]), specificity=-1), "specificity is -1"),
-        (lambda: thresholds.screening(table([0.0, 1.0], [0, 1]), negative="normal"), "one of 0, 1"),
     ],
 )
 def test_bad_input_is_refused(call: Callable[[], object], message: str) -> None:

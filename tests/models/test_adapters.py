@@ -24,7 +24,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_histo.config import AdapterOptions
+from hf_histo.config import AdapterOptions, parse
 from hf_histo.errors import HistoError
 from hf_histo.models import adapters, backbones, batchnorm, heads
 
@@ -357,3 +357,11 @@ def test_a_pickle_is_never_read(resnet: Path, saved: Path) -> None:
     (saved / WEIGHTS).unlink()
     assert WEIGHTS in refused(resnet, saved)
     assert not (saved / "sprung").exists()
+
+
+def test_vgg16_of_the_brain_mri_report_has_its_number_of_trained_parameters() -> None:
+    options = parse(None, ["--config", str(Path(__file__).parents[2] / "recipes" / "configs" / "mri_vgg16_lora.yaml")])
+    with torch.device("meta"):
+        model = backbones.load(options.model.backbone, 4, random_weights=True)
+        counts = adapters.parameter_counts(adapters.add(model, options.adapter))
+    assert counts["trainable"] == 315_396

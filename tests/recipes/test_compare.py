@@ -108,7 +108,7 @@ def test_reported_beside_obtained(
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:4] == ["plain", "model", "0.9451", "val (center 1)"]
     assert cells[4] == f"{statistics.fmean(plain):.3f} ± {statistics.stdev(plain):.3f}"
-    assert cells[6] == "2"
+    assert cells[7] == "2"
     assert "Reported 0.9451, on the publication's test split: a paper." in text
     assert "0.9451" not in next(line for line in text.splitlines() if line.startswith("| plain + balanced"))
     assert "mini (content fingerprint" in text
@@ -223,6 +223,28 @@ def test_every_row_of_the_report_is_a_config_and_told() -> None:
             assert parse(None, ["--config", str(path)]) != Config(), path
     assert {stem: row["reported"] for stem, row in told.items() if "reported" in row} == {"5_lora": 0.9451}
     assert told["5_lora"]["source"]
+
+
+def test_the_brain_mri_backbones_differ_in_nothing_else() -> None:
+    folder = RECIPE.parent / "configs" / "mri_backbones"
+    told = yaml.safe_load((folder / "reported.yaml").read_text())
+    files = [path for path in folder.glob("*.yaml") if path.stem != "reported"]
+    assert sorted(told) == sorted(["mri_vgg16_lora", *(path.stem for path in files)])
+    assert told["mri_vgg16_lora"]["reported"] == 0.2919
+    vgg = parse(None, ["--config", str(folder.parent / "mri_vgg16_lora.yaml")]).flat()
+    for path in files:
+        own = parse(None, ["--config", str(path)]).flat()
+        if own["method"] == "lora":
+            assert {key for key in vgg if own[key] != vgg[key]} <= {"backbone", "target_modules"}, path
+        assert own["split"] == "published" and own["negative_class"] == "no_tumor", path
+
+
+def test_what_is_told_in_the_folder_of_another_row(tmp_path: Path) -> None:
+    read_told = runpy.run_path(str(RECIPE), run_name="recipe")["read_told"]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "reported.yaml").write_text("base: {name: the base, reported: 0.5, source: x}")
+    told = read_told([tmp_path / "base.yaml", tmp_path / "rows" / "one.yaml"])
+    assert (told["base"].name, told["base"].reported, told["one"].name) == ("the base", 0.5, "one")
 
 
 def test_every_row_of_the_ablation_is_told_and_close_to_another() -> None:

@@ -55,7 +55,6 @@ def test_end_to_end_and_no_overwriting(files: list[Path], tmp_path: Path) -> Non
     test = tables.read(files[1])
     assert written["test"].pop("predictions") == [str(files[1])]
     assert written["test"].pop("threshold_choice") is None
-    assert written["test"].pop("screening") == asdict(thresholds.screening(test))
     measured = written["test"].pop("calibration")
     assert measured.pop("fitted_on") is None and measured.pop("temperature")["value"] == 1
     assert measured == calibration.report(test)

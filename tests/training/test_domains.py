@@ -1,8 +1,7 @@
-"""Sampling and losses over centers: against their definitions, and in a training run."""
+"""Losses over centers: against their definitions, and in a training run."""
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +12,7 @@ from safetensors.torch import load_file
 
 from hf_histo.data.load import load
 from hf_histo.finetune import fine_tune
-from hf_histo.training.domains import CenterBalancedSampler, DomainClassifier, GroupDRO, coral
-
-
-def test_centers_are_drawn_equally_often() -> None:
-    centers = [0] * 900 + [3] * 90 + [4] * 10
-    sampler = CenterBalancedSampler(centers, seed=1)
-    drawn = list(sampler)
-    assert len(drawn) == len(sampler) == 1000
-    counts = Counter(centers[row] for row in drawn)
-    assert max(abs(count - 1000 / 3) for count in counts.values()) < 5 * np.sqrt(1000 * 2 / 9)
-    assert list(sampler) == drawn
-    sampler.set_epoch(1)
-    assert list(sampler) != drawn
+from hf_histo.training.domains import DomainClassifier, GroupDRO, coral
 
 
 def test_group_dro_follows_the_algorithm_and_survives_a_checkpoint() -> None:
@@ -78,6 +65,7 @@ def test_the_domain_classifier_learns_and_features_unlearn() -> None:
     "option",
     [
         "--balance_centers",
+        "--class_balance=sampling",
         "--domain_loss=group_dro",
         "--domain_loss=coral",
         "--domain_loss=dann",

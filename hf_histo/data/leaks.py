@@ -1,0 +1,69 @@
+"""Data sets whose images have copies: what is said about it, and splits on which a result means something."""
+
+from __future__ import annotations
+
+import logging
+
+import datasets
+import numpy as np
+
+from hf_histo.data.audit import audit
+from hf_histo.data.folds import k_folds, with_validation
+from hf_histo.data.inventory import inventory
+from hf_histo.data.splits import clean, named, with_families
+from hf_histo.errors import HistoError
+
+logger = logging.getLogger(__name__)
+
+TOLD = ("overlap", "similar_overlap", "shared_groups", "label_conflict", "similar_label_conflict", "repeats")
+
+
+def arrange(data: datasets.DatasetDict, split: str) -> datasets.DatasetDict:
+    """The splits that `--split` asks for; what was done is added to `info.description`.
+
+    - "files": `data` itself, nothing is looked at.
+    - "published": the splits of the files, `group` naming families of copies; a tenth of `train`, whole families,
+      becomes `val` where there is none; where other splits hold copies of images of `train` or `val`, their images
+      that are none are a further split: `test_clean` for `test`.
+    - "clean": one image of each family of copies, none of a family with several labels, in the first of five
+      `k_folds`: a fifth is `test`, a tenth of the rest `val`.
+
+    Neither depends on a run's seed. Raises HistoError for a split that can't be made, and as `inventory` does.
+    """
+    if split == "files":
+        return data
+    families = grouped(data, only_one=split == "clean")
+    if split == "clean":
+        arranged = k_folds(families, folds=5)[0]
+        said = "one image of each family of copies, split anew"
+    else:
+        arranged, said = _published(families)
+    for part in arranged.values():
+        part.info.description += f"; {said}; { ({name: len(part) for name, part in arranged.items()}) }"
+    return arranged
+
+
+def grouped(data: datasets.DatasetDict, *, only_one: bool = False) -> datasets.DatasetDict:
+    """`data` with families of copies for groups, or with `only_one` image of each family; warns of what it finds."""
+    table = inventory(data)
+    for finding in audit(table, next(iter(data.values())).features["label"].names).findings:
+        if finding.kind in TOLD:
+            logger.warning(finding.message)
+    families = with_families(data, table)
+    return clean(families, table) if only_one else families
+
+
+def _published(data: datasets.DatasetDict) -> tuple[datasets.DatasetDict, str]:
+    if "train" not in data:
+        raise HistoError(f"--split published: there is no train, only {', '.join(data)}; expected clean")
+    splits = with_validation(data)
+    said = [] if "val" in data else [f"val: {len(splits['val'])} images of train, whole families of copies"]
+    seen = {*splits["train"]["group"], *splits["val"]["group"]}
+    others = {}
+    for name in [name for name in data if name not in ("train", "val")]:
+        unseen = np.flatnonzero([group not in seen for group in data[name]["group"]])
+        if 0 < len(unseen) < len(data[name]):
+            others[f"{name}_clean"] = data[name].select(unseen)
+            copies = len(data[name]) - len(unseen)
+            said.append(f"{name}: {copies} of {len(data[name])} have copies in train or val, {name}_clean is the rest")
+    return named(datasets.DatasetDict({**splits, **others}), data), "; ".join(said) or "no copies across splits"

@@ -1,0 +1,68 @@
+"""The baseline that needs no gradient: logistic regression on principal components of a frozen backbone's features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+
+from hf_histo.errors import HistoError
+
+Floats = NDArray[np.float64]
+
+COMPONENTS = (2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A linear layer on features: logits are x @ weight.T + bias, weight (K, d), or (1, d) of two classes; bias (K,).
+
+    It is the regression on `components` whitened principal components, multiplied out. `value` is its score.
+    """
+
+    weight: Floats
+    bias: Floats
+    components: int
+    value: float
+
+
+def fit(
+    features: Floats, labels: NDArray[Any], *, classes: int, balanced: bool, score: Callable[[Probe], float]
+) -> Probe:
+    """The best by `score` of the regressions on 2, 4, 8, ... components; of equals the one on the fewest.
+
+    Components and regression (L2, C = 1) are fitted on the same features.
+
+    Args:
+        features: of the training images, (n, d), n and d at least 2.
+        labels: (n,) classes.
+        classes: how many there are.
+        balanced: weight the classes equally (scikit-learn's "balanced").
+        score: larger is better; to be measured on other images, those of the validation split.
+
+    Raises HistoError where a class has no image.
+    """
+    present = np.unique(labels)
+    if len(present) < classes:
+        raise HistoError(f"training labels are {present.tolist()}, expected images of all {classes} classes; add some")
+    analysis = PCA(min(COMPONENTS[-1], *features.shape), random_state=0).fit(features)
+    variances = analysis.explained_variance_
+    real = variances > 1e-9 * variances[0]  # of few images, or copies, the last components are rounding errors
+    to_components = analysis.components_[real] / np.sqrt(variances[real])[:, None]
+    scores = (features - analysis.mean_) @ to_components.T
+    best: Probe | None = None
+    for count in [count for count in COMPONENTS if count <= len(to_components)]:
+        regression = LogisticRegression(max_iter=5000, class_weight="balanced" if balanced else None)
+        regression.fit(scores[:, :count], labels)
+        weight = regression.coef_ @ to_components[:count]
+        probe = Probe(weight, regression.intercept_ - weight @ analysis.mean_, count, 0.0)
+        probe = Probe(probe.weight, probe.bias, count, score(probe))
+        if best is None or probe.value > best.value:
+            best = probe
+    assert best is not None
+    return best

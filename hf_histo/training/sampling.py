@@ -1,0 +1,37 @@
+"""The order in which training images are drawn where it is not left to chance alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import ArrayLike
+from torch.utils.data import Sampler
+
+
+class BalancedSampler(Sampler[int]):
+    """Draws as many samples as there are, with replacement, each value of a column as often as the others.
+
+    The order is a function of the seed and the epoch, so that a resumed run continues it.
+
+    Args:
+        values: (n,) integers, e.g. labels or centers; or (n, k), of which every combination that occurs is a value.
+        seed: of the order.
+    """
+
+    def __init__(self, values: ArrayLike, seed: int) -> None:
+        _, place, counts = np.unique(values, axis=0, return_inverse=True, return_counts=True)
+        self._probabilities = 1 / counts[place] / len(counts)
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._probabilities)
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng([self._seed, self._epoch])
+        return iter(random.choice(len(self), len(self), p=self._probabilities).tolist())

@@ -1,0 +1,107 @@
+"""Brain MRI as commands: the copies told, every result twice, and the folds of a cross-validation."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from hf_histo.errors import run
+from hf_histo.evaluation import metrics, predictions
+from hf_histo.inference import Classifier
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CLASSES = ("glioma", "none", "pituitary")
+Call = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 slices to train on and 18 to test on, brighter for a later class; a third of the latter are copies."""
+    folder = tmp_path_factory.mktemp("data") / "slices"
+    for split, numbers in (("Training", range(36)), ("Testing", [*range(6), *range(50, 62)])):
+        for number in numbers:
+            path = folder / split / CLASSES[number % 3] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(number).integers(0, 120, (40, 34 + number % 3)) + 60 * (number % 3)
+            PIL.Image.fromarray(np.uint8(pixels)).save(path)
+    return folder
+
+
+@pytest.fixture
+def call(backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a recipe's main in this process; return what it printed."""
+
+    def call(recipe: str, output: Path, *more: str) -> str:
+        main = runpy.run_path(str(RECIPES / recipe), run_name="recipe")["main"]
+        quick = "--image_size=32 --fit=squash --num_train_epochs=1 --metric_for_best_model=balanced_accuracy"
+        fixed = f"--data={data} --backbone={backbone} --output_dir={output} --method=linear --negative_class=none"
+        monkeypatch.setattr(sys, "argv", [recipe, *fixed.split(), *quick.split(), *more])
+        capsys.readouterr()
+        try:
+            run(main)
+        except SystemExit:
+            return capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_every_result_twice(call: Call, tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shown = call("mri_lora.py", tmp_path / "run", "--class_balance=sampling")
+    assert "test: 6 of 18 images are pixel-identical to images of train; 12 are not" in caplog.text
+    assert "| test       |     18 |" in shown and "| test_clean |     12 |" in shown
+    assert "sensitivity_at_0.95" in shown and "balanced_accuracy" in shown
+
+    adapter = tmp_path / "run" / "adapter"
+    card = (adapter / "README.md").read_text()
+    measured = json.loads((adapter / "metrics.json").read_text())["splits"]
+    for split in ("test", "test_clean"):
+        assert f"### {split}\n" in card
+        rows = predictions.read(adapter / "predictions" / f"{split}.parquet")
+        assert measured[split]["overall"]["sensitivity_at_0.9"]["value"] == pytest.approx(
+            metrics.compute(rows, negative=1)["sensitivity_at_0.9"]
+        )
+    assert "6 of 18 have copies in train or val" in card
+    assert "Sensitivity for any class but none: " in card
+    assert all(f"| {name} " in card for name in CLASSES)
+    assert {"confusion_test.png", "confusion_test_clean.png"} <= {p.name for p in (adapter / "figures").iterdir()}
+    assert len(Classifier.from_pretrained(adapter)([str(data / "Testing" / "none" / "1.png")])) == 1
+
+
+def test_a_class_that_is_none_is_told(call: Call, tmp_path: Path) -> None:
+    shown = call("mri_lora.py", tmp_path / "run", "--negative_class=healthy")
+    assert "--negative_class is 'healthy', expected the name of a class: glioma, none, pituitary" in shown
+
+
+def test_folds_summed_up_and_gone_on_with(call: Call, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shown = call("cross_validate.py", out, "--folds=3")
+    names = [f"fold-{fold}-seed-0" for fold in range(3)]
+    written = json.loads((out / "cross_validate.json").read_text())
+    assert list(written["runs"]) == names
+    every = predictions.read(out / "predictions" / "seed-0.parquet")
+    assert len(every) == 54 and every["id"].is_unique
+    families = every.groupby("group")["id"].nunique()
+    assert sorted(families.unique()) == [1, 2] and len(families) == 48
+    for name in names:
+        fold = predictions.read(out / name / "adapter" / "predictions" / "test.parquet")
+        assert len(every[every["group"].isin(fold["group"])]) == len(fold)  # whole families
+    values = [written["runs"][name]["balanced_accuracy"] for name in names]
+    assert written["metrics"]["balanced_accuracy"]["mean"] == pytest.approx(np.mean(values))
+    assert written["metrics"]["balanced_accuracy"]["deviation"] == pytest.approx(np.std(values, ddof=1))
+    assert written["pooled"]["0"] == metrics.report(every, negative=1)
+    assert "| mean" in shown and "balanced accuracy" in shown and "Sensitivity for any class but none" in shown
+    assert (out / "confusion-seed-0.png").is_file()
+
+    stamp = (out / names[0] / "adapter" / "metrics.json").stat().st_mtime_ns
+    again = call("cross_validate.py", out, "--folds=3")
+    assert again[again.index("Held-out folds") :] == shown[shown.index("Held-out folds") :]
+    assert (out / names[0] / "adapter" / "metrics.json").stat().st_mtime_ns == stamp
+    assert "folds is 1" in call("cross_validate.py", tmp_path / "one", "--folds=1")
