@@ -153,8 +153,8 @@ class Sweep:
             if not self.study.get_trials(states=[TrialState.WAITING]):
                 return None
             # Seeded anew, so that neither a second process nor one that goes on repeats a draw.
-            seed = self.config.training.seed + len(self.study.get_trials())
-            self.study.sampler = optuna.samplers.TPESampler(seed=seed)
+            begun = [trial for trial in self.study.get_trials() if trial.state != TrialState.WAITING]
+            self.study.sampler = optuna.samplers.TPESampler(seed=self.config.training.seed + len(begun))
             trial = self.study.ask(self.plan.distributions)
             return trial, self._lock_of(trial).acquire()
 
