@@ -111,7 +111,7 @@ class AdapterOptions:
 class PreparationOptions:
     """Of each image when it is read, in training and prediction alike: see `hf_histo.transforms.mri.Preparation`."""
 
-    _argument_group_name = "preparation of MRI slices"
+    _argument_group_name = "preparation"
 
     gray: bool = option(False, "take out color")
     crop_to_brain: bool = option(False, "cut off the background around the head")

@@ -174,7 +174,7 @@ def _fine_tune(
         preprocessing=views,
         head=head,
         normalizer=normalizer,
-        colors=ColorRange.fit(ImageTable(data["train"])),
+        colors=None if config.data.streaming else ColorRange.fit(ImageTable(data["train"])),
         views=augmentation.Views.of(config),
         adapt_batch_norm=config.prediction.adapt_batch_norm,
         data={

@@ -80,7 +80,7 @@ class Sidecar:
         normalizer: of the centers' color, or None.
         views: whose mean logit is a prediction.
         adapt_batch_norm: whether a prediction takes batch-norm statistics from its own images.
-        colors: of the training images; None in folders that are older than it.
+        colors: of the training images; None where they were streamed, and in folders that are older than it.
         threshold: probability of the second class from which on it is predicted, in [0, 1].
         thresholds: others to choose from by name, for a binary task: "validation" (best balanced accuracy there) and
             "balanced-SPLIT" (calls half of that split's images positive, found without its labels).

@@ -7,8 +7,8 @@ Takes every option of recipes/histo_lora.py, and the same data. `--layers` are p
 `--target_modules`; `--lora_alpha` grows with the rank, so that their ratio stays what it is. Besides each combination,
 the classifier is trained alone. Each combination and seed is a run of its own in OUT/LAYERS-rank-R/seed-S, so the same
 command goes on where an earlier one was stopped. Into OUT go pareto.md, .json and .png: accuracy against trainable
-parameters, and the runs that no other one beats in both. The front is drawn on val; one on test (`--split test`) shows
-what was reached, and must not choose.
+parameters, and the runs that no other one beats in both. The front is drawn on val; one on test (`--front_split test`)
+shows what was reached, and must not choose.
 """
 
 import re
@@ -38,7 +38,7 @@ class Options:
     layers: list[str] = field(metadata={"help": "presets or regexes of the layers with LoRA, each one of a series"})
     ranks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "of the update"})
     seeds: int = option(1, "number of seeds for each combination, counted up from --seed")
-    split: Literal["val", "test"] = option("val", "whose accuracy is drawn")
+    front_split: Literal["val", "test"] = option("val", "whose accuracy is drawn")
 
 
 def combinations(config: Config, options: Options) -> dict[str, Config]:
@@ -78,8 +78,10 @@ def main() -> None:
     chosen = combinations(config, options)
 
     data = load(config.data)
-    if options.split not in data or max(data[options.split]["label"]) < 0:
-        raise HistoError(f"--split is {options.split}, expected a split with labels; {config.data.data} has none there")
+    if options.front_split not in data or max(data[options.front_split]["label"]) < 0:
+        raise HistoError(
+            f"--front_split is {options.front_split}, expected a split with labels; {config.data.data} has none there"
+        )
     results = {name: train(name, own, data, folder / name, options.seeds) for name, own in chosen.items()}
     if not PartialState().is_main_process:
         return
@@ -89,8 +91,8 @@ def main() -> None:
             "classifier alone" if name == HEAD_ALONE else str(chosen[name].adapter.target_modules),
             "" if name == HEAD_ALONE else f"r = {chosen[name].adapter.lora_rank}",
             of_seeds[0].metrics["parameters"]["trainable"],
-            accuracy(of_seeds, options.split).mean or 0.0,
-            accuracy(of_seeds, options.split).deviation,
+            accuracy(of_seeds, options.front_split).mean or 0.0,
+            accuracy(of_seeds, options.front_split).deviation,
         )
         for name, of_seeds in results.items()
     }
@@ -103,8 +105,8 @@ def main() -> None:
         rows.append([name, f"{points[name].trainable:,}", f"{size:.2f}", *measured, "yes" if name in best else ""])
     text = (
         f"{table(rows)}\n\nAccuracy on {config.data.data} (content fingerprint {fingerprint(data)}): mean ± sample "
-        f"deviation (seeds: {options.seeds}). Front: no other run has a higher accuracy on {options.split} with as few "
-        "trainable parameters."
+        f"deviation (seeds: {options.seeds}). Front: no other run has a higher accuracy on {options.front_split} with "
+        "as few trainable parameters."
     )
     print("\n" + text)
     with atomic_file(folder / "pareto.md") as temporary:
@@ -112,14 +114,14 @@ def main() -> None:
     chart(
         points,
         folder / "pareto.png",
-        axis=f"{options.split} accuracy on {Path(config.data.data).name} (seeds: {options.seeds})",
+        axis=f"{options.front_split} accuracy on {Path(config.data.data).name} (seeds: {options.seeds})",
     )
     write_json(
         folder / "pareto.json",
         {
             "data": {"name": config.data.data, "fingerprint": fingerprint(data)},
             "options": config.flat(),
-            "split": options.split,
+            "split": options.front_split,
             "front": best,
             "points": {name: asdict(point) for name, point in points.items()},
             "accuracy": {

@@ -113,7 +113,7 @@ def test_files_made_to_do_harm_are_refused(tmp_path: Path) -> None:
     for name in ("rows", "text", "deep", "json", "names", "kinds"):
         file = tmp_path / f"{name}.parquet"
         assert file.stat().st_size < 2**20
-        with pytest.raises(HistoError, match=expected.get(name, "label_names aren't 2 names")):
+        with pytest.raises(HistoError, match=expected.get(name, "label_names are not 2 names")):
             tables.read(file)
 
 

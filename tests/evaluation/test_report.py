@@ -139,7 +139,7 @@ def test_center_table() -> None:
 def test_tables_of_classes_and_of_screening() -> None:
     names, logits = ["glioma", "none", "pituitary"], np.eye(3)[[0, 0, 1, 1, 2, 0]] * 3
     table = make(range(6), [-1] * 6, [""] * 6, [0, 0, 1, 1, 2, 2], logits)
-    lines = report.class_table(metrics.report(table, negative=1), names).splitlines()
+    lines = report.table(report.class_rows(metrics.report(table, negative=1), names)).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == names
     assert "0.667 (" in lines[2] and "0.500 (" in lines[4]
     said = report.screening(metrics.report(table, negative=1), names)

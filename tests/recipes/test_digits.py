@@ -100,7 +100,7 @@ def test_a_sweep_draws_its_front_and_goes_on(call: Call, tmp_path: Path) -> None
         assert image.width > 600
 
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/seed-0/adapter/metrics.json")}
-    call("pareto.py", tmp_path / "out", *more, "--ranks", "1", "2", "--split=test")
+    call("pareto.py", tmp_path / "out", *more, "--ranks", "1", "2", "--front_split=test")
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert json.loads((tmp_path / "out" / "pareto.json").read_text(encoding="utf-8"))["split"] == "test"
 
@@ -126,5 +126,5 @@ def test_a_split_without_labels_is_refused(call: Call, tmp_path: Path, data: Pat
     only.mkdir()
     for path in data.glob("train-*"):
         (only / path.name).write_bytes(path.read_bytes())
-    shown = call("pareto.py", tmp_path / "out", f"--data={only}", "--layers", "all-conv", "--split=test")
-    assert "--split is test, expected a split with labels" in shown
+    shown = call("pareto.py", tmp_path / "out", f"--data={only}", "--layers", "all-conv", "--front_split=test")
+    assert "--front_split is test, expected a split with labels" in shown
