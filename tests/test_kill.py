@@ -46,7 +46,7 @@ JOBS = {
     ),
     "sweep": Job(
         "pareto.py",
-        ("--ranks", "2", "4", "--seeds=1", "--target_modules=last-conv"),
+        ("--layers", "last-conv", "--ranks", "2", "4", "--seeds=1"),
         {"sweep": ("", ""), "sweep, training": ("backward", "")},
     ),
 }

@@ -425,13 +425,15 @@ def _dataset(parent: h5py.Group, name: str, kinds: str) -> h5py.Dataset | None:
         raise HistoError(f"{_where(dataset)}: a group or empty, expected an array; export the file again")
     try:
         dtype, outside = dataset.dtype, dataset.external or dataset.is_virtual
+        stored, chunk = dataset.id.get_storage_size(), math.prod(dataset.chunks or (0,)) * dtype.itemsize
     except UNREADABLE as error:
-        raise HistoError(f"{_where(dataset)}: unreadable type ({error}), expected plain numbers; convert it") from error
+        raise HistoError(
+            f"{_where(dataset)}: unreadable ({error}), expected plain numbers; export the file again"
+        ) from error
     if outside:
         raise HistoError(f"{_where(dataset)}: data kept in other files, expected it in this one; copy it in")
     if dtype.kind not in kinds:
         raise HistoError(f"{_where(dataset)}: dtype {dtype}, expected plain numbers; convert it")
-    stored, chunk = dataset.id.get_storage_size(), math.prod(dataset.chunks or (0,)) * dtype.itemsize
     if dataset.nbytes > SMALL + EXPANSION * stored or chunk > MAX_BYTES:
         found = f"{dtype} of shape {dataset.shape} in chunks of {chunk} bytes, {stored} bytes on disk"
         raise HistoError(f"{_where(dataset)}: {found}, expected the data to be there; export the file again")

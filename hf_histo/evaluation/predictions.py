@@ -33,7 +33,7 @@ from hf_histo.errors import HistoError
 from hf_histo.files import atomic_file
 
 COLUMNS = ("id", "center", "group", "label", "logit", "probability")
-MAX_VALUES, MAX_NAME = 50_000_000, 4096  # in a file, and bytes of a name
+MAX_ROWS, MAX_BYTES, MAX_NAME = 5_000_000, 2**31, 4096  # of a file, and of the text in a row
 
 
 def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:
@@ -223,7 +223,7 @@ def read(path: str | Path) -> pd.DataFrame:
         raise HistoError(f"{path} is not a file: pass a predictions file that a training recipe wrote (.parquet)")
     try:
         table = _table(path)
-    except (pa.ArrowException, OSError, MemoryError) as error:
+    except (pa.ArrowException, OSError, MemoryError, ValueError, LookupError, TypeError) as error:
         raise HistoError(f"{path} can't be read as parquet: pass a whole predictions file ({error})") from None
     columns = {name: table[name].to_pylist() for name in COLUMNS}
     try:
@@ -257,11 +257,17 @@ def _table(path: Path) -> pa.Table:
             raise HistoError(
                 f"{path} lacks the columns {missing} (it has {found}): pass a file made by predictions.write"
             )
-        parts = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-        values = sum(part.column(i).num_values for part in parts for i in range(part.num_columns))
-        if max(file.metadata.num_rows, values) > MAX_VALUES:
-            raise HistoError(f"{path}: {values} values in {file.metadata.num_rows} rows, expected at most {MAX_VALUES}")
-        table = file.read(columns=list(COLUMNS))
+        if file.metadata.num_rows > MAX_ROWS:
+            raise HistoError(f"{path}: {file.metadata.num_rows} rows, expected at most {MAX_ROWS}")
+        batches, size = [], 0
+        # Not by the values that a column's metadata declares: pyarrow 26 ends the process on damaged ones.
+        for batch in file.iter_batches(1024, columns=list(COLUMNS)):
+            batches.append(batch)
+            size += batch.nbytes
+            if size > MAX_BYTES:
+                raise HistoError(f"{path}: more than {MAX_BYTES} bytes of values, expected some for each image")
+        table = pa.Table.from_batches(batches, file.schema_arrow.empty_table().select(COLUMNS).schema)
+    table.validate(full=True)  # of a damaged file, places in a dictionary may not be there
     for name in ("id", "group"):
         if pa.types.is_dictionary(table[name].type):
             longest = max((pc.max(pc.binary_length(c.dictionary)).as_py() or 0 for c in table[name].chunks), default=0)
