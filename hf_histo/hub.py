@@ -499,6 +499,9 @@ def _leaks(splits: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for split, held in splits.items():
         if split == "train":
             continue
+        if "copies_of_train" not in held:
+            yield f"{split}: not compared with the training images, which were streamed."
+            continue
         copies, groups = held["copies_of_train"], held["groups_of_train"]
         yield (
             f"{split}: "

@@ -38,8 +38,9 @@ def composition(data: Mapping[str, datasets.Dataset]) -> dict[str, dict[str, Any
 
     Returns:
         For each split {"images", "hidden" (labels), "groups" (known ones), "classes": {name: images}, "centers":
-        {number: images}, known ones}; for those beside `train`, where that is one of them, also "copies_of_train", the
-        number of images that are byte for byte one of train's, and "groups_of_train", of groups that train has, too.
+        {number: images}, known ones}; for those beside `train`, where that is one of them and is not streamed, also
+        "copies_of_train", the number of images that are byte for byte one of train's, and "groups_of_train", of groups
+        that train has, too.
     """
     shared = {other: len(groups) for (one, other), groups in shared_groups(data).items() if one == "train"}
     known = set(_digests(data["train"])) if "train" in data else set()
@@ -62,7 +63,8 @@ def composition(data: Mapping[str, datasets.Dataset]) -> dict[str, dict[str, Any
 def _digests(rows: datasets.Dataset) -> Iterator[bytes]:
     for batch in rows.select_columns("image").with_format("arrow").iter(1000):
         for image in batch["image"]:
-            yield xxhash.xxh3_128_digest(image["bytes"].as_buffer())
+            if image["bytes"].is_valid:  # a streamed image is not in the table
+                yield xxhash.xxh3_128_digest(image["bytes"].as_buffer())
 
 
 def with_families(data: datasets.DatasetDict, table: pd.DataFrame) -> datasets.DatasetDict:
