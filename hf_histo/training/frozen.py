@@ -33,7 +33,7 @@ WORTH_IT = 0.5  # share of a forward pass before the cut from which "auto" store
 def folded_batch_norm(session: Trainer) -> Iterator[None]:
     """Within the block, frozen batch norm is part of the convolutions before it, see `folding.folded`."""
     assert session.model is not None
-    if session.batch_norm == "track" or not batchnorm.layers(session.model):
+    if session.batch_norm == "track" or not batchnorm.layers(session.model) or _is_sharded(session):
         yield
         return
     with folding.folded(session.model, _sample(session)) as count:
@@ -64,7 +64,7 @@ def cached_prefix(session: Trainer, config: Config) -> Iterator[None]:
     if reason and config.speed.cache_features == "on":
         raise HistoError(f"--cache_features on: {reason}")
     if cut is None or stored is None or reason:
-        logger.info("activations are not cached: %s", reason)
+        logger.log(logging.WARNING if stored else logging.INFO, "activations are not cached: %s", reason)
         yield
         return
     _fill(session, cut, stored)
@@ -105,7 +105,14 @@ def _unwanted(session: Trainer, config: Config) -> str | None:
     assert session.model is not None
     if session.batch_norm == "track" and batchnorm.layers(session.model):
         return "batch norm follows the data; expected --batch_norm frozen"
+    if _is_sharded(session) or session.args.torch_compile:
+        return "the model is compiled or divided among devices; expected one whole model in each process"
     return None
+
+
+def _is_sharded(session: Trainer) -> bool:
+    """Whether a process has less than a whole model, or more than one."""
+    return session.is_fsdp_enabled or session.is_deepspeed_enabled or session.args.n_gpu > 1
 
 
 def _sample(session: Trainer) -> torch.Tensor:
