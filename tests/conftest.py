@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before anything imports `datasets` or `huggingface_hub`, which read these once.
 _cache = tempfile.TemporaryDirectory(prefix="hf_histo_tests_")
@@ -13,6 +14,7 @@ os.environ["HF_DATASETS_CACHE"] = _cache.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from miniature import write_backbone, write_data  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,3 +22,10 @@ def _session() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     _cache.cleanup()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A backbone and a data set in miniature."""
+    folder = tmp_path_factory.mktemp("source")
+    return write_backbone(folder / "backbone"), write_data(folder / "data")

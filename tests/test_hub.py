@@ -22,7 +22,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
-from miniature import config, write_backbone, write_data
+from miniature import config, write_backbone
 from safetensors.torch import load_file, save_file
 
 from hf_histo import hub
@@ -49,12 +49,6 @@ DESIGNED = {
 }
 ROOT = Path(hub.__file__).parents[1]
 QUICK = ["--target_modules=last-conv"]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("source")
-    return write_backbone(folder / "backbone"), write_data(folder / "data")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hub_server import TOKEN, Hub
 from killable import run
-from miniature import SIZE, write_backbone, write_data
+from miniature import SIZE
 
 NAME = "ana/tumor"
 RESULTS = ("adapter_model.safetensors", "metrics.json", "predictions/val.parquet", "predictions/test.parquet")
@@ -50,12 +50,6 @@ JOBS = {
         {"sweep": ("", ""), "sweep, training": ("backward", "")},
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("source")
-    return write_backbone(folder / "backbone"), write_data(folder / "data")
 
 
 @pytest.fixture(scope="module")

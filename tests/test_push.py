@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from hub_server import CUT, LOST, READ_TOKEN, TOKEN, Hub
-from miniature import config, write_backbone, write_data
+from miniature import config
 
 from hf_histo import hub
 from hf_histo.data.load import load
@@ -27,12 +27,6 @@ from hf_histo.training import trainer
 NAME = "ana/tumor"
 QUICK = ["--target_modules=last-conv", "--num_train_epochs=1"]
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("source")
-    return write_backbone(folder / "backbone"), write_data(folder / "data")
 
 
 @pytest.fixture(scope="module")

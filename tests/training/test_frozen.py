@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from miniature import config, write_backbone, write_data
+from miniature import config
 
 from hf_histo.config import Config
 from hf_histo.data.load import load
@@ -23,12 +23,6 @@ from hf_histo.transforms import augmentation, preprocessing
 
 LINEAR = ["--method=linear", "--augmentation=crop-jitter", "--training_views=1"]
 LAST = ["--method=lora", "--target_modules=last-conv", "--augmentation=crop-jitter", "--training_views=2"]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("source")
-    return write_backbone(folder / "backbone"), write_data(folder / "data")
 
 
 def build(folder: Path, source: tuple[Path, Path], *more: str) -> tuple[trainer.Trainer, Config]:

@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import pytest
 import torch
-from miniature import config, write_backbone, write_data
+from miniature import config, write_data
 from transformers import TrainerCallback
 
 from hf_histo import errors, finetune
@@ -20,12 +20,6 @@ from hf_histo.errors import HistoError, Interrupted
 from hf_histo.training import trainer
 
 QUICK = ["--target_modules=last-conv", "--lora_dropout=0.1", "--logging_steps=2"]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("source")
-    return write_backbone(folder / "backbone"), write_data(folder / "data")
 
 
 @pytest.fixture(scope="module")
