@@ -45,6 +45,8 @@ class DataOptions:
     on_bad_image: Literal["error", "skip"] = option(
         "error", "stop at an image file that can't be read, or leave it out"
     )
+    slice_plane: Literal["axial", "coronal", "sagittal"] = option("axial", "how volumes (NIfTI) are cut into slices")
+    slices: int | None = option(None, "of a volume, evenly spaced (default: all that the head fills well enough)")
     streaming: bool = option(False, "with hub:..., read training images as they are needed, and keep none")
     pixel_order: Literal["detect", "hwc", "chw"] = option("detect", "order of the columns in a table of pixels")
     pixel_range: Literal["detect", "1", "255"] = option("detect", "largest value in a table of pixels")
@@ -376,7 +378,7 @@ def _validated(config: Config) -> Config:
         "more than 0": (
             "num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
             "learning_rate lora_rank lora_alpha image_size resize_size logging_steps shots percentage level max_steps "
-            "iterations_per_shot eval_steps training_views",
+            "iterations_per_shot eval_steps training_views slices",
             lambda value: value > 0,
         ),
         "in [0, 1)": ("head_dropout lora_dropout", lambda value: 0 <= value < 1),

@@ -17,6 +17,8 @@ from hf_histo.data import schema
 from hf_histo.errors import HistoError
 
 LEFT_OUT = "left out "  # starts the line of `info.description` about an image that can't be read
+# How many times its size deflate can expand at most (https://www.zlib.net/zlib_tech.html), and what is never a bomb.
+EXPANSION, SMALL = 1032, 2**20
 
 
 @dataclasses.dataclass
@@ -59,18 +61,20 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
         raise NotImplementedError
 
     @contextmanager
-    def skipping(self, name: str) -> Iterator[None]:
+    def skipping(self) -> Iterator[None]:
         """Around reading and yielding one image: where it can't be read and the options say so, it is left out.
 
-        `info.description` then gets a line with `name` and the reason.
+        `info.description` then gets a line with the error, which names the file below the folder.
         """
         try:
             yield
         except HistoError as error:
             if self.config.options.on_bad_image == "error":
                 raise
-            reason = str(error).partition(f"{name}: ")[2] or str(error)  # without the folder, which may move
-            self.info.description += f"\n{LEFT_OUT}{name}: {reason}"
+            directory = self.config.directory
+            folder = directory.parent if directory.is_file() else directory
+            reason = str(error).removeprefix(str(folder)).lstrip("/\\")  # without the folder, which may move
+            self.info.description += f"\n{LEFT_OUT}{reason}"
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=schema.features(self.LABELS))

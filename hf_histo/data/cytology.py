@@ -74,7 +74,7 @@ class ListedImages(FolderBuilder):
     def _generate_examples(self, images: list[tuple[Path, str]]) -> Iterator[tuple[str, dict[str, Any]]]:
         for path, label in images:
             name = name_of(path, self.config.directory)
-            with self.skipping(name):
+            with self.skipping():
                 image = {"bytes": schema.checked(path), "path": None}
                 yield name, {"id": name, "image": image, "label": label, "center": -1, "group": ""}
 

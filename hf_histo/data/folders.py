@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import PIL.Image
@@ -43,27 +43,33 @@ class ClassFolders(FolderBuilder):
     """
 
     LAYOUT = "class_folders"
-    OPTIONS = ("on_bad_image",)
+    OPTIONS: ClassVar[tuple[str, ...]] = ("on_bad_image",)
     EXPECTED = "train/, val/ and test/ (any of them) with one folder of images per class, or such class folders alone"
+    FILES = "images"  # what the folders hold
+    GROUP = "unknown"
 
     @classmethod
     def matches(cls, directory: Path) -> bool:
         folders = _folders(directory)
-        return any(split_of(folder) for folder in folders) or any(is_image(p) for f in folders for p in f.iterdir())
+        return any(split_of(folder) for folder in folders) or any(cls.holds(p) for f in folders for p in f.iterdir())
+
+    @classmethod
+    def holds(cls, path: Path) -> bool:
+        """Whether a path looks like one of the files that are read."""
+        return is_image(path)
 
     @classmethod
     def sources(cls, directory: Path) -> list[str]:
-        return [
-            name_of(path, directory) for classes in _scan(directory).values() for p in classes.values() for path in p
-        ]
+        splits = cls._scan(directory)
+        return [name_of(path, directory) for classes in splits.values() for paths in classes.values() for path in paths]
 
     def _info(self) -> datasets.DatasetInfo:
-        return datasets.DatasetInfo(features=schema.features(_labels(_scan(self.config.directory))))
+        return datasets.DatasetInfo(features=schema.features(_labels(self._scan(self.config.directory))))
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
-        splits = _scan(self.config.directory)
+        splits = self._scan(self.config.directory)
         counts = {split: sum(map(len, classes.values())) for split, classes in splits.items()}
-        self.info.description = f"image files; group: unknown; {counts}"
+        self.info.description = f"{self.FILES}; group: {self.GROUP}; {counts}"
         logger.info("%s: %s", self.config.directory, self.info.description)
         return [split_generator(split, counts[split], classes=classes) for split, classes in splits.items()]
 
@@ -71,73 +77,77 @@ class ClassFolders(FolderBuilder):
         for label, paths in classes.items():
             for path in paths:
                 name = name_of(path, self.config.directory)
-                with self.skipping(name):
+                with self.skipping():
                     image = {"bytes": schema.checked(path), "path": None}
                     yield name, {"id": name, "image": image, "label": label, "center": -1, "group": ""}
 
-
-def _scan(directory: Path) -> dict[str, dict[str, list[Path]]]:
-    """The image files by split and class, everything in text order; splits as train, val, test."""
-    folders: dict[str, Path] = {}
-    for folder in _folders(directory):
-        if split := split_of(folder):
-            if split in folders:
+    @classmethod
+    def _scan(cls, directory: Path) -> dict[str, dict[str, list[Path]]]:
+        """The files by split and class, everything in text order; splits as train, val, test."""
+        folders: dict[str, Path] = {}
+        for folder in _folders(directory):
+            if split := split_of(folder):
+                if split in folders:
+                    raise HistoError(
+                        f"{directory}: {folders[split].name} and {folder.name} both name the split {split}, "
+                        "expected one; merge them"
+                    )
+                folders[split] = folder
+        others = [f.name for f in _folders(directory) if f not in folders.values()]
+        if folders and others:
+            logger.warning("%s: left out the folders %s, which are no split", directory, ", ".join(others))
+        folders = {split: folders[split] for split in SPLITS if split in folders} or {SINGLE: directory}
+        root = directory.resolve()
+        splits = {split: cls._classes(folder, root) for split, folder in folders.items()}
+        labels = _labels(splits)
+        for split, classes in splits.items():
+            for name in classes.keys() - set(labels):
                 raise HistoError(
-                    f"{directory}: {folders[split].name} and {folder.name} both name the split {split}, "
-                    "expected one; merge them"
+                    f"{folders[split] / name}: a class that {folders['train']} lacks, expected one of "
+                    f"{', '.join(labels)}; add training images or remove the folder"
                 )
-            folders[split] = folder
-    others = [f.name for f in _folders(directory) if f not in folders.values()]
-    if folders and others:
-        logger.warning("%s: left out the folders %s, which are no split", directory, ", ".join(others))
-    folders = {split: folders[split] for split in SPLITS if split in folders} or {SINGLE: directory}
-    root = directory.resolve()
-    splits = {split: _classes(folder, root) for split, folder in folders.items()}
-    labels = _labels(splits)
-    for split, classes in splits.items():
-        for name in classes.keys() - set(labels):
+        return splits
+
+    @classmethod
+    def _classes(cls, folder: Path, root: Path) -> dict[str, list[Path]]:
+        """The files of every class folder in `folder`."""
+        _check_link(folder, root)
+        for path in sorted(folder.iterdir()):
+            if cls.holds(path):
+                raise HistoError(
+                    f"{path}: beside the class folders, expected {cls.FILES} in them alone; move or remove it"
+                )
+        classes = {path.name: cls._files(path, root) for path in _folders(folder)}
+        if not classes:
+            raise HistoError(f"{folder}: no folders, expected one for each class; add them or remove this one")
+        return classes
+
+    @classmethod
+    def _files(cls, folder: Path, root: Path) -> list[Path]:
+        """The files in and below `folder`, in text order."""
+        _check_link(folder, root)
+        files, ignored = [], []
+        for path in sorted(folder.iterdir()):
+            if is_clutter(path):
+                continue
+            if path.is_dir():
+                files += cls._files(path, root)
+            elif cls.holds(path):
+                _check_link(path, root)
+                files.append(path)
+            else:
+                ignored.append(path.name)
+        if not files:
             raise HistoError(
-                f"{folders[split] / name}: a class that {folders['train']} lacks, expected one of "
-                f"{', '.join(labels)}; add training images or remove the folder"
+                f"{folder}: no {cls.FILES} in this folder, expected at least one; add some or remove the folder"
             )
-    return splits
+        if ignored:
+            logger.warning("%s: left out %d files that are no %s, e.g. %s", folder, len(ignored), cls.FILES, ignored[0])
+        return files
 
 
 def _labels(splits: dict[str, dict[str, list[Path]]]) -> list[str]:
     return sorted(splits["train"]) if "train" in splits else sorted({name for c in splits.values() for name in c})
-
-
-def _classes(folder: Path, root: Path) -> dict[str, list[Path]]:
-    """The images of every class folder in `folder`."""
-    _check_link(folder, root)
-    for path in sorted(folder.iterdir()):
-        if is_image(path):
-            raise HistoError(f"{path}: an image beside the class folders; move it into one or remove it")
-    classes = {path.name: _images(path, root) for path in _folders(folder)}
-    if not classes:
-        raise HistoError(f"{folder}: no folders, expected one for each class; add them or remove this one")
-    return classes
-
-
-def _images(folder: Path, root: Path) -> list[Path]:
-    """The images in and below `folder`, in text order."""
-    _check_link(folder, root)
-    images, ignored = [], []
-    for path in sorted(folder.iterdir()):
-        if _is_clutter(path):
-            continue
-        if path.is_dir():
-            images += _images(path, root)
-        elif is_image(path):
-            _check_link(path, root)
-            images.append(path)
-        else:
-            ignored.append(path.name)
-    if not images:
-        raise HistoError(f"{folder}: no images in this folder, expected at least one; add some or remove the folder")
-    if ignored:
-        logger.warning("%s: left out %d files that are no images, e.g. %s", folder, len(ignored), ignored[0])
-    return images
 
 
 def _check_link(path: Path, root: Path) -> None:
@@ -156,7 +166,7 @@ def _check_link(path: Path, root: Path) -> None:
 
 
 def _folders(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if path.is_dir() and not _is_clutter(path))
+    return sorted(path for path in directory.iterdir() if path.is_dir() and not is_clutter(path))
 
 
 def split_of(path: Path) -> str | None:
@@ -167,10 +177,11 @@ def split_of(path: Path) -> str | None:
 def is_image(path: Path) -> bool:
     """Whether a path looks like an image that `schema.decode` reads."""
     format = PIL.Image.registered_extensions().get(path.suffix.lower())
-    return format in schema.FORMATS and not path.is_dir() and not _is_clutter(path)
+    return format in schema.FORMATS and not path.is_dir() and not is_clutter(path)
 
 
-def _is_clutter(path: Path) -> bool:
+def is_clutter(path: Path) -> bool:
+    """Whether a path is none of the user's own: hidden, or of an operating system."""
     return path.name.startswith(".") or path.name.lower() in CLUTTER
 
 

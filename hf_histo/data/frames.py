@@ -159,7 +159,7 @@ class PixelTables(FolderBuilder):
         self, path: Path, table: pd.DataFrame, layout: Layout
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, (row, values) in enumerate(zip(table.itertuples(), _rows(path), strict=True)):
-            with self.skipping(f"{path.name}: row {number}"):
+            with self.skipping():
                 image = {"bytes": schema.encode_ppm(layout.read(values, f"{path}: row {number}")), "path": None}
                 label = -1 if row.label == "" else self.info.features["label"].str2int(row.label)
                 yield number, {"id": row.id, "image": image, "label": label, "center": -1, "group": row.group}

@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from hf_histo.data.builder import FolderBuilder, split_generator
+from hf_histo.data.builder import EXPANSION, SMALL, FolderBuilder, split_generator
 from hf_histo.data.schema import MAX_PIXELS, encode_ppm
 from hf_histo.errors import HistoError
 
@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 MAX_BYTES = 3 * MAX_PIXELS  # of an image, and of a chunk, which HDF5 reads whole; looked at before anything is read
 MAX_ROWS = 100_000_000
-# How many times its size deflate can expand at most (https://www.zlib.net/zlib_tech.html), and what is never a bomb.
-EXPANSION, SMALL = 1032, 2**20
 PROBES = 64  # images that tell the pixel format of a file
 # Below this, an image that exceeds 1 may be a dark one in [0, 255] as well as one in an unknown range.
 DARKEST_PEAK = 16

@@ -22,6 +22,7 @@ from hf_histo.data.frames import SUFFIXES, PixelTables
 from hf_histo.data.hdf5 import Challenge, ChallengeFile, PatchCamelyon
 from hf_histo.data.idx import Idx
 from hf_histo.data.tables import WildsCamelyon17
+from hf_histo.data.volumes import VolumeFolders
 from hf_histo.errors import HistoError
 from hf_histo.files import atomic_file
 
@@ -37,6 +38,7 @@ LAYOUTS: tuple[type[FolderBuilder], ...] = (
     NamedImages,
     SplitLists,
     PixelTables,
+    VolumeFolders,
     ClassFolders,
 )
 

@@ -69,7 +69,7 @@ class WildsCamelyon17(FolderBuilder):
         first = None
         for row in rows.itertuples():
             path = self.config.directory / str(row.path)
-            with self.skipping(str(row.path)):
+            with self.skipping():
                 data = path.read_bytes()
                 size = decode(data, str(path)).shape
                 first = first or size

@@ -161,7 +161,7 @@ def test_refuses_a_split_without_classes(folder: Path) -> None:
 
 def test_refuses_an_image_beside_the_classes(folder: Path) -> None:
     write(folder / "train/stray.png", images(1)[0])
-    refused(folder, r"train/stray\.png: an image beside the class folders")
+    refused(folder, r"train/stray\.png: beside the class folders, expected images")
 
 
 def test_refuses_two_folders_for_one_split(folder: Path) -> None:
