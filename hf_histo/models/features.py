@@ -151,7 +151,10 @@ def find(model: nn.Module, pixels: torch.Tensor) -> Cut | None:
 def _find(model: nn.Module, pixels: torch.Tensor) -> Cut | None:
     with FlopCounterMode(display=False) as whole:
         calls, logits = record(model, pixels)
-    first = next((c for c in calls if any(p.requires_grad for p in c.module.parameters(recurse=False))), None)
+    # The parameters of what a module calls are found there; where it calls nothing, all below are its own.
+    last = [call.left < after.entered for call, after in itertools.pairwise(calls)] + [True]
+    moved = (any(p.requires_grad for p in c.module.parameters(alone)) for c, alone in zip(calls, last, strict=True))
+    first = next(itertools.compress(calls, moved), None)
     if first is None:
         return None
     by_name = {call.name: call for call in calls}

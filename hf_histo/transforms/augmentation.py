@@ -271,13 +271,24 @@ def _scan(images: torch.Tensor, draws: Draws, augmentation: Augmentation) -> tor
 
 def _resample(images: torch.Tensor, draws: Draws, augmentation: Augmentation, size: int) -> torch.Tensor:
     maps, levels = _geometry(draws, augmentation, images.shape[-2:], size)
+    maps = maps.to(images.device)
+    if not levels.any():
+        return _sample(images, maps, size)
     views = torch.empty(len(images), 3, size, size, device=images.device)
     for level in np.unique(levels):  # a crop that shrinks is averaged down first, so that it does not alias
         chosen = torch.from_numpy(np.flatnonzero(levels == level)).to(images.device)
         source = F.avg_pool2d(images[chosen], 2 ** int(level)) if level else images[chosen]
-        grid = F.affine_grid(maps.to(images.device)[chosen], [len(chosen), 3, size, size], align_corners=False)
-        views[chosen] = F.grid_sample(source, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        views[chosen] = _sample(source, maps[chosen], size)
     return views
+
+
+def _sample(images: torch.Tensor, maps: torch.Tensor, size: int) -> torch.Tensor:
+    """Views (B, 3, size, size) of images (B, 3, H, W) through maps (B, 2, 3) from the view, both in [-1, 1]."""
+    steps = torch.arange(1, 2 * size, 2, device=maps.device) / size - 1  # centers of pixels
+    across, down, shift = maps[..., None, None].unbind(2)
+    # What `affine_grid` gives, in a third of the time: x and y are planes, which `grid_sample` reads as well.
+    grid = (across * steps + (down * steps[:, None] + shift)).permute(0, 2, 3, 1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def _geometry(

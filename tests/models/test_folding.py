@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -14,8 +16,8 @@ from hf_histo.models import adapters, backbones, batchnorm, folding
     ("name", "method", "target_modules", "expected"),
     [
         ("test_resnet.r160_in1k", "linear", None, 15),
-        ("test_resnet.r160_in1k", "lora", "last-conv", 12),  # not behind the three layers with LoRA
-        ("test_resnet.r160_in1k", "lora", "all-conv", 0),
+        ("test_resnet.r160_in1k", "lora", "last-conv", 15),  # three with LoRA
+        ("test_resnet.r160_in1k", "lora", "all-conv", 15),
         ("test_efficientnet.r160_in1k", "linear", None, 13),  # timm's batch norm with an activation in it
     ],
 )
@@ -37,11 +39,73 @@ def test_the_same_function_with_fewer_layers(name: str, method: str, target_modu
         inside = adapted(pixel_values=pixels).logits
         assert inside.requires_grad
         torch.testing.assert_close(inside, logits, rtol=1e-4, atol=1e-6)
-        assert torch.equal(inside, logits) is (expected == 0)
     assert torch.equal(adapted(pixel_values=pixels).logits, logits)
     after = adapted.state_dict()
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
     assert after.keys() == before.keys()
+
+
+def gradients(model: Any, pixels: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+    """Of every trained parameter, and of the pixels."""
+    model.zero_grad()
+    pixels = pixels.clone().requires_grad_()
+    (model(pixel_values=pixels).logits * weight).sum().backward()
+    return [pixels.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize(
+    ("name", "target_modules"),
+    [
+        ("test_resnet.r160_in1k", "all-conv"),
+        ("test_efficientnet.r160_in1k", "all-conv"),
+        ("test_vit.r160_in1k", r".*\.(patch_embed|attn)\.proj"),  # no norm behind the convolution; a linear layer
+    ],
+)
+def test_the_same_gradients_under_lora(name: str, target_modules: str) -> None:
+    torch.manual_seed(0)
+    model = backbones.load(name, 3, random_weights=True, image_size=64)
+    batchnorm.freeze(model)
+    options = AdapterOptions(target_modules=target_modules, lora_rank=4, use_rslora=True)
+    adapted = adapters.add(model, options).double().train()
+    for parameter in adapted.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.2  # LoRA starts with no update and no gradient of A
+    pixels, weight = torch.randn(2, 3, 64, 64).double(), torch.randn(2, 3).double()
+    plain = gradients(adapted, pixels, weight)
+    with folding.folded(adapted, pixels.roll(1, -1)) as count:
+        assert count > 0
+        for inside, outside in zip(gradients(adapted, pixels, weight), plain, strict=True):
+            torch.testing.assert_close(inside, outside, rtol=1e-8, atol=1e-10)
+
+
+def test_in_half_precision_as_near_as_that_is() -> None:
+    torch.manual_seed(0)
+    model = backbones.load("test_resnet.r160_in1k", 3, random_weights=True, image_size=64)
+    batchnorm.freeze(model)
+    adapted = adapters.add(model, AdapterOptions(target_modules="all-conv")).train()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    pixels, weight = torch.randn(4, 3, 64, 64), torch.randn(4, 3)
+    exact = gradients(adapted, pixels, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = gradients(adapted, pixels, weight)
+        with folding.folded(adapted, pixels):
+            ours = gradients(adapted, pixels, weight)
+    assert {gradient.dtype for gradient in ours} == {torch.float32}
+
+    def error(found: list[torch.Tensor]) -> float:
+        return sum(float((f - e).square().sum()) for f, e in zip(found, exact, strict=True)) ** 0.5
+
+    assert error(ours) < 1.5 * error(plain)
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}])
+def test_other_kinds_of_update_are_left_to_peft(options: dict[str, Any]) -> None:
+    model = backbones.load("test_resnet.r160_in1k", 3, random_weights=True)
+    batchnorm.freeze(model)
+    adapted = adapters.add(model, AdapterOptions(target_modules="all-conv", **options))
+    with folding.folded(adapted, torch.randn(2, 3, 32, 32)) as count:
+        assert count == 0
 
 
 class Shared(nn.Module):
