@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,12 @@ class Challenge(FolderBuilder):
     `test.h5`. `metadata` is optional; its entry 0 is the center and the only one fit for a model, since a later one
     may be the label. Rows keep the text order of the keys (0, 1, 10, 2), and `id` is the key.
 
-    Raises HistoError, naming file and key, for everything else.
+    Raises HistoError, naming file and key, for everything else; an `img` that is at fault can be left out
+    (`--on_bad_image skip`), a label can't.
     """
 
     LAYOUT = "challenge"
+    OPTIONS = ("on_bad_image",)
     EXPECTED = "train.h5, val.h5 and perhaps test.h5, with one HDF5 group per image"
     LABELS = ("normal", "tumor")
 
@@ -60,10 +62,11 @@ class Challenge(FolderBuilder):
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         formats, counts, slides_known = {}, {}, True
+        skip = self.config.options.on_bad_image == "skip"
         for split, path in self._files().items():
             with _open(path) as file:
                 keys = _keys(file)
-                formats[path], counts[path] = _detect(file, keys), len(keys)
+                formats[path], counts[path] = _detect(file, keys, skip), len(keys)
                 if math.prod(formats[path].shape) * len(keys) > SMALL + EXPANSION * path.stat().st_size:
                     raise HistoError(
                         f"{path}: {len(keys)} images of {formats[path].size} in {path.stat().st_size} bytes, expected "
@@ -100,18 +103,16 @@ class Challenge(FolderBuilder):
             for key in _keys(file):
                 group = _image_group(file, key)
                 center, slide = _metadata(group)
-                # Without the center as a prefix: in the published files a slide number belongs to one center, and
-                # where numbers did repeat, two slides sharing a group is the mistake that can't leak.
-                yield (
-                    key,
-                    {
-                        "id": key,
-                        "image": {"bytes": encode_ppm(pixels.read(_image(group))), "path": None},
-                        "label": _label(group, hidden=labels_hidden),
-                        "center": center,
-                        "group": f"slide_{slide}" if slides_known and slide >= 0 else "",
-                    },
-                )
+                row = {
+                    "id": key,
+                    "label": _label(group, hidden=labels_hidden),
+                    "center": center,
+                    # Without the center as a prefix: in the published files a slide number belongs to one center, and
+                    # where numbers did repeat, two slides sharing a group is the mistake that can't leak.
+                    "group": f"slide_{slide}" if slides_known and slide >= 0 else "",
+                }
+                with self.skipping():
+                    yield key, {**row, "image": {"bytes": encode_ppm(pixels.read(_image(group))), "path": None}}
 
 
 class ChallengeFile(Challenge):
@@ -139,10 +140,12 @@ class PatchCamelyon(FolderBuilder):
     or 1 (optional for test), and perhaps `..._meta.csv`, whose column `wsi` is the group. `id` is the row number.
     The center is unknown.
 
-    Raises HistoError, naming the file, where these disagree.
+    Raises HistoError, naming the file, where these disagree, and for a patch that can't be read (unless such are left
+    out: `--on_bad_image skip`).
     """
 
     LAYOUT = "patch_camelyon"
+    OPTIONS = ("on_bad_image",)
     EXPECTED = "camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5, unpacked, and perhaps ..._meta.csv"
     LABELS = ("normal", "tumor")
 
@@ -191,17 +194,29 @@ class PatchCamelyon(FolderBuilder):
             step = min(512, max(1, MAX_BYTES // math.prod(patches.shape[1:])))
             step = step - step % (patches.chunks or (1,))[0] or step
             for start in range(0, len(patches), step):
-                for row, patch in enumerate(_read(patches, slice(start, start + step)), start):
-                    yield (
-                        row,
-                        {
-                            "id": str(row),
-                            "image": {"bytes": encode_ppm(patch), "path": None},
-                            "label": labels[row],
-                            "center": -1,
-                            "group": slides[row],
-                        },
-                    )
+                rows = range(start, min(start + step, len(patches)))
+                for row, patch in zip(rows, self._block(patches, rows), strict=True):
+                    with self.skipping():
+                        image = _read(patches, row) if patch is None else patch
+                        yield (
+                            row,
+                            {
+                                "id": str(row),
+                                "image": {"bytes": encode_ppm(image), "path": None},
+                                "label": labels[row],
+                                "center": -1,
+                                "group": slides[row],
+                            },
+                        )
+
+    def _block(self, patches: h5py.Dataset, rows: range) -> Sequence[np.ndarray | None]:
+        """The patches, or None for each where one can't be read and is to be left out."""
+        try:
+            return list(_read(patches, slice(rows.start, rows.stop)))
+        except HistoError:
+            if self.config.options.on_bad_image == "error":
+                raise
+            return [None] * len(rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,13 +259,24 @@ class PixelFormat:
         return image
 
 
-def _detect(file: h5py.File, keys: list[str]) -> PixelFormat:
-    """The pixel format of a challenge file, from up to `PROBES` images spread evenly over it."""
-    first = _image(_image_group(file, keys[0]))
-    pixels = PixelFormat(first.shape, first.dtype, maximum=255)
-    peak = 0.0
+def _detect(file: h5py.File, keys: list[str], skip: bool) -> PixelFormat:
+    """The pixel format of a challenge file, from up to `PROBES` images spread evenly over it.
+
+    With `skip`, those that can't be read tell nothing.
+    """
+    pixels, peak = None, 0.0
     for key in keys[:: -(-len(keys) // PROBES)]:
-        peak = max(peak, float(pixels.read_raw(_image(_image_group(file, key))).max()))
+        try:
+            image = _image(_image_group(file, key))
+            found = pixels or PixelFormat(image.shape, image.dtype, maximum=255)
+            peak = max(peak, float(found.read_raw(image).max()))
+            pixels = found
+        except HistoError as error:
+            if not skip:
+                raise
+            reason = error
+    if pixels is None:
+        raise reason
     if 1 < peak < DARKEST_PEAK or (peak <= 1 and pixels.dtype == np.uint8):
         raise HistoError(
             f"{file.filename}: {pixels.dtype} values of {keys[0]}/img and others reach only {peak:.7g}, expected "
@@ -438,11 +464,12 @@ def _dataset(parent: h5py.Group, name: str, kinds: str) -> h5py.Dataset | None:
     return dataset
 
 
-def _read(dataset: h5py.Dataset, rows: slice | tuple[()] = ()) -> np.ndarray:
+def _read(dataset: h5py.Dataset, rows: slice | int | tuple[()] = ()) -> np.ndarray:
     try:
         return np.asarray(dataset[rows])
     except UNREADABLE as error:
-        raise HistoError(f"{_where(dataset)}: unreadable ({error}); copy or download the file again") from error
+        place = f"row {rows}: " if isinstance(rows, int) else ""
+        raise HistoError(f"{_where(dataset)}: {place}unreadable ({error}); copy or download the file again") from error
 
 
 def _where(item: h5py.Group | h5py.Dataset, member: str = "") -> str:

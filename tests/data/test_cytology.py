@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from fixtures import truncate
 
+from hf_histo.config import DataOptions
 from hf_histo.data import cytology, hierarchy
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
@@ -181,3 +184,25 @@ def test_a_known_data_set_has_all_its_classes(name: str, tmp_path: Path) -> None
     (tmp_path / name / "train" / f"class{count}" / "a.png").unlink()
     (tmp_path / name / "train" / f"class{count}").rmdir()
     assert len(load(tmp_path / name, cache_dir=tmp_path / "cache")["train"].features["label"].names) == count
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (write_named, "images/train/HSIL_001.bmp"),
+        (write_lists, "images/hsil/cell (1).png"),
+        (write_hicervix, "train/b.png"),
+    ],
+)
+def test_unreadable_images_are_left_out(write: Callable[[Path], Path], name: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "set")
+    before = len(load(folder, cache_dir=tmp_path / "cache")["train"])
+    truncate(folder / name)
+    assert f"{name}: not a readable image" in refusal(folder, tmp_path / "cache")
+    options = DataOptions(data=str(folder), cache_dir=str(tmp_path / "cache"), on_bad_image="skip")
+    if write is write_hicervix:  # its only image of ASC-H
+        with pytest.raises(HistoError, match="train has no readable image of ASC > ASC-H"):
+            load(options)
+        return
+    train = load(options)["train"]
+    assert len(train) == before - 1 and f"left out {name}: not a readable image" in train.info.description

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fixtures import CENTERS, COUNTS, damage_chunk, truncate, write_challenge, write_csv, write_pcam
 
+from hf_histo.config import DataOptions
 from hf_histo.data import hdf5
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
@@ -306,6 +307,26 @@ def test_refuses_one_damaged_image_among_many(tmp_path: Path, key: str) -> None:
     refused(tmp_path, rf"train\.h5: {key}/img: unreadable")
 
 
+@pytest.mark.parametrize("first", ["damaged", "whole"])
+def test_images_that_cannot_be_read_are_left_out(tmp_path: Path, first: str) -> None:
+    write_challenge(tmp_path, counts={"train": 70, "val": 4, "test": 3})
+    damage_chunk(tmp_path / "train.h5", "1/img")
+    damage_chunk(tmp_path / "train.h5", "0/img") if first == "damaged" else edit(
+        tmp_path, "train", "2/img", image()[:1]
+    )
+    edit(tmp_path, "val", "3/img", None)
+    options = DataOptions(data=str(tmp_path), cache_dir=str(tmp_path / "cache"), on_bad_image="skip")
+    data = load(options)
+    assert not {"1", "0" if first == "damaged" else "2"} & set(data["train"]["id"])
+    assert [len(rows) for rows in data.values()] == [68, 3, 3]
+    said = data["train"].info.description
+    assert said.count("left out ") == 3 and str(tmp_path) not in said
+    assert "\nleft out train.h5: 1/img: unreadable" in said and "\nleft out val.h5: 3: no img" in said
+    edit(tmp_path, "val", "2/label", 7)
+    with pytest.raises(HistoError, match=r"val\.h5: 2/label: 7, expected 0 or 1"):  # no image, but still a fault
+        load(options)
+
+
 def test_refuses_an_empty_file(tmp_path: Path) -> None:
     write_challenge(tmp_path)
     h5py.File(tmp_path / "val.h5", "w").close()
@@ -376,6 +397,16 @@ def test_pcam_refuses_broken_and_missing_files(tmp_path: Path) -> None:
     refused(tmp_path, r"valid_x\.h5: not a complete HDF5 file")
     pcam_file(tmp_path, "y.h5").unlink()
     refused(tmp_path, r"valid_y\.h5: no such file")
+
+
+def test_pcam_patches_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
+    written = write_pcam(tmp_path)
+    damage_chunk(tmp_path / "camelyonpatch_level_2_split_train_x.h5", "x")  # of rows 0 to 2
+    data = load(DataOptions(data=str(tmp_path), cache_dir=str(tmp_path / "cache"), on_bad_image="skip"))
+    assert data["train"]["id"][:] == ["3", "4", "5", "6"] and len(data["val"]) == 4
+    assert np.array_equal(ImageTable(data["train"])[0]["image"].permute(1, 2, 0), written["train"][3])
+    for row in range(3):
+        assert f"left out camelyonpatch_level_2_split_train_x.h5: x: row {row}: unr" in data["train"].info.description
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real data are not at {REAL}")
