@@ -210,6 +210,7 @@ class OutputOptions:
     explain: bool = option(False, "draw explanations.png: where the model sees the class it predicts on val")
     push_to_hub: bool = option(False, "upload the adapter folder when the run is done")
     hub_model_id: str | None = option(None, "repository on the Hub: owner/name")
+    hub_base_model: str | None = option(None, "name there (owner/name) of a backbone that was a local folder")
     hub_license: str = option("unknown", "license in the model card, by its identifier on the Hub, e.g. apache-2.0")
     hub_private: bool = option(False, "create the repository as private")
     hub_revision: str | None = option(None, "branch of it to write to, made where it is missing (default: main)")
@@ -401,6 +402,10 @@ def _validated(config: Config) -> Config:
     output = config.output
     if output.push_to_hub and (output.hub_model_id or "").count("/") != 1:
         raise HistoError(f"--push_to_hub: --hub_model_id is {output.hub_model_id!r}, expected owner/name")
+    if (base := output.hub_base_model) and (
+        base.count("/") != 1 or not Path(config.model.backbone).expanduser().is_dir()
+    ):
+        raise HistoError(f"--hub_base_model is {base!r}, expected owner/name, with a --backbone that is a local folder")
     if output.hub_revision and output.hub_create_pr:
         raise HistoError("--hub_revision and --hub_create_pr exclude each other: a pull request has its own branch")
     return config

@@ -125,6 +125,7 @@ def fine_tune(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence
         private=output.hub_private,
         revision=output.hub_revision,
         pull_request=output.hub_create_pr,
+        base_model=output.hub_base_model,
     )
     return dataclasses.replace(result, address=address)
 
@@ -244,7 +245,7 @@ def _fine_tune(
         "calibration": {"split": "val", **dataclasses.asdict(temperature)},
         "splits": {split: metrics.report(table, negative=negative) for split, table in tables.items()},
         **sizes,
-        "options": {key: value for key, value in config.flat().items() if key not in runs.INDIFFERENT | TOLD},
+        "options": _told(config),
     }
     if by_level := {split: levels.scores(table) for split, table in tables.items() if levels.are_in(table)}:
         measured["levels"] = by_level
@@ -351,6 +352,15 @@ def _fit_components(
         {"frozen backbone": np.concatenate(list(found.values()))}, {"class": classes, "split": splits}, figure
     )
     return {"value": abs(probe.value), "step": None, "components": probe.components}
+
+
+def _told(config: Config) -> dict[str, Any]:
+    """The options that decided the result and are not in the sidecar, without a path of this machine."""
+    told = {key: value for key, value in config.flat().items() if key not in runs.INDIFFERENT | TOLD}
+    start = told["init_adapter"]
+    if start and (folder := Path(start).expanduser()).is_dir():
+        told["init_adapter"] = "/".join(folder.resolve().parts[-2:])  # RUN/adapter
+    return told
 
 
 def _thresholds(tables: dict[str, pd.DataFrame]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import math
 import shutil
 import warnings
@@ -56,6 +57,7 @@ FAILURES = (HTTPError, OSError, ValueError, RuntimeError)
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may do this"
 REMEDIES: dict[int | type[BaseException], str] = {
     LocalTokenNotFoundError: _LOG_IN,
+    ConnectionError: "try again; HF_HUB_DISABLE_XET=1 sends it without hf_xet",  # whose errors are of this type
     400: "correct what it names",
     401: _LOG_IN,
     403: "use a token that may write there",
@@ -254,7 +256,8 @@ def save(
             shutil.copy(figure, temporary / "figures")
         page = documents.render("report.html", **_facts(sidecar, metrics, figures or {}))
         (temporary / "report.html").write_text(page, encoding="utf-8")
-        card(sidecar, metrics, figures=figures or {}, cost=cost).save(temporary / "README.md")
+        model_args = getattr(model.config, "model_args", None)
+        card(sidecar, metrics, figures=figures or {}, cost=cost, model_args=model_args).save(temporary / "README.md")
         if folder.exists():
             shutil.rmtree(folder)
 
@@ -361,11 +364,13 @@ def push(
     private: bool = False,
     revision: str | None = None,
     pull_request: bool = False,
+    base_model: str | None = None,
 ) -> str:
     """Upload an adapter folder to the Hub as `repository` (owner/name), in one commit, and return its address.
 
-    What the Hub has already is not sent again, so a second call goes on where the first one was cut off. The card's
-    lines of code get the repository's name. Files of the repository that the folder does not have stay there.
+    What the Hub has already is not sent again, so a second call goes on where the first one was cut off. Files of the
+    repository that the folder does not have stay there. The card's lines of code get the repository's name, and no path
+    of this machine is told: a backbone that was a local folder goes by that folder's name alone.
 
     Args:
         folder: of a finished run; it is only read.
@@ -373,14 +378,15 @@ def push(
         private: of a new repository; an existing one stays as it is.
         revision: branch to write, made where it is missing.
         pull_request: propose the commit instead, and return the address of the pull request.
+        base_model: name on the Hub (owner/name) of a backbone that was a local folder.
 
     Raises `HistoError` if the folder is no adapter's or the Hub refuses; the same call tries again.
     """
     folder = Path(folder)
-    Sidecar.read(folder)
+    told = in_public(folder, repository, base_model)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     contents: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in files}
-    contents["README.md"] = (folder / "README.md").read_text(encoding="utf-8").replace(HERE, repository).encode()
+    contents |= told
     api = HfApi()
     try:
         if not pull_request:
@@ -397,11 +403,39 @@ def push(
                 create_pr=pull_request,
             )
     except FAILURES as error:
+        again = f"python recipes/push.py --adapter {folder} --hub_model_id {repository}"
+        again += " --hub_private" if private else ""
+        again += f" --hub_revision {revision}" if revision else ""
+        again += " --hub_create_pr" if pull_request else ""
+        again += f" --hub_base_model {base_model}" if base_model else ""
         raise HistoError(
             f"--hub_model_id {repository}: the upload failed: {_told(error)}. {folder} is whole; once that is done, "
-            f"python recipes/push.py --adapter {folder} --hub_model_id {repository} goes on"
+            f"{again} goes on"
         ) from None
     return str(commit.pr_url or commit.repo_url)
+
+
+def in_public(folder: Path, here: str, base_model: str | None = None) -> dict[str, bytes]:
+    """Those files of an adapter folder that name places, without a path of this machine.
+
+    The card's lines of code say `here`; a backbone that was a local folder goes by `base_model`, its name on the Hub,
+    or else by that folder's name alone. Whoever has another one by that name is told so by the fingerprint.
+    """
+    name = Sidecar.read(folder).backbone["name"]
+    is_local = Path(name).is_absolute()
+    if base_model and not is_local:
+        raise HistoError(f"--hub_base_model {base_model}: the backbone is known as {name} already; leave it out")
+    public = base_model or Path(name).name if is_local else name
+    quotes = {"README.md": repr, SIDECAR: json.dumps, "adapter_config.json": json.dumps}
+    texts = {
+        file: (folder / file).read_text(encoding="utf-8").replace(quoted(name), quoted(public))
+        for file, quoted in quotes.items()
+        if (folder / file).is_file()
+    }
+    texts["README.md"] = texts["README.md"].replace(HERE, here)
+    if base_model:
+        texts["README.md"] = texts["README.md"].replace("---\n", f"---\nbase_model: {base_model}\n", 1)
+    return {file: text.encode() for file, text in texts.items()}
 
 
 def _told(error: BaseException) -> str:
@@ -423,9 +457,14 @@ def _told(error: BaseException) -> str:
 
 
 def card(
-    sidecar: Sidecar, metrics: Mapping[str, Any], *, figures: Mapping[str, Path] | None = None, cost: str = ""
+    sidecar: Sidecar,
+    metrics: Mapping[str, Any],
+    *,
+    figures: Mapping[str, Path] | None = None,
+    cost: str = "",
+    model_args: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """The model card, from measured facts; arguments as for `save`."""
+    """The model card, from measured facts; arguments as for `save`, and those that timm builds the backbone with."""
     facts = _facts(sidecar, metrics, figures or {})
     name = sidecar.backbone["name"]
     dataset = str(sidecar.data["name"])
@@ -460,6 +499,8 @@ def card(
             here=HERE,
             resized=RESIZED[sidecar.preprocessing.fit],
             cost=cost,
+            model_args=dict(model_args or {}),
+            is_local=Path(name).is_absolute(),
             **facts,
         )
     )
@@ -467,7 +508,7 @@ def card(
 
 def _facts(sidecar: Sidecar, metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> dict[str, Any]:
     """What the card and the report tell, each in its format."""
-    name, splits = sidecar.backbone["name"], sidecar.data["splits"]
+    name, splits, names = sidecar.backbone["name"], sidecar.data["splits"], sidecar.label_names
     hidden = any(held["hidden"] for held in splits.values())
     header = ["", "images", "groups", *sidecar.label_names, *(["hidden"] if hidden else []), "centers (images)"]
     rows = [
@@ -482,13 +523,16 @@ def _facts(sidecar: Sidecar, metrics: Mapping[str, Any], figures: Mapping[str, P
         for split, held in splits.items()
     ]
     return {
-        "title": f"{' / '.join(sidecar.label_names)} on {sidecar.data['name']}",
+        "title": f"{' / '.join(names) if len(names) < 4 else f'{len(names)} classes'} on {sidecar.data['name']}",
+        "decision": "The most probable class is predicted."
+        if sidecar.num_outputs > 1
+        else f"{names[1]} is predicted from a probability of {sidecar.threshold} on.",
         "backbone": Path(name).name if Path(name).is_absolute() else name,
         "sidecar": sidecar,
         "metrics": metrics,
         "figures": figures,
         "options": metrics["options"],
-        "data_rows": [header, *rows],
+        "data_rows": list(zip(header, *rows, strict=True)),
         "leaks": [*_leaks(splits), *([UNSEEN] if metrics["options"]["split"] == "files" else [])],
     }
 

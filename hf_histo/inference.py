@@ -21,6 +21,7 @@ from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, predictions
 from hf_histo.evaluation.explanation import explanations, heat_map
+from hf_histo.evaluation.figures import short
 from hf_histo.evaluation.forward import forward
 from hf_histo.hub import Sidecar, load
 from hf_histo.models import adapters
@@ -145,7 +146,7 @@ class Classifier:
         for row in rows:
             label = table["label"].iloc[row]
             truth = f"\nlabel {names[label]}" if label >= 0 else ""
-            titles.append(f"{table['id'].iloc[row]}\n{names[chosen[row]]}, P = {certainty[row]:.2f}{truth}")
+            titles.append(f"{short(table['id'].iloc[row])}\n{names[chosen[row]]}, P = {certainty[row]:.2f}{truth}")
         explanations(images, self.explain(shown, chosen[rows].tolist()), titles, path)
 
     def to(self, device: str | torch.device) -> Classifier:

@@ -10,12 +10,14 @@ a folder that runs as a Space of the Hub instead of starting the page: this file
 
 import importlib.metadata
 import shutil
+import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 import hf_histo
 from hf_histo import hub
@@ -116,13 +118,16 @@ def write_space(target: Path, adapter: Path) -> None:
     if Path(sidecar.backbone["name"]).is_absolute() and sidecar.method != "full":
         raise HistoError(
             f"--space_dir {target}: the backbone is the local folder {sidecar.backbone['name']}, which a Space does "
-            "not have; expected 'builtin' or a name on the Hub: train on one, or upload the folder"
+            "not have; expected 'builtin' or a name on the Hub: push.py --hub_base_model tells one, then give what was "
+            "pushed as --adapter"
         )
     if target.exists():
         raise HistoError(f"--space_dir {target} exists already; choose another one, or remove it")
     import gradio
 
     title = " or ".join(sidecar.label_names)
+    settings = {"title": title, "sdk": "gradio", "sdk_version": gradio.__version__}
+    settings |= {"python_version": "{}.{}".format(*sys.version_info), "app_file": "app.py"}
     needs = [
         text
         for text in importlib.metadata.requires("hf_histo") or []
@@ -130,12 +135,16 @@ def write_space(target: Path, adapter: Path) -> None:
     ]
     with atomic_folder(target) as folder:
         shutil.copytree(adapter, folder / "adapter")
-        shutil.copytree(Path(hf_histo.__file__).parent, folder / "hf_histo", ignore=shutil.ignore_patterns("*.pyc"))
+        for file, content in hub.in_public(adapter, "adapter").items():
+            (folder / "adapter" / file).write_bytes(content)
+        shutil.copytree(
+            Path(hf_histo.__file__).parent, folder / "hf_histo", ignore=shutil.ignore_patterns("__pycache__")
+        )
         shutil.copy(__file__, folder / "app.py")
         (folder / "requirements.txt").write_text("\n".join(text.split(";")[0].strip() for text in needs) + "\n")
         (folder / "README.md").write_text(
-            f"---\ntitle: {title}\nsdk: gradio\nsdk_version: {gradio.__version__}\napp_file: app.py\n---\n\n"
-            f"# {title}\n\nA page for an adapter of hf_histo, in `adapter/`. For research; not a medical device.\n"
+            f"---\n{yaml.safe_dump(settings, sort_keys=False)}---\n\n# {title}\n\n"
+            "A page for an adapter of hf_histo, in `adapter/`. For research; not a medical device.\n"
         )
     print(f"Space: {target}")
 

@@ -4,7 +4,8 @@
 
 `--data` is an HDF5 file with one group per image, or a folder that recipes/histo_lora.py can train on (then `--split`
 says which part). `ID` is the image's key in the file, `Pred` the class index at the adapter's threshold, `Prob` the
-probability of class 1 (for more than two classes: of the predicted one).
+probability of class 1 (for more than two classes: of the predicted one). These are the columns that challenges ask for;
+`--details` adds `Label`, the class's name, and `Calibrated`, `Prob` after the adapter's temperature.
 """
 
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="HDF5 file or folder")
     parser.add_argument("--split", default="test", help="part of a folder to predict (default: test)")
     parser.add_argument("--output", required=True, type=Path, help="CSV file to write")
+    parser.add_argument("--details", action="store_true", help="also the class's name and the calibrated probability")
     decision = parser.add_mutually_exclusive_group()
     decision.add_argument("--threshold", help="a probability, or a name that the adapter holds, e.g. validation")
     decision.add_argument(
@@ -58,7 +60,7 @@ def main() -> None:
         threshold = thresholds.for_share(table, options.balanced).value
     else:
         threshold = classifier.sidecar.threshold_named(options.threshold)
-    predictions.write_submission(options.output, table, threshold)
+    predictions.write_submission(options.output, table, threshold, details=options.details)
     if options.explain:
         classifier.draw(data[options.split], table, options.explain)
     print(f"{len(table)} predictions at threshold {threshold:.4f}: {options.output}")

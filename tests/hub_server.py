@@ -193,6 +193,10 @@ class Hub:
             objects.append(wanted | ({} if there else {"actions": actions}))
         return 200, {"transfer": "basic", "objects": objects}
 
+    def xet(self, request: _Handler, repository: str, revision: str) -> Answer:
+        request.writes()
+        raise Refused(404, "xet storage is not served here")
+
     def upload(self, request: _Handler, repository: str, oid: str) -> Answer:
         content = request.body()
         if hashlib.sha256(content).hexdigest() != oid:
@@ -257,6 +261,7 @@ _ROUTES: dict[str, tuple[str, str]] = {
     "validate": ("POST", "/api/validate-yaml"),
     "branch": ("POST", f"/api/models/{_R}/branch/([^/]+)"),
     "preupload": ("POST", f"/api/models/{_R}/preupload/([^/]+)"),
+    "xet": ("GET", f"/api/models/{_R}/xet-write-token/([^/]+)"),
     "commit": ("POST", f"/api/models/{_R}/commit/([^/]+)"),
     "tree": ("GET", f"/api/models/{_R}/tree/([^/]+)"),
     "info": ("GET", f"/api/models/{_R}(?:/revision/([^/]+))?"),

@@ -9,6 +9,7 @@ from typing import Any
 import h5py
 import torch
 from fixtures import write_challenge
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from hf_histo import hub
 from hf_histo.config import AdapterOptions, Config, parse
@@ -31,6 +32,16 @@ def write_backbone(folder: Path, name: str = "test_resnet.r160_in1k", seed: int 
     with torch.no_grad():
         model.train()(pixel_values=torch.randn(16, 3, 96, 96) + torch.randn(16, 3, 1, 1))
     model.save_pretrained(folder)
+    return folder
+
+
+def write_hf_vit(folder: Path) -> Path:
+    """Save a vision transformer of transformers with random weights, for images of `SIZE` pixels, and its processor."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ViTConfig(**sizes, image_size=SIZE, patch_size=8, num_labels=10)
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
     return folder
 
 

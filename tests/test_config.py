@@ -175,6 +175,8 @@ def test_pushing_needs_a_name() -> None:
     assert "--hub_model_id" in refusal("--push_to_hub")
     assert "expected owner/name" in refusal("--push_to_hub", "--hub_model_id", "model")
     assert "exclude each other" in refusal("--hub_create_pr", "--hub_revision", "v2")
+    for backbone, name in (("builtin", "timm/resnet18.a1_in1k"), (".", "resnet18")):
+        assert "--hub_base_model is" in refusal("--backbone", backbone, "--hub_base_model", name)
     assert parse(None, ["--push_to_hub", "--hub_model_id", "me/model"]).output.push_to_hub
 
 

@@ -9,18 +9,20 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import PIL.Image
 import pytest
 import timm
 import torch
-from miniature import SIZE, write_adapter, write_backbone
+from miniature import SIZE, write_adapter, write_backbone, write_hf_vit
 from timm.data import resolve_data_config
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_histo import export as module
 from hf_histo.config import AdapterOptions
 from hf_histo.errors import HistoError
 from hf_histo.export import export
 from hf_histo.hub import load
+from hf_histo.inference import Classifier
 from hf_histo.models import heads
 from hf_histo.transforms.augmentation import Views
 
@@ -62,6 +64,20 @@ def test_a_merged_checkpoint_is_one_of_transformers_and_of_timm(backbone: Path, 
     assert tuple(declared["input_size"]) == (3, SIZE, SIZE)
     assert declared["crop_pct"] == 1
     assert statement["not_included"] == []
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "test_vit.r160_in1k", "hf-vit"])
+def test_the_folder_of_a_merged_checkpoint_is_a_pipeline(name: str, outputs: int, tmp_path: Path) -> None:
+    backbone = write_hf_vit(tmp_path / "hf") if name == "hf-vit" else write_backbone(tmp_path / "timm", name)
+    lora = AdapterOptions(target_modules="last-conv" if "resnet" in name else "attention-qkvo")
+    adapter = write_adapter(tmp_path / "adapter", backbone, outputs=outputs, lora=lora)
+    exported(adapter, tmp_path / "out", "merged")
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+    said = pipeline("image-classification", model=str(tmp_path / "out"))(image)
+    table = Classifier.from_pretrained(adapter)(image)
+    expected = dict(zip(table.attrs["label_names"][-outputs:], np.atleast_1d(table["probability"][0]), strict=True))
+    assert {entry["label"]: entry["score"] for entry in said} == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "test_vit.r160_in1k"])

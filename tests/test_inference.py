@@ -14,9 +14,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from miniature import SIZE, config, write_adapter, write_backbone, write_data
+from miniature import SIZE, config, write_adapter, write_backbone, write_data, write_hf_vit
 from scipy.special import expit, softmax
 from torch import nn
+from transformers import pipeline
 
 from hf_histo.config import AdapterOptions
 from hf_histo.data.load import load
@@ -222,11 +223,28 @@ def test_the_device_is_the_one_that_was_asked_for(classifier: Classifier, arrays
         Classifier(copy.deepcopy(classifier.model), classifier.sidecar).to("meta")(arrays)
 
 
+@pytest.fixture(scope="module")
+def backbones(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A convolutional network, and vision transformers: of timm, made for larger images, and of transformers."""
+    folder = tmp_path_factory.mktemp("backbones")
+    return {
+        "timm-resnet": run / "backbone",
+        "timm-vit": write_backbone(folder / "timm-vit", "test_vit.r160_in1k"),
+        "hf-vit": write_hf_vit(folder / "hf-vit"),
+    }
+
+
+def lora_of(backbone: str) -> AdapterOptions:
+    return AdapterOptions(target_modules="last-conv" if backbone == "timm-resnet" else "attention-qkvo")
+
+
+@pytest.mark.parametrize("backbone", ["timm-resnet", "timm-vit", "hf-vit"])
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_the_pipeline_of_the_card_says_the_same(
-    run: Path, arrays: list[np.ndarray], tmp_path: Path, outputs: int
+    backbones: dict[str, Path], arrays: list[np.ndarray], tmp_path: Path, outputs: int, backbone: str
 ) -> None:
-    folder = write_adapter(tmp_path / "adapter", run / "backbone", outputs=outputs)
+    lora = lora_of(backbone)
+    folder = write_adapter(tmp_path / "adapter", backbones[backbone], outputs=outputs, lora=lora)
     PIL.Image.fromarray(arrays[0]).save(tmp_path / "patch.png")
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     bare = "\n".join(block for block in blocks if "Classifier" not in block)
@@ -239,6 +257,13 @@ def test_the_pipeline_of_the_card_says_the_same(
         labels = table.attrs["label_names"]
         expected = {"tumor": probability} if outputs == 1 else dict(zip(labels, probability, strict=True))
         assert said == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_pipeline_of_the_folder_alone_is_refused(run: Path, tmp_path: Path) -> None:
+    """As the card says: transformers builds the backbone with its own classes, and does not predict with those."""
+    folder = write_adapter(tmp_path / "adapter", run / "backbone")
+    with pytest.raises(ValueError, match="ignore_mismatched_sizes"):
+        pipeline("image-classification", model=str(folder))
 
 
 def write_pair(run: Path, folder: Path, **options: Any) -> list[Path]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
 import pandas as pd
+import PIL.Image
 import pytest
+import torch
 from hub_server import CUT, LOST, READ_TOKEN, TOKEN, Hub
-from miniature import config
+from miniature import SIZE, config
 
 from hf_histo import hub
 from hf_histo.data.load import load
@@ -46,6 +51,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     constants = huggingface_hub.constants
     with Hub(tmp_path / "hub") as started:
         monkeypatch.setattr(constants, "ENDPOINT", started.address)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", started.address)  # read when it was imported
         files = f"{started.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -61,8 +67,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def on_the_hub(folder: Path, name: str = NAME) -> dict[str, bytes]:
-    """What the Hub is to hold: the folder, with the repository's name in the card."""
+    """What the Hub is to hold: the folder, with the repository's name in the card, and without the backbone's place."""
     files = contents(folder)
+    place = Path(json.loads(files["hf_histo.json"])["backbone"]["name"])
+    for file in ("README.md", "hf_histo.json", "adapter_config.json"):
+        assert str(place).encode() in files[file]
+        files[file] = files[file].replace(str(place).encode(), place.name.encode())
     return files | {"README.md": files["README.md"].replace(b"THIS_FOLDER", name.encode())}
 
 
@@ -88,8 +98,9 @@ def test_one_process_pushes_and_another_pulls(
     push = [str(ROOT / "recipes" / "push.py"), "--adapter", str(adapter), "--hub_model_id", NAME, "--hub_private"]
     pull = (
         "import sys; from hf_histo.data.load import load; from hf_histo.inference import Classifier\n"
-        "data, name, local, output = sys.argv[1:]\n"
-        "found = [Classifier.from_pretrained(name, revision='v2'), Classifier.from_pretrained(local)]\n"
+        "data, name, local, backbone, output = sys.argv[1:]\n"
+        "pulled = Classifier.from_pretrained(name, revision='v2', backbone=backbone)\n"
+        "found = pulled, Classifier.from_pretrained(local)\n"
         "one, other = (classifier.predict(load(data)['val']) for classifier in found)\n"
         "one.assign(local=other['logit'])[['logit', 'local']].to_parquet(output)\n"
     )
@@ -104,7 +115,7 @@ def test_one_process_pushes_and_another_pulls(
         assert server.files(NAME, "v2") == on_the_hub(adapter)
         assert server.files(NAME) == {}
         assert server.is_private(NAME)
-        arguments = [str(source[1]), NAME, str(adapter), str(pulled)]
+        arguments = [str(source[1]), NAME, str(adapter), str(source[0]), str(pulled)]
         subprocess.run([sys.executable, "-c", pull, *arguments], env=environment, check=True)
     found = pd.read_parquet(pulled)
     assert np.ptp(found["logit"]) > 1e-3
@@ -122,9 +133,53 @@ def test_without_a_network_the_cache_will_do(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert hub.fetch(NAME) == first
     data = load(source[1])["val"]
-    found, wanted = (Classifier.from_pretrained(place).predict(data) for place in (NAME, adapter))
+    places = NAME, adapter
+    found, wanted = (Classifier.from_pretrained(place, backbone=str(source[0])).predict(data) for place in places)
     np.testing.assert_array_equal(found["logit"], wanted["logit"])
     assert server.requests.total() == asked
+
+
+def test_no_path_of_this_machine_is_pushed(
+    server: Hub, source: tuple[Path, Path], finished: Path, tmp_path: Path
+) -> None:
+    """Neither of the data, the caches, the run, the backbone, nor of the adapter that it started from."""
+    more = [*QUICK, f"--init_adapter={finished}", f"--cache_dir={tmp_path / 'converted'}"]
+    whole = ["--num_train_epochs=1", "--method=full"]
+    for method, options in {"lora": more, "full": whole}.items():
+        result = fine_tune(config(tmp_path / "run" / method, *source, *options), load(source[1]))
+        hub.push(result.adapter, f"ana/{method}")
+        pushed = server.files(f"ana/{method}")
+        assert len(pushed) > 10
+        for place in (tmp_path.parent, source[0].parent.parent, Path.home()):
+            assert [name for name, content in pushed.items() if f"{place}/".encode() in content] == []
+    told = json.loads(server.files("ana/lora")["metrics.json"])["options"]
+    assert told["init_adapter"] == "run/adapter"
+
+
+def test_a_backbone_from_a_folder_is_told_by_its_name(
+    server: Hub, adapter: Path, source: tuple[Path, Path], tmp_path: Path
+) -> None:
+    hub.push(adapter, NAME)
+    with pytest.raises(HistoError, match="--backbone backbone: no such folder"):
+        Classifier.from_pretrained(NAME)
+    api = huggingface_hub.HfApi()
+    api.create_repo("clinic/base")
+    api.upload_folder(repo_id="clinic/base", folder_path=source[0])
+    hub.push(adapter, NAME, base_model="clinic/base")
+    assert huggingface_hub.ModelCard.load(hub.fetch(NAME) / "README.md").data.base_model == "clinic/base"
+    data = load(source[1])["val"]
+    found, wanted = (Classifier.from_pretrained(place).predict(data) for place in (NAME, adapter))
+    np.testing.assert_array_equal(found["logit"], wanted["logit"])
+    card = (hub.fetch(NAME) / "README.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "Classifier" not in block]
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+    image.save(tmp_path / "patch.png")
+    names: dict[str, Any] = {"pixel_values": torch.zeros(1, 3, SIZE, SIZE)}
+    exec("\n".join(blocks).replace("patch.png", str(tmp_path / "patch.png")), names)
+    probability = Classifier.from_pretrained(adapter)(image)["probability"][0]
+    assert names["classify"](image) == [{"label": "tumor", "score": pytest.approx(probability, abs=1e-5)}]
+    with pytest.raises(HistoError, match="known as clinic/base already"):
+        hub.push(hub.fetch(NAME), NAME, base_model="clinic/other")
 
 
 def test_a_second_push_sends_nothing_again(server: Hub, adapter: Path) -> None:
@@ -196,6 +251,23 @@ def test_a_push_whose_connection_is_cut(server: Hub, adapter: Path, what: str, h
         assert server.requests["PUT upload"] - before < 3  # what had arrived was not sent again
 
 
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_push_through_xet_that_is_refused(
+    server: Hub, adapter: Path, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where hf_xet is installed the client sends large files by it, and asks the server for a token, not whether."""
+    pytest.importorskip("hf_xet")
+    server.fail("xet", status)
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+        message = refusal(adapter)
+    assert server.requests["GET xet"] and not server.requests["POST batch"]
+    assert str(status) in message
+    assert "HF_HUB_DISABLE_XET=1" in message
+    hub.push(adapter, NAME)
+    assert server.files(NAME) == on_the_hub(adapter)
+
+
 def test_a_fault_that_passes_is_not_told(server: Hub, adapter: Path) -> None:
     server.fail("upload", 500, times=2)
     server.fail("batch", CUT, times=1)
@@ -220,6 +292,12 @@ def test_a_card_that_the_hub_refuses(server: Hub, adapter: Path) -> None:
     card = (adapter / "README.md").read_text(encoding="utf-8")
     (adapter / "README.md").write_text(card.replace("pipeline_tag: image-classification", "pipeline_tag: [1]"))
     assert "pipeline_tag is [1]" in refusal(adapter)
+
+
+def test_what_goes_on_is_the_same_push(server: Hub, adapter: Path) -> None:
+    server.fail("create", 500)
+    options = "--hub_private --hub_revision v2 --hub_base_model clinic/base"
+    assert f"{options} goes on" in refusal(adapter, private=True, revision="v2", base_model="clinic/base")
 
 
 def test_a_folder_of_no_adapter(server: Hub, tmp_path: Path) -> None:

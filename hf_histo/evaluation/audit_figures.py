@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hf_histo.data.audit import HIDDEN, Audit, Image
 from hf_histo.data.inventory import CHANNELS
 from hf_histo.data.schema import ImageTable
-from hf_histo.evaluation.figures import COLORS, GRAY, drawing, say
+from hf_histo.evaluation.figures import COLORS, GRAY, drawing, say, short
 
 # The palette, then a lighter shade of each; hidden labels are gray.
 SHADES = (*(to_rgb(color) for color in COLORS), *(tuple((x + 1) / 2 for x in to_rgb(color)) for color in COLORS))
@@ -116,7 +116,7 @@ def samples(table: pd.DataFrame, classes: list[str], image_of: ImageOf, folder: 
                 for axes, split, key in zip(line, chosen["split"], chosen["id"], strict=False):
                     axes.imshow(image_of(split, key))
                 name = HIDDEN if label < 0 else classes[label]
-                line[0].set_ylabel(f"{_short(name, 22)}\n{len(of_class):,}", rotation=0, ha="right", va="center")
+                line[0].set_ylabel(f"{short(name, 22)}\n{len(of_class):,}", rotation=0, ha="right", va="center")
 
 
 def duplicates(audit: Audit, image_of: ImageOf, path: str | Path, n: int = 4) -> None:
@@ -143,7 +143,7 @@ def duplicates(audit: Audit, image_of: ImageOf, path: str | Path, n: int = 4) ->
             for place, group in enumerate(finding.groups[:n]):
                 for axes, image in zip(panels[3 * place :], _pair(group), strict=False):
                     axes.imshow(image_of(image.split, image.id))
-                    axes.set_title(f"{image.split}\n{_short(image.id, 20)}\n{_short(image.label, 20)}", fontsize=7.5)
+                    axes.set_title(f"{image.split}\n{short(image.id, 20)}\n{short(image.label, 20)}", fontsize=7.5)
 
 
 def _pair(group: list[Image]) -> list[Image]:
@@ -164,10 +164,6 @@ def _strata(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def _where(split: str, center: int) -> str:
     return split if center < 0 else f"{split}, center {center}"
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else f"…{text[1 - most :]}"
 
 
 def _bare(axes: Axes) -> None:

@@ -95,7 +95,7 @@ def _last_places(classes: nn.Module, pixels: torch.Tensor, chosen: int) -> tuple
 
 def blend(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
     """The image (H, W, 3) with the heat (H, W) in [0, 1] over it, the more the hotter; uint8 (H, W, 3)."""
-    weight = 0.65 * heat[..., None]
+    weight = 0.45 * heat[..., None]
     color = mpl.colormaps["inferno"](0.25 + 0.7 * heat)[..., :3] * 255
     return np.rint(image * (1 - weight) + color * weight).astype(np.uint8)
 

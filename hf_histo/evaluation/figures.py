@@ -44,6 +44,11 @@ def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
             figure.savefig(temporary, dpi=150, format="png")
 
 
+def short(text: str, most: int = 22) -> str:
+    """The end of a long text, which is what tells names of files apart."""
+    return text if len(text) <= most else f"…{text[1 - most :]}"
+
+
 def say(figure: Figure, message: str) -> None:
     """Write `message` where there is nothing to draw."""
     figure.text(0.5, 0.5, message, ha="center", va="center", fontsize=14, color=GRAY)

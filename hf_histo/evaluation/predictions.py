@@ -194,22 +194,32 @@ def write(path: str | Path, predictions: pd.DataFrame, label_names: Sequence[str
         pq.write_table(table.replace_schema_metadata({"label_names": json.dumps(list(label_names))}), temporary)
 
 
-def write_submission(path: str | Path, predictions: pd.DataFrame, threshold: float = 0.5) -> None:
+def write_submission(
+    path: str | Path, predictions: pd.DataFrame, threshold: float = 0.5, *, details: bool = False
+) -> None:
     """Write the table as a CSV with a header, one row per image in the table's order, atomically.
 
     Columns: `ID`, the image's key; `Pred`, the class index that `predicted` gives at `threshold`; `Prob`, the
-    probability of class 1, or, for more than two classes, of the predicted one.
+    probability of class 1, or, for more than two classes, of the predicted one. With `details`, of a table that has the
+    column `calibrated`, also `Label`, the name of class `Pred`, and `Calibrated`, the calibrated probability of the
+    class that `Prob` is of.
 
     Raises:
         HistoError: `threshold` is outside [0, 1].
     """
-    chosen, probability = predicted(predictions, threshold), array(predictions, "probability")
-    if probability.ndim == 2 and probability.shape[1] > 2:
-        probability = np.take_along_axis(probability, chosen[:, None], axis=1)[:, 0]
-    else:
-        probability = positive_probability(predictions)
+    chosen = predicted(predictions, threshold)
+
+    def told(column: str) -> NDArray[np.float64]:
+        probability = array(predictions, column)
+        if probability.ndim == 1:
+            return probability
+        return probability[np.arange(len(chosen)), chosen if probability.shape[1] > 2 else 1]
+
+    columns = {"ID": predictions["id"], "Pred": chosen, "Prob": told("probability")}
+    if details:
+        columns |= {"Label": np.array(label_names(predictions))[chosen], "Calibrated": told("calibrated")}
     with atomic_file(path) as temporary:
-        pd.DataFrame({"ID": predictions["id"], "Pred": chosen, "Prob": probability}).to_csv(temporary, index=False)
+        pd.DataFrame(columns).to_csv(temporary, index=False)
 
 
 def read(path: str | Path) -> pd.DataFrame:

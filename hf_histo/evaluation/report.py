@@ -14,7 +14,7 @@ from sklearn.metrics import auc
 from sklearn.metrics import confusion_matrix as count_confusions
 from sklearn.metrics import roc_curve as rates
 
-from hf_histo.evaluation.figures import COLORS, GRAY, LINES, drawing, say
+from hf_histo.evaluation.figures import COLORS, GRAY, LINES, drawing, say, short
 from hf_histo.evaluation.metrics import SPECIFICITIES
 from hf_histo.evaluation.predictions import array, label_names, log_odds, predicted
 
@@ -154,9 +154,8 @@ def worst_errors(
             axes.set_axis_off()
         for axes, row in zip(panels, worst.to_dict("records"), strict=False):
             axes.imshow(image_of(row["id"]), cmap="gray", vmin=0, vmax=255)
-            name = row["id"] if len(row["id"]) <= 22 else f"…{row['id'][-21:]}"
             center = "" if row["center"] < 0 else f"center {row['center']}\n"
-            axes.set_title(f"{name}\n{center}{names[row['label']]}, P = {row['of_truth']:.2g}", fontsize=9)
+            axes.set_title(f"{short(row['id'])}\n{center}{names[row['label']]}, P = {row['of_truth']:.2g}", fontsize=9)
 
 
 def views_sheet(rows: Mapping[str, Sequence[NDArray[np.float32]]], path: str | Path) -> None:

@@ -39,6 +39,7 @@ INDIFFERENT = {
     "explain",
     "push_to_hub",
     "hub_model_id",
+    "hub_base_model",
     "hub_private",
     "hub_revision",
     "hub_create_pr",
