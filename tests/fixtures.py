@@ -16,6 +16,13 @@ from hf_histo.data import schema
 
 COUNTS = {"train": 12, "val": 6, "test": 4}
 CENTERS = {"train": (0, 3, 4), "val": (1,), "test": (2,)}
+HICERVIX = {  # the three levels of each image
+    "a.png": ("ASC", "ASC-US", ""),
+    "b.png": ("ASC", "ASC-H", ""),
+    "c.png": ("AGC", "AGC-FN", "ECC"),
+    "d.png": ("AGC", "AGC-FN", "EC"),
+    "e.png": ("Normal", "", ""),
+}
 
 
 def images(count: int, size: int = 12, seed: int = 0) -> np.ndarray:
@@ -61,15 +68,15 @@ def write_challenge(
     return written
 
 
-def write_pcam(directory: Path, *, meta: bool = True) -> dict[str, np.ndarray]:
+def write_pcam(directory: Path, *, meta: bool = True, size: int = 96) -> dict[str, np.ndarray]:
     """Write the six files of PatchCamelyon, and its tables where `meta`; return the patches by official split name."""
     directory.mkdir(parents=True, exist_ok=True)
     written = {}
     for number, (split, count) in enumerate({"train": 7, "valid": 4, "test": 3}.items()):
         stem = f"camelyonpatch_level_2_split_{split}"
-        written[split] = np.random.default_rng(number).integers(0, 256, (count, 96, 96, 3), dtype=np.uint8)
+        written[split] = np.random.default_rng(number).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
         with h5py.File(directory / f"{stem}_x.h5", "w") as file:
-            file.create_dataset("x", data=written[split], chunks=(3, 96, 96, 3), compression="gzip")
+            file.create_dataset("x", data=written[split], chunks=(3, size, size, 3), compression="gzip")
         with h5py.File(directory / f"{stem}_y.h5", "w") as file:
             file["y"] = (np.arange(count, dtype=np.uint8) % 2).reshape(-1, 1, 1, 1)
         if meta:
@@ -95,6 +102,46 @@ def write_wilds(directory: Path) -> list[Path]:
         PIL.Image.fromarray(pixels).save(paths[-1])  # RGBA, as the original files are
     write_csv(directory / "metadata.csv", [header, *rows])
     return paths
+
+
+def write_image(path: Path, seed: int = 0) -> None:
+    """Write random pixels, 11 wide and 9 to 11 high, in the format that the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (9 + seed % 3, 11, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(path)
+
+
+def write_named(folder: Path) -> Path:
+    """Write cytology as files named by class: 3 images of each of two classes in each split."""
+    for number, split in enumerate(("train", "val", "test")):
+        for name in ("normal_columnar", "HSIL"):
+            for i in range(3):
+                write_image(folder / "images" / split / f"{name}_{i:03}.bmp", 10 * number + i)
+    return folder
+
+
+def write_lists(folder: Path) -> Path:
+    """Write cytology as folders of two classes with lists of 3, 2 and 1 images and names of classes."""
+    for name in ("hsil", "nl"):
+        for i in range(4):
+            write_image(folder / "images" / name / f"cell ({i}).png", i)
+    (folder / "splits").mkdir()
+    (folder / "splits" / "train.txt").write_text("nl/cell (0).png 0\nhsil/cell (0).png 1\n\nhsil/cell (1).png\n")
+    (folder / "splits" / "valid.txt").write_text("images/nl/cell (2).png\nimages/hsil/cell (2).png\n")
+    (folder / "splits" / "test.txt").write_text("images/nl/cell (3).png 0\n")
+    (folder / "classnames.txt").write_text("nl normal cells\nhsil\n")
+    return folder
+
+
+def write_hicervix(folder: Path) -> Path:
+    """Write the images and levels of `HICERVIX` as each split."""
+    for number, split in enumerate(("train", "val", "test")):
+        rows = ["image_name,class_id,level_1,level_2,level_3"]
+        for i, (name, levels) in enumerate(HICERVIX.items()):
+            write_image(folder / split / name, 10 * number + i)
+            rows.append(",".join([name, str(i), *levels]))
+        (folder / f"{split}.csv").write_text("\n".join(rows) + "\n")
+    return folder
 
 
 def write_csv(path: Path, rows: list[list[object]]) -> None:

@@ -1,13 +1,15 @@
-"""Images of different sizes, through the whole house."""
+"""Through the whole house: images of different sizes, and a launcher that asks for half precision."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
+from accelerate.state import AcceleratorState
 from miniature import config, write_backbone
 
 from hf_histo.data.load import load
@@ -49,3 +51,21 @@ def test_images_of_different_sizes(folder: Path, tmp_path: Path, fit: str) -> No
     if fit != "pad":  # alone, an image is resized on the device; color is measured on what is predicted together
         alone = classifier(folder / "data" / expected["id"][1])["logit"]
         np.testing.assert_allclose(alone, expected["logit"][1], rtol=0, atol=1e-5)
+
+
+def test_predictions_are_in_float32_whatever_the_launcher_says(
+    source: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, decisions would change: SECURITY.md."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    data = load(source[1])
+    result = fine_tune(config(tmp_path / "run", *source, "--num_train_epochs=1", "--target_modules=last-conv"), data)
+    assert json.loads((tmp_path / "run" / "cost.json").read_text())["precision"] == "bf16"
+    saved = read(result.adapter / "predictions" / "val.parquet")["logit"]
+
+    found = [Classifier.from_pretrained(result.adapter).predict(data["val"])["logit"]]
+    AcceleratorState._reset_state()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    found.append(Classifier.from_pretrained(result.adapter).predict(data["val"])["logit"])
+    for logits in found:
+        assert logits.to_numpy().tobytes() == saved.to_numpy().tobytes()

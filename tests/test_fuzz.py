@@ -11,14 +11,17 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import PIL.Image
 import pytest
-from fixtures import images, write_challenge, write_pcam, write_wilds
+from fixtures import images, write_challenge, write_hicervix, write_lists, write_pcam, write_wilds
 
 from hf_histo.config import parse
 from hf_histo.data.load import load
@@ -101,6 +104,16 @@ def digits(folder: Path) -> None:
         (folder / f"train-{name}-ubyte").write_bytes(header + array.tobytes())
 
 
+def pixels(suffix: str, folder: Path) -> None:
+    """Gray images of 4 x 4 pixels as the rows of a table."""
+    values, labels, path = np.arange(96, dtype=np.uint8).reshape(6, 16), ["a", "b"] * 3, folder / f"train.{suffix}"
+    table = pd.DataFrame(values, columns=list(map(str, range(16)))).assign(label=labels, patient=labels)
+    if suffix == "npz":
+        np.savez(path, images=values, y=labels, patient=labels)
+    else:
+        table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path)
+
+
 def table(folder: Path) -> None:
     made = predictions.make(range(4), [0] * 4, [""] * 4, [0, 1, 0, 1], [0.5, -1.0, 2.0, 0.1])
     predictions.write(folder / "val.parquet", made, ["normal", "tumor"])
@@ -126,20 +139,28 @@ def reads_yaml(folder: Path) -> None:
     parse(None, ["--config", str(folder / "run.yaml")])
 
 
-PCAM = "camelyonpatch_level_2_split_valid_x.h5"
+PCAM = "camelyonpatch_level_2_split_valid"
 # By kind: the file that is mutated, how it and its neighbors are written, what reads it.
 KINDS: dict[str, tuple[str, Callable[[Path], bytes], Callable[[Path], object]]] = {
-    "challenge": ("val.h5", file_of(lambda f: write_challenge(f, counts={"train": 4, "val": 3}), "val.h5"), loads),
-    "pcam": (PCAM, file_of(write_pcam, PCAM), loads),
-    "pcam-table": (
-        "camelyonpatch_level_2_split_valid_meta.csv",
-        file_of(write_pcam, "camelyonpatch_level_2_split_valid_meta.csv"),
-        loads,
-    ),
-    "wilds-table": ("metadata.csv", file_of(write_wilds, "metadata.csv"), loads),
-    "folder-image": ("train/a/1.png", file_of(folder_of_images, "train/a/1.png"), loads),
-    "idx-images": ("train-images-idx3-ubyte", file_of(digits, "train-images-idx3-ubyte"), loads),
-    "idx-labels": ("train-labels-idx1-ubyte", file_of(digits, "train-labels-idx1-ubyte"), loads),
+    **{
+        kind: (name, file_of(write, name), loads)
+        for kind, name, write in (
+            ("challenge", "val.h5", lambda folder: write_challenge(folder, counts={"train": 4, "val": 3})),
+            ("pcam", f"{PCAM}_x.h5", partial(write_pcam, size=8)),
+            ("pcam-labels", f"{PCAM}_y.h5", partial(write_pcam, size=8)),
+            ("pcam-table", f"{PCAM}_meta.csv", partial(write_pcam, size=8)),
+            ("wilds-table", "metadata.csv", write_wilds),
+            ("folder-image", "train/a/1.png", folder_of_images),
+            ("list", "splits/train.txt", write_lists),
+            ("class-names", "classnames.txt", write_lists),
+            ("hicervix-table", "train.csv", write_hicervix),
+            ("idx-images", "train-images-idx3-ubyte", digits),
+            ("idx-labels", "train-labels-idx1-ubyte", digits),
+            ("pixels-csv", "train.csv", partial(pixels, "csv")),
+            ("pixels-parquet", "train.parquet", partial(pixels, "parquet")),
+            ("pixels-npz", "train.npz", partial(pixels, "npz")),
+        )
+    },
     "sidecar": (SIDECAR, sidecar, reads_sidecar),
     "yaml": ("run.yaml", lambda folder: b"seed: 3\nlora_rank: 4\ndata: x\nhead: mlp\n", reads_yaml),
     "predictions": ("val.parquet", file_of(table, "val.parquet"), lambda f: predictions.read(f / "val.parquet")),
@@ -160,14 +181,19 @@ def _batch(kind: str, folder: str, contents: list[bytes], failures: str) -> None
         (Path(failures) / "at").write_text(str(number))
         (Path(folder) / name).write_bytes(content)
         try:
-            read(Path(folder))
-        except HistoError as error:
-            assert "\n" not in str(error) and len(str(error)) < 5000
+            _ends_well(read, Path(folder))
         except BaseException:
             (Path(failures) / str(number)).write_text(traceback.format_exc())
         if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > before + MEMORY:
             (Path(failures) / str(number)).write_text("took more memory than it may")
             return
+
+
+def _ends_well(read: Callable[[Path], object], folder: Path) -> None:
+    try:
+        read(folder)
+    except HistoError as error:
+        assert "\n" not in str(error) and len(str(error)) < 5000, error
 
 
 def check(kind: str, contents: list[bytes], folder: Path) -> None:
@@ -196,6 +222,7 @@ def check(kind: str, contents: list[bytes], folder: Path) -> None:
             kept = folder / f"{kind}-{start + number}"
             kept.write_bytes(batch[number])
             pytest.fail(f"{kept}: {error}")
+        shutil.rmtree(folder / "files" / "cache", ignore_errors=True)
 
 
 def mutants(kind: str, count: int, seed: int, folder: Path) -> list[bytes]:

@@ -16,7 +16,7 @@ from killable import run
 from miniature import SIZE
 
 NAME = "ana/tumor"
-RESULTS = ("adapter_model.safetensors", "metrics.json", "predictions/val.parquet", "predictions/test.parquet")
+RESULTS = ("adapter_model.safetensors", "metrics.json", "predictions/val.parquet")
 QUICK = f"""--image_size={SIZE} --resize_size={SIZE} --per_device_train_batch_size=8 --num_train_epochs=2
     --learning_rate=0.01 --lora_dropout=0.1""".split()
 
@@ -44,9 +44,19 @@ JOBS = {
             "push": ("open", "/adapter/"),
         },
     ),
-    "sweep": Job(
+    "cached": Job(
+        "histo_lora.py",
+        ("--target_modules=last-conv", "--training_views=2", "--cache_features=on"),
+        {"feature caching": ("", "/hf_histo_features/"), "training on cached features": ("backward", "")},
+    ),
+    "pareto": Job(
         "pareto.py",
         ("--layers", "last-conv", "--ranks", "2", "4", "--seeds=1"),
+        {"pareto": ("", ""), "pareto, training": ("backward", "")},
+    ),
+    "sweep": Job(
+        "sweep.py",
+        (f"--study={Path(__file__).with_name('grid.yaml')}", "--target_modules=last-conv"),
         {"sweep": ("", ""), "sweep, training": ("backward", "")},
     ),
 }
@@ -70,7 +80,8 @@ def results(root: Path) -> dict[str, bytes]:
     """What the adapters of all runs in a folder hold."""
     adapters = sorted((root / "run").rglob("adapter"))
     assert adapters
-    return {f"{a.relative_to(root)}/{name}": (a / name).read_bytes() for a in adapters for name in RESULTS}
+    files = [path for a in adapters for path in (*(a / name for name in RESULTS), *(a / "predictions").iterdir())]
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")

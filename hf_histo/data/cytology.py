@@ -12,7 +12,7 @@ import pandas as pd
 
 from hf_histo.data import hierarchy, schema
 from hf_histo.data.builder import FolderBuilder, split_generator
-from hf_histo.data.folders import is_image, name_of, split_of
+from hf_histo.data.folders import check_inside, is_image, name_of, split_of
 from hf_histo.errors import HistoError
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ def check_known(directory: Path, names: list[str]) -> None:
 class ListedImages(FolderBuilder):
     """What the layouts of this module have in common: a subclass lists the images of each split with their classes.
 
-    Each split's images are stored as they are, in the text order of their paths. `group` is unknown.
+    Each split's images are stored as they are, in the text order of their paths. `group` is unknown. Raises HistoError
+    for an image that lies outside the folder, by its path in a list or by a link.
     """
 
     OPTIONS = ("on_bad_image",)
@@ -58,7 +59,10 @@ class ListedImages(FolderBuilder):
 
     @classmethod
     def sources(cls, directory: Path) -> list[str]:
-        return [name_of(path, directory) for images in cls.listed(directory).values() for path, _ in images]
+        paths = [path for images in cls.listed(directory).values() for path, _ in images]
+        for path in paths:
+            check_inside(path, directory)
+        return [name_of(path, directory) for path in paths]
 
     def _info(self) -> datasets.DatasetInfo:
         directory = self.config.directory
@@ -203,9 +207,9 @@ class SplitLists(ListedImages):
         file, shown = directory / "classnames.txt", dict[str, str]()
         for place, line in _lines(file) if file.is_file() else ():
             folder, _, name = line.partition(" ")
-            if (directory / "images" / line).is_dir():
+            if _is_there(directory / "images" / line, folder=True):
                 folder, name = line, line
-            if not (directory / "images" / folder).is_dir() or folder in shown:
+            if not _is_there(directory / "images" / folder, folder=True) or folder in shown:
                 raise HistoError(f"{place}: {folder!r} is no folder in images/, or is named twice; correct it")
             shown[folder] = name.strip() or folder
         return shown
@@ -217,7 +221,7 @@ class SplitLists(ListedImages):
         candidates = [(line, None), (name.strip(), int(last))] if name and last.isdigit() else [(line, None)]
         for text, number in candidates:
             for path in (directory / text, directory / "images" / text):
-                if path.is_file():
+                if _is_there(path):
                     return path, number
         return None, None
 
@@ -267,6 +271,8 @@ class HiCervix(ListedImages):
                 logger.warning(
                     "%s: left out %d images of %s, which train lacks", split, len(images) - len(kept), strange
                 )
+            if not kept:
+                raise HistoError(f"{directory / split}.csv: no image of a class of train.csv, expected some; add them")
             splits[split] = sorted(kept)
         return splits
 
@@ -279,7 +285,7 @@ class HiCervix(ListedImages):
         images = []
         for row, (name, *levels) in enumerate(table[["image_name", *cls.LEVELS]].itertuples(index=False), start=2):
             path = folder / name
-            if not path.is_file():
+            if not _is_there(path):
                 raise HistoError(f"{file}, row {row}: {name!r} is not in {folder}; add it or remove the row")
             given = [level.strip() for level in levels]
             depth = next((place for place, level in enumerate(given) if not level), len(given))
@@ -287,6 +293,14 @@ class HiCervix(ListedImages):
                 raise HistoError(f"{file}, row {row}: level_1 is empty, expected a class; correct it")
             images.append((path, hierarchy.join(given[:depth])))
         return images
+
+
+def _is_there(path: Path, folder: bool = False) -> bool:
+    """Whether a path that somebody wrote is a file, or a folder; one that is too long for a name is not."""
+    try:
+        return path.is_dir() if folder else path.is_file()
+    except OSError:
+        return False
 
 
 def _lines(file: Path) -> list[tuple[str, str]]:

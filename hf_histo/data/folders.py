@@ -165,6 +165,13 @@ def _check_link(path: Path, root: Path) -> None:
         )
 
 
+def check_inside(path: Path, root: Path) -> None:
+    """Raise HistoError for an image that is not below `root`, be it by a link or by how its path was written."""
+    target = path.resolve()
+    if not target.is_relative_to(root.resolve()):
+        raise HistoError(f"{path}: leads to {target}, expected a file within {root}; put the images themselves there")
+
+
 def _folders(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if path.is_dir() and not is_clutter(path))
 

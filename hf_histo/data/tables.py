@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from hf_histo.data.builder import FolderBuilder, split_generator
+from hf_histo.data.folders import check_inside
 from hf_histo.data.schema import decode
 from hf_histo.errors import HistoError
 
@@ -47,7 +48,10 @@ class WildsCamelyon17(FolderBuilder):
 
     @classmethod
     def sources(cls, directory: Path) -> list[str]:
-        return ["metadata.csv", *_table(directory)["path"]]
+        paths = _table(directory)["path"]
+        for path in paths:
+            check_inside(directory / path, directory)
+        return ["metadata.csv", *paths]
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         directory = self.config.directory

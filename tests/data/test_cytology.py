@@ -5,59 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import pytest
-from fixtures import truncate
+from fixtures import truncate, write_hicervix, write_image, write_lists, write_named
 
 from hf_histo.config import DataOptions
 from hf_histo.data import cytology, hierarchy
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
-
-LEVELS = {
-    "a.png": ("ASC", "ASC-US", ""),
-    "b.png": ("ASC", "ASC-H", ""),
-    "c.png": ("AGC", "AGC-FN", "ECC"),
-    "d.png": ("AGC", "AGC-FN", "EC"),
-    "e.png": ("Normal", "", ""),
-}
-
-
-def write_image(path: Path, seed: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (9 + seed % 3, 11, 3), dtype=np.uint8)
-    PIL.Image.fromarray(pixels).save(path)
-
-
-def write_named(folder: Path) -> Path:
-    for number, split in enumerate(("train", "val", "test")):
-        for name in ("normal_columnar", "HSIL"):
-            for i in range(3):
-                write_image(folder / "images" / split / f"{name}_{i:03}.bmp", 10 * number + i)
-    return folder
-
-
-def write_lists(folder: Path) -> Path:
-    for name in ("hsil", "nl"):
-        for i in range(4):
-            write_image(folder / "images" / name / f"cell ({i}).png", i)
-    (folder / "splits").mkdir()
-    (folder / "splits" / "train.txt").write_text("nl/cell (0).png 0\nhsil/cell (0).png 1\n\nhsil/cell (1).png\n")
-    (folder / "splits" / "valid.txt").write_text("images/nl/cell (2).png\nimages/hsil/cell (2).png\n")
-    (folder / "splits" / "test.txt").write_text("images/nl/cell (3).png 0\n")
-    (folder / "classnames.txt").write_text("nl normal cells\nhsil\n")
-    return folder
-
-
-def write_hicervix(folder: Path) -> Path:
-    for number, split in enumerate(("train", "val", "test")):
-        rows = ["image_name,class_id,level_1,level_2,level_3"]
-        for i, (name, levels) in enumerate(LEVELS.items()):
-            write_image(folder / split / name, 10 * number + i)
-            rows.append(",".join([name, str(i), *levels]))
-        (folder / f"{split}.csv").write_text("\n".join(rows) + "\n")
-    return folder
 
 
 def refusal(folder: Path, cache: Path) -> str:
@@ -116,8 +70,10 @@ def test_lists_without_class_names(tmp_path: Path) -> None:
         ("splits/test.txt", "nl/missing.png", "test.txt, line 1: 'nl/missing.png' is no image below"),
         ("splits/test.txt", "nl/cell (3).png 1", "class 'nl' has the number 1, expected 0 as in classnames.txt"),
         ("splits/test.txt", "\nnl/cell (0).png", "test.txt, line 2: 'nl/cell (0).png' is in"),
+        ("splits/test.txt", "nl/" + 300 * "x" + ".png", "is no image below"),
         ("splits/test.txt", "", "lists no images"),
         ("classnames.txt", "nl\n", "class 'hsil' is none of classnames.txt: nl"),
+        ("classnames.txt", 300 * "x", "is no folder in images/"),
         ("classnames.txt", "nl\nscc\n", "classnames.txt, line 2: 'scc' is no folder in images/"),
         ("classnames.txt", "nl\nnl\n", "classnames.txt, line 2: 'nl' is no folder in images/, or is named twice"),
     ],
@@ -125,6 +81,26 @@ def test_lists_without_class_names(tmp_path: Path) -> None:
 def test_a_list_that_is_wrong(file: str, text: str, expected: str, tmp_path: Path) -> None:
     (write_lists(tmp_path / "set") / file).write_text(text)
     assert expected in refusal(tmp_path / "set", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("way", ["upwards", "absolute", "a link"])
+@pytest.mark.parametrize("write", [write_lists, write_hicervix])
+def test_an_image_outside_the_folder(way: str, write: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder, secret = write(tmp_path / "set"), tmp_path / "secret.png"
+    write_image(secret)
+    if way == "a link":
+        listed = folder / ("images/nl/cell (0).png" if write is write_lists else "train/a.png")
+        listed.unlink()
+        listed.symlink_to(secret)
+    elif write is write_lists:
+        for name in ("classnames.txt", "splits/test.txt"):
+            (folder / name).unlink()
+        new = secret if way == "absolute" else "../secret.png"
+        (folder / "splits" / "train.txt").write_text(f"nl/cell (0).png\nhsil/cell (0).png\n{new}\n")
+    else:
+        new = secret if way == "absolute" else "../../secret.png"
+        (folder / "train.csv").write_text((folder / "train.csv").read_text().replace("a.png", str(new)))
+    assert f"{secret}, expected a file within {folder}" in refusal(folder, tmp_path / "cache")
 
 
 def test_the_training_list_is_required(tmp_path: Path) -> None:
@@ -164,6 +140,7 @@ def test_classes_are_those_of_training_alone(tmp_path: Path, caplog: pytest.LogC
     ("old", "new", "expected"),
     [
         ("a.png", "gone.png", "row 2: 'gone.png' is not in"),
+        ("a.png", 300 * "x", "is not in"),
         ("ASC,ASC-US", ",ASC-US", "row 2: level_1 is empty"),
         ("ASC,ASC-US", "ASC,AGC-FN", "'AGC-FN' is below 'AGC' and below 'ASC'"),
         ("level_3", "level_x", "expected the columns image_name, level_1, level_2, level_3"),
@@ -173,6 +150,12 @@ def test_a_table_that_is_wrong(old: str, new: str, expected: str, tmp_path: Path
     folder = write_hicervix(tmp_path / "set")
     (folder / "train.csv").write_text((folder / "train.csv").read_text().replace(old, new))
     assert expected in refusal(folder, tmp_path / "cache")
+
+
+def test_a_split_of_which_nothing_is_kept(tmp_path: Path) -> None:
+    folder = write_hicervix(tmp_path / "set")
+    (folder / "val.csv").write_text("image_name,level_1,level_2,level_3\na.png,EGC,,\n")
+    assert "val.csv: no image of a class of train.csv" in refusal(folder, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name", ["SIPaKMeD", "herlev-papsmear", "mlcc_2", "bcfc"])

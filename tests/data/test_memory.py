@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import soak
 from datasets.arrow_writer import ArrowWriter
+from fixtures import write_challenge
+from miniature import write_backbone
 
 from hf_histo.data import schema
 from hf_histo.data.load import check_trainable
@@ -18,6 +24,7 @@ from hf_histo.training import losses, trainer
 STATUS = Path("/proc/self/status")
 ROWS = {"small": 200, "large": 20_000}
 SIDE = 60
+PATCHES, LIMIT = 200_000, 4 * 2**30
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +67,22 @@ def test_a_hundred_times_the_images_take_no_more_memory(tables: dict[str, datase
     stored = len(images) * SIDE * SIDE * 3
     assert stored > 200e6
     assert own_memory() - before < 0.1 * stored
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STATUS.exists(), reason="needs Linux's account of a process's memory")
+def test_an_epoch_over_200_000_patches_within_4_gib(tmp_path: Path) -> None:
+    """From the challenge's files to predictions: the system refuses any process more, and all together stay below."""
+    write_challenge(tmp_path / "data", counts={"train": PATCHES, "val": 600}, size=32)
+    folders = f"--data={tmp_path / 'data'} --cache_dir={tmp_path / 'cache'} --output_dir={tmp_path / 'run'}"
+    model = f"--backbone={write_backbone(tmp_path / 'backbone')} --target_modules=last-conv --image_size=32"
+    training = "--num_train_epochs=1 --per_device_train_batch_size=256 --num_workers=2"
+    started = subprocess.Popen(
+        [sys.executable, str(soak.RECIPE), *f"{folders} {model} {training}".split()],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT)),
+    )
+    most = max(tree for _, _, tree, _ in soak.watch(started, every=1))
+    print(f"{most / 2**20:,.0f} MiB at most")
+    assert started.returncode == 0
+    assert (tmp_path / "run" / "adapter").is_dir()
+    assert most < LIMIT

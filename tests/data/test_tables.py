@@ -74,6 +74,13 @@ def test_refuses_one_missing_patch(tmp_path: Path) -> None:
     refused(tmp_path, rf"{paths[7]}: no such file")
 
 
+def test_refuses_a_patch_that_leads_outside(tmp_path: Path) -> None:
+    patch = write_wilds(tmp_path / "set")[7]
+    patch.rename(tmp_path / "secret.png")
+    patch.symlink_to(tmp_path / "secret.png")
+    refused(tmp_path / "set", rf"{patch}: leads to {tmp_path / 'secret.png'}, expected a file within")
+
+
 def test_refuses_another_size(tmp_path: Path) -> None:
     paths = write_wilds(tmp_path)
     PIL.Image.new("RGB", (50, 60)).save(paths[3])
