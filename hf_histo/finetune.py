@@ -223,7 +223,7 @@ def _fine_tune(
     if config.adapter.method == "pca":
         selection |= _fit_components(config, trained, data, sidecar, folder / "figures" / COMPONENTS)
     else:
-        with frozen.folded_batch_norm(session), frozen.cached_prefix(session, config):
+        with frozen.folded_layers(session), frozen.cached_prefix(session, config):
             session.train(resume_from_checkpoint=resumed)
         selection |= {"value": session.state.best_metric, "step": session.state.best_global_step}
 

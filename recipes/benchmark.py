@@ -223,7 +223,7 @@ class Bench:
             before = pixel_values
             pixel_values = lambda inputs, view: before(inputs, view).contiguous()  # noqa: E731
         session.pixel_values = pixel_values  # type: ignore[method-assign]
-        with frozen.folded_batch_norm(session) if fold else nullcontext():
+        with frozen.folded_layers(session) if fold else nullcontext():
             return self.seconds(session)
 
     def seconds(self, session: transformers.Trainer) -> float:
@@ -309,10 +309,10 @@ class Bench:
         started = time.perf_counter()
         if ours:
             shutil.rmtree(self.folder / "cache" / "hf_histo_features", ignore_errors=True)
-            with frozen.folded_batch_norm(session), frozen.cached_prefix(session, config):
+            with frozen.folded_layers(session), frozen.cached_prefix(session, config):
                 session.train()
         else:
-            with frozen.folded_batch_norm(session), torch.no_grad(), session.accelerator.autocast():
+            with frozen.folded_layers(session), torch.no_grad(), session.accelerator.autocast():
                 assert session.model is not None
                 for rows in (session.train_dataset, session.eval_dataset):
                     assert isinstance(rows, ImageTable)
@@ -393,7 +393,7 @@ def steps(bench: Bench) -> dict[str, Callable[[], float]]:
         "without mixed precision": partial(bench.ours, config=single),
         "without channels-last": partial(bench.ours, channels_last=False),
         "without freezing batch norm": partial(bench.ours, config=track, fold=False),
-        "without folding batch norm": partial(bench.ours, fold=False),
+        "without folding batch norm and LoRA": partial(bench.ours, fold=False),
         "without batched augmentation": partial(bench.ours, pil=True),
         "full fine-tuning": partial(bench.ours, config=full),
         "floor: forward, gradient to the input": partial(bench.floor, True),

@@ -30,14 +30,14 @@ WORTH_IT = 0.5  # share of a forward pass before the cut from which "auto" store
 
 
 @contextmanager
-def folded_batch_norm(session: Trainer) -> Iterator[None]:
-    """Within the block, frozen batch norm is part of the convolutions before it, see `folding.folded`."""
+def folded_layers(session: Trainer) -> Iterator[None]:
+    """Within the block, convolutions take in frozen batch norm and their low-rank update, see `folding.folded`."""
     assert session.model is not None
-    if session.batch_norm == "track" or not batchnorm.layers(session.model) or _is_sharded(session):
+    if session.batch_norm == "track" or _is_sharded(session):
         yield
         return
     with folding.folded(session.model, _sample(session)) as count:
-        logger.info("%d batch norms are folded into the convolutions before them", count)
+        logger.info("%d convolutions take in the batch norm behind them, or their low-rank update", count)
         yield
 
 

@@ -155,12 +155,13 @@ def test_images_are_not_read_while_training(
     assert list((tmp_path / "run").glob("checkpoint-*"))
 
 
-def test_folded_batch_norm_gives_the_same_curve(tmp_path: Path, source: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("target_modules", ["last-conv", "all-conv"])
+def test_folded_layers_give_the_same_curve(tmp_path: Path, source: tuple[Path, Path], target_modules: str) -> None:
     curves = []
     for folded in (False, True):
-        more = ["--target_modules=last-conv", "--cache_features=off", "--learning_rate=1e-3"]
+        more = [f"--target_modules={target_modules}", "--cache_features=off", "--learning_rate=1e-3"]
         session, _ = build(tmp_path / str(folded), source, *more)
-        with frozen.folded_batch_norm(session) if folded else nullcontext():
+        with frozen.folded_layers(session) if folded else nullcontext():
             session.train()
         curves.append([line[key] for line in session.state.log_history for key in ("loss", "eval_loss") if key in line])
     assert curves[0] != curves[1]
