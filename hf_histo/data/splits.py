@@ -13,7 +13,6 @@ import datasets
 import numpy as np
 import pandas as pd
 import xxhash
-from sklearn.model_selection import StratifiedGroupKFold
 
 from hf_histo.data.inventory import components
 from hf_histo.data.load import fingerprint
@@ -120,35 +119,6 @@ def clean(
             raise HistoError(f"{name}: all {len(split)} images are copies of others, expected some that are not")
         cleaned[name] = split.select(rows)
     return named(datasets.DatasetDict(cleaned), data)
-
-
-def resplit(data: datasets.DatasetDict, table: pd.DataFrame, *, folds: int = 5, seed: int = 0) -> datasets.DatasetDict:
-    """New splits `train`, `val` and `test` of all labeled images; neither a group nor a family on two sides.
-
-    Args:
-        data: any splits.
-        table: their `inventory`.
-        folds: 1 / `folds` of the images go to `val`, as many to `test`, the rest to `train`; at least 3.
-        seed: of the assignment; the same gives the same splits.
-
-    Folds have about the same size and shares of the classes (scikit-learn's `StratifiedGroupKFold`), and `group` names
-    what was kept together. Copies stay in: `clean` before or after takes them out.
-
-    Raises HistoError where a class has fewer groups than there are folds, and if `table` is of other data.
-    """
-    if folds < 3:
-        raise HistoError(f"folds is {folds}, expected at least 3: one for val, one for test, the rest for train")
-    pool = datasets.concatenate_datasets(list(with_families(data, table).values()))
-    pool = pool.select(np.flatnonzero(np.array(pool["label"]) >= 0))
-    labels, groups = np.array(pool["label"]), np.array(pool["group"])
-    for label, name in enumerate(pool.features["label"].names):
-        count = len(set(groups[labels == label]))
-        if 0 < count < folds:
-            raise HistoError(f"{name}: {count} groups or families, expected at least folds={folds}; lower folds")
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    parts = [held_out for _, held_out in splitter.split(labels, labels, groups)]
-    rows = {"train": np.sort(np.concatenate(parts[2:])), "val": parts[0], "test": parts[1]}
-    return named(datasets.DatasetDict({name: pool.select(part) for name, part in rows.items()}), data)
 
 
 def named(derived: datasets.DatasetDict, source: datasets.DatasetDict) -> datasets.DatasetDict:

@@ -14,7 +14,7 @@ from hf_histo.data import schema
 from hf_histo.data.inventory import components, inventory
 from hf_histo.data.load import fingerprint, load
 from hf_histo.data.schema import ImageTable
-from hf_histo.data.splits import clean, composition, resplit, shared_groups, with_families
+from hf_histo.data.splits import clean, composition, shared_groups, with_families
 from hf_histo.errors import HistoError
 
 
@@ -114,72 +114,22 @@ def test_families_become_groups_and_join_known_ones() -> None:
     assert np.array_equal(ImageTable(grouped["test"])[1]["image"], ImageTable(data["test"])[1]["image"])
 
 
-def pool() -> dict[str, list[tuple[int, int, str]]]:
-    """60 pictures, each in train and in test; the first 20 in 5 groups; every third a tumor."""
-    rows = [(i, int(i % 3 == 0), f"slide {i // 4}" if i < 20 else "") for i in range(60)]
-    return {"train": rows, "test": [(picture, label, "") for picture, label, _ in rows]}
-
-
-def test_resplit() -> None:
-    data, table = made(pool())
-    new = resplit(data, table, folds=4)
-    assert list(new) == ["train", "val", "test"]
-    assert shared_groups(new) == {}
-    assert sorted(key for split in ids(new).values() for key in split) == sorted(table["id"])
-    pictures = {name: set(table.set_index("id").loc[split["id"], "family"]) for name, split in new.items()}
-    assert sum(map(len, pictures.values())) == 60  # no picture on two sides
-    assert {name: len(split) for name, split in new.items()} == pytest.approx(
-        {"train": 60, "val": 30, "test": 30}, abs=6
-    )
-    for split in new.values():
-        assert np.mean(split["label"]) == pytest.approx(1 / 3, abs=0.1)
-    assert new["train"].features == data["train"].features
-    assert fingerprint(new) != fingerprint(data)
-
-
-def test_resplit_is_deterministic_and_follows_the_seed() -> None:
-    data, table = made(pool())
-    assert ids(resplit(data, table, seed=1)) == ids(resplit(data, table, seed=1))
-    assert ids(resplit(data, table, seed=1)) != ids(resplit(data, table, seed=2))
-
-
-def test_resplit_leaves_out_hidden_labels() -> None:
-    splits = pool()
-    splits["test"] = [(100 + picture, -1, "") for picture, *_ in splits["test"]]
-    data, table = made(splits)
-    new = resplit(data, table)
-    assert sum(map(len, new.values())) == 60
-    assert all(min(split["label"]) == 0 for split in new.values())
-
-
-def test_resplit_refusals() -> None:
-    data, table = made({"train": [(i, 0, "") for i in range(9)] + [(20 + i, 1, f"{i // 2}") for i in range(6)]})
-    assert list(resplit(data, table, folds=3)) == ["train", "val", "test"]
-    with pytest.raises(HistoError, match="tumor: 3 groups or families, expected at least folds=4"):
-        resplit(data, table, folds=4)
-    with pytest.raises(HistoError, match="folds is 2"):
-        resplit(data, table, folds=2)
-
-
 def test_another_inventory_is_refused() -> None:
     _, table = made({"train": [(0, 0, ""), (1, 1, "")]})
     other, _ = made({"train": [(0, 0, ""), (1, 1, ""), (2, 1, "")]})
-    for function in (clean, resplit, with_families):
+    for function in (clean, with_families):
         with pytest.raises(HistoError, match="expected the inventory of this data"):
             function(other, table)  # type: ignore[operator]
 
 
-def test_loaded_data(tmp_path: Path) -> None:
+def test_other_groups_are_other_data(tmp_path: Path) -> None:
     write_challenge(tmp_path, counts={"train": 24, "val": 12}, size=40)
     data = load(tmp_path)
     before = fingerprint(data)
-    new = resplit(data, inventory(data), folds=3)
-    assert shared_groups(new) == {}
-    assert fingerprint(new) == fingerprint(resplit(data, inventory(data), folds=3)) != before == fingerprint(data)
-    assert fingerprint(new) != fingerprint(resplit(data, inventory(data), folds=3, seed=1))
-    grouped = with_families(data, inventory(data).assign(group=""))
-    assert len({fingerprint(grouped), fingerprint(with_families(data, inventory(data))), before}) == 3
-    assert sum(map(len, new.values())) == 36
+    alone, grouped = (with_families(data, table) for table in (inventory(data).assign(group=""), inventory(data)))
+    assert len({fingerprint(alone), fingerprint(grouped), before}) == 3
+    assert fingerprint(data) == before
+    assert sum(map(len, grouped.values())) == 36
 
 
 def test_what_splits_hold_and_what_of_train_is_in_them() -> None:
