@@ -34,7 +34,7 @@ NAMED = {  # what a column, or an array of an npz file, may be called, in any ca
     "group": ("group", "patient", "patient_id"),
 }
 PROBES = 16  # images that tell range and order
-BLOCK = 2048  # columns of a parquet file that are read at a time
+BLOCK = 2**21  # values of a parquet file that are read at a time, in whole columns of a row group
 DARKEST_PEAK = 16  # below, an image that exceeds 1 may be a dark one in [0, 255] as well as one in an unknown range
 CLEARLY = 0.8  # of the other order's roughness: above, the two can't be told apart
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, csv.Error, zipfile.BadZipFile, pa.ArrowException)
@@ -79,8 +79,8 @@ class PixelTables(FolderBuilder):
     from the first 16 images and said in `info.description`. The range is that of their maximum; the order is the one
     in which neighbors differ less, since images are smooth.
 
-    A row is read at a time, and of parquet files, which are stored by column, 2,048 columns of a row group at a time
-    into a temporary file: the table is never in memory.
+    A row is read at a time, and of parquet files, which are stored by column, as many columns of a row group as hold 2
+    million values, into a temporary file: the table is never in memory.
 
     Raises HistoError, naming file and row, for a missing column of labels, a value that is no number or out of range
     (unless such images are left out: `--on_bad_image skip`), a number of columns that makes no square image, a class
@@ -276,12 +276,14 @@ def _parquet_rows(path: Path) -> Iterator[NDArray[np.float32]]:
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
         with tempfile.TemporaryFile() as transposed:
-            for start in range(0, len(names), BLOCK):
-                block = file.read_row_group(group, columns=names[start : start + BLOCK])
-                for name, kind in zip(block.schema.names, block.schema.types, strict=True):
+            step = max(1, BLOCK // max(1, count))
+            for start in range(0, len(names), step):
+                block = file.read_row_group(group, columns=names[start : start + step])
+                values = np.empty((count, block.num_columns), np.float32)
+                for place, (name, kind) in enumerate(zip(block.schema.names, block.schema.types, strict=True)):
                     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
                         raise HistoError(f"{path}: column {name} is {kind}, expected numbers; convert or remove it")
-                values = np.stack([column.to_numpy().astype(np.float32) for column in block.columns], axis=1)
+                    values[:, place] = block[place].to_numpy()
                 for row in range(count):
                     transposed.seek(4 * (row * len(names) + start))
                     transposed.write(values[row].tobytes())

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy.ndimage import gaussian_filter
 
@@ -140,26 +143,53 @@ def test_broken_files(tmp_path: Path, name: str, content: bytes | None) -> None:
     refused(tmp_path, rf"{name}: ")
 
 
-PEAK = """
-import resource, sys
+PEAKS = """
+import sys
 from pathlib import Path
-from hf_histo.data import frames
-path = Path(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert len(frames._described(path)) == 1500
-assert sum(1 for _ in frames._rows(path)) == 1500
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+from hf_histo.data.load import load
+
+def peak():  # not ru_maxrss, which a process inherits from its parent
+    return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+
+status = Path("/proc/self/status")
+folder, count = Path(sys.argv[1]), int(sys.argv[2])
+for suffix in (".csv", ".npz", ".parquet"):
+    load(folder / f"few{suffix}", cache_dir=folder / "cache")  # what is loaded and allocated once
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
+    before = peak()
+    assert len(load(folder / f"many{suffix}", cache_dir=folder / "cache")["full"]) == count
+    print(suffix, peak() - before)
 """
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
-def test_a_table_is_never_in_memory(tmp_path: Path, suffix: str) -> None:
-    values = np.random.default_rng(0).random((1500, 3 * 80 * 80), np.float32)
-    path = tmp_path / f"train{suffix}"
-    if suffix == ".npz":
-        np.savez(path, images=values, y=np.arange(1500) % 2)
+def write_many(path: Path, count: int, side: int) -> None:
+    """Write a table of `count` smooth images, two of them in turn, without holding all of it where that can be."""
+    images = [image.resize((side, side)) for image in map(PIL.Image.fromarray, smooth(2))]
+    values = np.stack([np.asarray(image).reshape(-1) for image in images])
+    if path.suffix == ".npz":
+        np.savez(path, images=values[np.arange(count) % 2], y=np.arange(count) % 2)
+    elif path.suffix == ".parquet":
+        columns = {str(i): np.resize(pair, count) for i, pair in enumerate(values.T)}
+        pq.write_table(pa.table(columns | {"label": np.arange(count) % 2}), path)
     else:
-        table = pd.DataFrame(values, columns=[str(i) for i in range(values.shape[1])])
-        table.assign(label=np.arange(1500) % 2).to_parquet(path)
-    found = subprocess.run([sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True)
-    assert int(found.stdout) < 0.7 * values.nbytes  # 115 MB
+        lines = [",".join(map(str, [label, *row])) for label, row in enumerate(values.tolist())]
+        with path.open("w") as file:
+            file.write(",".join(["label", *map(str, range(values.shape[1]))]) + "\n")
+            file.writelines(lines[row % 2] + "\n" for row in range(count))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process's memory")
+@pytest.mark.parametrize(
+    ("count", "side"),
+    [(1000, 40), pytest.param(2870, 224, marks=pytest.mark.slow)],  # the latter as many and as large as the real ones
+)
+def test_a_table_is_never_in_memory(tmp_path: Path, count: int, side: int) -> None:
+    for suffix in (".csv", ".npz", ".parquet"):
+        write_many(tmp_path / f"few{suffix}", 20, side)
+        write_many(tmp_path / f"many{suffix}", count, side)
+    command = [sys.executable, "-c", PEAKS, str(tmp_path), str(count)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    whole = count * 3 * side**2 * 4
+    print(f"{found}the table as float32: {whole}")
+    peaks = [int(line.split()[1]) for line in found.splitlines()]
+    assert len(peaks) == 3 and all(peak < whole / 2 for peak in peaks)
