@@ -2,21 +2,29 @@
 
     python recipes/audit.py --data DIR --output_dir report
     python recipes/audit.py --data train.h5 --output_dir report --strict
+    python recipes/audit.py --data DIR --output_dir report --backbone NAME_OR_FOLDER
 
 `--data` is a folder that a training recipe can read, one of class folders without splits, an HDF5 file with one group
 per image, or 'synthetic'. Looked for: images that are also in another split, exactly or but for compression, size,
 brightness and color, also turned and mirrored; patients or slides on two sides; copies with different labels; repeats;
 blank and tiny images; classes that are missing or rare, or that the center or the image size gives away. Into the
 output folder go `audit.json` with the id of every image concerned, `inventory.parquet` with a row for each image, and
-figures: the classes and the colors of each center, samples of each class, and pairs of copies; with `--adapter`, a map
-of what its model makes of the images, before and after adaptation, by center and by class. With `--strict`, the exit
-code is 1 where there are findings, else 0.
+figures: the classes and the colors of each center, samples of each class, and pairs of copies. With `--strict`, the
+exit code is 1 where there are findings, else 0.
+
+With `--backbone`, its frozen features tell how unlike the images of each other split are to those of train, class by
+class and copies left out: the AUROC of a classifier that tells the two apart, 0.5 where they are of one source. With
+`--adapter`, this is done with its base model, and a map is drawn of what that makes of the images, before and after
+adaptation, by center and by class.
 """
 
+import dataclasses
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import datasets
+import numpy as np
+from numpy.typing import NDArray
 from peft import PeftModel
 
 from hf_histo import hub
@@ -24,10 +32,15 @@ from hf_histo.config import DataOptions
 from hf_histo.data.audit import audit
 from hf_histo.data.inventory import SIMILARITY, inventory
 from hf_histo.data.load import load
+from hf_histo.data.splits import with_families
 from hf_histo.errors import HistoError, run
 from hf_histo.evaluation import audit_figures as figures
 from hf_histo.evaluation import embedding
+from hf_histo.evaluation.report import table as table_of
+from hf_histo.evaluation.separation import Separation, separations
 from hf_histo.files import atomic_file, write_json
+from hf_histo.models import backbones
+from hf_histo.transforms import preprocessing
 
 
 def main() -> None:
@@ -39,7 +52,8 @@ def main() -> None:
     parser.add_argument("--strict", action="store_true", help="exit with code 1 where there are findings")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier audit.json and its figures")
     parser.add_argument("--adapter", help="adapter folder or Hub name, for embedding.png")
-    parser.add_argument("--backbone", help="its base model, where that is no longer where the adapter was trained")
+    help = "model whose frozen features tell how unlike the splits are; with --adapter, its base model"
+    parser.add_argument("--backbone", help=help)
     help = "stop at an image that can't be read, or leave it out (default: error)"
     parser.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help=help)
     parser.add_argument("--cache_dir", help="folder of the converted data (default: the datasets library's cache)")
@@ -53,17 +67,28 @@ def main() -> None:
     table = inventory(data, similarity=options.similarity)
     report = audit(table, classes)
     print(report.summary())
+    found = report.to_json()
 
     image_of = figures.image_reader(data)
     figures.distribution(report, output / "distribution.png")
     figures.colors(table, output / "colors.png")
     figures.duplicates(report, image_of, output / "duplicates.png")
     figures.samples(table, classes, image_of, output)
-    if options.adapter:
-        draw_embedding(data, options.adapter, options.backbone, output / "embedding.png")
+    every = datasets.concatenate_datasets(list(data.values()))
+    if options.adapter or options.backbone:
+        if options.adapter:
+            features = draw_embedding(every, options.adapter, options.backbone, output / "embedding.png")
+        else:
+            features = frozen_features(every, options.backbone)
+        families = with_families(data, table)
+        groups = [group for split in families.values() for group in split["group"]]
+        told = separations(features, table.assign(group=groups), classes)
+        found["separations"] = [dataclasses.asdict(separation) for separation in told]
+        if told:
+            print(f"\n{described(told)}")
     with atomic_file(output / "inventory.parquet") as temporary:
         table.to_parquet(temporary, index=False)
-    write_json(output / "audit.json", report.to_json())  # last, so that its presence means that all is there
+    write_json(output / "audit.json", found)  # last, so that its presence means that all is there
     print(f"\nwrote {output / 'audit.json'}, inventory.parquet and figures")
     if options.strict and report.findings:
         raise HistoError(
@@ -71,11 +96,25 @@ def main() -> None:
         )
 
 
-def draw_embedding(data: datasets.DatasetDict, adapter: str, backbone: str | None, path: Path) -> None:
+def described(told: list[Separation]) -> str:
+    lines: list[list[object]] = [["split, class", "train images", "of the split", "AUROC", "95% interval"]]
+    for of in told:
+        interval = None if of.low is None or of.high is None else f"{of.low:.3f}–{of.high:.3f}"
+        lines.append([f"{of.split}, {of.label}", of.train, of.images, of.auroc, interval])
+    about = "How well images of another split are told from those of train, without copies and shared groups"
+    return f"{about} (0.5: not at all):\n\n{table_of(lines)}"
+
+
+def frozen_features(every: datasets.Dataset, backbone: str) -> NDArray[np.float64]:
+    model = backbones.load(backbone, 2)
+    return embedding.features(model, every, preprocessing.resolve(model.config, backbones.locate(backbone)))
+
+
+def draw_embedding(every: datasets.Dataset, adapter: str, backbone: str | None, path: Path) -> NDArray[np.float64]:
+    """Returns the features before adaptation."""
     model, sidecar, _ = hub.load(adapter, backbone=backbone)
     if not isinstance(model, PeftModel):
         raise HistoError(f"--adapter {adapter}: holds a whole model, so there is no 'before' to draw; pass an adapter")
-    every = datasets.concatenate_datasets(list(data.values()))
     color = sidecar.normalizer and sidecar.normalizer.extended(sidecar.preprocessing.read(every))
     with model.disable_adapter():
         before = embedding.features(model, every, sidecar.preprocessing)
@@ -86,6 +125,7 @@ def draw_embedding(data: datasets.DatasetDict, adapter: str, backbone: str | Non
         {"center": [str(c) for c in every["center"]], "class": [names[label] for label in every["label"]]},
         path,
     )
+    return before
 
 
 if __name__ == "__main__":

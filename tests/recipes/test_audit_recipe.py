@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pandas as pd
 import PIL.Image
 import pytest
 from fixtures import write_challenge
+from miniature import write_data
 from scipy.ndimage import gaussian_filter
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "audit.py"
@@ -86,6 +88,22 @@ def test_several_centers_and_hidden_labels(tmp_path: Path) -> None:
         "samples_val_center_1.png",
     ]
     assert "findings: 0" in done.stdout and "center 2: normal 0, tumor 0, (hidden) 4" in done.stdout
+
+
+def test_splits_that_a_frozen_backbone_tells_apart(
+    shown_by: Callable[..., str], backbone: Path, tmp_path: Path
+) -> None:
+    data = write_data(tmp_path / "data")
+    places = (f"--data={data}", f"--cache_dir={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'report'}")
+    shown = shown_by("audit.py", *places, f"--backbone={backbone}")
+    told = json.loads((tmp_path / "report" / "audit.json").read_text())["separations"]
+    assert [(of["split"], of["label"], of["train"], of["images"]) for of in told][:3] == [
+        ("val", "(all)", 24, 13),
+        ("val", "normal", 12, 7),
+        ("val", "tumor", 12, 6),
+    ]
+    assert 0 <= told[0]["auroc"] <= 1 and f"{told[0]['auroc']:.3f}" in shown
+    assert told[-1]["split"] == "test" and told[-1]["auroc"] is None  # too few slides
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
