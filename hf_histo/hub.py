@@ -23,7 +23,13 @@ from huggingface_hub import (
     get_token,
     snapshot_download,
 )
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from torch import nn
@@ -58,6 +64,7 @@ _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may d
 REMEDIES: dict[int | type[BaseException], str] = {
     LocalTokenNotFoundError: _LOG_IN,
     ConnectionError: "try again; HF_HUB_DISABLE_XET=1 sends it without hf_xet",  # whose errors are of this type
+    HFValidationError: "give a folder that exists, or owner/name",
     400: "correct what it names",
     401: _LOG_IN,
     403: "use a token that may write there",

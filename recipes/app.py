@@ -9,6 +9,7 @@ a folder that runs as a Space of the Hub instead of starting the page: this file
 """
 
 import importlib.metadata
+import re
 import shutil
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -54,8 +55,13 @@ def main() -> None:
     except ImportError:
         raise HistoError("the page needs gradio: pip install hf_histo[app]") from None
     classifier = Classifier.from_pretrained(folder, backbone=options.backbone)
-    card = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[-1]
-    page(gradio, classifier, card).launch(server_port=options.port, css=STYLE)
+    page(gradio, classifier, card_of(folder)).launch(server_port=options.port, css=STYLE)
+
+
+def card_of(folder: Path) -> str:
+    """The model card without its metadata, and without the figures, whose files the page does not serve."""
+    text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[-1]
+    return re.sub(r"^!\[.*\]\(figures/.*\)$", "", text, flags=re.MULTILINE)
 
 
 def page(gradio: Any, classifier: Classifier, card: str) -> Any:

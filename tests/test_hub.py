@@ -484,6 +484,7 @@ def test_nothing_is_unpickled_and_no_remote_code_trusted() -> None:
 
 def test_a_folder_of_no_run_and_a_name_without_a_network(tmp_path: Path) -> None:
     assert "hf_histo.json" in refusal(tmp_path)
+    assert "give a folder that exists, or owner/name" in refusal(tmp_path / "missing" / "adapter")
     for name in ("nobody/nothing", "./missing/folder", ""):
         with pytest.raises(HistoError, match=r"no such folder|holds no hf_histo\.json"):
             hub.load(name)

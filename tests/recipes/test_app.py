@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import yaml
 from miniature import write_adapter
 
 from hf_histo.inference import Classifier
@@ -29,10 +31,21 @@ MISSING += [name for name, path in (("chromium", CHROMIUM), ("chromedriver", DRI
 browsing = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 
 
+COLORS = ColorRange({"0": ([0.7, 0.5, 0.7, 0.2, 0.2, 0.2], [0.05] * 6)}, limit=2.0)
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
-    colors = ColorRange({"0": ([0.7, 0.5, 0.7, 0.2, 0.2, 0.2], [0.05] * 6)}, limit=2.0)
-    return write_adapter(tmp_path_factory.mktemp("app") / "adapter", backbone, colors=colors, temperature=2.0)
+    return write_adapter(tmp_path_factory.mktemp("app") / "adapter", backbone, colors=COLORS, temperature=2.0)
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("space")
+    adapter = write_adapter(folder / "adapter", Path("builtin"), colors=COLORS, temperature=2.0)
+    command = [sys.executable, str(RECIPE), "--adapter", str(adapter), "--space_dir", str(folder / "space")]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    return folder / "space"
 
 
 def picture(path: Path, color: tuple[float, float, float]) -> Path:
@@ -42,14 +55,27 @@ def picture(path: Path, color: tuple[float, float, float]) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def address(adapter: Path) -> Iterator[str]:
+@pytest.fixture(scope="module", params=["adapter", "space"])
+def page(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
+    """Where a page is shown, and its adapter: by the recipe, and by what it wrote as a Space, without this package."""
+    folder: Path = request.getfixturevalue(request.param)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False"}
-    command = [sys.executable, str(RECIPE), "--adapter", str(adapter), "--port", str(port)]
-    page = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if request.param == "space":
+        environment.pop("PYTHONPATH", None)
+        command, shown = [sys.executable, "app.py"], folder / "adapter"
+    else:
+        command, shown = [sys.executable, str(RECIPE), "--adapter", str(folder)], folder
+    page = subprocess.Popen(
+        [*command, "--port", str(port)],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     found = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):
@@ -59,14 +85,14 @@ def address(adapter: Path) -> Iterator[str]:
                 break
             except OSError:
                 time.sleep(0.5)
-        yield found
+        yield found, shown
     finally:
         page.terminate()
         page.wait()
 
 
 @browsing
-def test_an_image_is_dropped_and_answered(address: str, adapter: Path, tmp_path: Path) -> None:
+def test_an_image_is_dropped_and_answered(page: tuple[str, Path], tmp_path: Path) -> None:
     from selenium import webdriver
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
@@ -77,6 +103,7 @@ def test_an_image_is_dropped_and_answered(address: str, adapter: Path, tmp_path:
         options.add_argument(argument)
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
     try:
+        address, adapter = page
         browser.get(address)
         wait = WebDriverWait(browser, 120)
 
@@ -116,17 +143,23 @@ def test_a_space_needs_a_backbone_that_it_can_have(adapter: Path, tmp_path: Path
 
 
 @pytest.mark.skipif("gradio" in MISSING, reason="gradio is not installed")
-def test_a_space_holds_all_that_it_needs(tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter", Path("builtin"))
-    command = [sys.executable, str(RECIPE), "--adapter", str(adapter), "--space_dir", str(tmp_path / "space")]
-    subprocess.run(command, capture_output=True, text=True, check=True)
-    space = tmp_path / "space"
+def test_a_space_holds_all_that_it_needs(space: Path) -> None:
     assert {path.name for path in space.iterdir()} == {"README.md", "adapter", "app.py", "hf_histo", "requirements.txt"}
     needs = (space / "requirements.txt").read_text().split()
     assert any(line.startswith("torch") for line in needs)
     assert not any(line.startswith("pytest") for line in needs)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    shown = subprocess.run(
-        [sys.executable, "app.py", "--help"], cwd=space, env=environment, capture_output=True, text=True, check=True
-    )
-    assert "--adapter" in shown.stdout
+    settings = yaml.safe_load((space / "README.md").read_text().split("---\n")[1])
+    assert settings["sdk"] == "gradio"
+    assert (space / settings["app_file"]).is_file()
+    assert settings["python_version"] >= "3.11"  # the Hub's own is older
+    for name in ("README.md", "hf_histo.json", "adapter_config.json"):
+        text = (space / "adapter" / name).read_text()
+        assert "THIS_FOLDER" not in text
+        assert str(space.parent) not in text
+
+
+def test_the_card_of_the_page_has_no_broken_figures(tmp_path: Path) -> None:
+    figure = "![Confusion matrix of val](figures/confusion_val.png)"
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n---\n\n# Title\n\n{figure}\n\nText.\n")
+    card = runpy.run_path(str(RECIPE), run_name="recipe")["card_of"](tmp_path)
+    assert card.split() == ["#", "Title", "Text."]

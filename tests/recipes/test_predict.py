@@ -1,0 +1,37 @@
+"""The tables that predict.py writes, and what they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from miniature import write_adapter, write_data
+
+from hf_histo.inference import Classifier
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_table_for_a_challenge_and_one_with_all_that_is_known(
+    backbone: Path, tmp_path: Path, shown_by: Callable[..., str], outputs: int
+) -> None:
+    file = write_data(tmp_path / "data") / "test.h5"
+    adapter = write_adapter(tmp_path / "adapter", backbone, outputs=outputs, temperature=2.0, threshold=0.4)
+    options = f"--adapter {adapter} --data {file} --cache_dir {tmp_path / 'cache'} --output {tmp_path}".split()
+    plain, details = (tmp_path / name for name in ("plain.csv", "details.csv"))
+    assert "7 predictions at threshold 0.4000" in shown_by("predict.py", *options[:-1], str(plain))
+    shown_by("predict.py", *options[:-1], str(details), "--details")
+    found = pd.read_csv(details, dtype={"ID": str})
+    assert list(found) == ["ID", "Pred", "Prob", "Label", "Calibrated"]
+    pd.testing.assert_frame_equal(pd.read_csv(plain, dtype={"ID": str}), found[["ID", "Pred", "Prob"]])
+
+    table = Classifier.from_pretrained(adapter)(file)
+    assert list(found["ID"]) == list(table["id"])
+    assert list(found["Label"]) == list(table["predicted"])
+    assert [table.attrs["label_names"][index] for index in found["Pred"]] == list(table["predicted"])
+    for column, known in (("Prob", "probability"), ("Calibrated", "calibrated")):
+        rows = np.array(table[known].tolist()).reshape(len(table), -1)
+        np.testing.assert_allclose(found[column], rows.max(axis=1) if outputs > 1 else rows[:, 0], rtol=0, atol=1e-6)
+    assert not np.allclose(found["Prob"], found["Calibrated"])
