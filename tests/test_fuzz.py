@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pandas as pd
 import PIL.Image
@@ -97,6 +98,12 @@ def folder_of_images(folder: Path) -> None:
             PIL.Image.fromarray(images(1)[0]).save(folder / split / label / "1.png")
 
 
+def volumes(suffix: str, folder: Path) -> None:
+    for label in ("a", "b"):
+        (folder / label).mkdir(exist_ok=True)
+        nibabel.Nifti1Image(images(1)[0], np.eye(4)).to_filename(folder / label / f"1.{suffix}")
+
+
 def digits(folder: Path) -> None:
     pixels, labels = np.zeros((20, 4, 4), np.uint8), np.arange(20, dtype=np.uint8) % 10
     for name, magic, array in (("images-idx3", 0x803, pixels), ("labels-idx1", 0x801, labels)):
@@ -154,6 +161,8 @@ KINDS: dict[str, tuple[str, Callable[[Path], bytes], Callable[[Path], object]]] 
             ("list", "splits/train.txt", write_lists),
             ("class-names", "classnames.txt", write_lists),
             ("hicervix-table", "train.csv", write_hicervix),
+            ("volume", "a/1.nii", partial(volumes, "nii")),
+            ("packed-volume", "a/1.nii.gz", partial(volumes, "nii.gz")),
             ("idx-images", "train-images-idx3-ubyte", digits),
             ("idx-labels", "train-labels-idx1-ubyte", digits),
             ("pixels-csv", "train.csv", partial(pixels, "csv")),
