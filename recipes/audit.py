@@ -13,9 +13,9 @@ figures: the classes and the colors of each center, samples of each class, and p
 exit code is 1 where there are findings, else 0.
 
 With `--backbone`, its frozen features tell how unlike the images of each other split are to those of train, class by
-class and copies left out: the AUROC of a classifier that tells the two apart, 0.5 where they are of one source. With
-`--adapter`, this is done with its base model, and a map is drawn of what that makes of the images, before and after
-adaptation, by center and by class.
+class and copies left out: the AUROC of a classifier that tells the two apart, 0.5 where they are of one source. A map
+of the features (PCA) is drawn by class, and by center, or split where there are no centers. With `--adapter`, both are
+of its base model, and the map is drawn after adaptation, too.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--similarity", type=float, default=SIMILARITY, help=help)
     parser.add_argument("--strict", action="store_true", help="exit with code 1 where there are findings")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier audit.json and its figures")
-    parser.add_argument("--adapter", help="adapter folder or Hub name, for embedding.png")
+    parser.add_argument("--adapter", help="adapter folder or Hub name, for a map before and after adaptation")
     help = "model whose frozen features tell how unlike the splits are; with --adapter, its base model"
     parser.add_argument("--backbone", help=help)
     help = "stop at an image that can't be read, or leave it out (default: error)"
@@ -74,15 +74,17 @@ def main() -> None:
     figures.colors(table, output / "colors.png")
     figures.duplicates(report, image_of, output / "duplicates.png")
     figures.samples(table, classes, image_of, output)
-    every = datasets.concatenate_datasets(list(data.values()))
     if options.adapter or options.backbone:
-        if options.adapter:
-            features = draw_embedding(every, options.adapter, options.backbone, output / "embedding.png")
-        else:
-            features = frozen_features(every, options.backbone)
-        families = with_families(data, table)
-        groups = [group for split in families.values() for group in split["group"]]
-        told = separations(features, table.assign(group=groups), classes)
+        every = datasets.concatenate_datasets(list(data.values()))
+        features = features_of(every, options.adapter, options.backbone)
+        centers = [str(center) for center in every["center"]]
+        names = [*classes, "hidden"]
+        colorings = {"center": centers} if set(centers) != {"-1"} else {"split": table["split"].tolist()}
+        colorings["class"] = [names[label] for label in every["label"]]
+        embedding.embedding_map(features, colorings, output / "embedding.png")
+
+        groups = [group for split in with_families(data, table).values() for group in split["group"]]
+        told = separations(next(iter(features.values())), table.assign(group=groups), classes)
         found["separations"] = [dataclasses.asdict(separation) for separation in told]
         if told:
             print(f"\n{described(told)}")
@@ -105,13 +107,13 @@ def described(told: list[Separation]) -> str:
     return f"{about} (0.5: not at all):\n\n{table_of(lines)}"
 
 
-def frozen_features(every: datasets.Dataset, backbone: str) -> NDArray[np.float64]:
-    model = backbones.load(backbone, 2)
-    return embedding.features(model, every, preprocessing.resolve(model.config, backbones.locate(backbone)))
-
-
-def draw_embedding(every: datasets.Dataset, adapter: str, backbone: str | None, path: Path) -> NDArray[np.float64]:
-    """Returns the features before adaptation."""
+def features_of(every: datasets.Dataset, adapter: str | None, backbone: str | None) -> dict[str, NDArray[np.float64]]:
+    """Of all images, (n, d): what the frozen backbone makes of them, and then the adapter."""
+    if adapter is None:
+        assert backbone is not None
+        frozen = backbones.load(backbone, 2)
+        views = preprocessing.resolve(frozen.config, backbones.locate(backbone))
+        return {"frozen features": embedding.features(frozen, every, views)}
     model, sidecar, _ = hub.load(adapter, backbone=backbone)
     if not isinstance(model, PeftModel):
         raise HistoError(f"--adapter {adapter}: holds a whole model, so there is no 'before' to draw; pass an adapter")
@@ -119,13 +121,7 @@ def draw_embedding(every: datasets.Dataset, adapter: str, backbone: str | None, 
     with model.disable_adapter():
         before = embedding.features(model, every, sidecar.preprocessing)
     after = embedding.features(model, every, sidecar.preprocessing, normalizer=color)
-    names = [*sidecar.label_names, "hidden"]
-    embedding.embedding_map(
-        {"before adaptation": before, "after adaptation": after},
-        {"center": [str(c) for c in every["center"]], "class": [names[label] for label in every["label"]]},
-        path,
-    )
-    return before
+    return {"before adaptation": before, "after adaptation": after}
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import fsspec
 import numpy as np
+import pyarrow as pa
 import xxhash
 from datasets.exceptions import DatasetGenerationError
 from datasets.table import embed_table_storage
@@ -18,11 +21,13 @@ from hf_histo.data.builder import hold_out
 from hf_histo.data.stream import Prepare, Stream
 from hf_histo.errors import HistoError
 
+logger = logging.getLogger(__name__)
+
 PREFIX = "hub:"
 SPLITS = {"validation": "val", "valid": "val", "dev": "val"}
 
 
-def load(name: str, *, cache_dir: str | Path) -> datasets.DatasetDict:
+def load(name: str, *, cache_dir: str | Path, skip_bad_images: bool = False) -> datasets.DatasetDict:
     """Load "hub:OWNER/NAME", or "hub:OWNER/NAME@REVISION", into the schema.
 
     The data set must have one column of images and one of class labels. A split called validation, valid or dev
@@ -30,13 +35,14 @@ def load(name: str, *, cache_dir: str | Path) -> datasets.DatasetDict:
     split of the source; center and group are unknown: where the source knows patients, write them into one of the other
     layouts. A local folder that `datasets` can load stands for a name, too, and needs no network.
 
-    Raises `HistoError` for a name that can't be had, without a split `train`, and with other columns.
+    Raises `HistoError` for a name that can't be had, without a split `train`, and with other columns, and for an image
+    that `schema.decode` does not take, unless such are to be skipped: then they are told in the log, by their rows.
     """
     found = _find(name, cache_dir=str(cache_dir))
     if "train" not in found:
         raise HistoError(f"--data {name}: has the splits {', '.join(found)}, expected train among them; choose another")
     data = datasets.DatasetDict(
-        {SPLITS.get(str(split), str(split)): _as_schema(name, rows) for split, rows in found.items()}
+        {SPLITS.get(str(split), str(split)): _as_schema(name, rows, skip_bad_images) for split, rows in found.items()}
     )
     if "val" not in data:
         kept, held_out = hold_out(np.array(data["train"]["label"]))
@@ -127,17 +133,35 @@ def columns(name: str, features: datasets.Features) -> tuple[str, str]:
     return images[0], labels[0]
 
 
-def _as_schema(name: str, rows: datasets.Dataset) -> datasets.Dataset:
+def _as_schema(name: str, rows: datasets.Dataset, skip: bool = False) -> datasets.Dataset:
     image, label = columns(name, rows.features)
-    count = len(rows)
     _check_paths(name, rows, image)
     table = rows.select_columns([image, label]).rename_columns({image: "image", label: "label"})
-    # The bytes into the table, where a local folder holds files.
-    table = table.with_format("arrow").map(embed_table_storage, batched=True).with_format(None)
-    table = table.add_column("id", [str(row) for row in range(count)])
+    read = partial(_read, name=name, skip=skip)
+    table = table.with_format("arrow").map(read, batched=True, with_indices=True).with_format(None)
+    if left_out := sorted(set(range(len(rows))) - set(map(int, table["id"]))):
+        logger.warning("--data %s: left out %d images that can't be read: rows %s", name, len(left_out), left_out)
+    count = len(table)
+    if not count:
+        raise HistoError(f"--data {name}: a split has no readable image, expected some; choose another data set")
     table = table.add_column("center", [-1] * count).add_column("group", [""] * count)
     features = schema.features(rows.features[label].names)
     return table.select_columns(list(features)).cast(features)
+
+
+def _read(table: pa.Table, rows: list[int], *, name: str, skip: bool) -> pa.Table:
+    """With the bytes of the images, which a local folder holds as files, and `id`; without those that can't be read."""
+    table, kept = embed_table_storage(table), []
+    for place, (row, image) in enumerate(zip(rows, table["image"], strict=True)):
+        try:
+            data = image["bytes"] if image.is_valid else pa.scalar(None)
+            schema.decode(data.as_buffer() if data.is_valid else b"", f"--data {name}: row {row}")
+            kept.append(place)
+        except HistoError:
+            if not skip:
+                raise
+    ids = pa.array([str(rows[place]) for place in kept], pa.string())
+    return table.take(pa.array(kept, pa.int64())).append_column("id", ids)
 
 
 def _check_paths(name: str, rows: datasets.Dataset, column: str) -> None:

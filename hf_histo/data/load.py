@@ -66,7 +66,7 @@ def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = Non
     if options.data.startswith(hub_names.PREFIX):
         if options.streaming:
             return hub_names.load_streaming(options.data)
-        return hub_names.load(options.data, cache_dir=cache_dir)
+        return hub_names.load(options.data, cache_dir=cache_dir, skip_bad_images=options.on_bad_image == "skip")
     directory = _synthetic(cache_dir) if options.data == SYNTHETIC else Path(options.data)
     builder_class = _layout(directory)
     defaults = DataOptions()

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hf_histo.config import DataOptions
 from hf_histo.data.load import fingerprint, load
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
@@ -89,3 +90,22 @@ def test_a_table_that_names_files_of_this_machine(tmp_path: Path, path: str) -> 
     pq.write_table(table, folder / "train-0.parquet")
     with pytest.raises(HistoError, match=r"an image is .*, expected its bytes or a file of this data set"):
         load(f"hub:{folder}", cache_dir=tmp_path / "cache")
+
+
+def test_images_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_parquet(tmp_path / "data", splits=("train", "validation"))
+    path = tmp_path / "data" / "train-0.parquet"
+    table = pq.read_table(path)
+    pictures = table["picture"].to_pylist()
+    pictures[3]["bytes"], pictures[11]["bytes"] = pictures[3]["bytes"][:40], b"<html>404</html>"
+    column = pa.array(pictures, table.schema.field("picture").type)
+    pq.write_table(table.set_column(table.column_names.index("picture"), table.schema.field("picture"), column), path)
+    with pytest.raises(HistoError, match="row 3: not a readable image"):
+        load(f"hub:{tmp_path / 'data'}", cache_dir=tmp_path / "cache")
+    options = DataOptions(data=f"hub:{tmp_path / 'data'}", cache_dir=str(tmp_path / "cache"), on_bad_image="skip")
+    for _ in range(2):
+        caplog.clear()
+        data = load(options)
+        assert data["train"]["id"][:] == [str(row) for row in range(20) if row not in (3, 11)]
+        assert data["train"]["label"][:3] == [0, 1, 0] and data["train"]["label"][3] == 0
+        assert "left out 2 images that can't be read: rows [3, 11]" in caplog.text

@@ -104,6 +104,7 @@ def test_splits_that_a_frozen_backbone_tells_apart(
     ]
     assert 0 <= told[0]["auroc"] <= 1 and f"{told[0]['auroc']:.3f}" in shown
     assert told[-1]["split"] == "test" and told[-1]["auroc"] is None  # too few slides
+    assert (tmp_path / "report" / "embedding.png").stat().st_size > 5000
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
