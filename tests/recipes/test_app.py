@@ -78,13 +78,15 @@ def page(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
     )
     found = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(240):
+        for _ in range(1200):
             assert page.poll() is None, page.communicate()[0]
             try:
                 urllib.request.urlopen(found, timeout=5)
                 break
             except OSError:
                 time.sleep(0.5)
+        else:
+            pytest.fail("the page did not start")
         yield found, shown
     finally:
         page.terminate()
