@@ -7,7 +7,8 @@ from tensors of `rank` channels. The gradient of the whole weight is never forme
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,21 +45,37 @@ def forward(
         weight, bias: (o, c, k, k) and (o,) float, in place of those of the frozen convolution.
         factor: (o,) float, of each channel of the update; 1 by default.
 
-    It runs in the precision of autocast where that is on, with a sum made in the precision of the weights.
+    It runs in the precision of autocast where that is on, with a sum made in the precision of the weights. Where the
+    weight is larger than what the layer gives, as in the fully connected layers of VGG, the update stays beside it.
     """
     base, name = layer.get_base_layer(), layer.active_adapters[0]
-    assert isinstance(base, nn.Conv2d)
+    assert isinstance(base, nn.Conv2d) and not isinstance(base.padding, str)
+    stride, padding = base.stride, base.padding
+    frozen: dict[torch.dtype, torch.Tensor] = {}  # the weight, converted once
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         kind = x.device.type
-        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
+        down: Any = layer.lora_A[name].weight
+        up: Any = layer.lora_B[name].weight * layer.scaling[name]
         if factor is not None:
             up = up * factor[:, None, None, None]
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
-            return _LowRank.apply(x.to(dtype), down, up, weight, bias, base.stride, base.padding)
+            x, offset = x.to(dtype), bias if bias is None else bias.to(dtype)
+            if weight[0].numel() < len(x) * _positions(x, weight, stride, padding):
+                return _LowRank.apply(x, down, up, weight, offset, stride, padding)
+            if dtype not in frozen:
+                frozen[dtype] = weight.to(dtype, memory_format=torch.channels_last)
+            inner = F.conv2d(x, down.to(dtype), None, stride, padding)
+            return F.conv2d(x, frozen[dtype], offset, stride, padding) + F.conv2d(inner, up.to(dtype))
 
     return forward
+
+
+def _positions(x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]) -> int:
+    """Height times width of what a convolution makes of x."""
+    sides = zip(x.shape[-2:], weight.shape[-2:], stride, padding, strict=True)
+    return math.prod((size + 2 * edge - kernel) // step + 1 for size, kernel, step, edge in sides)
 
 
 class _LowRank(torch.autograd.Function):
@@ -79,7 +96,7 @@ class _LowRank(torch.autograd.Function):
         merged, down = (w.to(x.dtype, memory_format=torch.channels_last) for w in (merged, down))
         ctx.save_for_backward(x, down, up.to(x.dtype), merged)
         ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(x, merged, bias if bias is None else bias.to(x.dtype), stride, padding)
+        return F.conv2d(x, merged, bias, stride, padding)
 
     @staticmethod
     def backward(ctx: Any, of_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
