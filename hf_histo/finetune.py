@@ -114,8 +114,9 @@ def fine_tune(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence
     pushes = output.push_to_hub and PartialState(cpu=runs.use_cpu()).is_main_process
     if pushes:
         hub.check_access(str(output.hub_model_id), pull_request=output.hub_create_pr)
-    folder = runs.begin(config, fingerprint(data))
-    with runs.disk_space_for(folder):
+    folder = runs.folder_of(config)
+    with runs.alone_in(folder), runs.disk_space_for(folder):
+        runs.begin(config, fingerprint(data))
         result = _fine_tune(config, data, folder, started, callbacks)
     if not pushes:
         return result

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -107,6 +108,30 @@ def begin(config: Config, data: str = "") -> Path:
                     temporary.write_text(content, encoding="utf-8")
     state.wait_for_everyone()
     return folder
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within the block, no other launch trains in the folder of this run: it would find that half done and delete it.
+
+    The lock is the file `.NAME.lock` beside the folder; it ends with the process, however that ends. Raises
+    `HistoError`, in the main process, if another one has it.
+    """
+    if not PartialState(cpu=use_cpu()).is_main_process:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f".{folder.name}.lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise HistoError(
+            f"--output_dir {folder}: another process is training there; wait until it has ended, or choose another one"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

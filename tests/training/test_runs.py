@@ -138,3 +138,14 @@ def test_other_data_is_another_run(tmp_path: Path) -> None:
     runs.begin(options, "one")
     with pytest.raises(HistoError, match=r"other data .*fingerprint one, now two.*--overwrite_output_dir"):
         runs.begin(options, "two")
+
+
+def test_two_launches_are_not_in_one_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "run"
+    with runs.alone_in(folder):
+        with pytest.raises(HistoError, match=f"{folder}: another process is training there"), runs.alone_in(folder):
+            pass
+        with runs.alone_in(tmp_path / "runs" / "other"):
+            pass
+    with runs.alone_in(folder):
+        pass
