@@ -120,7 +120,8 @@ class Preprocessing:
         """Float (B, 3, H, W) in [0, 1] to zero mean and unit deviation of the backbone's training data."""
         mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
-        return (images - mean).div_(std).contiguous(memory_format=torch.channels_last)
+        # The copy comes first, so that the arithmetic runs in place, in the order that the model reads.
+        return images.to(memory_format=torch.channels_last, copy=True).sub_(mean).div_(std)
 
     def image_processor(self) -> CLIPImageProcessor | None:
         """transformers' image processor that gives the same view, for pipelines; None with "pad", which it lacks.
