@@ -228,7 +228,7 @@ def _fine_tune(
             session.train(resume_from_checkpoint=resumed)
         selection |= {"value": session.state.best_metric, "step": session.state.best_global_step}
 
-    final = session.accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)
+    final = session.whole_model()
     classifier = Classifier(final, sidecar)
     tables = {
         split: classifier.predict(

@@ -146,8 +146,9 @@ class Sweep:
             for running in self.study.get_trials(states=[TrialState.RUNNING]):
                 try:
                     with self._lock_of(running).acquire(blocking=False):
-                        self.study.tell(running.number, state=TrialState.FAIL)
+                        # A kill between the two leaves a repetition too many, which finds its run done.
                         self.study.enqueue_trial(running.params, user_attrs={"slot": slot(running)})
+                        self.study.tell(running.number, state=TrialState.FAIL)
                 except Timeout:
                     continue
             if not self.study.get_trials(states=[TrialState.WAITING]):

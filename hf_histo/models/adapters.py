@@ -268,17 +268,37 @@ def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel:
 
 
 def weights(model: PeftModel, *, batch_norm: str) -> dict[str, torch.Tensor]:
-    """What `adapter_model.safetensors` holds: LoRA and head, and batch-norm statistics if they are 'track'ed."""
+    """What `adapter_model.safetensors` holds: LoRA and head, and batch-norm statistics if they are 'track'ed.
+
+    Of a model whose weights are divided among processes (FSDP2), every process calls it and gets the whole.
+    """
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     if batch_norm == "track":
         state |= batchnorm.statistics(model)
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    return {key: whole(tensor.detach()).cpu().contiguous() for key, tensor in state.items()}
 
 
-def save(model: PeftModel, folder: Path, *, batch_norm: str) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json` as `PeftModel.from_pretrained` reads them."""
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, gathered if processes hold a part of it each."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gathered(model: nn.Module, into: nn.Module) -> nn.Module:
+    """`into` with the weights of a model of the same kind that is divided among processes, which all call it."""
+    into.load_state_dict({name: whole(tensor) for name, tensor in model.state_dict().items()})
+    return into
+
+
+def save(model: PeftModel, folder: Path, *, batch_norm: str, writes: bool = True) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json` as `PeftModel.from_pretrained` reads them.
+
+    Of a model that is divided among processes, all call it, and one `writes`.
+    """
+    held = weights(model, batch_norm=batch_norm)
+    if not writes:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights(model, batch_norm=batch_norm), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(held, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     config.save_pretrained(str(folder))

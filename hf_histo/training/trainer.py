@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ class Trainer(transformers.Trainer):
         if options.domain_loss in ("coral", "dann"):
             head = heads.module_of(kwargs["model"])
             self.features = domains.HeadInput(head)
+        # FSDP divides a model in place.
+        self._unsharded = copy.deepcopy(kwargs["model"]) if self.is_fsdp_enabled else None
         self.domain_classifier: domains.DomainClassifier | None = None
         if options.domain_loss == "dann":
             width = next(part.in_features for part in head.modules() if isinstance(part, nn.Linear))
@@ -223,13 +226,19 @@ class Trainer(transformers.Trainer):
         assert isinstance(self.train_dataset, ImageTable)
         return self.train_dataset
 
+    def whole_model(self) -> nn.Module:
+        """The model as it was given, with what it learned; every process calls it, and none trains after it."""
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return model if self._unsharded is None else adapters.gathered(model, self._unsharded)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Called by every process where the model is divided among them, else by the one that writes."""
+        folder = Path(output_dir or str(self.args.output_dir))
         if isinstance(self.model, PeftModel):
-            adapters.save(self.model, Path(output_dir or str(self.args.output_dir)), batch_norm=self.batch_norm)
+            adapters.save(self.model, folder, batch_norm=self.batch_norm, writes=self.args.should_save)
         else:
             super()._save(output_dir, state_dict)
-        if self.domain_classifier is not None:
-            folder = Path(output_dir or str(self.args.output_dir))
+        if self.domain_classifier is not None and self.args.should_save:
             save_model(self.domain_classifier, str(folder / DOMAIN_CLASSIFIER))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

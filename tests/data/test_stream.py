@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 import torch
-from miniature import SIZE, config, write_backbone
+from miniature import config, write_backbone, write_shards
 
 from hf_histo import finetune
 from hf_histo.config import parse
@@ -26,26 +25,6 @@ from hf_histo.training import trainer
 
 SHARDS, EACH = 4, 12
 STREAMED = ["--streaming", "--target_modules=last-conv", "--lora_dropout=0.1"]
-
-
-def write_shards(folder: Path, *, each: tuple[int, ...] = (EACH,) * SHARDS) -> Path:
-    """Images by number, of which the odd ones are darker; `each` shard has so many."""
-    features = datasets.Features(
-        {"id": datasets.Value("string"), "scan": datasets.Image(), "finding": datasets.ClassLabel(names=["no", "yes"])}
-    )
-    folder.mkdir(parents=True)
-    number = 0
-    for shard, count in [*enumerate(each), ("validation", 13)]:
-        rows: dict[str, list[Any]] = {"id": [], "scan": [], "finding": []}
-        for _ in range(count):
-            image = np.random.default_rng(number).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-            rows["id"].append(f"image {number}")
-            rows["scan"].append(image // (1 + 2 * (number % 2)))
-            rows["finding"].append(number % 2)
-            number += 1
-        name = f"train-{shard:05}-of-{len(each):05}" if isinstance(shard, int) else shard
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{name}.parquet"))
-    return folder
 
 
 @pytest.fixture(scope="module")

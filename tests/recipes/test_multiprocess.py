@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from miniature import SIZE, divide_training, write_backbone, write_data
+from miniature import SIZE, divide_training, write_backbone, write_data, write_shards
 from safetensors.numpy import load_file
 
 from hf_histo.evaluation import predictions
@@ -26,10 +27,10 @@ OPTIONS = f"""--image_size={SIZE} --resize_size={SIZE} --num_train_epochs=2 --op
     --per_device_eval_batch_size=4 --target_modules=last-conv --logging_steps=1 --domain_loss=dann""".split()
 
 
-def launch(processes: int, arguments: Sequence[str]) -> subprocess.Popen[str]:
+def launch(processes: int, arguments: Sequence[str], script: Path = RECIPE) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(RECIPE), *arguments]
+    command = [sys.executable, *launcher, str(script), *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -123,3 +124,29 @@ def test_a_process_that_dies_takes_the_launch_down(runs: dict[int, Path], tmp_pa
     assert "Signal 9 (SIGKILL)" in output
     assert not (tmp_path / "run" / "adapter").exists()
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.slow
+def test_two_processes_stream_every_image_once(tmp_path: Path) -> None:
+    shards, seen = write_shards(tmp_path / "shards"), tmp_path / "seen"
+    seen.mkdir()
+    folders = [f"--backbone={write_backbone(tmp_path / 'backbone')}", f"--output_dir={tmp_path / 'run'}"]
+    streamed = [f"--data=hub:{shards}", "--streaming", "--per_device_train_batch_size=4", "--target_modules=last-conv"]
+    size = [f"--image_size={SIZE}", f"--resize_size={SIZE}", "--num_train_epochs=2"]
+    script = Path(__file__).parents[1] / "streamed.py"
+    process = launch(2, [str(seen), *folders, *streamed, *size], script)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    lines = [path.read_text().splitlines() for path in sorted(seen.iterdir())]
+    assert [len(mine) for mine in lines] == [48, 48]  # two passes over 24 of 48 images
+    assert sorted(chain(*lines)) == sorted(f"{epoch} image {i}" for epoch in range(2) for i in range(48))
+
+
+@pytest.mark.slow
+def test_a_model_divided_by_fsdp2_is_the_whole_one(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    backbone = write_backbone(tmp_path / "backbone", "test_vit.r160_in1k")
+    process = launch(2, [str(backbone), str(tmp_path / "out")], Path(__file__).parents[1] / "sharded.py")
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert output.count("weights moved") == 2
