@@ -31,9 +31,8 @@ def main(backbone: str, folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    whole = adapters.add(backbones.load(backbone, 1), AdapterOptions())
-    size = whole.config.pretrained_cfg["input_size"][-1]
-    images, labels = torch.randn(2 * processes, 3, size, size), torch.arange(2.0 * processes) % 2
+    whole = adapters.add(backbones.load(backbone, 1, image_size=96), AdapterOptions())
+    images, labels = torch.randn(2 * processes, 3, 96, 96), torch.arange(2.0 * processes) % 2
     sharded, spare = copy.deepcopy(whole), copy.deepcopy(whole)
     fully_shard(sharded, mesh=init_device_mesh("cpu", (processes,)))
     assert all(type(p).__name__ == "DTensor" for p in sharded.parameters())

@@ -147,6 +147,22 @@ def test_a_killed_trial_is_repeated_and_two_processes_share_a_study(
     assert (out / "sweep.md").read_text().count("| complete |") == 4
 
 
+@pytest.mark.parametrize("moment", ["enqueue_trial", "tell"])
+def test_a_kill_while_a_killed_trial_is_queued_again(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for method in ("tell", moment):
+        with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
+            patch.setattr(optuna.Study, method, die)
+            call("grid: {learning_rate: [1.0e-2]}")
+    call("grid: {learning_rate: [1.0e-2]}")
+    assert (tmp_path / "out" / "sweep.md").read_text().count("| complete |") == 1
+    assert [path.name for path in (tmp_path / "out").glob("trial-*")] == ["trial-0"]
+
+
 @pytest.mark.parametrize(
     ("study", "message"),
     [
