@@ -207,7 +207,8 @@ class Sweep:
                 plt.close("all")
 
     def _lock_of(self, trial: Trial | FrozenTrial) -> FileLock:
-        return FileLock(self.folder / f".trial-{trial.number}.lock")
+        # Not .trial-N.lock, which is that of the run in trial-N.
+        return FileLock(self.folder / f".study-{trial.number}.lock")
 
 
 def slot(trial: Trial | FrozenTrial) -> int:
