@@ -116,7 +116,7 @@ def pixels(suffix: str, folder: Path) -> None:
     values, labels, path = np.arange(96, dtype=np.uint8).reshape(6, 16), ["a", "b"] * 3, folder / f"train.{suffix}"
     table = pd.DataFrame(values, columns=list(map(str, range(16)))).assign(label=labels, patient=labels)
     if suffix == "npz":
-        np.savez(path, images=values, y=labels, patient=labels)
+        np.savez_compressed(path, images=values, y=labels, patient=labels)
     else:
         table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path)
 

@@ -8,6 +8,7 @@ import logging
 import math
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,10 @@ PROBES = 16  # images that tell range and order
 BLOCK = 2**21  # values of a parquet file that are read at a time, in whole columns of a row group
 DARKEST_PEAK = 16  # below, an image that exceeds 1 may be a dark one in [0, 255] as well as one in an unknown range
 CLEARLY = 0.8  # of the other order's roughness: above, the two can't be told apart
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, csv.Error, zipfile.BadZipFile, pa.ArrowException)
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, EOFError, MemoryError, csv.Error, pa.ArrowException),
+    *(zipfile.BadZipFile, zlib.error, RuntimeError),  # the last where an archive is encrypted, or packed in a newer way
+)
 
 
 @dataclass(frozen=True)
