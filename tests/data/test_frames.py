@@ -181,7 +181,7 @@ def write_many(path: Path, count: int, side: int) -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process's memory")
 @pytest.mark.parametrize(
     ("count", "side"),
-    [(1000, 40), pytest.param(2870, 224, marks=pytest.mark.slow)],  # the latter as many and as large as the real ones
+    [(2400, 40), pytest.param(2870, 224, marks=pytest.mark.slow)],  # the latter as many and as large as the real ones
 )
 def test_a_table_is_never_in_memory(tmp_path: Path, count: int, side: int) -> None:
     for suffix in (".csv", ".npz", ".parquet"):

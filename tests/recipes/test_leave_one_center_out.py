@@ -45,13 +45,13 @@ def test_every_center_and_seed_summed_up_and_gone_on_with(
 ) -> None:
     call(tmp_path / "out", "--seeds=1", "--seed=4")
     names = {f"center-{center}-seed-4" for center in (0, 1, 3)}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "leave_one_center_out.json"}
+    assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {*names, "leave_one_center_out.json"}
     stamps = {name: (tmp_path / "out" / name / "adapter" / "metrics.json").stat().st_mtime_ns for name in names}
     capsys.readouterr()
 
     call(tmp_path / "out", "--seeds=2", "--seed=4")
     names |= {f"center-{center}-seed-5" for center in (0, 1, 3)}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "leave_one_center_out.json"}
+    assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {*names, "leave_one_center_out.json"}
     for name, stamp in stamps.items():
         assert (tmp_path / "out" / name / "adapter" / "metrics.json").stat().st_mtime_ns == stamp
     fingerprints = set()
