@@ -287,10 +287,11 @@ class Bench:
         started = time.perf_counter()
         for some in index.split(self.batch):
             if ours:
+                size, normalize = views.image_size, views.normalize
                 changed = augmentation.augment(
-                    images[some], self.changes, views.image_size, seed=0, epoch=0, index=some
+                    images[some], self.changes, size, seed=0, epoch=0, index=some, normalize=normalize
                 )
-                views.normalize(changed)
+                changed.contiguous(memory_format=torch.channels_last)
             else:
                 torch.stack([change(pictures[row]) for row in some.tolist()])
         seconds = (time.perf_counter() - started) / rows

@@ -134,17 +134,27 @@ class Trainer(transformers.Trainer):
         """What the model sees of a batch of `collate`, in the training view of that number or the evaluation view."""
         images, centers = inputs["image"], inputs["center"]
         if view is not None:
-            return self.preprocessing.normalize(self.training_views(images, centers, inputs["index"], view))
+            views = self.training_views(images, centers, inputs["index"], view, self.preprocessing.normalize)
+            return views.contiguous(memory_format=torch.channels_last)
         return self.preprocessing(images if self.normalizer is None else self.normalizer(images, centers))
 
     def training_views(
-        self, images: torch.Tensor, centers: torch.Tensor, index: torch.Tensor, epoch: int
+        self,
+        images: torch.Tensor,
+        centers: torch.Tensor,
+        index: torch.Tensor,
+        epoch: int,
+        normalize: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """What training makes of uint8 (B, 3, H, W) in an epoch: float32 (B, 3, image_size, image_size) in [0, 1]."""
+        """What training makes of uint8 (B, 3, H, W) in an epoch: float32 (B, 3, image_size, image_size).
+
+        In [0, 1], or normalized.
+        """
         if self.normalizer is not None:
             images = self.normalizer(images, centers, self._stains(index, epoch) if self.options.stain_mixing else None)
+        size = self.preprocessing.image_size
         return augment(
-            images, self.augmentation, self.preprocessing.image_size, seed=self.args.seed, epoch=epoch, index=index
+            images, self.augmentation, size, seed=self.args.seed, epoch=epoch, index=index, normalize=normalize
         )
 
     def _stains(self, index: torch.Tensor, epoch: int) -> torch.Tensor:

@@ -98,10 +98,11 @@ class Preprocessing:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Evaluation view of (B, 3, H, W), uint8 or float in [0, 1]: normalized float32 (B, 3, image_size, image_size).
 
-        It stays on the images' device.
+        It stays on the images' device, and is laid out as the model reads it, channels last.
         """
         cropped = functional.center_crop(self.square(images, self.resize_size), [self.image_size, self.image_size])
-        return self.normalize(cropped.float() / 255 if cropped.dtype == torch.uint8 else cropped.clamp(0, 1))
+        floats = cropped.float() / 255 if cropped.dtype == torch.uint8 else cropped.clamp(0, 1)
+        return self.normalize(floats).contiguous(memory_format=torch.channels_last)
 
     def back(self, maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Float maps (B, C, image_size, image_size) of evaluation views, laid on the images (B, C, height, width).
@@ -120,8 +121,7 @@ class Preprocessing:
         """Float (B, 3, H, W) in [0, 1] to zero mean and unit deviation of the backbone's training data."""
         mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
-        # The copy comes first, so that the arithmetic runs in place, in the order that the model reads.
-        return images.to(memory_format=torch.channels_last, copy=True).sub_(mean).div_(std)
+        return (images - mean).div_(std)
 
     def image_processor(self) -> CLIPImageProcessor | None:
         """transformers' image processor that gives the same view, for pipelines; None with "pad", which it lacks.

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hf_histo.errors import HistoError
 from hf_histo.transforms import augmentation as module
 from hf_histo.transforms.augmentation import LUMA, PRESETS, Augmentation, Views, augment, preset
+from hf_histo.transforms.preprocessing import Preprocessing
 
 EXACT = {"rtol": 0, "atol": 1e-4}
 
@@ -122,6 +123,15 @@ def test_views_are_in_range_and_of_the_size_asked_for(name: str) -> None:
     views = view(batch(32), strong)
     assert views.min() >= 0
     assert views.max() <= 1
+
+
+def test_normalization_commutes_with_resampling() -> None:
+    images, index = batch(16, 40, 30), torch.arange(16)
+    views = Preprocessing(24, 24, "bilinear", (0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
+    for name, augmentation in PRESETS.items():
+        first = augment(images, augmentation, 24, seed=0, epoch=0, index=index, normalize=views.normalize)
+        last = views.normalize(augment(images, augmentation, 24, seed=0, epoch=0, index=index))
+        torch.testing.assert_close(first, last, msg=lambda text, name=name: f"{name}: {text}", **EXACT)
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (30, 50)])
