@@ -282,8 +282,9 @@ def test_a_server_that_repeats_the_token(server: Hub, adapter: Path) -> None:
 
 def test_the_hub_reads_the_card(server: Hub, adapter: Path) -> None:
     """By its own check of the metadata (here that of the loopback server), and the client's."""
-    huggingface_hub.ModelCard.load(adapter / "README.md").validate(repo_type="model")
+    hub.push(adapter, NAME)
     (metadata,) = server.cards
+    assert huggingface_hub.ModelCard.load(adapter / "README.md").data.to_dict()["license"] == "unknown"
     assert metadata["model-index"][0]["results"][0]["dataset"]["split"] == "val"
     assert metadata["license"] == "unknown"
 

@@ -126,15 +126,15 @@ FAMILIES = {
         },
         "attention-qkvo",
     ),
-    # transformers ViT, DINOv2 (with and without registers)
+    # transformers ViT, DINOv2 (with and without registers); the longer names are DINOv2's in older versions
     "hf-vit": Family(
-        r".*layers?\.0\.attention\.q_proj",
+        r".*layers?\.0\.attention\.(q_proj|attention\.query)",
         {
-            "attention-qv": r".*\.attention\.[qv]_proj",
-            "attention-q-k-v-o": r".*\.attention\.[qkvo]_proj",
-            "attention-qkvo": r".*\.attention\.[qkvo]_proj",
+            "attention-qv": r".*\.attention\.([qv]_proj|attention\.(query|value))",
+            "attention-q-k-v-o": r".*\.attention\.([qkvo]_proj|attention\.(query|key|value)|output\.dense)",
+            "attention-qkvo": r".*\.attention\.([qkvo]_proj|attention\.(query|key|value)|output\.dense)",
             "mlp": r".*\.mlp\.fc\d",
-            "attention-mlp": r".*\.(attention\.[qkvo]_proj|mlp\.fc\d)",
+            "attention-mlp": r".*\.(attention\.([qkvo]_proj|attention\.(query|key|value)|output\.dense)|mlp\.fc\d)",
         },
         "attention-qkvo",
     ),
