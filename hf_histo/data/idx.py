@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_histo.data.builder import FolderBuilder, hold_out, split_generator
+from hf_histo.data.builder import EXPANSION, FolderBuilder, hold_out, split_generator
 from hf_histo.data.schema import MAX_PIXELS, encode_ppm
 from hf_histo.errors import HistoError
 
@@ -135,7 +135,8 @@ def _read(path: Path, kind: str) -> NDArray[np.uint8]:
                 shape = np.frombuffer(header[: len(header) // 4 * 4], ">u4").tolist()
                 if len(shape) < (magic & 0xFF) or 0 in shape or math.prod(shape[1:]) > MAX_PIXELS:
                     raise HistoError(f"{path}: a header with the shape {shape}, expected {kind} in it; {remedy}")
-                data = file.read(math.prod(shape) + 1)
+                most = path.stat().st_size * (EXPANSION if is_packed else 1)  # for what a false header declares
+                data = file.read(min(math.prod(shape) + 1, most))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise HistoError(f"{path}: can't be unpacked ({error}), expected a whole gzip file; {remedy}") from None
     if len(data) != math.prod(shape):
