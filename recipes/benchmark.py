@@ -519,7 +519,8 @@ def write(folder: Path, found: dict[str, Any]) -> None:
         colors = [{"stock": GRAY, "this package": COLORS[1]}.get(name, COLORS[0]) for name in names]
         bars = axes.barh(names, [speed[name] for name in names], color=colors)
         axes.bar_label(bars, fmt="%.1f", padding=3)
-        axes.set(xlabel="images per second in a training step", title=about)
+        axes.set(xlabel="images per second in a training step")
+        figure.suptitle(about, fontsize="small")
     print(f"\nwrote benchmark.md, .json and .png in {folder}")
 
 

@@ -18,6 +18,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = tuple(product(("-", "--", "-."), COLORS))
 GRAY = "#666666"
 STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,  # no grid over bars
     "axes.edgecolor": GRAY,
     "axes.grid": True,
     "axes.labelsize": 11,
