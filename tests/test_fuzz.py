@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import datasets
 import nibabel
 import numpy as np
 import pandas as pd
@@ -24,7 +25,8 @@ import PIL.Image
 import pytest
 from fixtures import images, write_challenge, write_hicervix, write_lists, write_pcam, write_wilds
 
-from hf_histo.config import parse
+from hf_histo.config import DataOptions, parse
+from hf_histo.data import hub_names
 from hf_histo.data.load import load
 from hf_histo.data.schema import decode, encode_ppm
 from hf_histo.errors import HistoError
@@ -121,6 +123,15 @@ def pixels(suffix: str, folder: Path) -> None:
         table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path)
 
 
+def shards(folder: Path) -> None:
+    """As the Hub stores a data set: a table with columns of images and of class labels."""
+    features = datasets.Features({"scan": datasets.Image(), "finding": datasets.ClassLabel(names=["no", "yes"])})
+    scans = [PIL.Image.fromarray(image) for image in images(4)]
+    for split in ("train", "validation"):
+        rows = datasets.Dataset.from_dict({"scan": scans, "finding": [0, 1, 0, 1]}, features=features)
+        rows.to_parquet(str(folder / f"{split}.parquet"))
+
+
 def table(folder: Path) -> None:
     made = predictions.make(range(4), [0] * 4, [""] * 4, [0, 1, 0, 1], [0.5, -1.0, 2.0, 0.1])
     predictions.write(folder / "val.parquet", made, ["normal", "tumor"])
@@ -136,6 +147,16 @@ def image(format: str) -> Callable[[Path], bytes]:
 
 def loads(folder: Path) -> None:
     load(folder, cache_dir=folder / "cache")
+
+
+def loads_by_name(folder: Path) -> None:
+    load(f"hub:{folder}", cache_dir=folder.parent / "cache")
+
+
+def streams(folder: Path) -> None:
+    name = f"hub:{folder}"
+    data = load(DataOptions(data=name, streaming=True), cache_dir=folder.parent / "cache")
+    list(hub_names.train_stream(name, len(data["train"]), 0, 0, 1, None))
 
 
 def reads_sidecar(folder: Path) -> None:
@@ -170,6 +191,8 @@ KINDS: dict[str, tuple[str, Callable[[Path], bytes], Callable[[Path], object]]] 
             ("pixels-npz", "train.npz", partial(pixels, "npz")),
         )
     },
+    "hub": ("train.parquet", file_of(shards, "train.parquet"), loads_by_name),
+    "streamed": ("train.parquet", file_of(shards, "train.parquet"), streams),
     "sidecar": (SIDECAR, sidecar, reads_sidecar),
     "yaml": ("run.yaml", lambda folder: b"seed: 3\nlora_rank: 4\ndata: x\nhead: mlp\n", reads_yaml),
     "predictions": ("val.parquet", file_of(table, "val.parquet"), lambda f: predictions.read(f / "val.parquet")),
@@ -185,6 +208,7 @@ def _batch(kind: str, folder: str, contents: list[bytes], failures: str) -> None
     """Read every content in turn; note the one at work, and what was not refused properly."""
     name, _, read = KINDS[kind]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # else 5 seconds after each pass over a stream
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for number, content in enumerate(contents):
         (Path(failures) / "at").write_text(str(number))
@@ -242,7 +266,7 @@ def mutants(kind: str, count: int, seed: int, folder: Path) -> list[bytes]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mutated_files(kind: str, tmp_path: Path) -> None:
-    slow = KINDS[kind][2] is loads
+    slow = KINDS[kind][2] in (loads, loads_by_name, streams)
     check(kind, mutants(kind, 10 if slow else 60, 0, tmp_path / "original"), tmp_path / "run")
 
 

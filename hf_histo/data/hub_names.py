@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,19 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import xxhash
-from datasets.exceptions import DatasetGenerationError
 from datasets.table import embed_table_storage
 from huggingface_hub.constants import HF_HUB_CACHE
+from numpy.typing import NDArray
 
 from hf_histo.data import schema
 from hf_histo.data.builder import hold_out
-from hf_histo.data.stream import Prepare, Stream
+from hf_histo.data.stream import FAULTS, Prepare, Stream, readable
 from hf_histo.errors import HistoError
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "hub:"
+BATCH = 1000  # rows of a stream that are read at a time
 SPLITS = {"validation": "val", "valid": "val", "dev": "val"}
 
 
@@ -35,8 +37,9 @@ def load(name: str, *, cache_dir: str | Path, skip_bad_images: bool = False) -> 
     split of the source; center and group are unknown: where the source knows patients, write them into one of the other
     layouts. A local folder that `datasets` can load stands for a name, too, and needs no network.
 
-    Raises `HistoError` for a name that can't be had, without a split `train`, and with other columns, and for an image
-    that `schema.decode` does not take, unless such are to be skipped: then they are told in the log, by their rows.
+    Raises `HistoError` for a name that can't be had, without a split `train`, and with other columns, for a label of
+    no class, and for an image that `schema.decode` does not take, unless such are to be skipped: then they are told in
+    the log, by their rows.
     """
     found = _find(name, cache_dir=str(cache_dir))
     if "train" not in found:
@@ -65,16 +68,26 @@ def load_streaming(name: str) -> datasets.DatasetDict:
     for split, rows in found.items():
         image, label = columns(name, rows.features)
         if split == "train":
-            labels = [value for batch in rows.select_columns([label]).iter(10_000) for value in batch[label]]
+            classes = rows.features[label].names
+            batches = rows.select_columns([label]).with_format("arrow").iter(BATCH)
+            labels = [
+                _labels(name, batch[label], classes, first=BATCH * number)
+                for number, batch in enumerate(readable(batches, f"--data {name}"))
+            ]
+            total = sum(map(len, labels))
             data["train"] = datasets.Dataset.from_dict(
-                {"id": [""] * len(labels), "image": [None] * len(labels), "label": labels}
-                | {"center": [-1] * len(labels), "group": [""] * len(labels)},
-                features=schema.features(rows.features[label].names),
+                {"id": [""] * total, "image": [None] * total, "label": np.concatenate(labels)}
+                | {"center": [-1] * total, "group": [""] * total},
+                features=schema.features(classes),
             )
         else:
             bare = rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
+            tables = list(readable(bare.with_format("arrow").iter(BATCH), f"--data {name}"))
+            if not tables:
+                raise HistoError(f"--data {name}: {split} has no image, expected some; add images")
             kinds = datasets.Features({column: rows.features[column] for column in (image, label)})
-            data[SPLITS.get(split, split)] = _as_schema(name, datasets.Dataset.from_list(list(bare), features=kinds))
+            whole = datasets.Dataset(pa.concat_tables(tables), info=datasets.DatasetInfo(features=kinds))
+            data[SPLITS.get(split, split)] = _as_schema(name, whole)
     return _named(datasets.DatasetDict(data))
 
 
@@ -93,7 +106,7 @@ def _find(name: str, **options: Any) -> datasets.DatasetDict | datasets.Iterable
         if "://" in source:
             return datasets.load_dataset("parquet", data_files=_shards(source), **options)
         return datasets.load_dataset(source, revision=revision or None, **options)
-    except (OSError, ValueError, RuntimeError, IndexError, DatasetGenerationError) as error:
+    except FAULTS as error:
         reason = " ".join(str(error).split())[:300]
         raise HistoError(
             f"--data {name}: can't be had ({reason}); expected a data set on the Hub and a network"
@@ -136,8 +149,9 @@ def columns(name: str, features: datasets.Features) -> tuple[str, str]:
 def _as_schema(name: str, rows: datasets.Dataset, skip: bool = False) -> datasets.Dataset:
     image, label = columns(name, rows.features)
     _check_paths(name, rows, image)
+    classes = rows.features[label].names
     table = rows.select_columns([image, label]).rename_columns({image: "image", label: "label"})
-    read = partial(_read, name=name, skip=skip)
+    read = partial(_read, name=name, classes=classes, skip=skip)
     table = table.with_format("arrow").map(read, batched=True, with_indices=True).with_format(None)
     if left_out := sorted(set(range(len(rows))) - set(map(int, table["id"]))):
         logger.warning("--data %s: left out %d images that can't be read: rows %s", name, len(left_out), left_out)
@@ -145,13 +159,14 @@ def _as_schema(name: str, rows: datasets.Dataset, skip: bool = False) -> dataset
     if not count:
         raise HistoError(f"--data {name}: a split has no readable image, expected some; choose another data set")
     table = table.add_column("center", [-1] * count).add_column("group", [""] * count)
-    features = schema.features(rows.features[label].names)
+    features = schema.features(classes)
     return table.select_columns(list(features)).cast(features)
 
 
-def _read(table: pa.Table, rows: list[int], *, name: str, skip: bool) -> pa.Table:
+def _read(table: pa.Table, rows: list[int], *, name: str, classes: Sequence[str], skip: bool) -> pa.Table:
     """With the bytes of the images, which a local folder holds as files, and `id`; without those that can't be read."""
-    table, kept = embed_table_storage(table), []
+    labels = pa.array(_labels(name, table["label"], classes, first=rows[0]))
+    table, kept = embed_table_storage(table.drop_columns("label")).append_column("label", labels), []
     for place, (row, image) in enumerate(zip(rows, table["image"], strict=True)):
         try:
             data = image["bytes"] if image.is_valid else pa.scalar(None)
@@ -162,6 +177,17 @@ def _read(table: pa.Table, rows: list[int], *, name: str, skip: bool) -> pa.Tabl
                 raise
     ids = pa.array([str(rows[place]) for place in kept], pa.string())
     return table.take(pa.array(kept, pa.int64())).append_column("id", ids)
+
+
+def _labels(name: str, found: pa.ChunkedArray, classes: Sequence[str], first: int) -> NDArray[np.int64]:
+    """The labels of rows from `first` on, -1 where there is none. Raises HistoError for one of no class."""
+    labels = found.fill_null(-1).to_numpy()
+    for place in np.flatnonzero((labels < -1) | (labels >= len(classes)))[:1]:
+        expected = f"0 to {len(classes) - 1}, or -1 where it is hidden"
+        raise HistoError(
+            f"--data {name}: row {first + place} has the label {labels[place]}, expected {expected}; correct a copy"
+        )
+    return labels
 
 
 def _check_paths(name: str, rows: datasets.Dataset, column: str) -> None:

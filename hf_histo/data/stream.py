@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice, repeat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 import datasets
+import pyarrow as pa
 import torch
 import xxhash
 from datasets.distributed import split_dataset_by_node
@@ -16,6 +18,10 @@ from hf_histo.errors import HistoError
 Prepare = Callable[[torch.Tensor], torch.Tensor]
 BUFFER = 1000  # images among which a pass is shuffled, beside the order of the shards
 REMEMBERED = 10_000  # names of the last images, for messages
+FAULTS = (  # what `datasets` and Arrow were seen to raise of damaged files
+    *(OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError),
+    *(pa.ArrowException, datasets.exceptions.DatasetsError),
+)
 
 
 class Stream(torch.utils.data.IterableDataset[Sample]):
@@ -28,6 +34,8 @@ class Stream(torch.utils.data.IterableDataset[Sample]):
 
     `Sample.index` is a hash of the image's column `id`, or of its bytes, so that augmentation depends on the image and
     not on where it stood.
+
+    Iterating raises `HistoError` for a shard or an image that can't be read, and where no shard holds an image.
 
     Args:
         rows: a column of images, whose bytes are in the shards, and one of labels.
@@ -69,7 +77,7 @@ class Stream(torch.utils.data.IterableDataset[Sample]):
         return self._count
 
     def __iter__(self) -> Iterator[Sample]:
-        for row in islice(chain.from_iterable(repeat(self._rows)), self._count):
+        for row in islice(self._again_and_again(), self._count):
             data = row[self._image]["bytes"]
             if data is None:
                 raise HistoError(
@@ -84,3 +92,20 @@ class Stream(torch.utils.data.IterableDataset[Sample]):
             image = decode(data, name)
             image = image if self._prepare is None else self._prepare(image)
             yield {"image": image, "label": row[self._label], "center": -1, "index": index}
+
+    def _again_and_again(self) -> Iterator[dict[str, Any]]:
+        row = None
+        while True:
+            for row in readable(self._rows, "--streaming"):
+                yield row
+            if row is None:
+                raise HistoError("--streaming: the shards of a process hold no image, expected some; add images")
+
+
+def readable(rows: Iterable[dict[str, Any]], option: str) -> Iterator[dict[str, Any]]:
+    """The rows of streamed shards, with what `datasets` raises of a damaged one as `HistoError`."""
+    try:
+        yield from rows
+    except FAULTS as error:
+        reason = str(error)[:300]
+        raise HistoError(f"{option}: a shard can't be read ({reason}), expected whole parquet; replace it") from None

@@ -109,3 +109,23 @@ def test_images_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert data["train"]["id"][:] == [str(row) for row in range(20) if row not in (3, 11)]
         assert data["train"]["label"][:3] == [0, 1, 0] and data["train"]["label"][3] == 0
         assert "left out 2 images that can't be read: rows [3, 11]" in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_of_no_class(streaming: bool, tmp_path: Path) -> None:
+    """A missing one is hidden; `datasets` itself takes any number."""
+
+    def load_with(split: str, label: int | None) -> datasets.DatasetDict:
+        folder = tmp_path / f"{split} {label}"
+        write_parquet(folder, splits=("train", "validation"))
+        table = pq.read_table(folder / f"{split}-0.parquet")
+        digits = pa.array([0, 1, label, *[1] * 17], pa.int64())
+        table = table.set_column(1, table.schema.field(1), digits)
+        pq.write_table(table, folder / f"{split}-0.parquet")
+        return load(DataOptions(data=f"hub:{folder}", streaming=streaming), cache_dir=tmp_path / "cache")
+
+    for split in ("train", "validation"):
+        for label in (2, -2):
+            with pytest.raises(HistoError, match=f"row 2 has the label {label}, expected 0 to 1, or -1"):
+                load_with(split, label)
+        assert load_with(split, None)["val" if split == "validation" else split]["label"][:3] == [0, 1, -1]

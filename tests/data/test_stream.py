@@ -132,6 +132,24 @@ def test_images_that_are_paths_are_refused(tmp_path: Path) -> None:
         list(stream.Stream(rows, image="image", label="label", total=1, seed=0))
 
 
+def test_shards_without_an_image_are_refused(tmp_path: Path) -> None:
+    """Of a process that would look for its next image for ever."""
+    shards = write_shards(tmp_path / "shards", each=(0, 4))
+    with pytest.raises(HistoError, match="the shards of a process hold no image"):
+        for rank in range(2):
+            list(part(shards, rank, 2, 4))
+
+
+def test_a_damaged_shard_is_named_as_such(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", each=(12,))
+    (path,) = shards.glob("train*")
+    content = bytearray(path.read_bytes())
+    content[4:200] = bytes(196)  # the first page, behind the magic number
+    path.write_bytes(content)
+    with pytest.raises(HistoError, match=r"--streaming: a shard can't be read .*, expected whole parquet; replace it"):
+        list(part(shards, total=12))
+
+
 def test_a_stream_prepares_its_images(shards: Path) -> None:
     small = train_stream(f"hub:{shards}", 48, 0, 0, 1, lambda image: image[:, :8, :8])
     assert {tuple(sample["image"].shape) for sample in small} == {(3, 8, 8)}
