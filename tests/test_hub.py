@@ -401,6 +401,14 @@ def test_no_regex_of_an_adapter_is_run(adapter: Path, results: dict[str, Result]
     assert all(torch.equal(changed[key], original[key]) for key in original)
 
 
+@pytest.mark.parametrize("name", ["base_model.model.(.*)*(.*)*(.*)*(.*)*(.*)*!.weight", "(", "a" * 1000])
+def test_no_name_of_a_weight_is_run_as_a_regex(adapter: Path, name: str) -> None:
+    """transformers takes them for regexes."""
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(weights | {name: torch.ones(2)}, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert "a weight is called" in refusal(adapter)
+
+
 class Bomb:
     """What unpickling it would run."""
 

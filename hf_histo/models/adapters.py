@@ -315,6 +315,7 @@ def restore(model: PreTrainedModel, folder: Path, *, batch_norm: str) -> PeftMod
     """
     try:
         saved = load_file(folder / "adapter_model.safetensors")  # before peft, which would unpickle another file
+        _check_names(saved)
         config = _saved_config(model, folder, saved)
         adapted = PeftModel.from_pretrained(model, str(folder), config=config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -328,6 +329,13 @@ def restore(model: PreTrainedModel, folder: Path, *, batch_norm: str) -> PeftMod
         if not torch.isfinite(tensor).all():
             raise HistoError(f"{folder}: {key} holds NaN or infinite values; the training that made it diverged")
     return adapted
+
+
+def _check_names(weights: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError for a name that a layer can't have: transformers compiles each as a regex."""
+    for name in weights:
+        if not re.fullmatch(r"[\w.-]{1,500}", name):
+            raise ValueError(f"a weight is called {name[:100]!r}, expected layers' names, joined by dots")
 
 
 def start_from(model: PeftModel, folder: Path) -> None:
