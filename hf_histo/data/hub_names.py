@@ -69,24 +69,16 @@ def load_streaming(name: str) -> datasets.DatasetDict:
         image, label = columns(name, rows.features)
         if split == "train":
             classes = rows.features[label].names
-            batches = rows.select_columns([label]).with_format("arrow").iter(BATCH)
-            labels = [
-                _labels(name, batch[label], classes, first=BATCH * number)
-                for number, batch in enumerate(readable(batches, f"--data {name}"))
-            ]
-            total = sum(map(len, labels))
+            labels = _labels(name, _whole(name, split, rows.select_columns([label]))[label], classes, first=0)
             data["train"] = datasets.Dataset.from_dict(
-                {"id": [""] * total, "image": [None] * total, "label": np.concatenate(labels)}
-                | {"center": [-1] * total, "group": [""] * total},
+                {"id": [""] * len(labels), "image": [None] * len(labels), "label": labels}
+                | {"center": [-1] * len(labels), "group": [""] * len(labels)},
                 features=schema.features(classes),
             )
         else:
             bare = rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
-            tables = list(readable(bare.with_format("arrow").iter(BATCH), f"--data {name}"))
-            if not tables:
-                raise HistoError(f"--data {name}: {split} has no image, expected some; add images")
             kinds = datasets.Features({column: rows.features[column] for column in (image, label)})
-            whole = datasets.Dataset(pa.concat_tables(tables), info=datasets.DatasetInfo(features=kinds))
+            whole = datasets.Dataset(_whole(name, split, bare), info=datasets.DatasetInfo(features=kinds))
             data[SPLITS.get(split, split)] = _as_schema(name, whole)
     return _named(datasets.DatasetDict(data))
 
@@ -177,6 +169,14 @@ def _read(table: pa.Table, rows: list[int], *, name: str, classes: Sequence[str]
                 raise
     ids = pa.array([str(rows[place]) for place in kept], pa.string())
     return table.take(pa.array(kept, pa.int64())).append_column("id", ids)
+
+
+def _whole(name: str, split: str, rows: datasets.IterableDataset) -> pa.Table:
+    """All rows of a streamed split. Raises HistoError for a shard that can't be read, and where there is no row."""
+    tables = list(readable(rows.with_format("arrow").iter(BATCH), f"--data {name}"))
+    if not tables:
+        raise HistoError(f"--data {name}: {split} has no image, expected some; add images")
+    return pa.concat_tables(tables)
 
 
 def _labels(name: str, found: pa.ChunkedArray, classes: Sequence[str], first: int) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 import torch
 from miniature import config, write_backbone, write_shards
@@ -138,6 +139,17 @@ def test_shards_without_an_image_are_refused() -> None:
     rows = datasets.IterableDataset.from_generator(lambda: iter(()), features=features)
     with pytest.raises(HistoError, match="the shards of a process hold no image"):
         list(stream.Stream(rows, image="image", label="label", total=1, seed=0))
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_split_without_an_image_is_refused(split: str, tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", each=(12,))
+    (path,) = shards.glob(f"{split}*")
+    schema = pq.read_schema(path)
+    pq.ParquetWriter(path, schema).close()
+    options = parse(None, [f"--data=hub:{shards}", "--streaming", f"--cache_dir={tmp_path / 'cache'}"])
+    with pytest.raises(HistoError, match=f"{split} has no image, expected some; add images"):
+        load(options.data)
 
 
 def test_a_damaged_shard_is_named_as_such(tmp_path: Path) -> None:
