@@ -288,10 +288,7 @@ class Bench:
         for some in index.split(self.batch):
             if ours:
                 size, normalize = views.image_size, views.normalize
-                changed = augmentation.augment(
-                    images[some], self.changes, size, seed=0, epoch=0, index=some, normalize=normalize
-                )
-                changed.contiguous(memory_format=torch.channels_last)
+                augmentation.augment(images[some], self.changes, size, seed=0, epoch=0, index=some, normalize=normalize)
             else:
                 torch.stack([change(pictures[row]) for row in some.tolist()])
         seconds = (time.perf_counter() - started) / rows

@@ -134,8 +134,7 @@ class Trainer(transformers.Trainer):
         """What the model sees of a batch of `collate`, in the training view of that number or the evaluation view."""
         images, centers = inputs["image"], inputs["center"]
         if view is not None:
-            views = self.training_views(images, centers, inputs["index"], view, self.preprocessing.normalize)
-            return views.contiguous(memory_format=torch.channels_last)
+            return self.training_views(images, centers, inputs["index"], view, self.preprocessing.normalize)
         return self.preprocessing(images if self.normalizer is None else self.normalizer(images, centers))
 
     def training_views(

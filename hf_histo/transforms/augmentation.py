@@ -142,7 +142,8 @@ def augment(
 ) -> torch.Tensor:
     """Augment (B, 3, H, W), uint8 or float in [0, 1], into float32 (B, 3, size, size) in [0, 1] on the same device.
 
-    Color, focus and noise change the image as it is stored, then the geometry resamples it: as in a scanner.
+    It is laid out as the model reads it, channels last. Color, focus and noise change the image as it is stored, then
+    the geometry resamples it: as in a scanner.
     `index` (B,) int64 holds each sample's place in the data set: with `seed` and `epoch` it decides the parameters.
     `normalize`, an affine map of each channel such as `Preprocessing.normalize`, is applied in between: resampling
     takes weighted means, which commute with it, and there are mostly fewer pixels before than after.
@@ -153,7 +154,7 @@ def augment(
         floats = change(floats, draws, augmentation)
     if normalize is not None:
         floats = normalize(floats)
-    return _resample(floats, draws, augmentation, size)
+    return _resample(floats, draws, augmentation, size).contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class Views:
         if self.augmentation != "square":
             augmentation, size = PRESETS[self.augmentation], preprocessing.image_size
             for view in range(self.count):
-                normalized = augment(
+                yield augment(
                     images,
                     augmentation,
                     size,
@@ -207,7 +208,6 @@ class Views:
                     index=index,
                     normalize=preprocessing.normalize,
                 )
-                yield normalized.contiguous(memory_format=torch.channels_last)
             return
         pixels = preprocessing(images)
         yield pixels
