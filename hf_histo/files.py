@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import xxhash
+
+CHECKSUMS = "checksums.json"
 
 
 @contextmanager
@@ -72,6 +77,34 @@ def write_json(path: str | Path, content: Any) -> None:
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def checksum(path: str | Path) -> str:
+    """Content hash (xxh3, 128 bits) of a file, 32 hexadecimal digits. It shows damage, not tampering."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def write_checksums(folder: Path, **facts: Any) -> None:
+    """Write `CHECKSUMS` into a complete folder: the hash of each file in and below it, and `facts`, ready for JSON."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = {name: checksum(folder / name) for name in names if name != CHECKSUMS}
+    write_json(folder / CHECKSUMS, {**facts, "files": files})
+
+
+def read_checksums(folder: Path) -> dict[str, Any]:
+    """The content of `CHECKSUMS` in a folder, all of whose listed files were read and are as they were written.
+
+    Files that are not listed are not looked at. Raises OSError where it or a file can't be read, and ValueError, naming
+    the file, where one was changed or the list is damaged.
+    """
+    content = read_json(folder / CHECKSUMS)
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise ValueError(f"{CHECKSUMS} is damaged")
+    for name, expected in content["files"].items():
+        if checksum(folder / name) != expected:
+            raise ValueError(f"{name} is not as it was written")
+    return content
 
 
 def _flush(file: Path) -> None:
