@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pandas as pd
 from huggingface_hub import (
     CommitOperationAdd,
@@ -155,6 +156,24 @@ class Sidecar:
             raise HistoError(f"{file}: not a description of an adapter ({type(error).__name__}: {error})") from None
         sidecar._check(file)
         return sidecar
+
+    def labels_of(self, dataset: datasets.Dataset) -> list[int]:
+        """The labels of a schema table as indices into `label_names`, matched by name; -1 where they are hidden.
+
+        The table may declare its classes in another order, or more of them than its images have.
+
+        Raises `HistoError` where an image has a class that the adapter does not know.
+        """
+        labels, declared = dataset["label"][:], dataset.features["label"]
+        names = declared.names if isinstance(declared, datasets.ClassLabel) else []
+        places = {names.index(name): place for place, name in enumerate(self.label_names) if name in names} | {-1: -1}
+        if unknown := set(labels) - places.keys():
+            found = f"the classes {names}" if names else f"the label {min(unknown)} without the name of a class"
+            raise HistoError(
+                f"the data has {found}, expected those of the adapter, {self.label_names}; rename the data's classes, "
+                "or use an adapter that was trained on them"
+            )
+        return [places[label] for label in labels]
 
     def threshold_named(self, name: str | float | None) -> float:
         """The threshold of that name in `thresholds`, or the number that `name` is or spells; None: the adapter's own.

@@ -204,6 +204,9 @@ class Classifier:
         Where the adapter normalizes color, a center that training did not see is measured on `dataset` as a whole:
         give all its images at once, not one by one; likewise where batch norm is adapted. `views` and
         `adapt_batch_norm` (take the batch-norm statistics from `dataset`) override what the adapter says of them.
+
+        `label` is the adapter's index of the class that `dataset` names. Raises `HistoError` for a labeled class that
+        the adapter does not know.
         """
         chosen = self.sidecar.threshold_named(threshold)
         if missing := [name for name in schema.features(self.sidecar.label_names) if name not in dataset.column_names]:
@@ -213,7 +216,7 @@ class Classifier:
             )
         if not len(dataset):
             raise HistoError("no image was given; pass at least one")
-        normalizer = self.sidecar.normalizer
+        labels, normalizer = self.sidecar.labels_of(dataset), self.sidecar.normalizer
         logits = forward(
             self.model,
             dataset,
@@ -226,8 +229,8 @@ class Classifier:
             description=description,
             device=self._device,
         )
-        columns = dataset.select_columns(["id", "center", "group", "label"])[:]
-        table = predictions.make(columns["id"], columns["center"], columns["group"], columns["label"], logits)
+        columns = dataset.select_columns(["id", "center", "group"])[:]
+        table = predictions.make(columns["id"], columns["center"], columns["group"], labels, logits)
         table.attrs["label_names"] = self.sidecar.label_names
         names = np.array(self.sidecar.label_names)
         return table.assign(

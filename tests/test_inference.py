@@ -22,10 +22,11 @@ from torch import nn
 from transformers import pipeline
 
 from hf_histo.config import AdapterOptions
+from hf_histo.data import schema
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import calibration, predictions
+from hf_histo.evaluation import calibration, metrics, predictions
 from hf_histo.finetune import fine_tune
 from hf_histo.hub import Sidecar
 from hf_histo.hub import load as load_adapter
@@ -159,6 +160,37 @@ def test_a_file_and_a_table_keep_their_ids_and_centers(classifier: Classifier, r
         np.testing.assert_array_equal(found["logit"], table["logit"])
     with pytest.raises(HistoError, match=r"columns \['image'\], but no id"):
         classifier(data.select_columns("image"))
+
+
+def reordered(data: datasets.Dataset, names: list[str]) -> datasets.Dataset:
+    """The same labeled images by a source that declares its classes in the order `names`."""
+    old = data.features["label"].names
+    labels = [names.index(old[label]) if label >= 0 else -1 for label in data["label"]]
+    rows = data.remove_columns("label").add_column("label", labels)
+    return rows.cast_column("label", datasets.ClassLabel(names=names))
+
+
+def test_labels_are_those_of_the_adapter_by_their_names(classifier: Classifier, run: Path) -> None:
+    data = load(run / "data")["val"]
+    expected = classifier.predict(data)
+    assert set(expected["label"]) == {0, 1}
+    for names in (["tumor", "normal"], ["another", "tumor", "normal"]):
+        found = classifier.predict(reordered(data, names))
+        assert list(found["label"]) == list(expected["label"])
+        assert metrics.report(found)["overall"] == metrics.report(expected)["overall"]
+
+
+def test_labels_of_classes_that_the_adapter_does_not_know_are_refused(classifier: Classifier, run: Path) -> None:
+    data = load(run / "data")["val"]
+    other = data.cast_column("label", datasets.ClassLabel(names=["benign", "tumor"]))
+    with pytest.raises(HistoError, match=r"\['benign', 'tumor'\].*expected.*\['normal', 'tumor'\]"):
+        classifier.predict(other)
+    numbers = data.cast_column("label", datasets.Value("int64"))
+    with pytest.raises(HistoError, match=r"label.*expected.*\['normal', 'tumor'\]"):
+        classifier.predict(numbers)
+    hidden = other.remove_columns("label").add_column("label", [-1] * len(other)).cast(other.features)
+    assert hidden.features["label"].names == ["benign", "tumor"]
+    assert set(classifier.predict(hidden)["label"]) == {-1}
 
 
 def test_the_threshold_by_name_and_by_number(classifier: Classifier, run: Path) -> None:
