@@ -45,6 +45,9 @@ class DataOptions:
     on_bad_image: Literal["error", "skip"] = option(
         "error", "stop at an image file that can't be read, or leave it out"
     )
+    gray_bits: int | None = option(
+        None, "bits of 16-bit gray image files, 8 to 16 (default: the fewest of 8, 10, 12, 14, 16 that hold all images)"
+    )
     slice_plane: Literal["axial", "coronal", "sagittal"] = option("axial", "how volumes (NIfTI) are cut into slices")
     slices: int | None = option(None, "of a volume, evenly spaced (default: all that the head fills well enough)")
     streaming: bool = option(False, "with hub:..., read training images as they are needed, and keep none")
@@ -205,7 +208,7 @@ class OutputOptions:
     _argument_group_name = "output"
 
     output_dir: str | None = option(None, "folder of the run (default: runs/DATA-BACKBONE-METHOD-seedN)")
-    overwrite_output_dir: bool = option(False, "delete what the folder holds of an earlier run")
+    overwrite_output_dir: bool = option(False, "delete a finished run in the folder, or one with other options")
     preview: bool = option(False, "before training, draw preview.png: what training makes of some images")
     explain: bool = option(False, "draw explanations.png: where the model sees the class it predicts on val")
     push_to_hub: bool = option(False, "upload the adapter folder when the run is done")
@@ -352,6 +355,9 @@ def _yaml_arguments(file: str, known: Sequence[str]) -> list[str]:
     if not isinstance(content, dict):
         raise HistoError(f"--config {file}: expected a mapping of options, found {type(content).__name__}")
     arguments = []
+    if content.get("overwrite_output_dir"):
+        found = "overwrite_output_dir is true, by which each use of the file would delete a run"
+        raise HistoError(f"--config {file}: {found}; give it on the command line")
     for key, value in content.items():
         if key not in known:
             raise HistoError(f"--config {file}: " + _unknown("key", str(key), list(known)))
@@ -384,6 +390,7 @@ def _validated(config: Config) -> Config:
         ),
         "in [0, 1)": ("head_dropout lora_dropout", lambda value: 0 <= value < 1),
         "at most 100": ("percentage", lambda value: value <= 100),
+        "from 8 to 16": ("gray_bits", lambda value: 8 <= value <= 16),
         "at most 4294967295": ("seed", lambda value: value < 2**32),  # NumPy's limit
     }
     for name, value in values.items():

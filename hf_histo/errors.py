@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -36,7 +37,7 @@ def run(main: Callable[[], None]) -> None:
     """Run a recipe's `main`; end in one clear line on standard error and a non-zero exit where it fails.
 
     `HistoError` and `OSError` (a full disk, a read-only folder) exit with 1; SIGTERM and Ctrl-C with 128 and their
-    number (143, 130), and a line with the command that goes on. A traceback is shown only where the environment
+    number (143, 130), and a line with the command that resumes. A traceback is shown only where the environment
     variable `HF_HISTO_TRACEBACK` is 1, and for any other exception, which is a bug.
     """
     if os.environ.get("HF_HISTO_TRACEBACK") == "1":
@@ -52,16 +53,21 @@ def run(main: Callable[[], None]) -> None:
         number = getattr(interrupt, "number", signal.SIGINT)
         if os.environ.get("RANK", "0") == "0":
             end = f"interrupted by {signal.Signals(number).name}"
-            tqdm.write(f"{end}: the same command goes on from the last checkpoint: {command()}", file=sys.stderr)
+            tqdm.write(f"{end}: this command resumes from the last checkpoint: {command()}", file=sys.stderr)
         raise SystemExit(128 + number) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def command() -> str:
-    """The line that started this program, with the launcher before it (accelerate, torchrun, nice, ...)."""
+    """The line that resumes this program: the one that started it, with its launcher (accelerate, torchrun, nice, ...).
+
+    Without `--overwrite_output_dir`, by which it would start anew.
+    """
     started = [process.cmdline() for process in (psutil.Process(), *psutil.Process().parents())]
-    return shlex.join(([sys.argv] + [line for line in started if sys.argv[0] in line])[-1])
+    line = ([sys.argv] + [line for line in started if sys.argv[0] in line])[-1]
+    kept = re.sub(r"\0--overwrite[_-]output[_-]dir(=[^\0]*|\0[^-\0][^\0]*)?(?=\0|$)", "", "\0".join(line))
+    return shlex.join(kept.split("\0"))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -114,9 +114,9 @@ def fine_tune(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence
     pushes = output.push_to_hub and PartialState(cpu=runs.use_cpu()).is_main_process
     if pushes:
         hub.check_access(str(output.hub_model_id), pull_request=output.hub_create_pr)
-    folder = runs.folder_of(config)
-    with runs.alone_in(folder), runs.disk_space_for(folder):
-        runs.begin(config, fingerprint(data))
+    runs.require_agreement(config, fingerprint(data))
+    folder = runs.check(config, fingerprint(data))
+    with runs.alone_in(folder), runs.system_failures(folder):
         result = _fine_tune(config, data, folder, started, callbacks)
     if not pushes:
         return result
@@ -135,7 +135,7 @@ def _fine_tune(
     config: Config, data: datasets.DatasetDict, folder: Path, started: float, callbacks: Sequence[TrainerCallback]
 ) -> Result:
     adapter = folder / runs.ADAPTER
-    if runs.is_finished(folder):
+    if runs.is_finished(folder) and not config.output.overwrite_output_dir:
         return Result(adapter, hub.read_metrics(adapter), None)
 
     set_seed(config.training.seed)
@@ -215,14 +215,15 @@ def _fine_tune(
         normalizer=normalizer and normalizer.extended(validation),
         loss=losses.classification(num_outputs, losses.balancing_weights(train_labels, names) if balance else None),
         compute_metrics=metrics.for_trainer(negative=negative),
-        callbacks=callbacks,
+        callbacks=[runs.CheckpointRecord(folder, runs.identity(config, fingerprint(data))), *callbacks],
     )
+    resumed = runs.checkpoint(config, folder, fingerprint(data))
+    runs.begin(config, fingerprint(data))  # not before all options have been tried
     if config.output.preview and isinstance(train, ImageTable) and session.is_world_process_zero():
-        _preview(session, data["train"], train, folder / "preview.png")
-    resumed = runs.checkpoint(config, folder)
+        _preview(session, data["train"], train, folder / runs.PREVIEW)
     selection: dict[str, Any] = {"split": "val", "metric": config.training.metric_for_best_model}
     if config.adapter.method == "pca":
-        selection |= _fit_components(config, trained, data, sidecar, folder / "figures" / COMPONENTS)
+        selection |= _fit_components(config, trained, data, sidecar, folder / runs.FIGURES / COMPONENTS)
     else:
         with frozen.folded_layers(session), frozen.cached_prefix(session, config):
             session.train(resume_from_checkpoint=resumed)
@@ -257,11 +258,11 @@ def _fine_tune(
         sidecar, thresholds=_thresholds(tables) if num_outputs == 1 else {}, temperature=temperature.value
     )
     if session.is_world_process_zero():
-        figures = _draw(folder / "figures", session.state.log_history, tables, data["val"])
+        figures = _draw(folder / runs.FIGURES, session.state.log_history, tables, data["val"])
         if config.adapter.method == "pca":
-            figures["The first two principal components of the features"] = folder / "figures" / COMPONENTS
+            figures["The first two principal components of the features"] = folder / runs.FIGURES / COMPONENTS
         if config.output.explain:
-            explanations = folder / "figures" / "explanations.png"
+            explanations = folder / runs.FIGURES / "explanations.png"
             classifier.draw(data["val"], tables["val"], explanations)
             figures["Where the model sees the class that it predicts, on val"] = explanations
         cost = {
@@ -273,7 +274,8 @@ def _fine_tune(
             "epochs": session.state.epoch or 0,
             "resumed": resumed is not None,
         }
-        write_json(folder / "cost.json", cost)
+        runs.require_begun(folder)
+        write_json(folder / runs.COST, cost)
         hub.save(
             adapter, final, sidecar, metrics=measured, tables=tables, figures=figures, cost=report.cost_sentence(cost)
         )
@@ -377,6 +379,7 @@ def _check(config: Config, data: datasets.DatasetDict, num_outputs: int, negativ
         raise HistoError("--method pca fits one linear layer, expected --head linear on features; leave out the others")
     if config.adapter.method == "full" and not heads.Design.of(config.model).is_plain:
         raise HistoError("--method full saves a model of transformers, expected --head linear on features; use lora")
+    trainer.require_scheduler(config.training.lr_scheduler_type)
     if config.output.explain and find_spec("captum") is None:
         raise HistoError("--explain needs captum: pip install hf_histo[explain], or leave it out")
     missing = {"train", "val"} - data.keys()

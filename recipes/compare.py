@@ -169,7 +169,7 @@ def measure(stem: str, rows: dict[str, Row], data: datasets.DatasetDict, folder:
 
 def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
     """The folder with an adapter's predictions by the prediction options of `config`, in the folder of its run."""
-    folder = runs.begin(config, fingerprint(fold)) / "predictions"
+    folder = runs.begin(config, fingerprint(fold)) / runs.PREDICTIONS
     missing = [split for split in fold if split != "train" and not (folder / f"{split}.parquet").is_file()]
     PartialState().wait_for_everyone()
     if missing:

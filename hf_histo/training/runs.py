@@ -1,31 +1,42 @@
-"""The folder of a run: which run it holds, whether it is done, and where to go on."""
+"""The folder of a run: which run it holds, whether it is finished, and from which checkpoint it resumes."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_histo.config import Config
 from hf_histo.errors import HistoError
-from hf_histo.files import atomic_file, read_json, read_text
+from hf_histo.files import atomic_file, read_checksums, read_text, write_checksums
 
 logger = logging.getLogger(__name__)
 
 RECORD = "run.yaml"
 DATA = "data.txt"
 ADAPTER = "adapter"
+FIGURES = "figures"
+COST = "cost.json"
+PREVIEW = "preview.png"
+NAN_BATCH = "nan_batch.json"
+PREDICTIONS = "predictions"
+# All that a run writes into its folder beside checkpoints, and all that overwriting it deletes.
+WRITTEN = (RECORD, DATA, ADAPTER, FIGURES, COST, PREVIEW, NAN_BATCH, PREDICTIONS)
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Options that decide where and how fast a run goes, not what comes out of it.
 INDIFFERENT = {
     "cache_dir",
@@ -84,30 +95,86 @@ def folder_of(config: Config) -> Path:
     return Path("runs") / f"{data}-{backbone}-{config.adapter.method}-seed{config.training.seed}"
 
 
+def identity(config: Config, data: str) -> dict[str, Any]:
+    """What decides the result of a run, ready for JSON: its options, and the fingerprint of its data."""
+    options = {key: value for key, value in config.flat().items() if key not in INDIFFERENT}
+    return {**options, "data fingerprint": data}
+
+
+def require_agreement(config: Config, data: str) -> None:
+    """Raise `HistoError` unless the processes of a launch have the same data, options and folder.
+
+    Every process calls it, with the fingerprint of its own `data`. Where the files of the data are may differ.
+    """
+    PartialState(cpu=use_cpu())
+    own = identity(config, data) | {"mixed_precision": mixed_precision(config), "output_dir": str(folder_of(config))}
+    del own["data"]
+    first, *others = gather_object([own])
+    for process, other in enumerate(others, start=1):
+        if differing := _differences(other, first, f"in process {process}", "in process 0"):
+            raise HistoError(
+                f"the {len(others) + 1} processes of this launch differ, expected the same data and options in each: "
+                f"{differing}; start all of them with the same command on the same files"
+            )
+
+
+def check(config: Config, data: str = "") -> Path:
+    """The folder of this run, which `begin` may take. Nothing is written.
+
+    Raises `HistoError` if the folder holds a run with other options or data, unless `--overwrite_output_dir` says to
+    delete that, if it holds anything but a run, and if it is a link or no folder.
+    """
+    folder = folder_of(config)
+    if other := _other_run(folder, config, data):
+        if not config.output.overwrite_output_dir:
+            remedy = "choose another --output_dir, or delete the run with --overwrite_output_dir"
+            raise HistoError(f"--output_dir {folder}: {other}; {remedy}")
+        places = [config.data.data, config.model.backbone, config.adapter.init_adapter, config.data.cache_dir]
+        places.append(config.training.resume_from_checkpoint)
+        for path in _written(folder):
+            for place in places:
+                if place and Path(place).expanduser().resolve().is_relative_to(path.resolve()):
+                    raise HistoError(
+                        f"--overwrite_output_dir: {path} would be deleted, and {place}, which this run reads, is in "
+                        "it; choose another --output_dir"
+                    )
+    return folder
+
+
 def begin(config: Config, data: str = "") -> Path:
     """Make the folder of this run, or find the one that the same command began, and record what decides its result.
 
-    run.yaml gets the options, and data.txt the fingerprint of the data, `data`.
+    run.yaml gets the options, and data.txt the fingerprint of the data, `data`. With `--overwrite_output_dir`, a run
+    with other options or data, or a finished one, is deleted: the files that it wrote and nothing else. A run that the
+    same command began and did not finish stays, so that a job that is queued again resumes.
 
-    Every process of a launch calls it. Raises `HistoError` if the folder holds a run with other options or data, unless
-    `--overwrite_output_dir` says to delete that, or if it holds anything but a run.
+    Every process of a launch calls it. Raises `HistoError` as `check` does.
     """
-    folder = folder_of(config)
+    folder = check(config, data)
     state = PartialState(cpu=use_cpu())
-    _check(folder, config, data)
+    overwrites = _overwrites(folder, config, data)
     state.wait_for_everyone()
     if state.is_main_process:
-        if config.output.overwrite_output_dir and folder.exists():
-            shutil.rmtree(folder)
+        if overwrites:
+            _delete(_written(folder))
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.incomplete*"):  # by a process that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        for name, content in ((RECORD, yaml.safe_dump(config.flat(), sort_keys=False)), (DATA, data)):
+        _delete(folder.glob(".*.incomplete*"))  # of a process that was killed
+        options = config.flat() | {"overwrite_output_dir": False}  # the record may serve as --config
+        for name, content in ((RECORD, yaml.safe_dump(options, sort_keys=False)), (DATA, data)):
             if not (folder / name).exists():
                 with atomic_file(folder / name) as temporary:
                     temporary.write_text(content, encoding="utf-8")
     state.wait_for_everyone()
     return folder
+
+
+def require_begun(folder: Path) -> None:
+    """Raise `HistoError` if the folder of a run that is being trained lost its record: someone moved or deleted it."""
+    if not (folder / RECORD).is_file():
+        raise HistoError(
+            f"{folder}: was deleted or moved while this run was trained (no {RECORD}); leave the folder in place, and "
+            "give the same command again"
+        )
 
 
 @contextmanager
@@ -120,8 +187,9 @@ def alone_in(folder: Path) -> Iterator[None]:
     if not PartialState(cpu=use_cpu()).is_main_process:
         yield
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.lock", blocking=False)
+    place = folder.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place.parent / f".{place.name}.lock", blocking=False)
     try:
         lock.acquire()
     except Timeout:
@@ -135,20 +203,31 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def disk_space_for(folder: Path) -> Iterator[None]:
-    """Tell a full disk from other failures: torch and safetensors report it as a RuntimeError or an error of their own.
+def system_failures(folder: Path) -> Iterator[None]:
+    """Within the block, what fails for want of disk or memory ends in one line.
 
-    Raises `HistoError` where writing failed and fewer than 16 MiB are left, or the system said so itself.
+    torch and safetensors report a full disk as a RuntimeError or an error of their own. Raises `HistoError` where
+    writing failed and fewer than 16 MiB are left beside `folder`, where the system reported a full device, and where a
+    process that reads batches was killed.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if "DataLoader worker" in str(error):
+            raise HistoError(
+                f"a process that reads batches ended ({' '.join(str(error).split())[:200]}), mostly because memory ran "
+                "out; lower --num_workers, or 0 to read without such processes"
+            ) from error
         left = shutil.disk_usage(folder).free if folder.exists() else 0
-        if getattr(error, "errno", None) != errno.ENOSPC and left >= 2**24:
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not is_full and left >= 2**24:
             raise
+        remedy = "make room and give the same command again: it resumes from the last complete checkpoint"
+        if left < 2**24:
+            raise HistoError(f"{folder}: the disk is full ({left / 2**20:.1f} MiB left); {remedy}") from error
+        file = getattr(error, "filename", None) or "another place than this, e.g. --cache_dir, TMPDIR or /dev/shm"
         raise HistoError(
-            f"{folder}: the disk is full ({left / 2**20:.1f} MiB left); make room and give the same command again: it "
-            "goes on from the last complete checkpoint"
+            f"{os.strerror(error.errno or errno.ENOSPC)}: {file} ({folder} has {left / 2**20:,.0f} MiB left); {remedy}"
         ) from error
 
 
@@ -157,59 +236,131 @@ def is_finished(folder: Path) -> bool:
     return (folder / ADAPTER).is_dir()
 
 
-def checkpoint(config: Config, folder: Path) -> str | None:
-    """The checkpoint to go on from: the one asked for, else the last complete one in `folder`, else None.
+class CheckpointRecord(TrainerCallback):
+    """Binds each checkpoint to its run: `files.write_checksums` with the run's identity, once all else is written.
 
-    A checkpoint is complete once it holds the trainer's state, which is written last. Raises `HistoError` if the one
-    that is asked for is not.
+    Args:
+        folder: of the run.
+        run: its `identity`.
     """
-    wanted = config.training.resume_from_checkpoint
+
+    def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
+        self.folder, self.run = folder, dict(run)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        require_begun(self.folder)
+        process = PartialState()
+        process.wait_for_everyone()  # each writes its random state
+        if process.is_main_process:
+            write_checksums(self.folder / f"checkpoint-{state.global_step}", run=self.run)
+        process.wait_for_everyone()
+
+
+def checkpoint(config: Config, folder: Path, data: str = "") -> str | None:
+    """The checkpoint to resume from: the one asked for, else the last complete one in `folder`, else None.
+
+    A checkpoint is complete if all files that `CheckpointRecord` listed last are as they were written. An incomplete
+    one in `folder` is reported in the log and the one before it is taken.
+
+    Raises `HistoError` if the one that is asked for is incomplete, or of a run with other options or data.
+    """
+    wanted, run = config.training.resume_from_checkpoint, identity(config, data)
     if wanted and wanted != "last":
-        if not _is_complete(Path(wanted)):
-            raise HistoError(f"--resume_from_checkpoint {wanted}: no complete checkpoint (no {TRAINER_STATE_NAME})")
+        if fault := _fault(Path(wanted), run):
+            raise HistoError(
+                f"--resume_from_checkpoint {wanted}: {fault}; expected a complete checkpoint of a run with these "
+                "options and this data"
+            )
         return wanted
-    complete = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
-    if not complete:
-        if wanted:
-            raise HistoError(f"--resume_from_checkpoint last: {folder} holds no complete checkpoint")
-        return None
-    last = max(complete, key=lambda path: int(path.name.split("-")[-1]))
-    logger.warning("going on from %s", last)
-    return str(last)
+    kept = [] if _overwrites(folder, config, data) else folder.glob("*")
+    steps = {int(match[1]): path for path in kept if (match := CHECKPOINT.fullmatch(path.name))}
+    for path in (steps[step] for step in sorted(steps, reverse=True)):
+        fault = _fault(path, run)
+        if fault is None:
+            logger.warning("resuming from %s", path)
+            return str(path)
+        logger.warning("%s is not used: %s", path, fault)
+    if wanted:
+        raise HistoError(f"--resume_from_checkpoint last: {folder} holds no complete checkpoint")
+    return None
 
 
-def _is_complete(path: Path) -> bool:
+def require_intact(checkpoint: Path) -> None:
+    """Raise `HistoError` unless a checkpoint of this run is as it was written."""
     try:
-        read_json(path / TRAINER_STATE_NAME)
-    except (OSError, ValueError):
-        return False
-    return True
+        read_checksums(checkpoint)
+    except (OSError, ValueError) as error:
+        raise HistoError(
+            f"{checkpoint}: the best checkpoint is damaged ({error}); delete the run, or restore this folder, and give "
+            "the same command again"
+        ) from None
 
 
-def _check(folder: Path, config: Config, data: str) -> None:
+def _fault(checkpoint: Path, run: Mapping[str, Any]) -> str | None:
+    """Why a checkpoint can't be resumed from by a run of that identity."""
+    try:
+        found = read_checksums(checkpoint).get("run", {})
+    except OSError as error:
+        return f"no complete checkpoint ({error.strerror}: {Path(error.filename or checkpoint).name})"
+    except ValueError as error:
+        return f"damaged checkpoint ({error})"
+    differing = _differences(found, run, "there", "here")
+    return f"is of another run: {differing}" if differing else None
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any], here: str, there: str) -> str:
+    """The entries that differ, in words; "" where none does."""
+    keys = [key for key in {**other, **one} if one.get(key) != other.get(key)]
+    return ", ".join(f"{key} {one.get(key)!r} {here} and {other.get(key)!r} {there}" for key in keys)
+
+
+def _written(folder: Path) -> list[Path]:
+    """What a run wrote into its folder."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if path.name in WRITTEN or CHECKPOINT.fullmatch(path.name)]
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _overwrites(folder: Path, config: Config, data: str) -> bool:
+    """Whether the run in `folder` is to be deleted: not an unfinished one of the same options and data."""
+    wanted = config.output.overwrite_output_dir
+    return wanted and (is_finished(folder) or _other_run(folder, config, data) is not None)
+
+
+def _other_run(folder: Path, config: Config, data: str) -> str | None:
+    """How the run in `folder` differs from this one; None where it is this one, or there is none.
+
+    Raises `HistoError` for a folder that holds something else, and what is no folder.
+    """
+    if folder.is_symlink():
+        raise HistoError(f"--output_dir {folder}: a link to {folder.resolve()}, expected a folder; give that itself")
     # What a killed process left unfinished is nothing.
     if not folder.exists() or (folder.is_dir() and all(".incomplete" in path.name for path in folder.iterdir())):
-        return
+        return None
     if not (folder / RECORD).is_file():
         raise HistoError(f"--output_dir {folder}: holds no run but other files (no {RECORD}); choose another one")
-    if config.output.overwrite_output_dir:
-        return
-    remedy = "choose another --output_dir, or delete the run with --overwrite_output_dir"
     try:
         before = yaml.safe_load(read_text(folder / RECORD))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         before = None
     if not isinstance(before, dict):
-        raise HistoError(f"--output_dir {folder}: its {RECORD} is damaged, expected the options of a run; {remedy}")
+        return f"its {RECORD} is damaged, expected the options of a run"
     before = Config().flat() | before  # an option that is newer than the run: its default is what the run did
     now = config.flat()
     changed = [key for key in now if key not in INDIFFERENT and before.get(key) != now[key]]
     if changed:
-        was = ", ".join(f"{key} {before.get(key)!r} (now {now[key]!r})" for key in changed)
-        raise HistoError(f"--output_dir {folder}: holds another run: {was}; {remedy}")
+        return f"holds another run: {', '.join(f'{key} {before.get(key)!r} (now {now[key]!r})' for key in changed)}"
     recorded = (folder / DATA).read_text(encoding="utf-8") if (folder / DATA).is_file() else data
     if recorded != data:
-        raise HistoError(
-            f"--output_dir {folder}: its run was on other data than --data {config.data.data} holds now (fingerprint "
-            f"{recorded}, now {data}); {remedy}"
+        return (
+            f"its run was on other data than --data {config.data.data} holds now (fingerprint {recorded}, now {data})"
         )
+    return None

@@ -18,14 +18,14 @@ from peft import PeftModel
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, SchedulerType, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_histo.config import CenterOptions, Config
 from hf_histo.data.schema import ImageTable, Sample
 from hf_histo.data.stream import Stream
 from hf_histo.errors import HistoError
-from hf_histo.files import write_json
+from hf_histo.files import CHECKSUMS, write_json
 from hf_histo.models import adapters, heads
 from hf_histo.models.features import Store
 from hf_histo.training import domains, runs
@@ -36,7 +36,6 @@ from hf_histo.transforms.augmentation import Augmentation, augment, uniform
 from hf_histo.transforms.preprocessing import Preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
 
-NAN_BATCH = "nan_batch.json"
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {}),
     "adamw": (torch.optim.AdamW, {}),
@@ -108,7 +107,7 @@ class Trainer(transformers.Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As of transformers; SIGTERM and Ctrl-C end it at a checkpoint, as `Interrupted`.
 
-        Raises `HistoError` where the loss is NaN or infinite, with the ids of that batch in `NAN_BATCH`, and for a
+        Raises `HistoError` where the loss is NaN or infinite, with the ids of that batch in `runs.NAN_BATCH`, and for a
         checkpoint that holds other things than tensors and numbers: those are not unpickled.
         """
         try:
@@ -119,6 +118,15 @@ class Trainer(transformers.Trainer):
                 f"--output_dir {self.args.output_dir}: its last checkpoint holds more than tensors and numbers, or is "
                 f"damaged ({' '.join(str(error).split())[:200]}); delete that checkpoint"
             ) from None
+
+    def _load_best_model(self) -> None:
+        """As of transformers, which would go on with the last weights where the best ones are gone."""
+        # By its step: the recorded path is another one where the folder of the run was moved.
+        best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
+        if not best.is_dir() or (best / CHECKSUMS).is_file():
+            runs.require_intact(best)
+        self.state.best_model_checkpoint = str(best)
+        super()._load_best_model()
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
@@ -198,7 +206,7 @@ class Trainer(transformers.Trainer):
 
     def _refuse(self, loss: float, index: torch.Tensor) -> NoReturn:
         assert isinstance(self.train_dataset, ImageTable | Stream)
-        file, step = Path(str(self.args.output_dir)) / NAN_BATCH, self.state.global_step + 1
+        file, step = Path(str(self.args.output_dir)) / runs.NAN_BATCH, self.state.global_step + 1
         ids = self.train_dataset.ids(index.tolist())
         found = {"loss": str(loss), "step": step, "epoch": self.state.epoch, "process": self.args.process_index}
         write_json(file, found | {"ids": ids})
@@ -268,6 +276,20 @@ def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:
         "center": torch.tensor([sample["center"] for sample in samples]),
         "index": torch.tensor([sample["index"] for sample in samples]),
     }
+
+
+def require_scheduler(name: str) -> None:
+    """Raise `HistoError` for a learning-rate scheduler that transformers lacks, or that needs settings of its own."""
+    fits = []
+    for scheduler in SchedulerType:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        try:
+            get_scheduler(scheduler, optimizer, num_warmup_steps=1, num_training_steps=2)
+            fits.append(scheduler.value)
+        except (ValueError, TypeError):  # for want of settings
+            continue
+    if name not in fits:
+        raise HistoError(f"--lr_scheduler_type is {name!r}, expected one of {', '.join(fits)}")
 
 
 def training_arguments(config: Config, folder: Path) -> TrainingArguments:

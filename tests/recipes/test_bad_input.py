@@ -110,12 +110,15 @@ def test_an_image_of_another_size(fails: Callable[..., str], tmp_path: Path) -> 
         ("--augmentation=strange", "crop-jitter"),
         ("--learning_rat=1", "--learning_rate"),
         ("--resume_from_checkpoint=nowhere", "nowhere"),
+        ("--lr_scheduler_type=cosine_with_min_lr", "cosine_with_restarts"),
+        ("--lr_scheduler_type=warmup_stable_decay", "cosine"),
     ],
 )
 def test_an_impossible_option(fails: Callable[..., str], tmp_path: Path, option: str, expected: str) -> None:
     error = fails(write_data(tmp_path / "data"), option)
     assert option.split("=")[-1 if "learning" not in option else 0] in error
     assert expected in error
+    assert not (tmp_path / "run" / "run.yaml").exists()  # the corrected command is not refused
 
 
 def test_a_folder_that_holds_other_files_keeps_them(fails: Callable[..., str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import psutil
@@ -101,6 +103,35 @@ def test_the_losses_agree(runs: dict[int, Path]) -> None:
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("differs", ["labels", "fewer images", "--learning_rate=0.5", "--seed=3"])
+def test_processes_that_differ_are_refused(runs: dict[int, Path], tmp_path: Path, differs: str) -> None:
+    """Each on its own would train on what it has, and the average would be nobody's model."""
+    source = runs[1].parent
+    data = {"0": source / "data", "1": tmp_path / "data"}
+    shutil.copytree(data["0"], data["1"])
+    with h5py.File(data["1"] / "train.h5", "r+") as file:
+        for key, group in list(file.items()) if not differs.startswith("--") else []:
+            if differs == "labels":
+                group["label"][()] = 1 - group["label"][()]
+            elif int(key) >= 16:
+                del file[key]
+    script = tmp_path / "differing.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        f"data, other = { ({rank: str(folder) for rank, folder in data.items()})!r}, {differs!r}\n"
+        "rank = os.environ['RANK']\n"
+        "sys.argv += ['--data=' + data[rank], *([other] if rank == '1' and other.startswith('--') else [])]\n"
+        f"runpy.run_path({str(RECIPE)!r}, run_name='__main__')\n"
+    )
+    common = [f"--backbone={source / 'backbone'}", f"--cache_dir={source / 'cache'}"]
+    process = launch(2, [*common, *OPTIONS, f"--output_dir={tmp_path / 'run'}"], script)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode not in (0, None)
+    found = differs.removeprefix("--").split("=")[0] if differs.startswith("--") else "data fingerprint"
+    assert f"the 2 processes of this launch differ, expected the same data and options in each: {found} " in output
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_process_that_dies_takes_the_launch_down(runs: dict[int, Path], tmp_path: Path) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +14,7 @@ import yaml
 
 from hf_histo.config import Config, parse
 from hf_histo.errors import HistoError
+from hf_histo.files import write_checksums
 from hf_histo.training import runs
 
 
@@ -25,10 +31,13 @@ def refusal(folder: Path, *more: str) -> str:
     return message
 
 
-def complete_checkpoint(folder: Path, step: int, content: str = "{}") -> Path:
+def complete_checkpoint(folder: Path, step: int, options: Config | None = None) -> Path:
+    """As `CheckpointRecord` leaves it."""
     path = folder / f"checkpoint-{step}"
     path.mkdir()
-    (path / "trainer_state.json").write_text(content, encoding="utf-8")
+    for name in ("trainer_state.json", "optimizer.pt"):
+        (path / name).write_text("{}", encoding="utf-8")
+    write_checksums(path, run=runs.identity(options or config(folder), ""))
     return path
 
 
@@ -82,13 +91,107 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     refusal(tmp_path / "run")
 
 
-def test_overwriting_deletes_an_earlier_run(tmp_path: Path) -> None:
+def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
     folder = runs.begin(config(tmp_path / "run"))
     (folder / "adapter").mkdir()
     complete_checkpoint(folder, 3)
+    for name in ("images/train/a.png", "thesis.tex", "checkpoint-best/weights.bin"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
     runs.begin(config(folder, "--lora_rank=4", "--overwrite_output_dir"))
-    assert sorted(path.name for path in folder.iterdir()) == ["data.txt", "run.yaml"]
+    kept = ["checkpoint-best", "data.txt", "images", "run.yaml", "thesis.tex"]
+    assert sorted(path.name for path in folder.iterdir()) == kept
+    assert (folder / "images" / "train" / "a.png").exists()
     assert runs.begin(config(folder, "--lora_rank=4")) == folder  # the switch itself is not part of the run
+
+
+def test_overwriting_keeps_an_unfinished_run_of_the_same_command(tmp_path: Path) -> None:
+    """A job that is queued again must resume, not start anew for ever."""
+    again = config(tmp_path / "run", "--overwrite_output_dir")
+    folder = runs.begin(again)
+    kept = complete_checkpoint(folder, 3)
+    assert runs.begin(again) == folder
+    assert runs.checkpoint(again, folder) == str(kept)
+    (folder / "adapter").mkdir()
+    assert runs.checkpoint(again, folder) is None
+    runs.begin(again)
+    assert not kept.exists()
+    assert not (folder / "adapter").exists()
+
+
+def test_overwriting_refuses_to_delete_what_it_reads(tmp_path: Path) -> None:
+    folder = runs.begin(config(tmp_path / "run"))
+    data = folder / "figures" / "images"
+    data.mkdir(parents=True)
+    other = config(folder, "--lora_rank=4", "--overwrite_output_dir", f"--data={data}")
+    with pytest.raises(HistoError, match=r"figures/images, which this run reads"):
+        runs.begin(other)
+    assert data.exists()
+
+
+def test_a_file_of_options_can_not_overwrite(tmp_path: Path) -> None:
+    (tmp_path / "options.yaml").write_text("overwrite_output_dir: true\n")
+    with pytest.raises(HistoError, match="give it on the command line"):
+        parse(None, ["--config", str(tmp_path / "options.yaml")])
+    folder = runs.begin(config(tmp_path / "run", "--overwrite_output_dir"))
+    assert not parse(None, ["--config", str(folder / runs.RECORD)]).output.overwrite_output_dir
+
+
+def test_nothing_is_claimed_by_a_look(tmp_path: Path) -> None:
+    assert runs.check(config(tmp_path / "run")) == tmp_path / "run"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_empty_folder_that_one_is_in_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    with runs.alone_in(Path()):
+        assert runs.begin(config(Path())) == Path()
+    assert (tmp_path / "run" / "run.yaml").is_file()
+
+
+def test_a_link_is_no_folder_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
+    assert f"a link to {tmp_path / 'elsewhere'}" in refusal(tmp_path / "run")
+
+
+def test_a_folder_that_vanished_is_an_error(tmp_path: Path) -> None:
+    folder = runs.begin(config(tmp_path / "run"))
+    runs.require_begun(folder)
+    (folder / "run.yaml").unlink()
+    with pytest.raises(HistoError, match="deleted or moved"):
+        runs.require_begun(folder)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "/dev/shm/x"), OSError(28, "No space left")])
+def test_a_full_device_is_not_taken_for_the_disk_of_the_run(tmp_path: Path, error: OSError) -> None:
+    with pytest.raises(HistoError) as caught, runs.system_failures(tmp_path):
+        raise error
+    assert "the disk is full" not in str(caught.value)
+    assert str(error.filename or "--cache_dir") in str(caught.value)
+
+
+def test_a_killed_reader_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(HistoError, match=r"lower --num_workers"), runs.system_failures(tmp_path):
+        raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed.")
+    with pytest.raises(RuntimeError, match="else"), runs.system_failures(tmp_path):
+        raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize(
+    ("given", "resumes"),
+    [
+        (["--overwrite_output_dir", "--seed=1"], ["--seed=1"]),
+        (["--overwrite_output_dir", "True"], []),
+        (["--a", "b", "--overwrite-output-dir=1"], ["--a", "b"]),
+        (["--data", "a b"], ["--data", "a b"]),
+    ],
+)
+def test_the_command_that_resumes_does_not_overwrite(given: list[str], resumes: list[str]) -> None:
+    line = [sys.executable, "-c", "from hf_histo.errors import command; print(command())", *given]
+    shown = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    assert shlex.split(shown)[3:] == resumes
 
 
 def test_overwriting_never_deletes_what_is_no_run(tmp_path: Path) -> None:
@@ -106,15 +209,33 @@ def test_a_run_is_finished_once_its_adapter_is_there(tmp_path: Path) -> None:
     assert runs.is_finished(folder)
 
 
-def test_the_last_complete_checkpoint_is_taken(tmp_path: Path) -> None:
+def truncate(checkpoint: Path) -> None:
+    (checkpoint / "trainer_state.json").write_text('{"epoch":', encoding="utf-8")
+
+
+def remove_optimizer(checkpoint: Path) -> None:
+    (checkpoint / "optimizer.pt").unlink()
+
+
+def remove_list(checkpoint: Path) -> None:
+    (checkpoint / "checksums.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, remove_optimizer, remove_list])
+def test_the_last_complete_checkpoint_is_taken(
+    tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
     folder = runs.begin(config(tmp_path / "run"))
     assert runs.checkpoint(config(folder), folder) is None
     for step in (9, 10, 100):
         complete_checkpoint(folder, step)
+    for name in ("checkpoint-best", "checkpoint-"):
+        (folder / name).mkdir()
     assert runs.checkpoint(config(folder), folder) == str(folder / "checkpoint-100")
-    (folder / "checkpoint-100" / "trainer_state.json").write_text('{"epoch":', encoding="utf-8")
-    (folder / "checkpoint-200").mkdir()
-    assert runs.checkpoint(config(folder), folder) == str(folder / "checkpoint-10")
+    damage(folder / "checkpoint-100")
+    with caplog.at_level(logging.WARNING):
+        assert runs.checkpoint(config(folder), folder) == str(folder / "checkpoint-10")
+    assert f"{folder / 'checkpoint-100'} is not used" in caplog.text
 
 
 def test_a_checkpoint_that_is_asked_for_must_be_complete(tmp_path: Path) -> None:
@@ -124,6 +245,19 @@ def test_a_checkpoint_that_is_asked_for_must_be_complete(tmp_path: Path) -> None
     for missing in (str(tmp_path / "checkpoint-6"), "last"):
         with pytest.raises(HistoError, match=r"^--resume_from_checkpoint .* no complete checkpoint"):
             runs.checkpoint(config(folder, f"--resume_from_checkpoint={missing}"), folder)
+    truncate(asked)
+    with pytest.raises(HistoError, match=r"damaged checkpoint \(trainer_state\.json"):
+        runs.checkpoint(config(folder, f"--resume_from_checkpoint={asked}"), folder)
+
+
+def test_the_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    folder = runs.begin(config(tmp_path / "run"))
+    other = complete_checkpoint(tmp_path, 5, config(folder, "--lora_rank=4"))
+    with pytest.raises(HistoError, match=r"is of another run: lora_rank 4 there and 8 here"):
+        runs.checkpoint(config(folder, f"--resume_from_checkpoint={other}"), folder)
+    own = complete_checkpoint(tmp_path, 6)
+    with pytest.raises(HistoError, match=r"data fingerprint '' there and 'other images' here"):
+        runs.checkpoint(config(folder, f"--resume_from_checkpoint={own}"), folder, "other images")
 
 
 def test_the_default_folder_names_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
