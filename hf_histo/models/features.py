@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import nn
@@ -27,6 +29,9 @@ from hf_histo.files import atomic_file
 
 CHUNK_BYTES = 2**26  # of a file of activations: what a kill costs, and what a process holds in memory while it writes
 CHUNK_ROWS = 1024
+DIGEST_BYTES = 16  # of the checksum (xxh3, 128 bits) at the end of a file
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -240,7 +245,7 @@ class Store:
     """Activations of all rows of a table, for one or more views, as files that are mapped into memory.
 
     A file holds some hundred rows of a view and appears whole or not at all: what is complete after a kill stays, and
-    processes may share the work, and the folder.
+    processes may share the work, and the folder. It ends in a checksum, so that a damaged one counts as missing.
 
     Attributes:
         folder: of the files.
@@ -254,6 +259,7 @@ class Store:
     like: torch.Tensor
     views: int = 1
     _maps: dict[Path, torch.Tensor] = field(default_factory=dict, repr=False)
+    _intact: set[Path] = field(default_factory=set, repr=False)
 
     @property
     def shape(self) -> torch.Size:
@@ -270,16 +276,18 @@ class Store:
         return max(1, min(CHUNK_ROWS, CHUNK_BYTES // self.row_bytes))
 
     def missing(self, process: int = 0, processes: int = 1) -> list[tuple[int, range]]:
-        """The views and rows of the files that are not there and that are this process's to write."""
+        """The views and rows of the files that are not there, or damaged, and that are this process's to write."""
         ranges = [range(start, min(start + self.chunk, self.rows)) for start in range(0, self.rows, self.chunk)]
         mine = list(itertools.product(range(self.views), ranges))[process::processes]
-        return [(view, rows) for view, rows in mine if not self._file(view, rows.start).exists()]
+        return [(view, rows) for view, rows in mine if not self._is_intact(self._file(view, rows.start), len(rows))]
 
     def write(self, view: int, rows: range, activations: torch.Tensor) -> None:
         """Write the file that holds `rows` of a view; activations (len(rows), ...)."""
         plain = activations.to("cpu", self.like.dtype).reshape(len(rows), *self.shape).contiguous()
-        with atomic_file(self._file(view, rows.start)) as temporary:
-            plain.view(-1).view(torch.uint8).numpy().tofile(temporary)
+        content = plain.view(-1).view(torch.uint8).numpy()
+        with atomic_file(self._file(view, rows.start)) as temporary, temporary.open("wb") as file:
+            content.tofile(file)
+            file.write(xxhash.xxh3_128_digest(content))
 
     def read(self, view: int, index: torch.Tensor) -> torch.Tensor:
         """The activations (B, ...) of the rows `index` (B,), on its device."""
@@ -289,6 +297,18 @@ class Store:
         if self.like.dim() == 4 and self.like.is_contiguous(memory_format=torch.channels_last):
             found = found.contiguous(memory_format=torch.channels_last)
         return found.to(index.device)
+
+    def _is_intact(self, path: Path, rows: int) -> bool:
+        if path in self._intact or not path.exists():
+            return path in self._intact
+        size = rows * self.row_bytes
+        if path.stat().st_size == size + DIGEST_BYTES:
+            content = np.memmap(path, np.uint8, "r")
+            if xxhash.xxh3_128_digest(content[:size]) == content[size:].tobytes():
+                self._intact.add(path)
+                return True
+        logger.warning("%s is damaged, its activations are computed again", path)
+        return False
 
     def _file(self, view: int, start: int) -> Path:
         return self.folder / f"view-{view}-rows-{start:09}.bin"

@@ -127,4 +127,19 @@ def test_the_store_gives_back_what_it_took(tmp_path: Path, monkeypatch: pytest.M
     assert torch.equal(found, every[1, index])
     assert found.is_contiguous(memory_format=torch.channels_last)
     sizes = [path.stat().st_size for path in tmp_path.iterdir()]
-    assert sum(sizes) == 2 * 10 * store.row_bytes
+    assert sum(sizes) == 2 * 10 * store.row_bytes + len(sizes) * features.DIGEST_BYTES
+
+
+def test_a_damaged_file_counts_as_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    like = torch.randn(10, 3, 2, 2)
+    features.Store(tmp_path, rows=10, like=like).write(0, range(10), like)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    assert features.Store(tmp_path, rows=10, like=like).missing() == []
+    flipped = bytearray(whole)
+    flipped[200] ^= 1
+    for content in (bytes(flipped), whole[:-40], b"", whole + b"0"):
+        file.write_bytes(content)
+        caplog.clear()
+        assert features.Store(tmp_path, rows=10, like=like).missing() == [(0, range(10))]
+        assert f"{file} is damaged" in caplog.text

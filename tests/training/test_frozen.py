@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import namedtuple
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from hf_histo.evaluation import metrics
 from hf_histo.models import adapters, backbones, batchnorm, features
 from hf_histo.training import frozen, losses, trainer
 from hf_histo.transforms import augmentation, preprocessing
+from hf_histo.transforms.mri import Preparation
+from hf_histo.transforms.stain import CenterNormalizer
 
 LINEAR = ["--method=linear", "--augmentation=crop-jitter", "--training_views=1"]
 LAST = ["--method=lora", "--target_modules=last-conv", "--augmentation=crop-jitter", "--training_views=2"]
@@ -113,6 +116,37 @@ def test_another_seed_shares_them_only_where_it_draws_nothing(tmp_path: Path, so
         session, options = build(tmp_path, source, *LINEAR, f"--seed={seed}")
         with frozen.cached_prefix(session, options):
             assert len(stored(tmp_path)) == files
+
+
+@pytest.mark.parametrize("changed", ["normalizer", "preprocessing", "preparation", "nothing"])
+def test_other_pixels_have_activations_of_their_own(tmp_path: Path, source: tuple[Path, Path], changed: str) -> None:
+    """What a later run finds must be what it would compute."""
+    for other in (False, True):
+        session, options = build(tmp_path, source, *LINEAR)
+        views = session.preprocessing
+        if other and changed == "normalizer":
+            session.normalizer = CenterNormalizer.fit(ImageTable(load(source[1])["train"]), "rgb").extended(
+                ImageTable(load(source[1])["val"])
+            )
+        if other and changed == "preprocessing":
+            session.preprocessing = replace(views, mean=(0.1, 0.2, 0.3))
+        if other and changed == "preparation":
+            session.preprocessing = replace(views, preparation=Preparation(gray=True))
+        with frozen.cached_prefix(session, options):
+            pass
+    assert len(stored(tmp_path)) == (2 if changed == "nothing" else 4)
+
+
+def test_a_flipped_bit_in_the_cache_does_not_reach_the_adapter(tmp_path: Path, source: tuple[Path, Path]) -> None:
+    curve, weights = train(tmp_path, source, *LINEAR)
+    for file in stored(tmp_path):
+        content = bytearray(file.read_bytes())
+        content[3] ^= 0x40  # the exponent of the first number
+        file.write_bytes(content)
+    shutil.rmtree(tmp_path / "run")
+    again, same = train(tmp_path, source, *LINEAR)
+    assert again == curve
+    assert all(torch.equal(same[key], tensor) for key, tensor in weights.items())
 
 
 @pytest.mark.parametrize(
