@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from hf_histo.errors import HistoError
 
 CHECKSUMS = "checksums.json"
 
@@ -55,6 +58,19 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def regular(path: str | Path) -> Path:
+    """`path`, once it is known to be a regular file, or a link to one: opening a pipe or a device could never return.
+
+    Raises HistoError for what is none, and OSError where there is nothing.
+    """
+    path = Path(path)
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+        raise HistoError(f"{path}: a {kinds.get(stat.S_IFMT(mode), 'device')}, expected a file; copy it into one")
+    return path
+
+
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file. Raises OSError, and ValueError for no JSON, or one too large or nested too deeply."""
     try:
@@ -64,8 +80,11 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file that people write, or this package. Raises OSError, and ValueError above 16 MiB."""
-    with Path(path).open("rb") as file:
+    """The text of a UTF-8 file that people write, or this package.
+
+    Raises OSError, ValueError above 16 MiB, and HistoError as `regular` does.
+    """
+    with regular(path).open("rb") as file:
         content = file.read(2**24 + 1)
     if len(content) > 2**24:
         raise ValueError("larger than 16 MiB")

@@ -24,7 +24,7 @@ from hf_histo import hub
 from hf_histo.config import Config
 from hf_histo.data import few_shot, hierarchy, hub_names
 from hf_histo.data.load import check_trainable, fingerprint
-from hf_histo.data.schema import ImageTable
+from hf_histo.data.schema import ImageTable, recorded_bits
 from hf_histo.data.splits import composition, shared_groups
 from hf_histo.data.stream import Stream
 from hf_histo.errors import HistoError
@@ -157,7 +157,8 @@ def _fine_tune(
     )
     source = backbones.locate(options.backbone)
     views = preprocessing.resolve(model.config, source, options.image_size, options.resize_size, options.fit)
-    views = dataclasses.replace(views, preparation=Preparation.of(config.preparation))
+    bits = recorded_bits(data["train"])
+    views = dataclasses.replace(views, preparation=Preparation.of(config.preparation), gray_bits=bits)
     changes = augmentation.preset(config.augmentation.augmentation)
     train = _stream(config, len(data["train"]), views) or views.read(data["train"], changes.side(views.image_size))
     validation = views.read(data["val"])

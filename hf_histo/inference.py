@@ -23,6 +23,7 @@ from hf_histo.evaluation import calibration, predictions
 from hf_histo.evaluation.explanation import explanations, heat_map
 from hf_histo.evaluation.figures import short
 from hf_histo.evaluation.forward import forward
+from hf_histo.files import regular
 from hf_histo.hub import Sidecar, load
 from hf_histo.models import adapters
 from hf_histo.transforms.augmentation import Views
@@ -111,7 +112,7 @@ class Classifier:
 
         Of the plain view alone; images and center are those of a call. See `hf_histo.evaluation.explanation.heat_map`.
         """
-        dataset = images if isinstance(images, datasets.Dataset) else _table(images, center, self.sidecar.label_names)
+        dataset = images if isinstance(images, datasets.Dataset) else _table(images, center, self.sidecar)
         views, normalizer = self.sidecar.preprocessing, self.sidecar.normalizer
         color = normalizer and normalizer.extended(views.read(dataset))
         table, maps = ImageTable(dataset), []
@@ -181,7 +182,7 @@ class Classifier:
         if isinstance(images, str | Path) and Path(images).suffix.lower() in (".h5", ".hdf5"):
             images = load_data(images)["test"]
         if not isinstance(images, datasets.Dataset):
-            images = _table(images, center, self.sidecar.label_names)
+            images = _table(images, center, self.sidecar)
         return self.predict(images, threshold=threshold, batch_size=batch_size)
 
     def predict(
@@ -216,6 +217,12 @@ class Classifier:
             )
         if not len(dataset):
             raise HistoError("no image was given; pass at least one")
+        bits, expected = schema.recorded_bits(dataset), self.sidecar.preprocessing.gray_bits
+        if bits not in (None, expected):
+            raise HistoError(
+                f"16-bit gray images were read as of {bits} bits, expected {expected or 8} as in training; "
+                + (f"give --gray_bits {expected}" if expected else "convert them to 8 bits")
+            )
         labels, normalizer = self.sidecar.labels_of(dataset), self.sidecar.normalizer
         logits = forward(
             self.model,
@@ -239,33 +246,46 @@ class Classifier:
         )
 
 
-def _table(images: Image | Sequence[Image], center: int, label_names: list[str]) -> datasets.Dataset:
+def _table(images: Image | Sequence[Image], center: int, sidecar: Sidecar) -> datasets.Dataset:
+    """The caller's images as a table of the one schema, each checked and read as those of training."""
     if isinstance(images, torch.Tensor | np.ndarray):
         several = list(images) if images.ndim == 4 else [images]
     else:
-        several = [images] if isinstance(images, str | Path | PIL.Image.Image) else list(images)
-    count = len(several)
+        several = [images] if isinstance(images, str | Path | PIL.Image.Image) else _listed(images)
+    count, bits = len(several), sidecar.preprocessing.gray_bits
+    if not -(2**63) <= center < 2**63:
+        raise HistoError(f"center is {center}, expected the number of a center, or -1 where it is unknown")
     rows = {
         "id": [str(image) if isinstance(image, str | Path) else str(i) for i, image in enumerate(several)],
-        "image": [{"bytes": _encoded(image, i), "path": None} for i, image in enumerate(several)],
+        "image": [{"bytes": _encoded(image, i, bits), "path": None} for i, image in enumerate(several)],
         "label": [-1] * count,
         "center": [center] * count,
         "group": [""] * count,
     }
-    return datasets.Dataset.from_dict(rows, features=schema.features(label_names))
+    return datasets.Dataset.from_dict(rows, features=schema.features(sidecar.label_names))
 
 
-def _encoded(image: Image, place: int) -> bytes:
-    """The bytes of an image file."""
+def _listed(images: Sequence[Image]) -> list[Image]:
+    try:
+        return list(images)
+    except TypeError:
+        raise HistoError(f"images is a {type(images).__name__}; expected one or several images") from None
+
+
+def _encoded(image: Image, place: int, gray_bits: int | None) -> bytes:
+    """The bytes of an image file, which `schema.decode` takes; 16-bit gray becomes 8-bit by the adapter's `gray_bits`.
+
+    Raises HistoError, naming the image, for one that can't be read.
+    """
     if isinstance(image, str | Path):
         try:
-            return Path(image).read_bytes()
+            return schema.checked(regular(image).read_bytes(), str(image), gray_bits)
         except OSError as error:
             raise HistoError(f"{image}: can't be read ({error.strerror}); expected an image file") from None
     if isinstance(image, PIL.Image.Image):
-        image = np.asarray(image.convert("RGB"))
-    elif isinstance(image, torch.Tensor):
-        image = image.detach().cpu().numpy()
+        return schema.encode_ppm(schema.rgb(image, f"image {place}", gray_bits))
+    if isinstance(image, torch.Tensor):
+        image = (image.float() if image.dtype == torch.bfloat16 else image).detach().cpu().numpy()
     if not isinstance(image, np.ndarray):
         raise HistoError(
             f"image {place} is of type {type(image).__name__}; expected a path, PIL image, array or tensor"

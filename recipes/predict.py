@@ -12,6 +12,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFo
 from dataclasses import replace
 from pathlib import Path
 
+from hf_histo.config import DataOptions
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError, run
 from hf_histo.evaluation import predictions, thresholds
@@ -45,7 +46,8 @@ def main() -> None:
     options = parser.parse_args()
 
     classifier = Classifier.from_pretrained(options.adapter, revision=options.revision, backbone=options.backbone)
-    data = load(options.data, cache_dir=options.cache_dir)
+    bits = classifier.sidecar.preprocessing.gray_bits
+    data = load(DataOptions(data=options.data, cache_dir=options.cache_dir, gray_bits=bits))
     if options.split not in data:
         raise HistoError(f"--split {options.split}: {options.data} has {', '.join(data)}")
     views = {"count": options.test_time_views, "augmentation": options.test_time_augmentation}

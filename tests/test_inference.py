@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 import torch
@@ -22,7 +24,6 @@ from torch import nn
 from transformers import pipeline
 
 from hf_histo.config import AdapterOptions
-from hf_histo.data import schema
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
@@ -134,6 +135,78 @@ def test_the_decision_has_the_name_of_its_class(classifier: Classifier, arrays: 
 def test_what_is_no_image_is_refused(classifier: Classifier, image: Any, found: str) -> None:
     with pytest.raises(HistoError, match=f"^(image 1|none.png).*{found}.*expected"):
         classifier([np.zeros((8, 8, 3), dtype=np.uint8), image])
+
+
+def test_what_holds_no_images_is_refused(classifier: Classifier) -> None:
+    with pytest.raises(HistoError, match=r"^images is a NoneType; expected one or several images"):
+        classifier(None)
+    with pytest.raises(HistoError, match=r"^center is 9223372036854775808, expected the number of a center"):
+        classifier(np.zeros((8, 8, 3), dtype=np.uint8), center=2**63)
+
+
+def test_half_precision_tensors_are_taken(classifier: Classifier) -> None:
+    image = torch.rand(3, 40, 40)
+    for kind in (torch.bfloat16, torch.float16):
+        found, expected = classifier(image.to(kind)), classifier(image.to(kind).float())
+        assert found["logit"].tolist() == expected["logit"].tolist()
+
+
+@pytest.mark.parametrize("bits", [None, 12])
+def test_deep_and_turned_images_are_read_alike_in_every_form(
+    classifier: Classifier, tmp_path: Path, bits: int | None
+) -> None:
+    preprocessing = replace(classifier.sidecar.preprocessing, gray_bits=bits)
+    deep = Classifier(classifier.model, replace(classifier.sidecar, preprocessing=preprocessing))
+    gray = np.random.default_rng(0).integers(0, 4096, (40, 48), dtype=np.uint16)
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    PIL.Image.fromarray(gray).save(tmp_path / "gray.png", exif=exif)
+    expected = np.rot90((gray >> 4).astype(np.uint8), -1)
+    with PIL.Image.open(tmp_path / "gray.png") as image:
+        loaded = image.copy()
+        forms = (
+            tmp_path / "gray.png",
+            image,
+            loaded,
+            PIL.Image.fromarray(gray).transpose(PIL.Image.Transpose.ROTATE_270),
+        )
+        for form in forms:
+            if bits is None:
+                with pytest.raises(HistoError, match=r"(gray\.png|image 0): 16-bit gray of unknown range"):
+                    deep(form)
+            else:
+                assert deep(form)["logit"].tolist() == deep(expected)["logit"].tolist()
+    loaded.putpixel((0, 0), 4096)
+    if bits:
+        with pytest.raises(HistoError, match=r"^image 0: value 4096 in 16-bit gray, expected at most 4095"):
+            deep(loaded)
+
+
+@pytest.mark.parametrize("own", [None, 12, 16])
+def test_a_data_set_read_with_other_bits_is_refused(classifier: Classifier, tmp_path: Path, own: int | None) -> None:
+    for i, name in enumerate(classifier.sidecar.label_names):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        gray = np.random.default_rng(i).integers(0, 4096, (40, 40), dtype=np.uint16)
+        PIL.Image.fromarray(gray).save(tmp_path / "data" / name / "a.png")
+    data = load(tmp_path / "data", cache_dir=tmp_path / "cache")["full"]
+    preprocessing = replace(classifier.sidecar.preprocessing, gray_bits=own)
+    deep = Classifier(classifier.model, replace(classifier.sidecar, preprocessing=preprocessing))
+    if own == 12:
+        assert len(deep.predict(data)) == 2
+    else:
+        remedy = "give --gray_bits 16" if own else "convert them to 8 bits"
+        with pytest.raises(
+            HistoError, match=f"16-bit gray images were read as of 12 bits, expected {own or 8}.*{remedy}"
+        ):
+            deep.predict(data)
+
+
+def test_a_pipe_is_refused_before_it_is_opened(classifier: Classifier, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("pipe.png")
+    for name in ("pipe.png", "link.png"):
+        with pytest.raises(HistoError, match=rf"{name}: a pipe, expected a file"):
+            classifier(tmp_path / name)
 
 
 def test_a_file_that_is_missing_or_no_image_is_named(classifier: Classifier, tmp_path: Path) -> None:

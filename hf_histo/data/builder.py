@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,7 +39,7 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
     construct a `Path`, since `datasets` replaces that name in the modules of builders: derive from the one given.
     """
 
-    VERSION = datasets.Version("1.0.0")  # part of the cache key: raise it where a conversion's output changes
+    VERSION = datasets.Version("1.1.0")  # part of the cache key: raise it where a conversion's output changes
     BUILDER_CONFIG_CLASS = FolderConfig
 
     LAYOUT: ClassVar[str]  # names the folder in the cache
@@ -75,6 +75,18 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
             folder = directory.parent if directory.is_file() else directory
             reason = str(error).removeprefix(str(folder)).lstrip("/\\")  # without the folder, which may move
             self.info.description += f"\n{LEFT_OUT}{reason}"
+
+    def _find_bits(self, paths: Iterable[Path]) -> None:
+        """Decide how the 16-bit gray images among all of the data set are read, for `_stored`; part of the description.
+
+        For layouts of image files with `gray_bits` among their `OPTIONS`.
+        """
+        self._gray_bits = schema.bits_for(map(schema.brightest, paths), self.config.options.gray_bits)
+        schema.record_bits(self.info, self._gray_bits)
+
+    def _stored(self, path: Path) -> dict[str, Any]:
+        """The column `image` of an image file. Raises HistoError as `schema.decode` does."""
+        return {"bytes": schema.checked(path.read_bytes(), str(path), self._gray_bits), "path": None}
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=schema.features(self.LABELS))

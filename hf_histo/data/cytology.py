@@ -41,11 +41,11 @@ def check_known(directory: Path, names: list[str]) -> None:
 class ListedImages(FolderBuilder):
     """What the layouts of this module have in common: a subclass lists the images of each split with their classes.
 
-    Each split's images are stored as they are, in the text order of their paths. `group` is unknown. Raises HistoError
-    for an image that lies outside the folder, by its path in a list or by a link.
+    Each split's images are stored as `ClassFolders` does, in the text order of their paths. `group` is unknown. Raises
+    HistoError for an image that lies outside the folder, by its path in a list or by a link.
     """
 
-    OPTIONS = ("on_bad_image",)
+    OPTIONS = ("on_bad_image", "gray_bits")
 
     @classmethod
     def listed(cls, directory: Path) -> Listed:
@@ -72,6 +72,7 @@ class ListedImages(FolderBuilder):
         listed = self.listed(self.config.directory)
         counts = {split: len(images) for split, images in listed.items()}
         self.info.description = f"image files; group: unknown; {counts}"
+        self._find_bits(path for images in listed.values() for path, _ in images)
         logger.info("%s: %s", self.config.directory, self.info.description)
         return [split_generator(split, len(images), images=images) for split, images in listed.items()]
 
@@ -79,7 +80,7 @@ class ListedImages(FolderBuilder):
         for path, label in images:
             name = name_of(path, self.config.directory)
             with self.skipping():
-                image = {"bytes": schema.checked(path), "path": None}
+                image = self._stored(path)
                 yield name, {"id": name, "image": image, "label": label, "center": -1, "group": ""}
 
 

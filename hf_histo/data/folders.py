@@ -31,8 +31,9 @@ class ClassFolders(FolderBuilder):
     Splits may also be called training, valid, validation or testing, in any capitalization, and be missing; without
     any, the one split is `full`. The classes are the names of the folders in `train` (without one: in all splits),
     sorted. A class folder holds images of any size in the formats of `schema.FORMATS`, directly or in folders below it,
-    in the text order of their paths. They are stored as they are; `id` is the path below the data set's folder, with
-    forward slashes. `group` is unknown.
+    in the text order of their paths. They are stored as they are, 16-bit gray ones with the upper 8 of the bits that
+    hold all images of the data set (`--gray_bits`); `id` is the path below the data set's folder, with forward
+    slashes. `group` is unknown.
 
     Files whose suffix is of none of these are left out with a warning, hidden ones silently. Links are followed within
     the data set's folder.
@@ -43,7 +44,7 @@ class ClassFolders(FolderBuilder):
     """
 
     LAYOUT = "class_folders"
-    OPTIONS: ClassVar[tuple[str, ...]] = ("on_bad_image",)
+    OPTIONS: ClassVar[tuple[str, ...]] = ("on_bad_image", "gray_bits")
     EXPECTED = "train/, val/ and test/ (any of them) with one folder of images per class, or such class folders alone"
     FILES = "images"  # what the folders hold
     GROUP = "unknown"
@@ -70,6 +71,7 @@ class ClassFolders(FolderBuilder):
         splits = self._scan(self.config.directory)
         counts = {split: sum(map(len, classes.values())) for split, classes in splits.items()}
         self.info.description = f"{self.FILES}; group: {self.GROUP}; {counts}"
+        self._find_bits(path for classes in splits.values() for paths in classes.values() for path in paths)
         logger.info("%s: %s", self.config.directory, self.info.description)
         return [split_generator(split, counts[split], classes=classes) for split, classes in splits.items()]
 
@@ -78,7 +80,7 @@ class ClassFolders(FolderBuilder):
             for path in paths:
                 name = name_of(path, self.config.directory)
                 with self.skipping():
-                    image = {"bytes": schema.checked(path), "path": None}
+                    image = self._stored(path)
                     yield name, {"id": name, "image": image, "label": label, "center": -1, "group": ""}
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -14,16 +14,21 @@ import datasets
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
+import PIL.ImageFile
 import PIL.ImageOps
+import simplejpeg
 import torch
 import xxhash
+from numpy.typing import NDArray
 
 from hf_histo.errors import HistoError
 
 MAX_PIXELS = 100_000_000  # of an image, looked at before it is decoded
 # The formats that PIL decodes by itself; of its others, EPS would run Ghostscript.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "WEBP", "JPEG2000")
+GRAY_BITS = (8, 10, 12, 14, 16)  # what scanners give: DICOM PS3.3 C.7.6.3, "Bits Stored"
 
+_BITS = "bits of 16-bit gray: "  # starts the line of `info.description` about them
 _PPM = re.compile(rb"P6\s+([1-9]\d*)\s+([1-9]\d*)\s+255\s")
 
 
@@ -66,83 +71,191 @@ def encode_ppm(image: np.ndarray) -> bytes:
     return b"P6\n%d %d\n255\n" % (width, height) + image.tobytes()
 
 
-def decode(data: bytes | memoryview, source: str = "image") -> torch.Tensor:
+def decode(
+    data: bytes | memoryview, source: str = "image", gray_bits: int | None = None, *, strict: bool = True
+) -> torch.Tensor:
     """Decode the bytes of an image file into a contiguous uint8 RGB tensor (3, H, W) in [0, 255] that owns its memory.
 
-    8-bit PPM is read by NumPy, any other format by PIL with EXIF orientation applied, exactly as `datasets.Image` does
-    (torchvision's decoders, deprecated since 0.29, give the same bytes). Transparency is dropped, and the first frame
-    of an animation is taken. 16-bit gray values keep their high byte; an image that stays below 4,096 is of 12 bits, as
-    scanners give them, and keeps the upper 8 of those.
+    8-bit PPM is read by NumPy, any other format by PIL, see `rgb`. The first frame of an animation is taken.
 
-    Raises HistoError, starting with `source`, for bytes in none of `FORMATS` (the name of a file says nothing), an
-    image of over 100 megapixels, told from its header, or one with more than 8 bits in a way that has no fixed range
-    (32-bit integers, floats).
+    Args:
+        data: the whole file.
+        source: names the image in errors.
+        gray_bits: of 16-bit gray values, see `rgb`.
+        strict: decode a JPEG by libjpeg-turbo as well, which reports what PIL passes over: data that is missing, zeroed
+            or out of step with the image's size. Without it, for bytes that were checked before.
+
+    Raises HistoError, starting with `source`, for bytes in none of `FORMATS` (the name of a file says nothing), a
+    damaged file, an image of over 100 megapixels by its header, or one that `rgb` refuses.
     """
-    try:
+    with _refusing(source, f"{len(data)} bytes starting with {bytes(data[:8])!r}"):
         if header := _PPM.match(data):
             width, height = int(header[1]), int(header[2])
             _check_size(width, height)
             pixels = np.frombuffer(data, np.uint8, 3 * height * width, header.end()).reshape(height, width, 3)
         else:
-            pixels = _decode_with_pil(data)
-    except _TooLargeError as error:
-        raise HistoError(
-            f"{source}: {error}, expected at most {MAX_PIXELS:,} in all; scale it down or cut it up"
-        ) from None
-    # PIL's readers let almost any exception out on broken bytes: SyntaxError, struct.error, zlib.error, MemoryError...
-    except Exception as error:
-        found = f"{len(data)} bytes starting with {bytes(data[:8])!r}"
-        raise HistoError(f"{source}: not a readable image ({found}: {error}); repair or remove it") from error
+            with _opened(io.BytesIO(data)) as image:
+                pixels = _rgb(image, gray_bits)
+                if strict and image.format in ("JPEG", "MPO"):
+                    _check_jpeg(data)
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
-def checked(path: Path) -> bytes:
-    """The bytes of an image file that `decode` takes. Raises HistoError as that does."""
-    data = path.read_bytes()
-    decode(data, str(path))
-    return data
+def rgb(image: PIL.Image.Image, source: str = "image", gray_bits: int | None = None) -> NDArray[np.uint8]:
+    """A PIL image as uint8 (H, W, 3) in [0, 255], exactly as `decode` reads its file.
+
+    EXIF orientation is applied and transparency dropped. 16-bit gray values are divided by 2^(gray_bits - 8), so that
+    those of `gray_bits` bits, 8 to 16, fill the range; 16-bit color keeps its high byte. An image that PIL opened and
+    did not decode yet is read from its file.
+
+    Raises HistoError, starting with `source`, for 16-bit gray without `gray_bits` or beyond it, for pixels that have no
+    fixed range (32-bit integers, floats), and as `decode` does.
+    """
+    if (data := _undecoded(image)) is not None:
+        return decode(data, source, gray_bits).permute(1, 2, 0).numpy()
+    with _refusing(source, f"a PIL image of mode {image.mode}"):
+        return _rgb(image, gray_bits)
 
 
-class _TooLargeError(Exception):
-    """The message says how large."""
+def checked(data: bytes, source: str, gray_bits: int | None = None) -> bytes:
+    """The bytes to store for an image file: its own, or an 8-bit PNG of 16-bit gray. Raises HistoError as `decode`."""
+    pixels = decode(data, source, gray_bits)
+    if not _is_16_bit_gray(data):
+        return data
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels[0].numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def brightest(file: Path | io.BytesIO) -> int | None:
+    """The largest value of a 16-bit gray image; None for any other, by its header, and for what `decode` refuses."""
+    try:
+        with _opened(file) as image:
+            return int(np.asarray(image).max()) if image.mode.startswith("I;16") else None
+    except Exception:  # as PIL's readers let any out, and `decode` names it
+        return None
+
+
+def bits_for(peaks: Iterable[int | None], gray_bits: int | None = None) -> int | None:
+    """The bits of a data set's 16-bit gray values: `gray_bits`, or the fewest of `GRAY_BITS` that hold every image.
+
+    Args:
+        peaks: `brightest` of every image.
+        gray_bits: what the user states.
+
+    Returns None where no image is 16-bit gray.
+    """
+    found = [peak for peak in peaks if peak is not None]
+    return (gray_bits or next(bits for bits in GRAY_BITS if max(found) < 2**bits)) if found else None
+
+
+def record_bits(info: datasets.DatasetInfo, gray_bits: int | None) -> None:
+    """Add to a data set's description how its 16-bit gray values were read, for `recorded_bits`."""
+    if gray_bits:
+        info.description += f"\n{_BITS}{gray_bits}"
+
+
+def recorded_bits(dataset: datasets.Dataset) -> int | None:
+    """The bits by which the 16-bit gray values of a loaded data set were read; None where it has none."""
+    lines = (dataset.info.description or "").splitlines()
+    return next((int(line.removeprefix(_BITS)) for line in lines if line.startswith(_BITS)), None)
+
+
+class _RefusedError(Exception):
+    """The message holds what was found, what was expected and the remedy."""
+
+
+@contextmanager
+def _refusing(source: str, found: str) -> Iterator[None]:
+    try:
+        yield
+    except _RefusedError as error:
+        raise HistoError(f"{source}: {error}") from None
+    # PIL's readers let almost any exception out on broken bytes: SyntaxError, struct.error, zlib.error, MemoryError...
+    except Exception as error:
+        raise HistoError(f"{source}: not a readable image ({found}: {error}); repair or remove it") from error
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise _TooLargeError(f"{width:,} x {height:,} pixels")
+        found = f"{width:,} x {height:,} pixels"
+        raise _RefusedError(f"{found}, expected at most {MAX_PIXELS:,} in all; scale it down or cut it up")
 
 
 @contextmanager
-def _opened(data: bytes | memoryview) -> Iterator[PIL.Image.Image]:
+def _opened(file: Path | io.BytesIO) -> Iterator[PIL.Image.Image]:
     """The image by its header, no larger than `MAX_PIXELS`."""
+    PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False  # which other packages set, for the whole process
     with warnings.catch_warnings():
         # PIL warns from 89 megapixels on and refuses from 179 on, both from the header alone.
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", message="Palette images with Transparency")  # which is dropped
         try:
-            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with PIL.Image.open(file, formats=FORMATS) as image:
                 _check_size(*image.size)
                 yield image
         except PIL.Image.DecompressionBombError as error:
-            raise _TooLargeError(str(error)) from None
+            found = f"{error}, expected at most {MAX_PIXELS:,} in all; scale it down or cut it up"
+            raise _RefusedError(found) from None
 
 
-def _decode_with_pil(data: bytes | memoryview) -> np.ndarray:
-    with _opened(data) as file:
-        image = PIL.ImageOps.exif_transpose(file)
-        if image.mode.startswith("I;16"):
-            pixels = np.asarray(image)
-            image = PIL.Image.fromarray((pixels >> (8 if pixels.max() >= 4096 else 4)).astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise ValueError(f"pixel mode {image.mode} has no fixed range, expected 8 or 16 bits")
-        return np.asarray(image.convert("RGB"))
+def _rgb(image: PIL.Image.Image, gray_bits: int | None) -> NDArray[np.uint8]:
+    """The one place where pixels of any kind become 8-bit RGB, uint8 (H, W, 3)."""
+    _check_size(*image.size)
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        return np.stack([_to_8_bits(np.asarray(image), gray_bits)] * 3, axis=-1)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixel mode {image.mode} has no fixed range, expected 8 or 16 bits")
+    return np.asarray(image.convert("RGB"))
+
+
+def _to_8_bits(pixels: NDArray[np.uint16], gray_bits: int | None) -> NDArray[np.uint8]:
+    if gray_bits is None:
+        raise _RefusedError(
+            "16-bit gray of unknown range, expected 8 bits, or gray_bits, which a data set's images and an adapter "
+            "trained on such have; convert it to 8 bits as the training images were"
+        )
+    if pixels.max() >= 2**gray_bits:
+        found = f"value {pixels.max()} in 16-bit gray"
+        raise _RefusedError(
+            f"{found}, expected at most {2**gray_bits - 1}, the range of gray_bits {gray_bits}; scale it like the rest"
+        )
+    return (pixels >> (gray_bits - 8)).astype(np.uint8)
+
+
+def _is_16_bit_gray(data: bytes) -> bool:
+    if _PPM.match(data):
+        return False
+    with _opened(io.BytesIO(data)) as image:
+        return image.mode.startswith("I;16")
+
+
+def _check_jpeg(data: bytes | memoryview) -> None:
+    """Raise ValueError for a JPEG on which libjpeg warns, as it does of missing, surplus and impossible data."""
+    content = bytes(data)
+    space = simplejpeg.decode_jpeg_header(content)[2]
+    kinds = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}
+    simplejpeg.decode_jpeg(content, kinds.get(space, "RGB"), strict=True)
+
+
+def _undecoded(image: PIL.Image.Image) -> bytes | None:
+    """The bytes of the file of an image that PIL opened but did not decode, at its first frame."""
+    file = getattr(image, "fp", None)
+    if file is None or not getattr(image, "tile", None) or image.tell():
+        return None
+    place = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(place)
+    return data
 
 
 def size(data: bytes | memoryview) -> tuple[int, int]:
     """Height and width that `decode` will give, from the header wherever that tells them; raises whatever PIL does."""
     if header := _PPM.match(data):
         return int(header[2]), int(header[1])
-    with _opened(data) as image:
+    with _opened(io.BytesIO(data)) as image:
         # Orientations from 5 on swap the sides, in some formats already here.
         turned = image.height != image.width and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
     height, width = decode(data).shape[1:] if turned else (image.height, image.width)
@@ -235,5 +348,5 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
         return samples
 
     def _read(self, data: memoryview, index: int) -> torch.Tensor:
-        image = decode(data, f"image {index}")
+        image = decode(data, f"image {index}", strict=False)  # it was checked when it was stored
         return image if self._prepare is None else self._prepare(image)

@@ -36,6 +36,8 @@ class Preprocessing:
             its ends; "squash": both sides are resized; "pad": the longer side is resized and the shorter one gets
             borders of the color `mean`, which is zero after normalization (timm's "border").
         preparation: of each image when it is read, before all else.
+        gray_bits: of the 16-bit gray images among those of training, 8 to 16, by which all others are read, see
+            `hf_histo.data.schema.rgb`; None where there were none.
     """
 
     image_size: int
@@ -45,6 +47,7 @@ class Preprocessing:
     std: tuple[float, float, float]
     fit: str = "crop"
     preparation: Preparation = field(default_factory=Preparation)
+    gray_bits: int | None = None
 
     def read(self, dataset: datasets.Dataset, at_least: int = 0) -> ImageTable:
         """The images of a schema table, prepared and ready to be put into batches.

@@ -9,11 +9,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import pytest
 import torch
 from fixtures import images
 
-from hf_histo.data.schema import ImageTable, decode, encode_ppm, features, size
+from hf_histo.data.schema import ImageTable, bits_for, brightest, checked, decode, encode_ppm, features, rgb, size
 from hf_histo.errors import HistoError
 
 
@@ -105,11 +106,97 @@ def test_what_is_read_can_be_prepared_and_selected(table: datasets.Dataset) -> N
     assert torch.equal(read[1]["image"], torch.flipud(ImageTable(table)[3]["image"]))
 
 
-def test_sixteen_bits_keep_the_high_byte() -> None:
-    gray = np.array([[0, 255], [256, 65535]], np.uint16)
-    assert decode(file_bytes(gray, "PNG"))[0].tolist() == [[0, 0], [1, 255]]
-    gray = np.array([[0, 255], [256, 4095]], np.uint16)  # 12 bits
-    assert decode(file_bytes(gray, "PNG"))[0].tolist() == [[0, 15], [16, 255]]
+@pytest.mark.parametrize(("bits", "expected"), [(16, [[0, 0], [1, 15]]), (12, [[0, 15], [16, 255]])])
+def test_sixteen_bits_are_scaled_by_what_is_stated(bits: int, expected: list[list[int]]) -> None:
+    gray = file_bytes(np.array([[0, 255], [256, 4095]], np.uint16), "PNG")
+    assert decode(gray, gray_bits=bits)[0].tolist() == expected
+    assert decode(checked(gray, "a.png", bits))[0].tolist() == expected  # of 8 bits from then on
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_of_another_range_are_refused(format: str) -> None:
+    gray = file_bytes(np.array([[0, 4096]], np.uint16), format)
+    with pytest.raises(HistoError, match=r"^a: 16-bit gray of unknown range, expected 8 bits"):
+        decode(gray, "a")
+    with pytest.raises(HistoError, match=r"^a: value 4096 in 16-bit gray, expected at most 4095"):
+        decode(gray, "a", 12)
+
+
+def test_the_bits_of_a_data_set() -> None:
+    peaks = [brightest(io.BytesIO(file_bytes(np.array([[7, peak]], np.uint16), "PNG"))) for peak in (300, 4095, 20)]
+    assert peaks == [300, 4095, 20]
+    assert (bits_for(peaks), bits_for([*peaks, 4096]), bits_for([255]), bits_for(peaks, 16)) == (12, 14, 8, 16)
+    others = [brightest(io.BytesIO(data)) for data in (file_bytes(images(1)[0], "PNG"), encode_ppm(images(1)[0]), b"")]
+    assert others == [None] * 3 and bits_for(others) is None and bits_for(others, 12) is None
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.webp", "a.gif", "a.bmp", "a.ppm"])
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("opened", ["lazily", "loaded", "in memory"])
+def test_a_pil_image_is_read_as_its_file(tmp_path: Path, name: str, orientation: int, opened: str) -> None:
+    exif = PIL.Image.Exif()
+    exif[PIL.Image.ExifTags.Base.Orientation] = orientation
+    PIL.Image.fromarray(images(1)[0]).save(tmp_path / name, **({"exif": exif} if name[2] in "pjtw" else {}))
+    with PIL.Image.open(tmp_path / name) as image:
+        if opened != "lazily":
+            image.load()
+        found = rgb(image.copy() if opened == "in memory" else image)
+        assert np.array_equal(found, decode((tmp_path / name).read_bytes()).permute(1, 2, 0))
+        assert np.array_equal(np.asarray(image), np.asarray(PIL.Image.open(tmp_path / name)))  # it is left as it was
+
+
+@pytest.mark.parametrize("opened", ["lazily", "loaded"])
+def test_a_pil_image_of_many_bits_is_read_as_its_file(tmp_path: Path, opened: str) -> None:
+    (tmp_path / "a.png").write_bytes(file_bytes(np.array([[0, 4095]], np.uint16), "PNG"))
+    (tmp_path / "a.tif").write_bytes(file_bytes(np.zeros((2, 2), np.float32), "TIFF"))
+    deep, floats = (PIL.Image.open(tmp_path / name) for name in ("a.png", "a.tif"))
+    if opened == "loaded":
+        deep.load(), floats.load()
+    assert rgb(deep, gray_bits=12)[..., 0].tolist() == [[0, 255]]
+    with pytest.raises(HistoError, match=r"^image 3: 16-bit gray of unknown range"):
+        rgb(deep, "image 3")
+    with pytest.raises(HistoError, match=r"^image 3: not a readable image \(.*pixel mode F has no fixed range"):
+        rgb(floats, "image 3")
+
+
+def test_a_pil_image_of_another_format_is_not_decoded(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(HistoError, match=r"^image 0: not a readable image"):
+        rgb(PIL.Image.open(tmp_path / "a.png"), "image 0")
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 4}, {"optimize": True}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_whole_jpegs_pass_and_damaged_ones_do_not(mode: str, options: dict[str, object]) -> None:
+    smooth = PIL.Image.fromarray(images(1)[0]).resize((200, 160), PIL.Image.Resampling.BICUBIC).convert(mode)
+    flat = PIL.Image.new(mode, (200, 160))  # whose data may be runs of zeros
+    for image in (smooth, flat):
+        whole = file_bytes(np.asarray(image), "JPEG", **options) if mode != "CMYK" else saved(image, **options)
+        for data in (whole, whole + b"more"):
+            assert decode(data).shape == (3, 160, 200)
+    whole = saved(smooth, **options)
+    middle = (len(whole) + whole.index(b"\xff\xda")) // 2
+    damaged = {
+        "second half zeroed": whole[:middle] + bytes(len(whole) - middle),
+        "second half zeroed, with an end": whole[:middle] + bytes(len(whole) - middle - 2) + b"\xff\xd9",
+        "cut off, with an end": whole[:middle] + b"\xff\xd9",
+    }
+    for what, data in damaged.items():
+        with pytest.raises(HistoError, match=r"^a\.jpg: not a readable image"):
+            decode(data, "a.jpg")
+            pytest.fail(what)
+
+
+def saved(image: PIL.Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def test_truncated_images_are_refused_whatever_other_packages_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PIL.ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(HistoError, match="not a readable image"):
+        decode(file_bytes(images(1)[0], "PNG")[:-60])
 
 
 @pytest.mark.parametrize("width", [10_001, 30_000])
