@@ -30,9 +30,10 @@ import yaml
 from accelerate import PartialState
 
 from hf_histo.config import Config, PredictionOptions, option, parse, parse_with
-from hf_histo.data.folds import leave_one_center_out
+from hf_histo.data.folds import leave_one_center_out, pool_centers
 from hf_histo.data.leaks import arrange
 from hf_histo.data.load import fingerprint, load
+from hf_histo.data.protocol import refuse
 from hf_histo.errors import HistoError, run
 from hf_histo.evaluation import metrics, predictions, thresholds
 from hf_histo.evaluation.report import table
@@ -112,6 +113,8 @@ def read_rows(options: Options) -> dict[str, Row]:
     for path in paths:
         own = parse(None, ["--config", str(path)])
         config, _ = parse_with(Options, None, ["--config", str(path), *sys.argv[1:]])
+        if options.protocol == "leave_one_center_out":
+            refuse(config, {"pool_centers": "with --protocol leave_one_center_out a center is held out of training"})
         row = Row(config, told[path.stem], own.model.backbone)
         if path.stem in rows or row.told.name in [other.told.name for other in rows.values()]:
             raise HistoError(f"--rows {path}: {row.told.name!r} is the name of two rows; rename one")
@@ -144,9 +147,7 @@ def measure(stem: str, rows: dict[str, Row], data: datasets.DatasetDict, folder:
     row, trainer = rows[stem], trainer_of(stem, rows)
     first = row.config.training.seed
     for seed in range(first, first + options.seeds):
-        held_out_centers = options.protocol == "leave_one_center_out"
-        folds = leave_one_center_out(data, seed=seed) if held_out_centers else {None: data}
-        for center, fold in folds.items():
+        for center, fold in folds(row.config, data, seed, options).items():
             name = f"seed-{seed}" if center is None else f"center-{center}-seed-{seed}"
             adapter = folder / trainer / name / runs.ADAPTER
             tables = adapter / "predictions"
@@ -165,6 +166,15 @@ def measure(stem: str, rows: dict[str, Row], data: datasets.DatasetDict, folder:
             if PartialState().is_main_process:
                 print(f"{row.told.name}: {name} is done", flush=True)
     return values
+
+
+def folds(
+    config: Config, data: datasets.DatasetDict, seed: int, options: Options
+) -> dict[int, datasets.DatasetDict] | dict[None, datasets.DatasetDict]:
+    """The splits of a row's runs of a seed, by the center that is held out; None where none is."""
+    if options.protocol == "leave_one_center_out":
+        return leave_one_center_out(data, seed=seed)
+    return {None: pool_centers(data, seed=seed) if config.centers.pool_centers else data}
 
 
 def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:

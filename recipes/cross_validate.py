@@ -3,9 +3,10 @@
     accelerate launch recipes/cross_validate.py --config recipes/configs/mri_mobilenetv2_lora.yaml --data DIR \\
         --folds 5 --output_dir OUT
 
-Takes every option of recipes/mri_lora.py, and the same data. All labeled images are put together, families of copies
+Takes the options of recipes/mri_lora.py, and the same data. All labeled images are put together, families of copies
 are found, and the folds are divided by class and family: one is `test`, a tenth of the others `val`, which chooses the
-checkpoint. With `--split clean`, only one image of each family is kept. Each fold and seed is a run of its own, in
+checkpoint. With `--split clean`, only one image of each family is kept; with `--split files` copies are not searched
+for, and the folds are divided by class and the groups that the files give. Each fold and seed is a run of its own, in
 OUT/fold-F-seed-S, so the same command goes on where an earlier one was stopped. Into OUT go cross_validate.json, and,
 with every image predicted by the run that never saw it, predictions/seed-S.parquet and confusion-seed-S.png.
 """
@@ -20,6 +21,7 @@ from hf_histo.config import option, parse_with
 from hf_histo.data.folds import k_folds
 from hf_histo.data.leaks import grouped
 from hf_histo.data.load import fingerprint, load
+from hf_histo.data.protocol import refuse
 from hf_histo.errors import HistoError, run
 from hf_histo.evaluation import metrics, predictions, report
 from hf_histo.evaluation.summary import METRICS, spread
@@ -37,14 +39,15 @@ class Options:
 
 
 def main() -> None:
-    config, options = parse_with(Options, __doc__)
+    config, options = parse_with(Options, __doc__, split="published")
     folder = config.parent_folder()
     if options.seeds < 1:
         raise HistoError(f"--seeds is {options.seeds}, expected at least 1")
     state = PartialState(cpu=use_cpu())
 
+    refuse(config, {"pool_centers": "all splits are put together"})
     files = load(config.data)
-    data = grouped(files, only_one=config.data.split == "clean")
+    data = files if config.data.split == "files" else grouped(files, only_one=config.data.split == "clean")
     runs: dict[str, dict[str, float | None]] = {}
     pooled: dict[int, dict[str, Any]] = {}
     for seed in range(config.training.seed, config.training.seed + options.seeds):

@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from hf_histo.config import parse
 from hf_histo.data.few_shot import complete
-from hf_histo.data.load import load
+from hf_histo.data.protocol import prepare
 from hf_histo.errors import run
 from hf_histo.finetune import fine_tune
 from hf_histo.training.runs import use_cpu
@@ -23,7 +23,7 @@ from hf_histo.training.runs import use_cpu
 def main() -> None:
     config = parse(__doc__)
     state = PartialState(cpu=use_cpu())
-    data = complete(load(config.data))
+    data = complete(prepare(config))
     result = fine_tune(config, data)
     if state.is_main_process:
         print(result.summary())

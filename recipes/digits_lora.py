@@ -12,14 +12,14 @@ predicted. The result is an adapter folder for recipes/predict.py and hf_histo.i
 from accelerate import PartialState
 
 from hf_histo.config import parse
-from hf_histo.data.load import load
+from hf_histo.data.protocol import prepare
 from hf_histo.errors import run
 from hf_histo.finetune import fine_tune
 
 
 def main() -> None:
     config = parse(__doc__)
-    result = fine_tune(config, load(config.data))
+    result = fine_tune(config, prepare(config))
     if PartialState().is_main_process:
         print(result.summary())
 

@@ -6,9 +6,10 @@
 A method is a probe of frozen features (prototype: the nearest class mean; knn; linear: a logistic regression), or a
 config of recipes/cytology_lora.py, any of whose options, given here, holds for every method. All methods learn from the
 same images of a seed, choose what they choose on the same validation images, and are judged on the whole test split.
-Each backbone sees a data set once for all probes. Every training is a run of its own, in
-OUT/DATA/BACKBONE/METHOD/SHOTS-SEED, so the same command goes on where an earlier one was stopped. Into OUT go
-few_shot.md, .json and a figure for each data set.
+Probes see the images that a training would predict from: prepared and normalized alike, in all test-time views. Each
+backbone sees a data set once for all probes, or, with --normalization, once for each draw. Every training is a run of
+its own, in OUT/DATA/BACKBONE/METHOD/SHOTS-SEED, so the same command resumes where an earlier one was stopped. Into OUT
+go few_shot.md, .json and a figure for each data set.
 """
 
 import sys
@@ -22,7 +23,8 @@ from accelerate import PartialState
 
 from hf_histo.config import Config, option, parse_with
 from hf_histo.data.few_shot import complete, select
-from hf_histo.data.load import fingerprint, load
+from hf_histo.data.load import fingerprint
+from hf_histo.data.protocol import prepare, refuse
 from hf_histo.errors import HistoError, run
 from hf_histo.evaluation import few_labels, levels, metrics, predictions, probes
 from hf_histo.evaluation.embedding import features
@@ -33,7 +35,10 @@ from hf_histo.finetune import fine_tune
 from hf_histo.hub import read_metrics
 from hf_histo.models import backbones
 from hf_histo.training.runs import use_cpu
-from hf_histo.transforms import preprocessing
+from hf_histo.transforms import augmentation, preprocessing
+from hf_histo.transforms.augmentation import Views
+from hf_histo.transforms.mri import Preparation
+from hf_histo.transforms.stain import CenterNormalizer
 
 ALL = "all"
 
@@ -75,11 +80,15 @@ Results = dict[Cell, dict[str, Any]]
 
 
 class Features:
-    """What a backbone makes of a data set, computed once and kept in a file."""
+    """What a frozen backbone makes of the images that a run of `config` sees: prepared, normalized, in all its views.
+
+    Computed once and kept in a file, unless color is normalized, by statistics of the images that are drawn.
+    """
 
     def __init__(self, config: Config, data: datasets.DatasetDict, path: Path) -> None:
         options = config.model
-        model = backbones.load(
+        self.config = config
+        self.model = backbones.load(
             options.backbone,
             2,
             revision=options.revision,
@@ -87,27 +96,45 @@ class Features:
             image_size=options.image_size,
         )
         source = backbones.locate(options.backbone)
-        views = preprocessing.resolve(model.config, source, options.image_size, options.resize_size, options.fit)
-        key = f"{fingerprint(data)} {backbones.fingerprint(model)} {views}"
+        sizes = options.image_size, options.resize_size
+        declared = preprocessing.resolve(self.model.config, source, *sizes, options.fit)
+        self.preprocessing = replace(declared, preparation=Preparation.of(config.preparation))
+        self.rows = {split: {name: row for row, name in enumerate(rows["id"])} for split, rows in data.items()}
+        self.arrays: dict[str, np.ndarray] = {}
+        if config.centers.normalization != "none":
+            return
+        given = (self.preprocessing, Views.of(config), config.prediction.adapt_batch_norm)
+        key = f"{fingerprint(data)} {backbones.fingerprint(self.model)} {given}"
         if not path.is_file() or str(np.load(path)["key"]) != key:
-            found: dict[str, Any] = {"key": key}
-            for split, rows in data.items():
-                found[split] = features(model, rows, views, description=f"{path.parent.name}: {split}")
+            found = {split: self._computed(split, rows, None) for split, rows in data.items()}
             if PartialState().is_main_process:
                 with atomic_file(path) as temporary:
-                    np.savez(temporary, **found)
+                    np.savez(temporary, key=key, **found)
             PartialState().wait_for_everyone()
         self.arrays = {split: array for split, array in np.load(path).items() if split != "key"}
-        self.rows = {split: {name: row for row, name in enumerate(rows["id"])} for split, rows in data.items()}
 
-    def of(self, split: str, rows: datasets.Dataset) -> np.ndarray:
-        """Features (n, d) of a part of a split."""
-        return self.arrays[split][[self.rows[split][name] for name in rows["id"]]]
+    def of(self, drawn: datasets.DatasetDict) -> dict[str, np.ndarray]:
+        """Features (n, d) of the images that are drawn from each split."""
+        if self.arrays:
+            return {
+                split: self.arrays[split][[self.rows[split][i] for i in rows["id"]]] for split, rows in drawn.items()
+            }
+        side = augmentation.preset(self.config.augmentation.augmentation).side(self.preprocessing.image_size)
+        images = self.preprocessing.read(drawn["train"], side)  # as training reads them
+        normalizer = CenterNormalizer.fit(images, self.config.centers.normalization)
+        return {split: self._computed(split, rows, normalizer) for split, rows in drawn.items()}
+
+    def _computed(self, split: str, rows: datasets.Dataset, normalizer: CenterNormalizer | None) -> np.ndarray:
+        color = normalizer and normalizer.extended(self.preprocessing.read(rows))
+        options: dict[str, Any] = {"normalizer": color, "description": f"Features of {split}"}
+        if split != "train":
+            options |= {"views": Views.of(self.config), "adapt_batch_norm": self.config.prediction.adapt_batch_norm}
+        return features(self.model, rows, self.preprocessing, **options)
 
 
 def probe(cell: Cell, drawn: datasets.DatasetDict, known: Features) -> dict[str, Any]:
     """Fit a probe on the drawn images and measure it on `test`."""
-    parts = {split: known.of(split, drawn[split]) for split in ("train", "val", "test")}
+    parts = known.of(datasets.DatasetDict({split: drawn[split] for split in ("train", "val", "test")}))
     labels = {split: np.array(drawn[split]["label"]) for split in parts}
     scores = probes.PROBES[cell.method](parts["train"], labels["train"], parts["val"], labels["val"], parts["test"])
     test = drawn["test"]
@@ -192,10 +219,11 @@ def main() -> None:
     if options.seeds < 1 or min(shots) < 0 or len({Path(m).stem for m in options.methods}) < len(options.methods):
         raise HistoError("--seeds and --shot_counts are numbers from 1 on, --methods of different names; correct them")
 
+    refuse(base, dict.fromkeys(("shots", "percentage"), "--shot_counts draws the images"))
     PartialState(cpu=use_cpu())
     results: Results = {}
     for name in options.data_sets or [base.data.data]:
-        data = complete(load(replace(base.data, data=name)))
+        data = complete(prepare(replace(base, data=replace(base.data, data=name))))
         for backbone in options.backbones or [base.model.backbone]:
             config = replace(base, model=replace(base.model, backbone=backbone))
             place = Cell(name, backbone, "", 0, 0).folder(folder).parents[1]

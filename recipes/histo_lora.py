@@ -11,8 +11,7 @@ test is only predicted. The result is an adapter folder for recipes/predict.py a
 from accelerate import PartialState
 
 from hf_histo.config import parse
-from hf_histo.data.folds import pool_centers
-from hf_histo.data.load import load
+from hf_histo.data.protocol import prepare
 from hf_histo.errors import run
 from hf_histo.finetune import fine_tune
 from hf_histo.training.runs import use_cpu
@@ -21,11 +20,9 @@ from hf_histo.training.runs import use_cpu
 def main() -> None:
     config = parse(__doc__)
     state = PartialState(cpu=use_cpu())
-    data = load(config.data)
+    data = prepare(config)
     if state.is_main_process:
         print(f"{config.data.data}: {next(iter(data.values())).info.description}")
-    if config.centers.pool_centers:
-        data = pool_centers(data, seed=config.training.seed)
     result = fine_tune(config, data)
     if state.is_main_process:
         print(result.summary())

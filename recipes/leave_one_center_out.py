@@ -16,7 +16,8 @@ from accelerate import PartialState
 
 from hf_histo.config import option, parse_with
 from hf_histo.data.folds import leave_one_center_out
-from hf_histo.data.load import fingerprint, load
+from hf_histo.data.load import fingerprint
+from hf_histo.data.protocol import prepare, refuse
 from hf_histo.errors import HistoError, run
 from hf_histo.evaluation.report import table
 from hf_histo.evaluation.summary import METRICS, held_out
@@ -37,7 +38,8 @@ def main() -> None:
     if options.seeds < 1:
         raise HistoError(f"--seeds is {options.seeds}, expected at least 1")
 
-    data = load(config.data)
+    refuse(config, {"pool_centers": "a center is held out of training"})
+    data = prepare(config)
     runs: dict[str, Any] = {}
     values: dict[str, dict[int, dict[int, float | None]]] = {metric: {} for metric in METRICS}
     for seed in range(config.training.seed, config.training.seed + options.seeds):

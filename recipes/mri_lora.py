@@ -14,8 +14,7 @@ recipes/predict.py and hf_histo.inference.Classifier.
 from accelerate import PartialState
 
 from hf_histo.config import parse
-from hf_histo.data.leaks import arrange
-from hf_histo.data.load import load
+from hf_histo.data.protocol import prepare
 from hf_histo.errors import run
 from hf_histo.finetune import fine_tune
 from hf_histo.training.runs import use_cpu
@@ -24,7 +23,7 @@ from hf_histo.training.runs import use_cpu
 def main() -> None:
     config = parse(__doc__, split="published")
     state = PartialState(cpu=use_cpu())
-    data = arrange(load(config.data), config.data.split)
+    data = prepare(config)
     if state.is_main_process:
         print(f"{config.data.data}: {data['train'].info.description}")
     result = fine_tune(config, data)

@@ -20,7 +20,8 @@ import datasets
 from accelerate import PartialState
 
 from hf_histo.config import Config, option, parse_with
-from hf_histo.data.load import fingerprint, load
+from hf_histo.data.load import fingerprint
+from hf_histo.data.protocol import prepare
 from hf_histo.errors import HistoError, run
 from hf_histo.evaluation.pareto import Point, chart, front
 from hf_histo.evaluation.report import table
@@ -77,7 +78,7 @@ def main() -> None:
         raise HistoError(f"--seeds is {options.seeds} and --ranks {options.ranks}, expected numbers from 1 on")
     chosen = combinations(config, options)
 
-    data = load(config.data)
+    data = prepare(config)
     if options.front_split not in data or max(data[options.front_split]["label"]) < 0:
         raise HistoError(
             f"--front_split is {options.front_split}, expected a split with labels; {config.data.data} has none there"

@@ -40,9 +40,9 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, Trial, TrialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_histo.config import Config, OutputOptions, parse_with, with_options
-from hf_histo.data.leaks import arrange
-from hf_histo.data.load import fingerprint, load
+from hf_histo.config import Config, DataOptions, OutputOptions, parse_with, with_options
+from hf_histo.data.load import fingerprint
+from hf_histo.data.protocol import prepare
 from hf_histo.errors import HistoError, run
 from hf_histo.evaluation.report import table
 from hf_histo.files import atomic_file, write_json
@@ -81,6 +81,9 @@ def read_plan(path: str, config: Config) -> Plan:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise HistoError(f"--study {path}: {reason}; expected grid, or space and trials; see --help") from None
+    decided = {*(field.name for field in dataclasses.fields(DataOptions)), "pool_centers", "seed", *runs.INDIFFERENT}
+    if fixed := sorted(decided & ranges.keys()):
+        raise HistoError(f"--study {path}: {fixed[0]} is the same for all trials; give it on the command line")
     for name, values in ranges.items():
         for value in values if isinstance(values, list) else (values["low"], values["high"]):
             with_options(config, {name: value})
@@ -227,7 +230,7 @@ def main() -> None:
         raise HistoError("a trial is of one process, found several; start the command several times instead")
     plan = read_plan(options.study, config)
 
-    data = arrange(load(config.data), config.data.split)
+    data = prepare(config)
     identity = {key: value for key, value in config.flat().items() if key not in runs.INDIFFERENT}
     identity |= {"space": {name: distribution_to_json(d) for name, d in plan.distributions.items()}}
     sweep = Sweep(folder, config, plan, {**identity, "images": fingerprint(data)})

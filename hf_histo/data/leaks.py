@@ -15,6 +15,7 @@ from hf_histo.errors import HistoError
 
 logger = logging.getLogger(__name__)
 
+SEARCHED = "near copies were searched for"  # in the description of data on which `grouped` did so
 TOLD = ("overlap", "similar_overlap", "shared_groups", "label_conflict", "similar_label_conflict", "repeats")
 
 
@@ -50,7 +51,15 @@ def grouped(data: datasets.DatasetDict, *, only_one: bool = False) -> datasets.D
         if finding.kind in TOLD:
             logger.warning(finding.message)
     families = with_families(data, table)
-    return clean(families, table) if only_one else families
+    found = clean(families, table) if only_one else families
+    for part in found.values():
+        part.info.description += f"; {SEARCHED}"
+    return found
+
+
+def were_searched(data: datasets.DatasetDict) -> bool:
+    """Whether near copies among the images of `data` were searched for, whatever was done with them."""
+    return any(SEARCHED in part.info.description for part in data.values())
 
 
 def _published(data: datasets.DatasetDict) -> tuple[datasets.DatasetDict, str]:

@@ -7,6 +7,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import hf_histo.evaluation.forward
 from hf_histo.config import parse
 from hf_histo.errors import HistoError
 
@@ -112,9 +114,40 @@ def test_a_grid_goes_on_and_compares_the_same_images(
     assert json.loads((out / "few_shot.json").read_text())["cells"] == found
 
 
+@pytest.mark.parametrize("normalization", ["none", "rgb"])
+def test_probes_and_training_see_the_same_images(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalization: str
+) -> None:
+    """What goes into the backbone for `test`, by the probes' features and by the predictions of a trained adapter."""
+    seen: dict[str, list[torch.Tensor]] = {"Features of test": [], "Predicting test": []}
+    forward = hf_histo.evaluation.forward.forward
+
+    def watched(model: torch.nn.Module, *args: Any, description: str, **kwargs: Any) -> Any:
+        def keep(module: torch.nn.Module, inputs: Any, named: dict[str, torch.Tensor]) -> None:
+            seen.setdefault(description, []).append(named["pixel_values"].clone())
+
+        hook = model.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            return forward(model, *args, description=description, **kwargs)
+        finally:
+            hook.remove()
+
+    for module in ("hf_histo.evaluation.embedding", "hf_histo.inference"):
+        monkeypatch.setattr(f"{module}.forward", watched)
+    (tmp_path / "tiny.yaml").write_text("method: lora\nlora_rank: 2\nmax_steps: 1\n")
+    methods = ["--methods", "prototype", str(tmp_path / "tiny.yaml"), "--shot_counts", "3", "--seeds=1"]
+    changes = ["--gray", "--crop_to_brain", "--contrast=stretch", f"--normalization={normalization}"]
+    call("few_shot.py", *methods, *changes, "--test_time_views=8", f"--output_dir={tmp_path / 'out'}")
+    probes, training = (torch.cat(seen[name]) for name in ("Features of test", "Predicting test"))
+    assert len(probes) == 8 * 18
+    assert torch.equal(probes, training)
+    assert torch.equal(probes[:, 0], probes[:, 1])  # gray
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["--methods", "knn", "--shots=3"], "--shots is 3, which can't act here: --shot_counts draws the images"),
         (["--methods", "boosting"], "--methods boosting: no such file, and none of prototype, knn, linear"),
         (["--methods", "knn", "--shot_counts", "few"], "--shot_counts is few, expected numbers or 'all'"),
         (["--methods", "knn", "--shot_counts", "7"], "train: ASC > ASC-H has 6 images, expected at least 7"),

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from hf_histo import errors, finetune
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError, Interrupted
+from hf_histo.files import read_checksums, write_checksums
 from hf_histo.training import trainer
 
 QUICK = ["--target_modules=last-conv", "--lora_dropout=0.1", "--logging_steps=2"]
@@ -90,7 +91,7 @@ def test_a_recipe_names_the_command_that_goes_on(
     assert signal.getsignal(signal.SIGTERM) == before
     assert end.value.code == 128 + signal.SIGTERM
     said = capsys.readouterr().err
-    assert "interrupted by SIGTERM: the same command goes on" in said
+    assert "interrupted by SIGTERM: this command resumes from the last checkpoint" in said
     assert said.rstrip().endswith("recipe.py --data 'a folder'")
 
 
@@ -130,10 +131,11 @@ def test_a_checkpoint_is_never_unpickled(
         signaled(patch, 2, signal.SIGTERM)
         with pytest.raises(Interrupted):
             finetune.fine_tune(options, data)
-    file = tmp_path / "run" / "checkpoint-2" / name
-    assert file.is_file()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    file, run = checkpoint / name, read_checksums(checkpoint)["run"]
     assert not list(tmp_path.rglob("training_args.bin"))
     torch.save(Touch(tmp_path / "witness"), file)
+    write_checksums(checkpoint, run=run)  # as somebody would who planted it
     with pytest.raises(HistoError, match=r"its last checkpoint holds more than tensors and numbers"):
         finetune.fine_tune(options, data)
     assert not (tmp_path / "witness").exists()
