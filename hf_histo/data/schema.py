@@ -26,6 +26,7 @@ from hf_histo.errors import HistoError
 MAX_PIXELS = 100_000_000  # of an image, looked at before it is decoded
 # The formats that PIL decodes by itself; of its others, EPS would run Ghostscript.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "WEBP", "JPEG2000")
+MAX_TEXT = 1000  # characters of an id, a group and the name of a class
 GRAY_BITS = (8, 10, 12, 14, 16)  # what scanners give: DICOM PS3.3 C.7.6.3, "Bits Stored"
 
 _BITS = "bits of 16-bit gray: "  # starts the line of `info.description` about them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,134 @@ def test_gray_images_number_labels_and_groups(tmp_path: Path) -> None:
     assert np.array_equal(ImageTable(train)[1]["image"].numpy(), np.stack([gray[1].reshape(SIZE, SIZE)] * 3))
 
 
+def shuffled(path: Path, names: list[str]) -> None:
+    """Rewrite a table with its columns in this order."""
+    read, write = (pd.read_csv, "to_csv") if path.suffix == ".csv" else (pd.read_parquet, "to_parquet")
+    getattr(read(path)[names], write)(path, index=False)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("file", ["train", "Testing", "both"])
+def test_columns_are_found_by_name(tmp_path: Path, suffix: str, file: str) -> None:
+    names = sorted(["Label", *(f"pixel_{i}" for i in range(3 * SIZE**2))])  # pixel_0, pixel_1, pixel_10, ...
+    images = {"train": smooth(9), "Testing": smooth(4, seed=1)}
+    for name, pixels in images.items():
+        write(tmp_path / f"data/{name}{suffix}", pixels)
+        if file in (name, "both"):
+            shuffled(tmp_path / f"data/{name}{suffix}", names)
+    data = load(tmp_path / "data")
+    for split, pixels in zip(("train", "test"), images.values(), strict=True):
+        for row, image in enumerate(pixels):
+            assert np.array_equal(ImageTable(data[split])[row]["image"].permute(1, 2, 0), image)
+
+
+def test_columns_without_numbers_are_ordered_as_in_train(tmp_path: Path) -> None:
+    gray = smooth(6)[..., 0].reshape(6, -1)
+    names = [f"{'mnopqrstuvwx'[i // 12]}{'mnopqrstuvwx'[i % 12]}" for i in range(144)]
+    table = pd.DataFrame(gray, columns=names).assign(label=[0, 1] * 3)
+    table.to_csv(tmp_path / "train.csv", index=False)
+    table[[*names[::-1], "label"]].to_parquet(tmp_path / "val.parquet", index=False)
+    for split, rows in load(tmp_path).items():
+        assert np.array_equal(ImageTable(rows)[0]["image"][0], gray[0].reshape(SIZE, SIZE)), split
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.rename(columns={"pixel_7": "pixel_x"}),
+            r"Testing\.csv: no column 'pixel_7', expected the columns",
+        ),
+        (lambda t: t.rename(columns={"pixel_7": "p"}), r"Testing\.csv: a column 'p' that train\.csv lacks"),
+        (lambda t: t.rename(columns={"pixel_7": "pixel_8"}), r"Testing\.csv: two columns are named 'pixel_8'"),
+        (lambda t: t.rename(columns={"pixel_7": "Target"}), r"Testing\.csv: several columns for label"),
+    ],
+)
+def test_other_columns_than_those_of_train(folder: Path, change: object, message: str) -> None:
+    table = change(pd.read_csv(folder / "Testing.csv"))  # type: ignore[operator]
+    table.to_csv(folder / "Testing.csv", index=False)
+    refused(folder, message)
+
+
+def test_a_file_without_names_beside_one_with(folder: Path) -> None:
+    write(folder / "val.npz", smooth(4))
+    refused(folder, r"val\.npz: no column 'pixel_0', expected the columns of train\.csv")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".npz"])
+def test_the_range_is_demanded_of_every_image(tmp_path: Path, suffix: str) -> None:
+    images = smooth(20).astype(np.float32)
+    images[17] /= 255
+    images[18] = 0  # black is black in any range
+    write(tmp_path / f"train{suffix}", images)
+    refused(tmp_path, rf"train{suffix}: row 17: values reach only 1, as of \[0, 1\], expected \[0, 255\]")
+    skipped = load(DataOptions(data=str(tmp_path), on_bad_image="skip"))["train"]
+    assert skipped["id"][:] == [str(i) for i in range(20) if i != 17]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.eye(3)[np.arange(9) % 3], r"train\.npz: y has the shape \(9, 3\), expected \(N,\).*argmax"),
+        (np.arange(8) % 3, r"train\.npz: 9 images, but 8 labels"),
+        (np.arange(10) % 3, r"train\.npz: 9 images, but 10 labels"),
+        (np.array(1), r"train\.npz: y has the shape \(\)"),
+    ],
+)
+def test_labels_that_are_none(tmp_path: Path, labels: np.ndarray, message: str) -> None:
+    np.savez(tmp_path / "train.npz", images=smooth(9).reshape(9, -1), y=labels)
+    refused(tmp_path, message)
+    np.savez(tmp_path / "train.npz", images=smooth(9).reshape(9, -1), y=np.arange(9) % 3, id=np.arange(8))
+    refused(tmp_path, r"train\.npz: values of unequal number: ")
+
+
+def test_labels_as_a_column(tmp_path: Path) -> None:
+    np.savez(tmp_path / "train.npz", images=smooth(9).reshape(9, -1), y=(np.arange(9) % 3)[:, None])
+    assert load(tmp_path)["train"]["label"][:] == [i % 3 for i in range(9)]
+
+
+BOUNDED = """
+import resource, sys
+from hf_histo.data.load import load
+from hf_histo.errors import HistoError
+
+resource.setrlimit(resource.RLIMIT_DATA, (3 * 2**30,) * 2)
+try:
+    load(sys.argv[1], cache_dir=sys.argv[2])
+except HistoError as error:
+    print(error)
+"""
+
+
+def bomb(path: Path, kind: str) -> None:
+    """A small file that would become gigabytes."""
+    rows = 7000
+    columns = {f"p{i}": np.zeros(rows, np.uint8) for i in range(16)} | {"label": pa.array(["a", "b"] * (rows // 2))}
+    if kind == "text":
+        columns["label"] = pa.DictionaryArray.from_arrays(
+            np.arange(rows, dtype=np.int32) % 2, ["a" * 10**6, "b" * 10**6]
+        )
+    if kind == "rows":
+        rows = 6_000_000
+        columns = {f"p{i}": np.zeros(rows, np.uint8) for i in range(16)} | {"label": np.zeros(rows, np.uint8)}
+    pq.write_table(pa.table(columns), path, compression="zstd")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("text", r"a label of 1,000,000 characters, expected at most 1,000"),
+        ("rows", r"expands to [\d,]+ bytes or more"),
+    ],
+)
+def test_a_small_file_that_expands_is_refused(tmp_path: Path, kind: str, message: str) -> None:
+    bomb(tmp_path / "train.parquet", kind)
+    assert (tmp_path / "train.parquet").stat().st_size < 2_000_000
+    command = [sys.executable, "-c", BOUNDED, str(tmp_path), str(tmp_path / "cache")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.search(rf"train\.parquet: {message}", ended.stdout), ended.stdout + ended.stderr
+
+
 def edit(folder: Path, change: object) -> None:
     table = pd.read_csv(folder / "train.csv", dtype=object)
     change(table).to_csv(folder / "train.csv", index=False)  # type: ignore[operator]
@@ -110,7 +239,6 @@ def edit(folder: Path, change: object) -> None:
     ("change", "message"),
     [
         (lambda t: t.drop(columns="Label"), r"train\.csv: no column label"),
-        (lambda t: t.drop(columns="pixel_7"), r"train\.csv: 431 columns of values, expected 3 x S x S or S x S"),
         (lambda t: t.assign(pixel_7=[*["1"] * 8, "abc"]), r"train\.csv: row 8: no number in value 7"),
         (lambda t: t.assign(pixel_7=[*["1"] * 8, ""]), r"train\.csv: row 8: no number in value 7"),
         (lambda t: t.assign(pixel_7=[*["1"] * 8, "256"]), r"train\.csv: row 8: 256 in value 7"),
@@ -124,6 +252,12 @@ def edit(folder: Path, change: object) -> None:
 def test_refusals(folder: Path, change: object, message: str) -> None:
     edit(folder, change)
     refused(folder, message)
+
+
+def test_columns_that_make_no_image(folder: Path) -> None:
+    (folder / "Testing.csv").unlink()
+    edit(folder, lambda t: t.drop(columns="pixel_7"))
+    refused(folder, r"train\.csv: 431 columns of values, expected 3 x S x S or S x S")
 
 
 def test_a_bad_row_is_left_out(folder: Path) -> None:
