@@ -22,7 +22,7 @@ from transformers import TrainerCallback, set_seed
 
 from hf_histo import hub
 from hf_histo.config import Config
-from hf_histo.data import few_shot, hierarchy, hub_names
+from hf_histo.data import few_shot, hierarchy, hub_names, leaks
 from hf_histo.data.load import check_trainable, fingerprint
 from hf_histo.data.schema import ImageTable, recorded_bits
 from hf_histo.data.splits import composition, shared_groups
@@ -171,7 +171,7 @@ def _fine_tune(
         backbone={
             "name": "builtin" if options.backbone == "builtin" else source,
             "revision": options.revision,
-            "fingerprint": backbones.fingerprint(model),
+            **backbones.identity(model),
         },
         batch_norm=options.batch_norm,
         preprocessing=views,
@@ -185,6 +185,7 @@ def _fine_tune(
             "fingerprint": fingerprint(data),
             "splits": composition(data),
             "description": data["train"].info.description,
+            "near_copies_searched": leaks.were_searched(data),
         },
     )
     if config.prediction.adapt_batch_norm:

@@ -15,12 +15,14 @@ from typing import Any
 
 import datasets
 import pandas as pd
+import xxhash
 from huggingface_hub import (
     CommitOperationAdd,
     EvalResult,
     HfApi,
     ModelCard,
     ModelCardData,
+    constants,
     get_token,
     snapshot_download,
 )
@@ -39,7 +41,7 @@ from transformers import PreTrainedModel
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import documents
 from hf_histo.evaluation import predictions as prediction_tables
-from hf_histo.files import atomic_folder, read_json, write_json
+from hf_histo.files import CHECKSUMS, atomic_folder, checksum, read_json, write_json
 from hf_histo.models import adapters, backbones, heads
 from hf_histo.transforms.augmentation import PLAIN, Views
 from hf_histo.transforms.mri import CONTRASTS, Preparation
@@ -47,7 +49,12 @@ from hf_histo.transforms.preprocessing import FITS, Preprocessing
 from hf_histo.transforms.shift import ColorRange
 from hf_histo.transforms.stain import CenterNormalizer
 
-SIDECAR = "hf_histo.json"
+SIDECAR, CARD = "hf_histo.json", "README.md"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # peft's; of a "full" run, there is MODEL instead
+MODEL = ("config.json", "model.safetensors")
+# What this package writes into an adapter folder. Whatever else lies there is neither read nor uploaded.
+FILES = (SIDECAR, CARD, CHECKSUMS, *ADAPTER, *MODEL, "preprocessor_config.json", "metrics.json", "report.html")
+FILES += ("predictions/*.parquet", "figures/*.png")
 MAX_SIDE = 4096  # pixels on a side of what a backbone sees: far more than any, and a batch of them fits into memory
 RESIZED = {
     "crop": "shorter side resized to",
@@ -84,7 +91,7 @@ class Sidecar:
         label_names: classes in the order of their indices.
         num_outputs: logits of the head; 1 for a binary task, where it speaks for the second class.
         backbone: name as `backbones.locate` takes it (a local folder as its absolute path), "revision" on the Hub or
-            None, and the "fingerprint" of its weights.
+            None, the "fingerprint" of its weights and its "configuration", see `backbones.identity`.
         batch_norm: "frozen" or "track".
         preprocessing: of an evaluation image.
         normalizer: of the centers' color, or None.
@@ -283,9 +290,74 @@ def save(
         page = documents.render("report.html", **_facts(sidecar, metrics, figures or {}))
         (temporary / "report.html").write_text(page, encoding="utf-8")
         model_args = getattr(model.config, "model_args", None)
-        card(sidecar, metrics, figures=figures or {}, cost=cost, model_args=model_args).save(temporary / "README.md")
+        card(sidecar, metrics, figures=figures or {}, cost=cost, model_args=model_args).save(temporary / CARD)
+        write_json(temporary / CHECKSUMS, _checksums(files_of(temporary)))
+        verify(temporary)
         if folder.exists():
             shutil.rmtree(folder)
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """The files of an adapter folder that this package writes (`FILES`), by their names in it.
+
+    Raises `HistoError` for one that is not a regular file in the folder: a link out of it (but for those of the Hub's
+    cache to its own files), a FIFO, a device.
+    """
+    roots = [folder.resolve()]
+    if roots[0].is_relative_to(Path(constants.HF_HUB_CACHE).resolve()):
+        roots.append(roots[0].parents[1] / "blobs")  # to which the files of a snapshot are links
+    found = {}
+    for path in sorted(path for pattern in FILES for path in folder.glob(pattern)):
+        if not any(path.resolve().is_relative_to(root) for root in roots):
+            raise HistoError(f"{path}: is a link to a file outside the folder, expected a file; put the file there")
+        if not path.is_file():
+            raise HistoError(f"{path}: is not a regular file, expected what a run wrote; copy the folder again")
+        found[path.relative_to(folder).as_posix()] = path
+    return found
+
+
+def verify(folder: Path) -> Sidecar:
+    """Check that an adapter folder has all that a prediction needs, as it was written, and return its sidecar.
+
+    Each of `FILES` that is there must have the checksum by which it was written, but for the card, which people edit.
+    Predictions, figures and reports may be missing. A folder that is older than checksums has none, and passes.
+
+    Raises `HistoError` for a file that is missing, damaged, of another run or outside the folder.
+    """
+    files = files_of(folder)
+    if SIDECAR not in files:
+        raise HistoError(f"{folder}: holds no {SIDECAR}; expected the adapter folder of a finished run")
+    if CHECKSUMS in files:
+        try:
+            listed = read_json(files[CHECKSUMS])["files"]
+            changed = [n for n, path in files.items() if n not in (CARD, CHECKSUMS) and listed.get(n) != checksum(path)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            remedy = "copy or download the folder again"
+            raise HistoError(f"{files[CHECKSUMS]}: can't be read ({error}), expected checksums; {remedy}") from None
+        if changed:
+            raise HistoError(
+                f"{files[changed[0]]}: is not as the run wrote it, expected the checksum in {CHECKSUMS}: it is damaged "
+                "or of another run; copy or download the folder again"
+            )
+    sidecar = Sidecar.read(folder)
+    for name in MODEL if sidecar.method == "full" else ADAPTER:
+        if name not in files:
+            raise HistoError(
+                f"{folder}: holds no {name}, expected it in the adapter folder of a finished run; copy or download the "
+                "folder again"
+            )
+    return sidecar
+
+
+def _checksums(files: Mapping[str, Path | bytes]) -> dict[str, Any]:
+    """What `CHECKSUMS` holds (see `hf_histo.files.write_checksums`), for files or their contents by name."""
+    return {
+        "files": {
+            name: xxhash.xxh3_128_hexdigest(content) if isinstance(content, bytes) else checksum(content)
+            for name, content in files.items()
+            if name not in (CARD, CHECKSUMS)
+        }
+    }
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -307,7 +379,7 @@ def load(
     Raises `HistoError` if the folder or its backbone can't be had or does not fit.
     """
     folder = fetch(source, revision)
-    sidecar = Sidecar.read(folder)
+    sidecar = verify(folder)
     whole = sidecar.method == "full"
     name = str(folder) if whole else backbone or sidecar.backbone["name"]
     model: nn.Module = backbones.load(
@@ -320,11 +392,10 @@ def load(
     )
     if not whole:
         assert isinstance(model, PreTrainedModel)
-        found = backbones.fingerprint(model)
-        if found != sidecar.backbone["fingerprint"]:
+        if difference := backbones.difference(sidecar.backbone, backbones.identity(model)):
             raise HistoError(
-                f"{source}: was trained on a backbone with other weights than {name} has (fingerprint "
-                f"{sidecar.backbone['fingerprint']}, found {found}); pass the original one as --backbone"
+                f"{source}: was trained on another backbone than {name}: {difference}; pass the original one as "
+                "--backbone"
             )
         model = adapters.restore(model, folder, batch_norm=sidecar.batch_norm)
     return model.eval(), sidecar, folder
@@ -336,11 +407,11 @@ def start_from(model: nn.Module, source: str | Path, sidecar: Sidecar) -> None:
     Raises `HistoError` unless the adapter has LoRA on the same layers, with the same ranks, of the same backbone.
     """
     folder = fetch(source)
-    given = Sidecar.read(folder)
-    if given.backbone["fingerprint"] != sidecar.backbone["fingerprint"]:
+    given = verify(folder)
+    if difference := backbones.difference(given.backbone, sidecar.backbone):
         raise HistoError(
-            f"--init_adapter {source}: is for the backbone {given.backbone['name']}, whose weights are not those of "
-            f"{sidecar.backbone['name']}; expected an adapter of the same one"
+            f"--init_adapter {source}: is for the backbone {given.backbone['name']}, not {sidecar.backbone['name']}: "
+            f"{difference}; expected an adapter of the same one"
         )
     if sidecar.method != "lora":
         raise HistoError(f"--init_adapter {source}: --method is {sidecar.method!r}, expected lora; leave it out")
@@ -395,8 +466,9 @@ def push(
     """Upload an adapter folder to the Hub as `repository` (owner/name), in one commit, and return its address.
 
     What the Hub has already is not sent again, so a second call goes on where the first one was cut off. Files of the
-    repository that the folder does not have stay there. The card's lines of code get the repository's name, and no path
-    of this machine is told: a backbone that was a local folder goes by that folder's name alone.
+    repository that the folder does not have stay there; files of the folder that no run writes stay here (`FILES`).
+    The card's lines of code get the repository's name, and no path of this machine is uploaded: a backbone that was a
+    local folder goes by that folder's name alone.
 
     Args:
         folder: of a finished run; it is only read.
@@ -409,10 +481,7 @@ def push(
     Raises `HistoError` if the folder is no adapter's or the Hub refuses; the same call tries again.
     """
     folder = Path(folder)
-    told = in_public(folder, repository, base_model)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    contents: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in files}
-    contents |= told
+    contents = in_public(folder, repository, base_model)
     api = HfApi()
     try:
         if not pull_request:
@@ -441,27 +510,31 @@ def push(
     return str(commit.pr_url or commit.repo_url)
 
 
-def in_public(folder: Path, here: str, base_model: str | None = None) -> dict[str, bytes]:
-    """Those files of an adapter folder that name places, without a path of this machine.
+def in_public(folder: Path, here: str, base_model: str | None = None) -> dict[str, Path | bytes]:
+    """What is uploaded of an adapter folder, by name: `files_of` it, those that name places as text without them.
 
-    The card's lines of code say `here`; a backbone that was a local folder goes by `base_model`, its name on the Hub,
-    or else by that folder's name alone. Whoever has another one by that name is told so by the fingerprint.
+    No path of this machine is left. The card's lines of code say `here`; a backbone that was a local folder goes by
+    `base_model`, its name on the Hub, or else by that folder's name alone: the fingerprint shows if it is another one.
+    The checksums are of what is uploaded.
+
+    Raises `HistoError` as `verify` and `files_of` do, and for a `base_model` where the backbone has a name.
     """
-    name = Sidecar.read(folder).backbone["name"]
+    name = verify(folder).backbone["name"]
     is_local = Path(name).is_absolute()
     if base_model and not is_local:
         raise HistoError(f"--hub_base_model {base_model}: the backbone is known as {name} already; leave it out")
     public = base_model or Path(name).name if is_local else name
-    quotes = {"README.md": repr, SIDECAR: json.dumps, "adapter_config.json": json.dumps}
-    texts = {
-        file: (folder / file).read_text(encoding="utf-8").replace(quoted(name), quoted(public))
-        for file, quoted in quotes.items()
-        if (folder / file).is_file()
-    }
-    texts["README.md"] = texts["README.md"].replace(HERE, here)
-    if base_model:
-        texts["README.md"] = texts["README.md"].replace("---\n", f"---\nbase_model: {base_model}\n", 1)
-    return {file: text.encode() for file, text in texts.items()}
+    contents: dict[str, Path | bytes] = {**files_of(folder)}
+    texts = {}
+    for file, quoted in {CARD: repr, SIDECAR: json.dumps, "adapter_config.json": json.dumps}.items():
+        if isinstance(path := contents.get(file), Path):
+            texts[file] = path.read_text(encoding="utf-8").replace(quoted(name), quoted(public))
+    if CARD in texts:
+        texts[CARD] = texts[CARD].replace(HERE, here)
+        if base_model:
+            texts[CARD] = texts[CARD].replace("---\n", f"---\nbase_model: {base_model}\n", 1)
+    contents |= {file: text.encode() for file, text in texts.items()}
+    return contents | {CHECKSUMS: json.dumps(_checksums(contents), indent=2).encode()}
 
 
 def _told(error: BaseException) -> str:
@@ -559,7 +632,7 @@ def _facts(sidecar: Sidecar, metrics: Mapping[str, Any], figures: Mapping[str, P
         "figures": figures,
         "options": metrics["options"],
         "data_rows": list(zip(header, *rows, strict=True)),
-        "leaks": [*_leaks(splits), *([UNSEEN] if metrics["options"]["split"] == "files" else [])],
+        "leaks": [*_leaks(splits), *([] if sidecar.data.get("near_copies_searched") else [UNSEEN])],
     }
 
 

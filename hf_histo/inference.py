@@ -25,7 +25,7 @@ from hf_histo.evaluation.figures import short
 from hf_histo.evaluation.forward import forward
 from hf_histo.files import regular
 from hf_histo.hub import Sidecar, load
-from hf_histo.models import adapters
+from hf_histo.models import adapters, backbones
 from hf_histo.transforms.augmentation import Views
 
 Image = str | Path | PIL.Image.Image | np.ndarray | torch.Tensor
@@ -65,8 +65,9 @@ class Classifier:
         other, sidecar, _ = load(source, revision=revision, backbone=backbone)
         if not (isinstance(self.model, PeftModel) and isinstance(other, PeftModel)):
             raise HistoError(f"{source}: method full has no adapter to share a backbone; expected linear or lora")
+        if difference := backbones.difference(self.sidecar.backbone, sidecar.backbone):
+            raise HistoError(f"{source}: is of another backbone than the first, {difference}, expected the same one")
         for what, ours, its in (
-            ("backbone", self.sidecar.backbone["fingerprint"], sidecar.backbone["fingerprint"]),
             ("classes", self.sidecar.label_names, sidecar.label_names),
             ("head", self.sidecar.head, sidecar.head),
             ("input size", self.sidecar.preprocessing.image_size, sidecar.preprocessing.image_size),

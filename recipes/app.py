@@ -140,9 +140,10 @@ def write_space(target: Path, adapter: Path) -> None:
         if "extra ==" not in text or "extra == 'app'" in text or 'extra == "app"' in text
     ]
     with atomic_folder(target) as folder:
-        shutil.copytree(adapter, folder / "adapter")
-        for file, content in hub.in_public(adapter, "adapter").items():
-            (folder / "adapter" / file).write_bytes(content)
+        for name, content in hub.in_public(adapter, "adapter").items():
+            file = folder / "adapter" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         shutil.copytree(
             Path(hf_histo.__file__).parent, folder / "hf_histo", ignore=shutil.ignore_patterns("__pycache__")
         )

@@ -65,7 +65,7 @@ def write_adapter(folder: Path, backbone: Path, *, seed: int = 0, outputs: int =
             "method": lora.method,
             "label_names": names,
             "num_outputs": outputs,
-            "backbone": {"name": str(backbone), "revision": None, "fingerprint": backbones.fingerprint(model)},
+            "backbone": {"name": str(backbone), "revision": None, **backbones.identity(model)},
             "batch_norm": "frozen",
             "preprocessing": views,
             "data": {"name": "miniature", "fingerprint": "0", "splits": dict.fromkeys(COUNTS, held)},

@@ -6,6 +6,7 @@ import ast
 import base64
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -41,6 +42,7 @@ DESIGNED = {
     "preprocessor_config.json",
     "adapter_model.safetensors",
     "hf_histo.json",
+    "checksums.json",
     "README.md",
     "metrics.json",
     "report.html",
@@ -63,8 +65,16 @@ def results(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def adapter(results: dict[str, Result], tmp_path: Path) -> Path:
-    """A copy to damage."""
-    return shutil.copytree(results["frozen"].adapter, tmp_path / "adapter")
+    """A copy to damage, without the checksums that would show it."""
+    folder = shutil.copytree(results["frozen"].adapter, tmp_path / "adapter")
+    (folder / "checksums.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def whole(results: dict[str, Result], tmp_path: Path) -> Path:
+    """A copy with its checksums."""
+    return shutil.copytree(results["frozen"].adapter, tmp_path / "whole")
 
 
 def logits(folder: Path, split: str) -> np.ndarray:
@@ -505,6 +515,93 @@ def test_a_backbone_with_other_weights_is_refused(adapter: Path, tmp_path: Path,
     assert "--backbone" in message
     moved = shutil.copytree(source[0], tmp_path / "moved")
     hub.load(adapter, backbone=str(moved))
+
+
+def test_a_changed_bit_is_found_in_every_file_but_the_card(whole: Path) -> None:
+    files = [path for path in whole.rglob("*") if path.is_file() and path.name != "README.md"]
+    assert len(files) > 10
+    for path in files:
+        content = path.read_bytes()
+        for place in np.linspace(0, len(content) - 1, 5).astype(int):
+            damaged = bytearray(content)
+            damaged[place] ^= 1
+            path.write_bytes(damaged)
+            assert path.name in refusal(whole)
+        path.write_bytes(content)
+    hub.load(whole)
+
+
+def test_the_card_may_be_edited_and_what_shows_images_removed(whole: Path) -> None:
+    (whole / "README.md").write_text("Mine.", encoding="utf-8")
+    (whole / "notes.txt").write_text("Mine.", encoding="utf-8")
+    for name in ("predictions", "figures"):
+        shutil.rmtree(whole / name)
+    hub.load(whole)
+
+
+def test_files_of_two_runs_in_a_folder_are_refused(whole: Path, results: dict[str, Result]) -> None:
+    other = results["track"].adapter
+    for name in ("adapter_model.safetensors", "hf_histo.json"):
+        content = (whole / name).read_bytes()
+        shutil.copy(other / name, whole / name)
+        assert name in refusal(whole)
+        (whole / name).write_bytes(content)
+    shutil.copy(other / "predictions" / "val.parquet", whole / "predictions" / "other.parquet")
+    assert "other.parquet" in refusal(whole)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "hf_histo.json"])
+def test_a_folder_without_what_a_prediction_needs_is_refused(whole: Path, name: str) -> None:
+    (whole / name).unlink()
+    with pytest.raises(HistoError, match=f"holds no {name}"):
+        hub.verify(whole)
+    assert name in refusal(whole)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": []}', '{"files": {"hf_histo.json": 1}}'])
+def test_a_list_of_checksums_that_is_damaged(whole: Path, content: str) -> None:
+    (whole / "checksums.json").write_text(content, encoding="utf-8")
+    refusal(whole)
+
+
+def test_a_folder_older_than_its_checksums_is_loaded(adapter: Path, whole: Path) -> None:
+    content = json.loads((adapter / "hf_histo.json").read_text(encoding="utf-8"))
+    assert content["backbone"].pop("configuration")
+    (adapter / "hf_histo.json").write_text(json.dumps(content), encoding="utf-8")
+    old, new = (adapters.weights(hub.load(folder)[0], batch_norm="frozen") for folder in (adapter, whole))
+    assert all(torch.equal(old[key], new[key]) for key in new)
+
+
+def test_no_file_outside_the_folder_is_read(whole: Path, tmp_path: Path) -> None:
+    """Neither by a link nor by a name among the checksums; and nothing that is no file."""
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    for name in ("hf_histo.json", "adapter_model.safetensors", "README.md"):
+        content = (whole / name).read_bytes()
+        (whole / name).unlink()
+        (whole / name).symlink_to(secret)
+        assert "outside" in refusal(whole)
+        (whole / name).unlink()
+        os.mkfifo(whole / name)
+        assert "regular file" in refusal(whole)
+        (whole / name).unlink()
+        (whole / name).write_bytes(content)
+    listed = json.loads((whole / "checksums.json").read_text(encoding="utf-8"))
+    listed["files"]["../secret"] = "0" * 32
+    (whole / "checksums.json").write_text(json.dumps(listed), encoding="utf-8")
+    hub.load(whole)
+
+
+@pytest.mark.parametrize("change", [{"model_args": {"act_layer": "gelu"}}, {"do_pooling": False}])
+def test_a_backbone_with_another_configuration_is_refused(
+    whole: Path, source: tuple[Path, Path], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    moved = shutil.copytree(source[0], tmp_path / "moved")
+    file = moved / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change), encoding="utf-8")
+    message = refusal(whole, backbone=str(moved))
+    assert next(iter(change)) in message
+    assert str(moved) in message
 
 
 @pytest.mark.parametrize("part", ["card", "write_json"])

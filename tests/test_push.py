@@ -18,6 +18,7 @@ import pandas as pd
 import PIL.Image
 import pytest
 import torch
+import xxhash
 from hub_server import CUT, LOST, READ_TOKEN, TOKEN, Hub
 from miniature import SIZE, config
 
@@ -25,6 +26,7 @@ from hf_histo import hub
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import predictions
+from hf_histo.files import checksum
 from hf_histo.finetune import fine_tune
 from hf_histo.inference import Classifier
 from hf_histo.training import trainer
@@ -73,7 +75,19 @@ def on_the_hub(folder: Path, name: str = NAME) -> dict[str, bytes]:
     for file in ("README.md", "hf_histo.json", "adapter_config.json"):
         assert str(place).encode() in files[file]
         files[file] = files[file].replace(str(place).encode(), place.name.encode())
+    checksums = json.loads(files["checksums.json"])
+    for file in checksums["files"]:
+        checksums["files"][file] = xxhash.xxh3_128_hexdigest(files[file])
+    files["checksums.json"] = json.dumps(checksums, indent=2).encode()
     return files | {"README.md": files["README.md"].replace(b"THIS_FOLDER", name.encode())}
+
+
+def remeasure(folder: Path) -> None:
+    """Write the folder's metrics anew, as another run would: with a line more."""
+    (folder / "metrics.json").write_bytes((folder / "metrics.json").read_bytes() + b"\n")
+    checksums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+    checksums["files"]["metrics.json"] = checksum(folder / "metrics.json")
+    (folder / "checksums.json").write_text(json.dumps(checksums), encoding="utf-8")
 
 
 def refusal(adapter: Path, name: str = NAME, **options: bool | str) -> str:
@@ -182,6 +196,39 @@ def test_a_backbone_from_a_folder_is_told_by_its_name(
         hub.push(hub.fetch(NAME), NAME, base_model="clinic/other")
 
 
+def test_nothing_but_the_files_of_a_run_is_pushed(server: Hub, adapter: Path, tmp_path: Path) -> None:
+    """No other file, and none outside the folder that a link points to."""
+    expected = on_the_hub(adapter)
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    (adapter / "id_rsa").symlink_to(secret)
+    (adapter / "notes.txt").write_text("mine")
+    (adapter / "more").symlink_to(tmp_path)
+    hub.push(adapter, NAME)
+    assert server.files(NAME) == expected
+    for link in ("figures/more.png", "predictions/more.parquet"):
+        (adapter / link).symlink_to(secret)
+        with pytest.raises(HistoError, match="outside the folder"):
+            hub.push(adapter, "ana/other")
+        (adapter / link).unlink()
+    (adapter / "README.md").unlink()
+    (adapter / "README.md").symlink_to(secret)
+    with pytest.raises(HistoError, match="outside the folder"):
+        hub.push(adapter, "ana/other")
+
+
+def test_what_was_pulled_is_verified_and_can_be_pushed_again(server: Hub, adapter: Path) -> None:
+    hub.push(adapter, NAME)
+    pulled = hub.fetch(NAME)
+    assert hub.verify(pulled) is not None
+    hub.push(pulled, "ana/again")
+    assert server.files("ana/again") == server.files(NAME)
+    weights = (pulled / "adapter_model.safetensors").resolve()
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with pytest.raises(HistoError, match="is not as the run wrote it"):
+        hub.load(NAME)
+
+
 def test_a_second_push_sends_nothing_again(server: Hub, adapter: Path) -> None:
     assert hub.push(adapter, NAME) == f"{server.address}/{NAME}"
     assert server.requests["PUT upload"] == 3  # the weights, and the predictions of two splits
@@ -194,7 +241,7 @@ def test_a_second_push_sends_nothing_again(server: Hub, adapter: Path) -> None:
 
 def test_a_pull_request_leaves_the_branch(server: Hub, adapter: Path) -> None:
     hub.push(adapter, NAME)
-    (adapter / "metrics.json").write_bytes((adapter / "metrics.json").read_bytes() + b"\n")
+    remeasure(adapter)
     address = hub.push(adapter, NAME, pull_request=True)
     assert address == f"{server.address}/{NAME}/discussions/1"
     assert server.files(NAME, "refs/pr/1") == on_the_hub(adapter)
@@ -228,7 +275,7 @@ def test_a_push_that_is_refused(server: Hub, adapter: Path, what: str, status: i
 
 def test_a_push_that_collides(server: Hub, adapter: Path) -> None:
     hub.push(adapter, NAME)
-    (adapter / "metrics.json").write_bytes((adapter / "metrics.json").read_bytes() + b"\n")
+    remeasure(adapter)
     server.fail("commit", 409)
     message = refusal(adapter)
     assert "status 409" in message

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ REFUSED = (
 )
 MAX_NUMBER, MAX_LAYERS = 1_000_000, 1000  # the largest numbers in it: a vocabulary may be the former
 SPARE = 2**24  # weights that a backbone may lack, of its output layer
+# In a model's configuration: of its classes, of the libraries, of the images.
+NOT_OF_THE_FUNCTION = {
+    *("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "initializer_range"),
+    *("id2label", "label2id", "label_names", "num_labels", "num_classes", "problem_type", "pretrained_cfg"),
+}
 BUILTIN = Path(__file__).parent / "builtin"
 
 
@@ -153,6 +159,36 @@ def fingerprint(model: PreTrainedModel) -> str:
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def configuration(model: PreTrainedModel) -> dict[str, Any]:
+    """What a backbone's configuration says of its function, ready for JSON: no classes, no versions, no preprocessing.
+
+    Without timm's `dynamic_img_size`, which goes by the images' size.
+    """
+    declared = json.loads(json.dumps(model.config.to_diff_dict(), default=str))
+    declared["model_args"] = {k: v for k, v in (declared.get("model_args") or {}).items() if k != "dynamic_img_size"}
+    return {key: value for key, value in declared.items() if key not in NOT_OF_THE_FUNCTION}
+
+
+def identity(model: PreTrainedModel) -> dict[str, Any]:
+    """What a backbone is known by: the "fingerprint" of its weights, and its "configuration"."""
+    return {"fingerprint": fingerprint(model), "configuration": configuration(model)}
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """How two of `identity` differ, the second as what was found; None if they are of the same backbone.
+
+    A configuration is compared in the settings that both have: older adapters have none, and versions of transformers
+    add some.
+    """
+    if one["fingerprint"] != other["fingerprint"]:
+        return f"other weights (fingerprint {one['fingerprint']}, found {other['fingerprint']})"
+    ours, theirs = (of.get("configuration") or {} for of in (one, other))
+    for key in sorted(ours.keys() & theirs.keys()):
+        if ours[key] != theirs[key]:
+            return f"{key} in its configuration is {str(ours[key])[:100]}, found {str(theirs[key])[:100]}"
+    return None
 
 
 @contextmanager
