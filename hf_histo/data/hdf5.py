@@ -34,9 +34,10 @@ class Challenge(FolderBuilder):
     """`train.h5`, `val.h5`, `test.h5` with one group per image: `img`, `label` and `metadata`.
 
     `img` is (3, H, W) or (H, W, 3) in uint8 or float16, 32 or 64, with values in [0, 1] or [0, 255]: read from each
-    file, told in `info.description`, and demanded of every image. `label` is 0 or 1, and may be absent or -1 in
-    `test.h5`. `metadata` is optional; its entry 0 is the center and the only one fit for a model, since a later one
-    may be the label. Rows keep the text order of the keys (0, 1, 10, 2), and `id` is the key.
+    file, recorded in `info.description`, and demanded of every image: in floats up to 255, one that is not black and
+    does not exceed 1 is refused, and so is what was declared and never written. `label` is 0 or 1, and may be absent or
+    -1 in `test.h5`. `metadata` is optional; its entry 0 is the center and the only one fit for a model, since a later
+    one may be the label. Rows keep the text order of the keys (0, 1, 10, 2), and `id` is the key.
 
     Raises HistoError, naming file and key, for everything else; an `img` that is at fault can be left out
     (`--on_bad_image skip`), a label can't.
@@ -243,6 +244,9 @@ class PixelFormat:
         """Read one image as uint8 (H, W, 3). Raises HistoError where it isn't as this format says."""
         image = self.read_raw(dataset)
         if self.dtype != np.uint8:
+            if self.maximum == 255 and 0 < image.max() <= 1:
+                found = f"values reach only {image.max():.7g}, as of [0, 1]"
+                raise HistoError(f"{_where(dataset)}: {found}, expected [0, 255] as in the rest; scale or remove it")
             image = np.rint(image.astype(np.float32) * (255 // self.maximum)).astype(np.uint8)
         return image.transpose(1, 2, 0) if self.channels_first else image
 
@@ -347,6 +351,8 @@ def _metadata(group: h5py.Group) -> tuple[int, int]:
     if not all(float(value).is_integer() for value in values):
         raise HistoError(f"{_where(dataset)}: {values}, expected whole numbers starting with the center; correct it")
     center, slide = (max(-1, int(value)) for value in [*values, -1][:2])
+    if center >= 2**63:
+        raise HistoError(f"{_where(dataset)}: center {center}, expected one below 2^63; correct it")
     return center, slide
 
 
@@ -461,7 +467,29 @@ def _dataset(parent: h5py.Group, name: str, kinds: str) -> h5py.Dataset | None:
     if dataset.nbytes > SMALL + EXPANSION * stored or chunk > MAX_BYTES:
         found = f"{dtype} of shape {dataset.shape} in chunks of {chunk} bytes, {stored} bytes on disk"
         raise HistoError(f"{_where(dataset)}: {found}, expected the data to be there; export the file again")
+    if missing := _unwritten(dataset):
+        found = f"{missing} were never written, and would be read as {dataset.fillvalue}"
+        raise HistoError(f"{_where(dataset)}: {found}, expected all of it; export the file again")
     return dataset
+
+
+def _unwritten(dataset: h5py.Dataset) -> str:
+    """Which part of a dataset holds no data, but what HDF5 fills in; "" where all was written.
+
+    Storage is allocated when it is first written to, whole chunks of it at a time
+    (https://docs.hdfgroup.org, "H5Pset_alloc_time").
+    """
+    try:
+        if dataset.size and not dataset.id.get_storage_size():
+            return "its values"
+        if dataset.chunks:
+            sides = zip(dataset.shape, dataset.chunks, strict=True)
+            expected = math.prod(-(-extent // chunk) for extent, chunk in sides)
+            if (written := dataset.id.get_num_chunks()) < expected:
+                return f"{expected - written} of {expected} chunks"
+    except UNREADABLE as error:
+        raise HistoError(f"{_where(dataset)}: unreadable ({error}); copy or download the file again") from error
+    return ""
 
 
 def _read(dataset: h5py.Dataset, rows: slice | int | tuple[()] = ()) -> np.ndarray:

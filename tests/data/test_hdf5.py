@@ -164,6 +164,50 @@ def test_refuses_one_value_out_of_range(tmp_path: Path, bad: float, probed: bool
     refused(tmp_path, rf"train\.h5:.* {key}/img")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("key", ["0", "1"])  # looked at before the conversion, and not
+def test_refuses_one_image_of_another_range(tmp_path: Path, dtype: str, key: str) -> None:
+    write_challenge(tmp_path, counts={"train": 70, "val": 2}, dtype=dtype)
+    edit(tmp_path, "train", "2/img", np.zeros((3, 12, 14), dtype))  # black in any range
+    edit(tmp_path, "train", f"{key}/img", np.full((3, 12, 14), 0.75, dtype))
+    refused(tmp_path, rf"train\.h5: {key}/img: values reach only 0\.75, as of \[0, 1\], expected \[0, 255\]")
+
+
+@pytest.mark.parametrize(
+    ("member", "chunks"),
+    [(member, chunks) for member in ("img", "metadata") for chunks in (None, True, "some")] + [("label", None)],
+)
+def test_refuses_what_was_never_written(tmp_path: Path, member: str, chunks: object) -> None:
+    write_challenge(tmp_path)
+    with h5py.File(tmp_path / "val.h5", "r+") as file:
+        old = file[f"3/{member}"][()]
+        del file[f"3/{member}"]
+        sides = (1, *np.shape(old)[1:]) if chunks == "some" else chunks
+        made = file["3"].create_dataset(member, np.shape(old), old.dtype, chunks=sides, fillvalue=1)
+        if chunks == "some":
+            made[:1] = old[:1]
+    found = "2 of 3 chunks" if chunks == "some" else "(its values|1 of 1 chunks)"
+    refused(tmp_path, rf"val\.h5: 3/{member}: {found} were never written, and would be read as 1, expected all of it")
+
+
+@pytest.mark.parametrize("part", ["x", "y"])
+def test_pcam_refuses_what_was_never_written(tmp_path: Path, part: str) -> None:
+    write_pcam(tmp_path)
+    with h5py.File(tmp_path / f"camelyonpatch_level_2_split_valid_{part}.h5", "r+") as file:
+        old = file[part]
+        shape, dtype = old.shape, old.dtype
+        del file[part]
+        file.create_dataset(part, shape, dtype, chunks=(1, *shape[1:]))[:2] = 1
+    refused(tmp_path, rf"valid_{part}\.h5: {part}: 2 of 4 chunks were never written")
+
+
+@pytest.mark.parametrize("center", [2.0**63, 1e30, 2**64 - 1])
+def test_refuses_a_center_that_is_no_64_bit_number(tmp_path: Path, center: float) -> None:
+    write_challenge(tmp_path)
+    edit(tmp_path, "val", "3/metadata", np.array([center, 1, 1], np.uint64 if isinstance(center, int) else np.float64))
+    refused(tmp_path, r"val\.h5: 3/metadata: center \d+, expected one below 2\^63")
+
+
 @pytest.mark.parametrize(
     ("dtype", "peak"), [("uint8", 1), ("uint8", 0), ("uint8", 9), ("float32", 1.01), ("float32", 9)]
 )
