@@ -4,8 +4,8 @@
     python recipes/compare_adapters.py --adapters runs/A/adapter runs/B/adapter --data DIR --split val --average
 
 `--average` adds the mean of the adapters as one more: a single model, as fast as each of them. Each adapter predicts
-with its own preprocessing, color statistics and views, and decides at probability 0.5. Intervals are 95%, from
-resampled groups.
+with its own preprocessing, color statistics and views, and decides at probability 0.5. Intervals are 95%, over
+groups (patients, slides).
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter

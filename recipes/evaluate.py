@@ -57,8 +57,6 @@ def parse() -> Namespace:
     parser.add_argument("--specificity", type=float, default=0.95, help="for --criterion sensitivity (default: 0.95)")
     parser.add_argument("--negative_class", help="class that means 'nothing found', for sensitivity at a specificity")
     parser.add_argument("--submission", type=Path, metavar="CSV", help="write ID, Pred, Prob of the one split")
-    parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples for the intervals")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier metrics.json and its figures")
     return parser.parse_args()
 
@@ -117,9 +115,7 @@ def main() -> None:
         if options.balanced is not None:
             chosen = thresholds.for_share(predictions, options.balanced)
         threshold = chosen.value if chosen else options.threshold
-        result = report(
-            predictions, threshold=threshold, negative=negative, resamples=options.resamples, seed=options.seed
-        )
+        result = report(predictions, threshold=threshold, negative=negative)
         calibrated = calibration.report(predictions)
         metrics[split] = {
             "predictions": files[split],
@@ -127,7 +123,7 @@ def main() -> None:
             "threshold_choice": asdict(chosen) if chosen else None,
             "calibration": {**calibrated, "temperature": asdict(temperature), "fitted_on": options.calibrate_on},
         }
-        print(f"\n{split} at threshold {threshold:.3f}, 95% intervals from resampled groups\n\n{center_table(result)}")
+        print(f"\n{split} at threshold {threshold:.3f}, 95% intervals over groups\n\n{center_table(result)}")
         overall = calibrated["overall"]
         print("\n" + table([["calibration", *overall], ["overall", *overall.values()]]))
 

@@ -36,6 +36,7 @@ def render(template: str, **facts: Any) -> str:
         "screening": report.screening,
         "size_rows": report.size_rows,
         "table": report.table,
+        "withheld": report.withheld,
         "yaml": lambda options: yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True).rstrip(),
     }
     environment.tests["wide"] = _is_wide

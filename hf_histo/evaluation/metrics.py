@@ -1,11 +1,11 @@
 """How good a predictions table is, overall and per acquisition center, with intervals that respect patients.
 
-Every metric is one function of row weights. With all weights 1 it gives the value; with the weights of bootstrap
-resamples, a whole block of them at once, it gives the interval. Both therefore mean exactly the same thing.
+Every metric is one function of row weights. With all weights 1 it gives the value; with the weights of some groups set
+to 0, it gives what `hf_histo.evaluation.intervals` makes the interval of. Both therefore mean exactly the same thing.
 
 Two classes give metrics of the positive class (label 1). More classes give the same names as unweighted (macro)
 averages over the classes for which the value is defined, and `precision_<class>`, `recall_<class>` and `auroc_<class>`
-besides. Screening metrics need a class that means "nothing found", which of two classes is the first one unless told.
+besides. Screening metrics need a class that means "nothing found", which of two classes is the first one by default.
 
 | metric | definition | undefined where |
 |---|---|---|
@@ -27,14 +27,16 @@ An undefined metric is None. Rows with a hidden label (-1) are left out; `n` cou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from hf_histo.errors import HistoError
+from hf_histo.evaluation import intervals
+from hf_histo.evaluation.intervals import Evidence
 from hf_histo.evaluation.predictions import array, label_names, log_odds, make, predicted
 
 if TYPE_CHECKING:
@@ -42,9 +44,9 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-CONFIDENCE = 0.95
 SPECIFICITIES = (0.9, 0.95)  # of the screening metrics
-BLOCK = 2**18  # rows × resamples worked on at once: 2 MiB per float64 array stays near the processor's cache
+MIN_ABOVE = 5  # negative images above the threshold of a screening metric, for an interval: fewer can't place it
+BLOCK = 2**18  # rows × sets of weights worked on at once: 2 MiB per float64 array stays near the processor's cache
 
 
 def compute(
@@ -64,49 +66,47 @@ def compute(
     return {"n": len(rows.labels)} | {name: _defined(value[0]) for name, value in rows.metrics().items()}
 
 
-def report(
-    predictions: pd.DataFrame,
-    *,
-    threshold: float = 0.5,
-    negative: int | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Return every metric with its interval, overall and for each known center.
+def report(predictions: pd.DataFrame, *, threshold: float = 0.5, negative: int | None = None) -> dict[str, Any]:
+    """Return every metric with its 95% confidence interval, overall and for each known center.
 
-    The interval is the 95% percentile interval (Efron & Tibshirani 1993, sec. 13.3) of a bootstrap that draws whole
-    groups with replacement, since images of one patient or slide are not independent (the "cluster bootstrap", Field
-    & Welsh 2007, J. R. Stat. Soc. B 69(3):369-390). Resamples on which a metric is undefined are left out; where fewer
-    than half are left, or there is only one group, the interval is None.
+    Intervals are those of `hf_histo.evaluation.intervals`, which respect that images of one group (patient, slide) are
+    alike; an image whose group is unknown is a group of its own. Where there are too few groups for a metric to have
+    an interval, `low` and `high` are None, and "withheld" is why: a recall needs enough groups with its class, an AUROC
+    with and without it, the mean over classes enough of each class that occurs.
 
     Args:
         predictions: a predictions table. Rows of the unknown center (-1) count in "overall" only.
         threshold, negative: as in `compute`.
-        resamples: how many bootstrap resamples, at least 1.
-        seed: of the bootstrap.
 
     Returns:
         `{"constant": what `constant` returns, "overall": M, "centers": {"0": M, ...}, "threshold": ...,
-        "negative": ..., "bootstrap": {...}}`, ready for JSON, where M is
-        `{"n": int, "groups": int, "<metric>": {"value": v, "low": l, "high": h}, ...}`.
+        "negative": ..., "intervals": {"method": ..., "confidence": 0.95, "unit": "group", ...}}`, ready for JSON, where
+        M is `{"n": int, "groups": int, "groups_by_class": {"<class>": int, ...}, "<metric>": {"value": v, "low": l,
+        "high": h}, ...}`. A group counts for each class that it has images of.
 
     Raises:
-        HistoError: `threshold` is outside [0, 1], or `resamples` is less than 1.
+        HistoError: `threshold` is outside [0, 1].
     """
-    if resamples < 1:
-        raise HistoError(f"resamples is {resamples}, expected at least 1: 1000 give a stable 95% interval")
     centers = sorted(set(predictions["center"]) - {-1})
+    names = label_names(predictions)
 
-    def with_intervals(part: pd.DataFrame) -> dict[str, Any]:
-        return _with_intervals(_Rows(part, threshold, negative), resamples, seed)
-
+    overall = _Rows(predictions, threshold, negative)
+    by_center = {
+        str(center): _Rows(predictions[predictions["center"] == center], threshold, negative) for center in centers
+    }
     return {
         "constant": constant(predictions, threshold=threshold),
-        "overall": with_intervals(predictions),
-        "centers": {str(center): with_intervals(predictions[predictions["center"] == center]) for center in centers},
+        "overall": _with_intervals(overall, names),
+        "centers": {center: _with_intervals(rows, names) for center, rows in by_center.items()},
         "threshold": threshold,
-        "negative": _Rows(predictions, threshold, negative).negative,
-        "bootstrap": {"resamples": resamples, "seed": seed, "unit": "group", "confidence": CONFIDENCE},
+        "negative": overall.negative,
+        "intervals": {
+            "method": "Wilson, for the effective sample size by the jackknife over groups; loss: on the log scale",
+            "confidence": intervals.CONFIDENCE,
+            "unit": "group",
+            "least_groups": intervals.MIN_GROUPS,
+            "least_correlation": intervals.CORRELATION,
+        },
     }
 
 
@@ -211,6 +211,48 @@ class _Rows:
             values |= {f"sensitivity_at_{s}": of for s, of in zip(SPECIFICITIES, sensitivities, strict=True)}
         return values
 
+    def replicates(self) -> dict[str, Floats]:
+        """Return every metric, (B,), without each block of groups in turn."""
+        block = intervals.blocks(self.group_count)
+        count, step = int(block.max()) + 1, max(1, BLOCK // len(self.labels))
+        parts = [
+            self.metrics((block[:, None] != np.arange(start, min(start + step, count))).astype(np.float64))
+            for start in range(0, count, step)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def evidence(self, names: Sequence[str]) -> dict[str, list[Evidence]]:
+        """Return the kinds of images that each metric is about; of a mean over classes, those that it is taken over."""
+        own, called = self._per_group(self.labels), self._per_group(self.predicted)
+        both = own + called - self._per_group(self.labels, (self.predicted == self.labels).astype(np.float64))
+
+        def kinds(word: str, counts: Floats) -> list[Evidence]:
+            return [Evidence.of(f"{word} {name}", counts[:, c]) for c, name in enumerate(names)]
+
+        label, call, either = kinds("with", own), kinds("called", called), kinds("with or called", both)
+        every = [Evidence.of("in all", own.sum(axis=1))]
+        binary = self.classes == 2
+        others = (own.sum(axis=1) - own[:, c] for c in range(self.classes))
+        rest = label[::-1] if binary else kinds("without", np.stack(list(others), axis=1))
+        found = {
+            "accuracy": every,
+            "balanced_accuracy": _present(label),
+            "auroc": _present(label),
+            "average_precision": _present(label),
+            "precision": call[1:] if binary else _present(call),
+            "recall": label[1:] if binary else _present(label),
+            "f1": either[1:] if binary else _present(either),
+            "loss": every,
+        }
+        for c in range(self.classes):
+            found |= {f"precision_{c}": [call[c]], f"recall_{c}": [label[c]], f"auroc_{c}": [label[c], rest[c]]}
+        if self.negative is not None:
+            healthy = label[self.negative]
+            for s in SPECIFICITIES:
+                needed = dataclasses.replace(healthy, least_images=round(MIN_ABOVE / (1 - s)))
+                found[f"sensitivity_at_{s}"] = [rest[self.negative], needed]
+        return found
+
     def _per_group(self, classes: NDArray[np.int64], weights: Floats | None = None) -> NDArray[Any]:
         """Count rows by group and class, shape (groups, K)."""
         cells = self.group_count * self.classes
@@ -230,7 +272,7 @@ def _ranking(positive: NDArray[np.bool_], weights: Floats, ties: NDArray[np.intp
     above, total = positives.cumsum(axis=0), (positives + negatives).cumsum(axis=0)
     p, n = positives.sum(axis=0), negatives.sum(axis=0)
     auroc = (negatives * (above - positives / 2)).sum(axis=0) / (p * n)
-    # Scores that a resample leaves out add nothing, but 0/0 before the first that it holds would.
+    # Scores of weight 0 add nothing, but 0/0 before the first other one would.
     precision = np.divide(above, total, out=np.zeros_like(total), where=total > 0)
     average_precision = (positives * precision).sum(axis=0) / p
     return auroc, np.where(n > 0, average_precision, np.nan)
@@ -249,27 +291,43 @@ def _sensitivities(positive: NDArray[np.bool_], weights: Floats, ties: NDArray[n
     ]
 
 
-def _with_intervals(rows: _Rows, resamples: int, seed: int) -> dict[str, Any]:
-    groups = rows.group_count
-    result: dict[str, Any] = {"n": len(rows.labels), "groups": groups}
-    samples: dict[str, Floats] = {}
-    if groups > 1:
-        random = np.random.default_rng(seed)
-        block = max(1, BLOCK // len(rows.labels))
-        blocks = []
-        for start in range(0, resamples, block):
-            drawn = (random.integers(groups, size=groups) for _ in range(min(block, resamples - start)))
-            counts = np.stack([np.bincount(draw, minlength=groups) for draw in drawn], axis=1)
-            blocks.append(rows.metrics(counts.astype(np.float64)))
-        samples = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    for name, value in rows.metrics().items():
-        sample = samples.get(name, np.empty(0))
-        sample = sample[np.isfinite(sample)]
-        low = high = None
-        if len(sample) and len(sample) >= resamples / 2:
-            low, high = np.quantile(sample, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
-        result[name] = {"value": _defined(value[0]), "low": low, "high": high}
+def _with_intervals(rows: _Rows, names: Sequence[str]) -> dict[str, Any]:
+    by_class = (rows._per_group(rows.labels) > 0).sum(axis=0).tolist()
+    result: dict[str, Any] = {
+        "n": len(rows.labels),
+        "groups": rows.group_count,
+        "groups_by_class": dict(zip(names, by_class, strict=True)),
+    }
+    evidence = rows.evidence(names)
+    replicates = rows.replicates() if rows.group_count >= intervals.MIN_GROUPS else {}
+    for name, (value,) in rows.metrics().items():
+        result[name] = {"value": _defined(value), "low": None, "high": None}
+        if not np.isfinite(value):
+            continue
+        if reason := _lack(replicates.get(name), evidence[name]):
+            result[name]["withheld"] = reason
+        elif name == "loss":
+            spread = float(np.var(rows.losses, ddof=1))
+            result[name]["low"], result[name]["high"] = intervals.of_positive(
+                value, replicates[name], evidence[name], spread
+            )
+        else:
+            result[name]["low"], result[name]["high"] = intervals.of_share(value, replicates[name], evidence[name])
     return result
+
+
+def _lack(replicates: Floats | None, evidence: Sequence[Evidence]) -> str | None:
+    """Why a metric can have no interval; None where it can."""
+    fewest = min(evidence, key=lambda kind: (kind.groups, kind.effective_groups))
+    if reason := next(filter(None, (kind.lack() for kind in (fewest, *evidence))), None):
+        return reason
+    if replicates is None or not np.isfinite(replicates).all():
+        return "it is undefined without some of the groups"
+    return None
+
+
+def _present(kinds: Sequence[Evidence]) -> list[Evidence]:
+    return [kind for kind in kinds if kind.groups]
 
 
 def _mean(values: Floats) -> Floats:

@@ -195,34 +195,57 @@ def table(rows: Sequence[Sequence[object]]) -> str:
 
 
 def center_table(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> str:
-    """Return `center_rows` as a `table`."""
-    return table(center_rows(report, metrics))
+    """Return `center_rows` as a `table`, and below it what `withheld` returns."""
+    return _with_notes(table(center_rows(report, metrics)), withheld(report, metrics))
 
 
 def center_rows(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> list[list[object]]:
     """Return a `metrics.report` as a header, a row for each center and one overall, values with their intervals."""
-    named = {f"center {center}": values for center, values in report["centers"].items()}
-    return _interval_rows({**named, "overall": report["overall"]}, metrics)
+    return _interval_rows(_parts(report), metrics)
+
+
+def withheld(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> list[str]:
+    """Return why values of a `metrics.report` have no interval, in a sentence for each center and reason."""
+    return _withheld(_parts(report), metrics)
 
 
 def overall_table(reports: Mapping[str, Mapping[str, Any]], metrics: Sequence[str] = HEADLINE) -> str:
-    """Return the overall values of several `metrics.report` by their names, with their intervals, as a `table`."""
-    return table(_interval_rows({name: report["overall"] for name, report in reports.items()}, metrics))
+    """Return the overall values of several `metrics.report` by their names, as `center_table` does."""
+    named = {name: report["overall"] for name, report in reports.items()}
+    return _with_notes(table(_interval_rows(named, metrics)), _withheld(named, metrics))
+
+
+def _parts(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {f"center {center}": values for center, values in report["centers"].items()} | {"overall": report["overall"]}
 
 
 def _interval_rows(named: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> list[list[object]]:
-    rows: list[list[object]] = [["", "images", "groups", *metrics]]
+    rows: list[list[object]] = [["", "images", "groups (of each class)", *metrics]]
     for name, values in named.items():
-        rows.append([name, values["n"], values["groups"], *(_interval(values[metric]) for metric in metrics)])
+        groups = f"{values['groups']} ({', '.join(map(str, values['groups_by_class'].values()))})"
+        rows.append([name, values["n"], groups, *(_interval(values[metric]) for metric in metrics)])
     return rows
+
+
+def _withheld(named: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> list[str]:
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, values in named.items():
+        for metric in metrics:
+            if "withheld" in values[metric]:
+                reasons.setdefault((name, values[metric]["withheld"]), []).append(metric)
+    return [f"{name}, {', '.join(of)}: no interval, {reason}." for (name, reason), of in reasons.items()]
+
+
+def _with_notes(table: str, notes: Sequence[str]) -> str:
+    return "\n".join([table, *(["", *notes] if notes else [])])
 
 
 def class_rows(report: Mapping[str, Any], names: Sequence[str]) -> list[list[object]]:
     """Return a `metrics.report` of more than two classes as a header and a row for each class, with its name."""
     metrics = ("precision", "recall", "auroc")
-    rows: list[list[object]] = [["", *metrics]]
-    for place, name in enumerate(names):
-        rows.append([name, *(_interval(report["overall"][f"{metric}_{place}"]) for metric in metrics)])
+    rows: list[list[object]] = [["", "groups", *metrics]]
+    for place, (name, groups) in enumerate(zip(names, report["overall"]["groups_by_class"].values(), strict=True)):
+        rows.append([name, groups, *(_interval(report["overall"][f"{metric}_{place}"]) for metric in metrics)])
     return rows
 
 

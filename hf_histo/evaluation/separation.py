@@ -83,5 +83,5 @@ def _told_apart(
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     scores = cross_val_predict(model, features, side, groups=groups, cv=folds, method="decision_function")
     rows = predictions.make(range(len(side)), np.full(len(side), -1), groups, side.astype(int), scores)
-    auroc: dict[str, float | None] = metrics.report(rows, seed=seed)["overall"]["auroc"]
+    auroc: dict[str, float | None] = metrics.report(rows)["overall"]["auroc"]
     return auroc

@@ -1,10 +1,9 @@
-"""Metrics against scikit-learn, and intervals against what the bootstrap is for."""
+"""Metrics against scikit-learn, and where they have intervals (see also test_intervals.py, test_coverage.py)."""
 
 import json
 import os
 import subprocess
 import sys
-import time
 from typing import Any
 
 import numpy as np
@@ -107,24 +106,21 @@ def test_resampled_values_are_those_of_weighted_scikit_learn(classes: int) -> No
         assert {name: values[name][b] for name in expected} == pytest.approx(expected)
 
 
-def test_interval_is_the_percentile_interval_of_resampled_groups() -> None:
+def test_replicates_leave_out_one_group_each() -> None:
     table = random_table(n=60, groups=8)
-    interval = metrics.report(table, resamples=200, seed=3)["overall"]["accuracy"]
-    random, names = np.random.default_rng(3), table["group"].unique()
-    sample = []
-    for _ in range(200):
-        drawn = pd.concat([table[table["group"] == names[i]] for i in random.integers(8, size=8)])
-        sample.append((predicted(drawn) == drawn["label"]).mean())
-    assert [interval["low"], interval["high"]] == pytest.approx(np.quantile(sample, [0.025, 0.975]).tolist())
+    replicates = metrics._Rows(table, 0.5).replicates()
+    for place, name in enumerate(table["group"].unique()):
+        expected = by_sklearn(table[table["group"] != name])
+        assert {metric: replicates[metric][place] for metric in expected} == pytest.approx(expected)
 
 
-def test_blocks_do_not_change_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_blocks_do_not_change_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     table = random_table(n=100)
-    whole = metrics.report(table, resamples=50)
+    whole = metrics.report(table)
     monkeypatch.setattr(metrics, "BLOCK", 700)
-    blocks = metrics.report(table, resamples=50)
+    blocks = metrics.report(table)
     for name in ("auroc", "f1", "loss"):
-        assert blocks["overall"][name] == pytest.approx(whole["overall"][name], rel=1e-12)
+        assert blocks["overall"][name] == pytest.approx(whole["overall"][name], rel=1e-9)
 
 
 def test_groups_widen_the_interval_of_clustered_images() -> None:
@@ -145,7 +141,7 @@ def test_groups_widen_the_interval_of_clustered_images() -> None:
 def test_report_by_center() -> None:
     table = random_table(n=300, groups=40)
     table.loc[:9, "center"] = -1
-    result = metrics.report(table, resamples=50)
+    result = metrics.report(table)
     assert list(result["centers"]) == ["0", "1", "2"]
     assert result["overall"]["n"] == 300
     assert sum(center["n"] for center in result["centers"].values()) == 290
@@ -155,8 +151,7 @@ def test_report_by_center() -> None:
             name: value for name, value in expected.items() if name != "n"
         }
         assert values["auroc"]["low"] < values["auroc"]["value"] < values["auroc"]["high"]
-    assert metrics.report(table, resamples=50) == result
-    assert metrics.report(table, resamples=50, seed=1)["overall"]["auroc"] != result["overall"]["auroc"]
+    assert metrics.report(table) == result
     json.dumps(result, allow_nan=False)
 
 
@@ -179,22 +174,62 @@ def test_undefined_is_none() -> None:
     assert three["recall"] == three["balanced_accuracy"] == 0.75
 
 
-def test_undefined_intervals_are_none() -> None:
-    one_group = metrics.report(random_table(n=20).assign(group="p"), resamples=20)["overall"]
-    assert one_group["groups"] == 1
-    assert one_group["accuracy"]["value"] is not None
-    assert one_group["accuracy"]["low"] is one_group["accuracy"]["high"] is None
+def of_groups(classes: list[int], images: int = 10) -> pd.DataFrame:
+    """A table with so many images of each group, all of one class, some of them predicted wrong."""
+    labels = np.repeat(classes, images)
+    groups = np.repeat([f"p{i}" for i in range(len(classes))], images)
+    random = np.random.default_rng(0)
+    table = make(range(len(labels)), np.zeros(len(labels), int), groups, labels, random.normal(2.0 * labels - 1))
+    table.attrs["label_names"] = ["normal", "tumor"]
+    return table
 
-    # The only positive group of three is missing from (2/3)^3 = 30% of the resamples: enough are left.
-    few = make("abc", [0] * 3, [""] * 3, [1, 0, 0], [1.0, 2.0, 0.0])
-    assert metrics.report(few)["overall"]["recall"]["low"] == 1
-    # Both of two groups are in half of the resamples: more than half with one seed, less with another.
-    two = make("ab", [0] * 2, [""] * 2, [1, 0], [1.0, 0.0])
-    for seed, enough in ((0, True), (1, False)):
-        draws = np.random.default_rng(seed).integers(2, size=(1000, 2))
-        assert (np.mean(draws[:, 0] != draws[:, 1]) >= 0.5) == enough
-        bound = 1.0 if enough else None
-        assert metrics.report(two, seed=seed)["overall"]["auroc"] == {"value": 1.0, "low": bound, "high": bound}
+
+def test_too_few_groups_of_a_class_have_no_interval_and_the_reason_is_given() -> None:
+    found = metrics.report(of_groups([0] * 8 + [1] * 3))["overall"]
+    assert (found["groups"], found["groups_by_class"]) == (11, {"normal": 8, "tumor": 3})
+    for name in ("recall", "auroc", "balanced_accuracy", "average_precision", "sensitivity_at_0.9"):
+        assert found[name]["value"] is not None
+        assert found[name]["low"] is found[name]["high"] is None
+        assert found[name]["withheld"] == "3 groups with tumor, expected at least 5"
+    for name in ("accuracy", "loss"):
+        assert found[name]["low"] < found[name]["value"] < found[name]["high"]
+        assert "withheld" not in found[name]
+
+    one = metrics.report(of_groups([0] * 20 + [1]))["overall"]
+    assert one["recall"]["withheld"] == "1 groups with tumor, expected at least 5"
+    assert metrics.report(of_groups([0, 0, 1, 1]))["overall"]["accuracy"]["withheld"].startswith("4 groups in all")
+
+
+def test_groups_that_are_nearly_all_of_the_images_count_as_few() -> None:
+    table = of_groups([0, 1] * 5)
+    large = of_groups([1], images=1000).assign(group="large")
+    both = pd.concat([table, large.assign(id="large" + large["id"])], ignore_index=True)
+    found = metrics.report(both)["overall"]
+    assert found["groups"] == 11
+    assert "the 11 groups in all differ so much in size that they count as 1.2" in found["accuracy"]["withheld"]
+
+
+def test_a_rare_class_leaves_its_own_metrics_and_the_means_without_interval() -> None:
+    labels = np.array([0] * 30 + [1] * 30 + [2] * 2)
+    logits = np.random.default_rng(0).normal(size=(62, 3)) + np.eye(3)[labels]
+    found = metrics.report(make(range(62), [-1] * 62, [""] * 62, labels, logits))["overall"]
+    for name in ("recall_2", "auroc_2", "recall", "balanced_accuracy", "auroc"):
+        assert found[name]["withheld"] == "2 groups with 2, expected at least 5"
+    for name in ("recall_0", "auroc_0", "precision_1", "accuracy"):
+        assert found[name]["low"] < found[name]["value"] < found[name]["high"]
+
+
+def test_sensitivity_needs_enough_negative_images_to_place_its_threshold() -> None:
+    found = metrics.report(of_groups([0, 1] * 6))["overall"]
+    assert found["sensitivity_at_0.9"]["low"] < found["sensitivity_at_0.9"]["value"]
+    assert found["sensitivity_at_0.95"]["withheld"] == "60 images with normal, expected at least 100"
+
+
+def test_precision_needs_groups_in_which_the_class_is_called() -> None:
+    table = of_groups([0, 1] * 6)
+    called = table["group"].isin(["p1", "p3"])
+    found = metrics.report(table.assign(probability=called.astype(float)))["overall"]
+    assert found["precision"]["withheld"] == "2 groups called tumor, expected at least 5"
 
 
 @pytest.mark.parametrize("classes", [1, 3])
@@ -203,9 +238,9 @@ def test_hidden_labels_are_left_out(classes: int) -> None:
     hidden = table.copy()
     hidden.loc[60:, "label"] = -1
     assert metrics.compute(hidden) == metrics.compute(table[:60])
-    assert metrics.report(hidden, resamples=20) == metrics.report(table[:60], resamples=20)
-    nothing = metrics.report(hidden.assign(label=-1), resamples=20)["overall"]
-    assert nothing.pop("n") == nothing.pop("groups") == 0
+    assert metrics.report(hidden) == metrics.report(table[:60])
+    nothing = metrics.report(hidden.assign(label=-1))["overall"]
+    assert nothing.pop("n") == nothing.pop("groups") == sum(nothing.pop("groups_by_class").values()) == 0
     assert len(nothing) >= 8
     assert all(value == {"value": None, "low": None, "high": None} for value in nothing.values())
 
@@ -225,8 +260,6 @@ def test_saturated_probabilities_still_rank() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(HistoError, match="threshold is -1"):
         metrics.compute(random_table(), threshold=-1)
-    with pytest.raises(HistoError, match="resamples is 0"):
-        metrics.report(random_table(), resamples=0)
 
 
 def test_for_trainer() -> None:
@@ -262,10 +295,3 @@ print(json.dumps(out))
     logits = np.array([[2.0, 0, 0], [0, 1, 0], [0, 3, 0], [0, 0, 1]])
     assert many == batched == metrics.of_logits(logits, [0, 1, 2, 2])
     assert binary == metrics.of_logits(logits[:, 1], [0, 1, 0, 0], threshold=0.9)
-
-
-def test_bootstrap_is_fast() -> None:
-    table = random_table(n=600, groups=40)
-    start = time.process_time()
-    metrics.report(table)
-    assert time.process_time() - start < 5

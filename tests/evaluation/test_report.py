@@ -127,7 +127,7 @@ def test_table() -> None:
 def test_center_table() -> None:
     table = random_table()
     table.loc[table["center"] == 2, "label"] = 0
-    result = metrics.report(table, resamples=50)
+    result = metrics.report(table)
     lines = report.center_table(result, ["auroc"]).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["center 0", "center 1", "center 2", "overall"]
     auroc = result["overall"]["auroc"]
@@ -136,14 +136,33 @@ def test_center_table() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
+def test_a_missing_interval_is_explained_below_the_table() -> None:
+    labels = np.repeat([0, 1], [60, 40])
+    groups = [f"p{i // 10}" for i in range(100)]
+    table = make(range(100), [3] * 100, groups, labels, np.random.default_rng(0).normal(size=100))
+    table.attrs["label_names"] = ["normal", "tumor"]
+    result = metrics.report(table)
+    reason = "no interval, 4 groups with tumor, expected at least 5."
+    assert report.withheld(result) == [
+        f"center 3, balanced_accuracy, auroc: {reason}",
+        f"overall, balanced_accuracy, auroc: {reason}",
+    ]
+    *rows, blank, first, second = report.center_table(result).splitlines()
+    assert blank == "" and [first, second] == report.withheld(result)
+    assert "10 (6, 4)" in rows[2] and "10 (6, 4)" in rows[3]
+    assert report.overall_table({"mine": result}).splitlines()[-1] == f"mine, balanced_accuracy, auroc: {reason}"
+    assert report.withheld(metrics.report(table.assign(group=""))) == []
+
+
 def test_tables_of_classes_and_of_screening() -> None:
     names, logits = ["glioma", "none", "pituitary"], np.eye(3)[[0, 0, 1, 1, 2, 0]] * 3
-    table = make(range(6), [-1] * 6, [""] * 6, [0, 0, 1, 1, 2, 2], logits)
+    logits = np.tile(logits, (5, 1))
+    table = make(range(30), [-1] * 30, [""] * 30, [0, 0, 1, 1, 2, 2] * 5, logits)
     lines = report.table(report.class_rows(metrics.report(table, negative=1), names)).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == names
     assert "0.667 (" in lines[2] and "0.500 (" in lines[4]
     said = report.screening(metrics.report(table, negative=1), names)
-    assert said.startswith("Sensitivity for any class but none: 1.000 (1.000–1.000) at specificity 0.9, ")
+    assert said.startswith("Sensitivity for any class but none: 1.000 at specificity 0.9, ")
     assert report.screening(metrics.report(table), names) == ""
-    no_negative = report.screening(metrics.report(table[:2], negative=1), names)
+    no_negative = report.screening(metrics.report(table[table["label"] == 0], negative=1), names)
     assert no_negative == "Sensitivity for any class but none: – at specificity 0.9, – at specificity 0.95."
