@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import math
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import pandas as pd
@@ -35,6 +34,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -44,8 +44,7 @@ from hf_histo.evaluation import predictions as prediction_tables
 from hf_histo.files import CHECKSUMS, atomic_folder, checksum, read_json, write_json
 from hf_histo.models import adapters, backbones, heads
 from hf_histo.transforms.augmentation import PLAIN, Views
-from hf_histo.transforms.mri import CONTRASTS, Preparation
-from hf_histo.transforms.preprocessing import FITS, Preprocessing
+from hf_histo.transforms.preprocessing import Preprocessing
 from hf_histo.transforms.shift import ColorRange
 from hf_histo.transforms.stain import CenterNormalizer
 
@@ -55,7 +54,6 @@ MODEL = ("config.json", "model.safetensors")
 # What this package writes into an adapter folder. Whatever else lies there is neither read nor uploaded.
 FILES = (SIDECAR, CARD, CHECKSUMS, *ADAPTER, *MODEL, "preprocessor_config.json", "metrics.json", "report.html")
 FILES += ("predictions/*.parquet", "figures/*.png")
-MAX_SIDE = 4096  # pixels on a side of what a backbone sees: far more than any, and a batch of them fits into memory
 RESIZED = {
     "crop": "shorter side resized to",
     "squash": "both sides resized to",
@@ -80,6 +78,8 @@ REMEDIES: dict[int | type[BaseException], str] = {
     409: "somebody else changes it at the same time: give the same command again",
     429: "the Hub is asked too often: wait a while",
 }
+
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,13 @@ class Sidecar:
         versions: of the packages that trained it.
     """
 
-    method: str
-    label_names: list[str]
-    num_outputs: int
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # also of what it is made of
+
+    method: Annotated[str, Field(pattern="^(linear|lora|pca|full)$")]
+    label_names: Annotated[list[str], Field(min_length=2)]
+    num_outputs: Annotated[int, Field(ge=1)]
     backbone: dict[str, Any]
-    batch_norm: str
+    batch_norm: Annotated[str, Field(pattern="^(frozen|track)$")]
     preprocessing: Preprocessing
     data: dict[str, Any]
     head: heads.Design = dataclasses.field(default_factory=heads.Design)
@@ -123,9 +125,9 @@ class Sidecar:
     views: Views = PLAIN
     adapt_batch_norm: bool = False
     colors: ColorRange | None = None
-    threshold: float = 0.5
-    thresholds: dict[str, float] = dataclasses.field(default_factory=dict)
-    temperature: float = 1.0
+    threshold: Probability = 0.5
+    thresholds: dict[str, Probability] = dataclasses.field(default_factory=dict)
+    temperature: Annotated[float, Field(gt=0)] = 1.0
     versions: dict[str, str] = dataclasses.field(
         default_factory=lambda: {name: importlib.metadata.version(name) for name in PACKAGES}
     )
@@ -137,30 +139,26 @@ class Sidecar:
 
     @classmethod
     def read(cls, folder: Path) -> Sidecar:
-        """Read it from an adapter folder. Raises `HistoError` if it is missing or not of this form."""
+        """Read it from an adapter folder; what older ones lack has its default.
+
+        Raises `HistoError` if it is missing, or for a value of another type or out of its bounds, and a key that is
+        unknown.
+        """
         file = folder / SIDECAR
         try:
             content = read_json(file)
-            declared, color = content.pop("preprocessing"), content.pop("normalizer", None)
-            for key in ("mean", "std"):
-                declared[key] = tuple(float(value) for value in declared[key])
-            declared["preparation"] = Preparation(**declared.get("preparation", {}))
+            color = content.pop("normalizer", None)
+            if isinstance(content.get("views"), int):  # before views could be drawn: a number of those of the square
+                content["views"] = {"count": content["views"]}
+            sidecar: Sidecar = TypeAdapter(cls).validate_json(json.dumps(content))
             normalizer = None if color is None else CenterNormalizer.from_json(color)
-            colors = None if content.get("colors") is None else ColorRange(**content["colors"])
-            head = heads.Design.from_json(content.pop("head", {"widths": ()}))
-            views = content.pop("views", 1)  # before views could be drawn: a number of those of the square
-            views = Views(**views) if isinstance(views, dict) else Views(views)
-            sidecar = cls(
-                **{**content, "colors": colors},
-                preprocessing=Preprocessing(**declared),
-                normalizer=normalizer,
-                head=head,
-                views=views,
-            )
         except FileNotFoundError:
             raise HistoError(f"{folder}: holds no {SIDECAR}; expected the adapter folder of a finished run") from None
+        except ValidationError as error:
+            raise HistoError(f"{file}: {_first(error)}; update hf_histo, or copy the adapter again") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, HistoError) as error:
             raise HistoError(f"{file}: not a description of an adapter ({type(error).__name__}: {error})") from None
+        sidecar = dataclasses.replace(sidecar, normalizer=normalizer)
         sidecar._check(file)
         return sidecar
 
@@ -193,7 +191,7 @@ class Sidecar:
             value = self.thresholds[name] if isinstance(name, str) and name in self.thresholds else float(name)
         except ValueError:
             value = -1.0
-        if not _is_probability(value):
+        if not 0 <= value <= 1:
             known = ", ".join(self.thresholds) or "none"
             raise HistoError(
                 f"--threshold is {name!r}, expected a probability, or a name that the adapter holds: {known}"
@@ -201,47 +199,27 @@ class Sidecar:
         return value
 
     def _check(self, file: Path) -> None:
+        """Raise `HistoError` for parts that do not go together."""
+        names, views = self.label_names, self.preprocessing
         faults = {
-            "method": self.method not in ("linear", "lora", "full", "pca"),
-            "batch_norm": self.batch_norm not in ("frozen", "track"),
-            "label_names": not isinstance(self.label_names, list)
-            or len(self.label_names) < 2
-            or not all(isinstance(name, str) for name in self.label_names),
-            "num_outputs": self.num_outputs not in (1, len(self.label_names)),
-            "backbone": not isinstance(self.backbone, dict)
-            or not self.backbone.keys() >= {"name", "revision", "fingerprint"}
-            or not isinstance(self.backbone["name"], str)
+            "label_names": len(set(names)) < len(names),
+            "num_outputs": self.num_outputs not in (1, len(names)),
+            "backbone": not all(isinstance(self.backbone.get(key), str) for key in ("name", "fingerprint"))
+            or not isinstance(self.backbone.get("revision", 0), str | None)
+            or not isinstance(self.backbone.get("configuration", {}), dict)
             or ".." in Path(self.backbone["name"]).parts,
-            "preprocessing": not _is_sound(self.preprocessing),
-            "views": not isinstance(self.views.seed, int) or self.views.seed < 0,
-            "adapt_batch_norm": not isinstance(self.adapt_batch_norm, bool),
-            "colors": self.colors is not None and not self.colors.is_sound(),
-            "threshold": not _is_probability(self.threshold),
-            "thresholds": not isinstance(self.thresholds, dict)
-            or not all(map(_is_probability, self.thresholds.values())),
-            "temperature": not isinstance(self.temperature, int | float) or not 0 < self.temperature < math.inf,
+            "preprocessing": views.image_size > views.resize_size,
         }
         for key, fault in faults.items():
             if fault:
                 raise HistoError(f"{file}: {key} is {getattr(self, key)!r}, which no adapter of this package has")
 
 
-def _is_sound(views: Preprocessing) -> bool:
-    return (
-        isinstance(views.image_size, int)
-        and isinstance(views.resize_size, int)
-        and 0 < views.image_size <= views.resize_size <= MAX_SIDE
-        and views.interpolation in ("nearest", "bilinear", "bicubic", "lanczos")
-        and len(views.mean) == len(views.std) == 3
-        and all(map(math.isfinite, (*views.mean, *views.std)))
-        and min(views.std) > 0
-        and views.fit in FITS
-        and views.preparation.contrast in CONTRASTS
-    )
-
-
-def _is_probability(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value <= 1
+def _first(error: ValidationError) -> str:
+    """What pydantic found first, in a line: where, what, and what was expected."""
+    fault = error.errors(include_url=False)[0]
+    place = ".".join(map(str, fault["loc"])) or "the content"
+    return f"{place} is {str(fault['input'])[:100]!r}, which is invalid: {fault['msg']}"
 
 
 def save(

@@ -308,6 +308,25 @@ def test_a_sidecar_that_is_none(adapter: Path, content: str) -> None:
         ("label_names", "normal"),
         ("label_names", ["one"]),
         ("label_names", [0, 1]),
+        ("label_names", ["tumor", "tumor"]),
+        ("adapt_batch_norm", "no"),
+        ("adapt_batch_norm", 0),
+        ("bare", "yes"),
+        ("thresholds", {"validation": "0.5"}),
+        ("thresholds", {"validation": True}),
+        ("threshold", "0.5"),
+        ("versions", {"torch": 2}),
+        ("head", {"widths": [8.0]}),
+        ("head", {"widths": [], "softmax": "no"}),
+        ("head", {"widths": [], "more": 1}),
+        ("colors", {"centers": {}, "limit": 1}),
+        ("normalizer", {"method": "rgb", "reference": [["0", "0", "0"], [1, 0, 0], [0, 1, 0], [0, 0, 1]]}),
+        ("normalizer", {"method": "rgb", "reference": [[True, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]}),
+        ("views", {"count": 10**9, "augmentation": "flips"}),
+        ("views", {"count": 65, "augmentation": "flips"}),
+        ("views", {"count": True}),
+        ("views", True),
+        ("views", {"count": 8, "more": 1}),
         ("num_outputs", 7),
         ("num_outputs", "1"),
         ("backbone", "resnet50"),
@@ -334,7 +353,10 @@ def test_a_sidecar_with_a_strange_value(adapter: Path, key: str, value: object) 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("image_size", "32"), ("image_size", -1), ("resize_size", 8), ("interpolation", "magic"), ("std", [0, 1, 1]),
+    [("image_size", "32"), ("image_size", -1), ("image_size", 0), ("image_size", 4096), ("resize_size", 10**5),
+     ("image_size", True), ("image_size", 32.0), ("mean", ["0.5"] * 3), ("mean", [float("inf")] * 3),
+     ("preparation", {"crop_to_brain": "no"}), ("preparation", {"gray": 1}), ("gray_bits", 12.5), ("unknown", 1),
+     ("resize_size", 8), ("interpolation", "magic"), ("std", [0, 1, 1]),
      ("mean", [0.5]), ("fit", "magic"), ("preparation", {"contrast": "magic"}), ("preparation", {"unknown": True})],
 )  # fmt: skip
 def test_a_sidecar_with_a_strange_preprocessing(adapter: Path, key: str, value: object) -> None:
@@ -342,7 +364,8 @@ def test_a_sidecar_with_a_strange_preprocessing(adapter: Path, key: str, value: 
     content = json.loads(file.read_text())
     content["preprocessing"][key] = value
     file.write_text(json.dumps(content), encoding="utf-8")
-    assert "hf_histo.json" in refusal(adapter)
+    message = refusal(adapter)
+    assert "hf_histo.json: preprocessing" in message
 
 
 def test_a_sidecar_older_than_an_option(adapter: Path) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -67,11 +66,6 @@ class Design:
         if self.on == "logits":
             place = f"the backbone's output layer, {'trained as well' if self.train_output_layer else 'kept as it is'}"
         return f"{layers} on {place}{', ending in a softmax' if self.softmax else ''}"
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Design:
-        """From what `dataclasses.asdict` and JSON make of it."""
-        return cls(**{**content, "widths": tuple(content["widths"])})
 
     @property
     def is_plain(self) -> bool:

@@ -12,15 +12,18 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 
 from hf_histo.config import Config
 from hf_histo.errors import HistoError
 from hf_histo.transforms.preprocessing import Preprocessing
 
+MAX_VIEWS = 64  # that one prediction is the mean of: beyond it time grows, and the mean hardly moves
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights of torchvision's and PIL's gray conversion
 RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))  # NTSC 1953
 # Optical density of red, green and blue for hematoxylin, eosin and DAB: Ruifrok & Johnston 2001, table 1, unit rows
@@ -162,7 +165,7 @@ class Views:
     """The views of an image whose mean logit is its prediction.
 
     Attributes:
-        count: how many.
+        count: how many, at most `MAX_VIEWS`.
         augmentation: "square" for the image itself and, if `count` is 8, its quarter turns and all their mirror
             images; or the preset from which each view is drawn.
         seed: of what is drawn.
@@ -172,7 +175,7 @@ class Views:
 
     count: int = 1
     augmentation: str = "square"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
     def __post_init__(self) -> None:
         square = self.augmentation == "square"
@@ -180,8 +183,8 @@ class Views:
             raise HistoError(
                 f"--test_time_augmentation is {self.augmentation!r}, expected one of square, {', '.join(PRESETS)}"
             )
-        if not isinstance(self.count, int) or self.count < 1 or (square and self.count not in (1, 8)):
-            expected = "1 or 8; other numbers need --test_time_augmentation" if square else "a number of at least 1"
+        if not 1 <= self.count <= MAX_VIEWS or (square and self.count not in (1, 8)):
+            expected = "1 or 8; other numbers need --test_time_augmentation" if square else f"1 to {MAX_VIEWS}"
             raise HistoError(f"--test_time_views is {self.count!r}, expected {expected}")
 
     @classmethod

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Annotated
 
 import kornia.enhance
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from scipy import ndimage
 
 from hf_histo.config import PreparationOptions
@@ -42,7 +44,7 @@ class Preparation:
     gray: bool = False
     crop_to_brain: bool = False
     even_field: bool = False
-    contrast: str = "none"
+    contrast: Annotated[str, Field(pattern=f"^({'|'.join(CONTRASTS)})$")] = "none"
 
     @classmethod
     def of(cls, options: PreparationOptions) -> Preparation:

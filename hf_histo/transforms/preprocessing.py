@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import PIL.Image
 import torch
+from pydantic import Field
 from timm.data import resolve_data_config
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
@@ -20,6 +21,10 @@ from hf_histo.errors import HistoError
 from hf_histo.transforms.mri import Preparation
 
 FITS = ("crop", "squash", "pad")
+MAX_SIZE = 1024  # pixels on a side of what a model sees: more than pretrained ones do, and a batch fits into memory
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+Deviation = Annotated[float, Field(gt=0)]
+ResizeSize = Annotated[int, Field(ge=1, le=2 * MAX_SIZE)]
 _ELONGATED = 8  # longer than this times its width, an image is cropped before it is resized, or it might not fit memory
 
 
@@ -28,8 +33,8 @@ class Preprocessing:
     """Resize, center crop and normalization of an evaluation batch.
 
     Attributes:
-        image_size: pixels on a side of the square that the model sees.
-        resize_size: pixels on a side of the square before the center crop, at least `image_size`.
+        image_size: pixels on a side of the square that the model sees, at most `MAX_SIZE`.
+        resize_size: pixels on a side of the square before the center crop, from `image_size` to twice `MAX_SIZE`.
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos"; always antialiased.
         mean, std: per channel (red, green, blue), for values in [0, 1].
         fit: how an image that is not square becomes so. "crop": the shorter side is resized and the longer one loses
@@ -40,14 +45,14 @@ class Preprocessing:
             `hf_histo.data.schema.rgb`; None where there were none.
     """
 
-    image_size: int
-    resize_size: int
-    interpolation: str
+    image_size: Size
+    resize_size: ResizeSize
+    interpolation: Annotated[str, Field(pattern="^(nearest|bilinear|bicubic|lanczos)$")]
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    fit: str = "crop"
+    std: tuple[Deviation, Deviation, Deviation]
+    fit: Annotated[str, Field(pattern=f"^({'|'.join(FITS)})$")] = "crop"
     preparation: Preparation = field(default_factory=Preparation)
-    gray_bits: int | None = None
+    gray_bits: Annotated[int, Field(ge=8, le=16)] | None = None
 
     def read(self, dataset: datasets.Dataset, at_least: int = 0) -> ImageTable:
         """The images of a schema table, prepared and ready to be put into batches.
@@ -159,12 +164,15 @@ def resolve(
         image_size, resize_size: pixels; without `resize_size`, the backbone's own ratio of crop to resize is kept.
         fit: "crop", "squash" or "pad".
 
-    Raises `HistoError` if nothing is declared, or `resize_size` is smaller than `image_size`.
+    Raises `HistoError` if nothing is declared, or a size is out of bounds or `resize_size` smaller than `image_size`.
     """
     declared = getattr(config, "pretrained_cfg", None)
     own = _from_timm(declared, source) if declared else _from_image_processor(source)
     size = image_size or own.image_size
     resize = resize_size or math.floor(size * own.resize_size / own.image_size)
+    for option, value, most in (("image", size, MAX_SIZE), ("resize", resize, 2 * MAX_SIZE)):
+        if not 1 <= value <= most:
+            raise HistoError(f"--{option}_size is {value}, expected 1 to {most} pixels; choose a smaller one")
     if resize < size:
         raise HistoError(f"--resize_size is {resize}, expected at least the image size, {size}")
     return replace(own, image_size=size, resize_size=resize, fit=fit or own.fit)

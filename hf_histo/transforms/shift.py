@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 
 from hf_histo.data.schema import ImageTable
 
 MOST = 1000  # images of a center that are measured, evenly spread: enough for a mean, a deviation and a 99th percentile
 QUANTILE = 0.99
 LEAST_DEVIATION = 1 / 255  # of a statistic within a center: one step of a stored value
+
+Means = Annotated[Sequence[float], Field(min_length=6, max_length=6)]
+Deviations = Annotated[Sequence[Annotated[float, Field(gt=0)]], Field(min_length=6, max_length=6)]
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,8 @@ class ColorRange:
         limit: distance that 99% of the training images keep within.
     """
 
-    centers: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-    limit: float
+    centers: Annotated[Mapping[str, tuple[Means, Deviations]], Field(min_length=1)]
+    limit: Annotated[float, Field(ge=0)]
 
     @classmethod
     def fit(cls, images: ImageTable) -> ColorRange:
@@ -50,16 +55,6 @@ class ColorRange:
     def distance(self, image: torch.Tensor) -> float:
         """Of a uint8 image (3, H, W) to the nearest training center, in deviations."""
         return float(_distances(_statistics(image)[None], self.centers)[0])
-
-    def is_sound(self) -> bool:
-        """Whether it is of the form that `fit` gives, having been read from a file."""
-        try:
-            numbers = np.array(list(self.centers.values()), dtype=float)
-            return numbers.shape[1:] == (2, 6) and bool(
-                np.isfinite(numbers).all() and numbers[:, 1].min() > 0 and 0 <= float(self.limit) < np.inf
-            )
-        except (ValueError, TypeError, AttributeError):
-            return False
 
 
 def _statistics(image: torch.Tensor) -> NDArray[np.float64]:

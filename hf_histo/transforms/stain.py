@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torchstain
 from numpy.typing import NDArray
+from pydantic import ConfigDict, TypeAdapter
 
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
@@ -35,6 +36,7 @@ from hf_histo.errors import HistoError
 METHODS = ("none", "rgb", "reinhard", "macenko")
 PIXELS_PER_IMAGE = 256  # that stand for an image in a stain estimate: 400 images give 100,000 pixels
 WHITE = 240.0  # intensity of unstained glass, the value of Macenko's published code
+ROWS = TypeAdapter(list[list[float]], config=ConfigDict(strict=True))  # of statistics in JSON
 MIN_STD = 1e-3  # of a channel; below it a center is blank, and dividing by it would make noise
 
 
@@ -139,7 +141,7 @@ class CenterNormalizer:
             raise ValueError(f"normalizer method {method!r}")
         every = {}
         for key, rows in content.items():
-            numbers = np.array(rows, dtype=float)
+            numbers = np.array(ROWS.validate_python(rows), dtype=float)
             if numbers.shape != (4, 3) or not np.isfinite(numbers).all() or abs(np.linalg.det(numbers[1:])) < 1e-12:
                 raise ValueError(f"statistics of {key}: {numbers.tolist()}")
             every[key] = Statistics(tuple(numbers[0].tolist()), tuple(map(tuple, numbers[1:].tolist())))
