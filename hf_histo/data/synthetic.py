@@ -1,8 +1,9 @@
 """Synthetic H&E-like patches in the challenge's layout: a demo and test set that needs no download and no license.
 
 The class lies in the structure of the tissue, not in its color. A tumor's nuclei are larger, more varied, more
-irregular, closer packed and coarser inside, and its glands lose the single row of nuclei around one lumen. What a mean
-color could tell, the area under nuclei and lumen and the amount of each stain, is drawn without regard to the class.
+irregular, closer packed and coarser inside, and its glands lose the single row of nuclei around one lumen. Colors know
+no class: patches come in pairs of a normal and a tumor, whose amounts of stain are the same, pixel for pixel, in other
+places (`recolored`), so that no histogram of colors can part them.
 
 Each center stains and scans in its own way, and each slide departs a little from its center.
 """
@@ -66,6 +67,8 @@ CENTERS: dict[int, Slide] = {
 
 ERYTHROCYTE: tuple[float, ...] = (0.12, 0.80, 0.62)
 """Optical density of red blood cells per unit in red, green, blue (hemoglobin absorbs blue and green; set by eye)."""
+ERYTHROCYTES = 0.9
+"""Amount of that stain in a red blood cell."""
 
 
 def slide(rng: np.random.Generator, center: int) -> Slide:
@@ -91,9 +94,28 @@ def slide(rng: np.random.Generator, center: int) -> Slide:
     )
 
 
-def patch(rng: np.random.Generator, source: Slide, *, tumor: bool) -> NDArray[np.uint8]:
-    """Draw one patch of normal or tumor tissue as the slide shows it: uint8 (3, 96, 96), RGB in 0..255."""
-    stains = ndimage.gaussian_filter(tissue(rng, tumor=tumor), (0, *[_focus(rng, source.blur)] * 2))
+def pair(rng: np.random.Generator, source: Slide) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Draw a patch of normal and one of tumor tissue as the slide shows them: uint8 (3, 96, 96) each, RGB in 0..255.
+
+    Both are of the same composition, and both have the colors of one of them, chosen by a coin.
+    """
+    composition, focus = Composition.draw(rng), _focus(rng, source.blur)
+    # Colors are exchanged behind the optics, whose blur mixes them by the structure, which is the class's.
+    normal, tumor = (
+        ndimage.gaussian_filter(tissue(rng, composition, tumor=tumor), (0, focus, focus)) for tumor in (False, True)
+    )
+    colors = tumor if rng.integers(2) else normal
+    return _scanned(rng, source, composition, recolored(normal, colors), focus), _scanned(
+        rng, source, composition, recolored(tumor, colors), focus
+    )
+
+
+def _scanned(
+    rng: np.random.Generator, source: Slide, composition: Composition, tissue: Array, focus: float
+) -> NDArray[np.uint8]:
+    """The image that a scanner makes of hematoxylin and eosin (2, 96, 96), with red blood cells over them."""
+    blood = ERYTHROCYTES * ndimage.gaussian_filter(_discs(rng, composition.blood, 4.2 * composition.zoom), focus)
+    stains = np.stack([*(tissue * (1 - blood)), blood])
     vectors = np.array([source.hematoxylin, source.eosin, ERYTHROCYTE])
     amounts = np.array([*source.amounts, source.amounts[1]])
     # Beer-Lambert: light falls off exponentially with the amount of stain (Ruifrok & Johnston 2001, equation 1).
@@ -105,28 +127,86 @@ def patch(rng: np.random.Generator, source: Slide, *, tumor: bool) -> NDArray[np
     return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
-def tissue(rng: np.random.Generator, *, tumor: bool) -> Array:
-    """Draw the amounts of hematoxylin, eosin and red blood cells: float64 (3, 96, 96), zero or more."""
+@dataclass(frozen=True)
+class Composition:
+    """What a patch is made of, drawn without regard to the class.
+
+    Attributes:
+        zoom: size of all structures; 1 is that of the numbers in this module.
+        lumen, nuclei: shares of the area in (0, 1).
+        depth: of the epithelium around a lumen, in pixels; 0 is stroma alone.
+        lymphocytes: share of the nuclei in [0, 1).
+        vacuoles, blood: number of vacuoles and of red blood cells.
+        basophilia: hematoxylin of the cytoplasm, beside that of nuclei, which is about 1.
+        hematoxylin, eosin: mean amounts, the former for each unit that nuclei and cytoplasm hold.
+    """
+
+    zoom: float
+    lumen: float
+    nuclei: float
+    depth: float
+    lymphocytes: float
+    vacuoles: int
+    blood: int
+    basophilia: float
+    hematoxylin: float
+    eosin: float
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Composition:
+        zoom = float(np.exp(rng.uniform(np.log(0.85), np.log(1.5))))
+        return cls(
+            zoom=zoom,
+            lumen=rng.choice([0.01, rng.uniform(0.04, 0.3)]),
+            nuclei=rng.uniform(0.12, 0.34),
+            depth=rng.choice([0.0, 13.0, 18.0, 200.0], p=[0.2, 0.3, 0.2, 0.3]) * zoom,
+            lymphocytes=rng.choice([0.0, rng.uniform(0.1, 0.5)], p=[0.6, 0.4]),
+            vacuoles=rng.poisson(rng.choice([0, 4], p=[0.65, 0.35])),
+            blood=rng.poisson(rng.choice([0, 3], p=[0.7, 0.3])),
+            basophilia=rng.uniform(0.05, 0.3),
+            hematoxylin=rng.uniform(1.15, 1.75),
+            eosin=rng.uniform(0.3, 0.62),
+        )
+
+
+def recolored(structure: Array, colors: Array) -> Array:
+    """The `structure` (2, H, W) of a tissue in the amounts of stain of another one, `colors` (2, H, W).
+
+    The result holds the pixels of `colors`, each once: their order by hematoxylin becomes that of `structure`, and
+    among pixels of about the same hematoxylin, that by eosin likewise. An exact histogram specification (Coltuc, Bolon
+    & Chassery 2006, "Exact histogram specification", IEEE Trans. Image Process. 15(5):1143), in two dimensions.
+    """
+    target, source = structure.reshape(2, -1), colors.reshape(2, -1)
+    result = np.empty_like(target)
+    result[:, _ordered(target, len(structure[0]))] = source[:, _ordered(source, len(structure[0]))]
+    return result.reshape(structure.shape)
+
+
+def _ordered(stains: Array, windows: int) -> NDArray[np.intp]:
+    """The pixels (n,) of stains (2, n) by rising hematoxylin, and within each of so many windows by rising eosin."""
+    order = stains[0].argsort(kind="stable").reshape(windows, -1)
+    return np.take_along_axis(order, stains[1][order].argsort(axis=1, kind="stable"), axis=1).ravel()
+
+
+def tissue(rng: np.random.Generator, composition: Composition, *, tumor: bool) -> Array:
+    """Draw the amounts of hematoxylin and eosin: float64 (2, 96, 96), zero or more."""
     # One degree of atypia for the patch; each trait follows it loosely, so that no single trait decides.
     traits = np.clip((0.78 if tumor else 0.22) + rng.normal(0, 0.10) + rng.normal(0, 0.16, 7), 0, 1)
     size, variety, contour, crowding, disorder, chromatin, architecture = traits
-    zoom = np.exp(rng.uniform(np.log(0.85), np.log(1.5)))
+    zoom, depth, share = composition.zoom, composition.depth, composition.nuclei
     warp = 7 * zoom * np.stack([_smooth(rng, 11 * zoom) for _ in range(2)])
     grid = np.mgrid[:SIZE, :SIZE].astype(float)
 
-    # Architecture: the distance to the lumen in pixels, negative inside. Its share of the area and the epithelium's
-    # depth know no class: one wide lumen takes as much as many narrow ones.
+    # Architecture: the distance to the lumen in pixels, negative inside. One wide lumen is as large as many narrow.
     lumens = 1 + rng.binomial(5, architecture**2)
     spots = rng.uniform(-20, SIZE + 20, (1, 2)) if lumens == 1 else rng.uniform(0, SIZE, (lumens, 2))
     away = np.min(np.hypot(*(grid + warp * (0.6 + architecture) - spots[:, :, None, None]).swapaxes(0, 1)), axis=0)
-    depth = rng.choice([0.0, 13.0, 18.0, 200.0], p=[0.2, 0.3, 0.2, 0.3]) * zoom
-    distance = away - np.quantile(away, rng.choice([0.01, rng.uniform(0.04, 0.3)]))
+    distance = away - np.quantile(away, composition.lumen)
     lumen = _edge(-distance, 1.0)
     epithelium = _edge(depth + 4 * disorder * zoom * _smooth(rng, 6 * zoom) - distance, 1.5) * (1 - lumen)
     fibers, along = _fibers(rng, warp, zoom)
 
     # Nuclei: points that keep their distance, in a row at the base of an ordered epithelium.
-    share = rng.uniform(0.12, 0.34)
     radius = 4.6 * zoom * (1 + 0.45 * size)
     count = max(4, int(1.35 * share * SIZE**2 / (np.pi * radius**2)))
     radii = radius * np.exp(rng.normal(0, 0.06 + 0.26 * variety, 400))
@@ -140,7 +220,7 @@ def tissue(rng: np.random.Generator, *, tumor: bool) -> Array:
     upright = np.arctan2(*(slope[inside][kept] for slope in np.gradient(ndimage.gaussian_filter(distance, 3))))
     # Lymphocytes come in both classes: small, round and dark. A mitosis is a dark, ragged plate.
     n = len(kept)
-    immune = rng.random(n) < rng.choice([0.0, rng.uniform(0.1, 0.5)], p=[0.6, 0.4])
+    immune = rng.random(n) < composition.lymphocytes
     mitosis = (rng.random(n) < (0.05 * chromatin if tumor else 0.0)) & ~immune
     plain = immune | mitosis
     nuclei = _Nuclei(
@@ -157,20 +237,18 @@ def tissue(rng: np.random.Generator, *, tumor: bool) -> Array:
     )
     mask, hematoxylin, border = _paint(rng, grid, nuclei, share, 0.10 + 0.35 * chromatin, zoom)
 
-    # Cytoplasm, stroma, and what lies about in either class: vacuoles, red blood cells.
+    # Cytoplasm, stroma, and vacuoles.
     fine = _smooth(rng, 1.2 * zoom)
-    vacuoles = _discs(rng, grid, rng.poisson(rng.choice([0, 4], p=[0.65, 0.35])), 6.5 * zoom) * (1 - mask)
-    blood = _discs(rng, grid, rng.poisson(rng.choice([0, 3], p=[0.7, 0.3])), 4.2 * zoom) * (1 - mask) * 0.9
+    vacuoles = _discs(rng, composition.vacuoles, 6.5 * zoom) * (1 - mask)
     plasma = 0.55 + 0.09 * fine + 0.22 * border
     eosin = epithelium * plasma + (1 - epithelium) * (1 - lumen) * fibers + 0.05 * lumen
-    eosin *= (1 - 0.55 * mask) * (1 - 0.8 * vacuoles) * (1 - blood)
-    basophilia = rng.uniform(0.05, 0.3)
+    eosin *= (1 - 0.55 * mask) * (1 - 0.8 * vacuoles)
+    basophilia = composition.basophilia
     hematoxylin += (1 - mask) * (1 - lumen) * (1 - vacuoles) * (basophilia * epithelium + 0.05) * (1 + 0.25 * fine)
 
-    # The totals are drawn without regard to the class, from the shares that were.
-    hematoxylin *= (share * rng.uniform(1.15, 1.75) + 0.6 * basophilia) / hematoxylin.mean()
-    eosin *= rng.uniform(0.3, 0.62) / eosin.mean()
-    return np.clip(np.stack([np.minimum(hematoxylin, 3.2), np.minimum(eosin, 1.6), blood]), 0, None)
+    hematoxylin *= (share * composition.hematoxylin + 0.6 * basophilia) / hematoxylin.mean()
+    eosin *= composition.eosin / eosin.mean()
+    return np.clip(np.stack([np.minimum(hematoxylin, 3.2), np.minimum(eosin, 1.6)]), 0, None)
 
 
 @dataclass(frozen=True)
@@ -248,12 +326,13 @@ def _fibers(rng: np.random.Generator, warp: Array, zoom: float) -> tuple[Array, 
     return np.clip(0.6 + rng.uniform(0.1, 0.28) * texture, 0.05, None), np.arctan2(slope_x, -slope_y)
 
 
-def _discs(rng: np.random.Generator, grid: Array, count: int, radius: float) -> Array:
+def _discs(rng: np.random.Generator, count: int, radius: float) -> Array:
     """A soft mask (96, 96) of `count` discs in a cluster."""
     if count == 0:
         return np.zeros((SIZE, SIZE))
     centers = rng.uniform(0, SIZE, 2) + rng.normal(0, 2.2 * radius, (count, 2))
     radii = radius * np.exp(rng.normal(0, 0.2, count))
+    grid = np.mgrid[:SIZE, :SIZE].astype(float)
     away = np.hypot(*(grid[:, None] - centers.T[:, :, None, None]))
     return _edge(np.max(radii[:, None, None] - away, axis=0), 0.8)
 
@@ -281,9 +360,9 @@ def generate(directory: str | Path, *, seed: int = 0, train: int = 1200, val: in
     """Write `train.h5`, `val.h5` and `test.h5` with that many patches into the new folder `directory`.
 
     Each file holds one group per image ("0", "1", ...): `img` uint8 (3, 96, 96), `label` int64 () with 0 normal and
-    1 tumor, and `metadata` int64 (3,) with center, slide and label. Within a center the classes alternate and a slide
-    gives up to 20 patches of both; no slide is in two splits. A seed fixes every array, and a larger split starts with
-    the same images as a smaller one.
+    1 tumor, and `metadata` int64 (3,) with center, slide and label. Within a center pairs follow one another (see
+    `pair`), and a slide gives up to 20 patches; no slide is in two splits. A seed fixes every array, and a larger
+    split starts with the same images as a smaller one.
 
     Raises `HistoError` where a size is not positive or the folder exists.
     """
@@ -300,15 +379,17 @@ def generate(directory: str | Path, *, seed: int = 0, train: int = 1200, val: in
     ):
         for name, centers in SPLITS.items():
             with h5py.File(folder / f"{name}.h5", "w") as file:
+                pairs = {}
                 for index in range(sizes[name]):
                     turn, place = divmod(index, len(centers))
                     center, label = centers[place], turn % 2
                     number = turn // PATCHES_PER_SLIDE
-                    # Seeds are lists, so every slide and patch has its own stream whatever was drawn before it.
-                    source = slide(np.random.default_rng([seed, center, number]), center)
-                    rng = np.random.default_rng([seed, center, number, turn])
+                    # Seeds are lists, so every slide and pair has its own stream whatever was drawn before it.
+                    if label == 0:
+                        source = slide(np.random.default_rng([seed, center, number]), center)
+                        pairs[center] = pair(np.random.default_rng([seed, center, number, turn]), source)
                     group = file.create_group(str(index))
-                    group["img"] = patch(rng, source, tumor=bool(label))
+                    group["img"] = pairs[center][label]
                     group["label"] = np.int64(label)
                     group["metadata"] = np.array([center, 1000 * center + number, label], dtype=np.int64)
                     progress.update()
