@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from pydantic import ConfigDict
 
 from hf_histo.errors import HistoError
 
 CHECKSUMS = "checksums.json"
+# How pydantic reads a dataclass from JSON: types as they are declared, no other keys, finite numbers. Each class that a
+# file holds has it as `__pydantic_config__`; not all versions of pydantic hand it on to its parts.
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 @contextmanager

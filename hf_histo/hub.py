@@ -34,14 +34,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import documents
 from hf_histo.evaluation import predictions as prediction_tables
-from hf_histo.files import CHECKSUMS, atomic_folder, checksum, read_json, write_json
+from hf_histo.files import CHECKSUMS, STRICT, atomic_folder, checksum, read_json, write_json
 from hf_histo.models import adapters, backbones, heads
 from hf_histo.transforms.augmentation import PLAIN, Views
 from hf_histo.transforms.preprocessing import Preprocessing
@@ -99,8 +99,7 @@ class Sidecar:
         adapt_batch_norm: whether a prediction takes batch-norm statistics from its own images.
         colors: of the training images; None where they were streamed, and in folders that are older than it.
         threshold: probability of the second class from which on it is predicted, in [0, 1].
-        thresholds: others to choose from by name, for a binary task: "validation" (best balanced accuracy there) and
-            "balanced-SPLIT" (calls half of that split's images positive, found without its labels).
+        thresholds: others to choose from by name, for a binary task: "validation" (best balanced accuracy there).
         temperature: by which logits are divided before they become calibrated probabilities, fitted on the validation
             split, where the checkpoint was chosen, too; 1 without calibration.
         head: what the classifier is made of.
@@ -110,7 +109,7 @@ class Sidecar:
         versions: of the packages that trained it.
     """
 
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # also of what it is made of
+    __pydantic_config__ = STRICT
 
     method: Annotated[str, Field(pattern="^(linear|lora|pca|full)$")]
     label_names: Annotated[list[str], Field(min_length=2)]
@@ -183,16 +182,22 @@ class Sidecar:
     def threshold_named(self, name: str | float | None) -> float:
         """The threshold of that name in `thresholds`, or the number that `name` is or spells; None: the adapter's own.
 
-        Raises `HistoError` for an unknown name or a number outside [0, 1].
+        Raises `HistoError` for an unknown name or a number outside [0, 1], and for "balanced-SPLIT", which older adapters
+        hold: it called half of the images of that split positive, and no half of others.
         """
         if name is None:
             return self.threshold
+        if isinstance(name, str) and name.startswith("balanced-"):
+            raise HistoError(
+                f"--threshold is {name!r}, a number from the images of an earlier split, expected one for new images: "
+                "validation, a number, or --balanced of predict.py (hf_histo.evaluation.thresholds.for_share)"
+            )
         try:
             value = self.thresholds[name] if isinstance(name, str) and name in self.thresholds else float(name)
         except ValueError:
             value = -1.0
         if not 0 <= value <= 1:
-            known = ", ".join(self.thresholds) or "none"
+            known = ", ".join(key for key in self.thresholds if not key.startswith("balanced-")) or "none"
             raise HistoError(
                 f"--threshold is {name!r}, expected a probability, or a name that the adapter holds: {known}"
             )

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_histo.config import ModelOptions
 from hf_histo.errors import HistoError
+from hf_histo.files import STRICT
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Design:
 
     Raises `HistoError` for parts that do not go together.
     """
+
+    __pydantic_config__ = STRICT
 
     widths: tuple[int, ...] = ()
     on: Literal["features", "logits"] = "features"

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from hf_histo.config import Config
 from hf_histo.errors import HistoError
+from hf_histo.files import STRICT
 from hf_histo.transforms.preprocessing import Preprocessing
 
 MAX_VIEWS = 64  # that one prediction is the mean of: beyond it time grows, and the mean hardly moves
@@ -172,6 +173,8 @@ class Views:
 
     Raises `HistoError` for a number of views that the square does not have, or an unknown preset.
     """
+
+    __pydantic_config__ = STRICT
 
     count: int = 1
     augmentation: str = "square"

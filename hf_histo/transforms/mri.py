@@ -14,6 +14,7 @@ from pydantic import Field
 from scipy import ndimage
 
 from hf_histo.config import PreparationOptions
+from hf_histo.files import STRICT
 
 CONTRASTS = ("none", "clahe", "stretch")
 MARGIN = 0.02  # of the box's longer side, around the head on each side
@@ -40,6 +41,8 @@ class Preparation:
         contrast: "clahe" (Zuiderveld 1994, "Contrast limited adaptive histogram equalization", 8 x 8 tiles, limit 2),
             "stretch" (the image's percentiles 1 and 99 become black and white), or "none".
     """
+
+    __pydantic_config__ = STRICT
 
     gray: bool = False
     crop_to_brain: bool = False

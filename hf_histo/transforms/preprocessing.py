@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, CLIPImageProcessor, PreTrainedConfi
 
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
+from hf_histo.files import STRICT
 from hf_histo.transforms.mri import Preparation
 
 FITS = ("crop", "squash", "pad")
@@ -44,6 +45,8 @@ class Preprocessing:
         gray_bits: of the 16-bit gray images among those of training, 8 to 16, by which all others are read, see
             `hf_histo.data.schema.rgb`; None where there were none.
     """
+
+    __pydantic_config__ = STRICT
 
     image_size: Size
     resize_size: ResizeSize

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from hf_histo.data.schema import ImageTable
+from hf_histo.files import STRICT
 
 MOST = 1000  # images of a center that are measured, evenly spread: enough for a mean, a deviation and a 99th percentile
 QUANTILE = 0.99
@@ -33,6 +34,8 @@ class ColorRange:
         centers: of each center, by its number as text, the means and the deviations of the six statistics.
         limit: distance that 99% of the training images keep within.
     """
+
+    __pydantic_config__ = STRICT
 
     centers: Annotated[Mapping[str, tuple[Means, Deviations]], Field(min_length=1)]
     limit: Annotated[float, Field(ge=0)]
