@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,32 @@ CHECKSUMS = "checksums.json"
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+def require_output(path: str | Path, inputs: Iterable[str | Path | None] = (), *, folder: bool = False) -> None:
+    """Raise `HistoError` unless a file, or a `folder`, may be written at `path`.
+
+    That is: nothing is there, or a regular file (a folder); it is no link; and it is not, and does not lie in, one of
+    `inputs`, the files and folders that the same command reads. Names of the Hub among them are no places here.
+    """
+    path = Path(path)
+    if path.is_symlink():
+        raise HistoError(f"output {path}: is a link, expected a place of its own; choose another, or remove the link")
+    if path.exists() and not (path.is_dir() if folder else path.is_file()):
+        kind = "folder" if folder else "regular file"
+        raise HistoError(f"output {path}: is no {kind}, expected a new place or a {kind}; choose another")
+    for source in filter(None, inputs):
+        if Path(source).exists() and path.resolve().is_relative_to(Path(source).resolve()):
+            raise HistoError(f"output {path}: is or lies in the input {source}, expected another place; choose one")
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it onto `path`, else remove it.
 
-    The temporary name keeps the suffix of `path`, for writers that choose a format by it.
+    The temporary name keeps the suffix of `path`, for writers that choose a format by it. Raises `HistoError` as
+    `require_output` does.
     """
     path = Path(path)
+    require_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".incomplete{path.suffix}", dir=path.parent)
     os.close(descriptor)
@@ -46,8 +65,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; on success rename it onto `path`, which must not exist, else remove it."""
+    """Yield an empty folder beside `path`; on success rename it onto `path`, which must not exist, else remove it.
+
+    Raises `HistoError` as `require_output` does.
+    """
     path = Path(path)
+    require_output(path, folder=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".incomplete", dir=path.parent))
     try:

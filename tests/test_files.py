@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hf_histo import files
+from hf_histo.errors import HistoError
 from hf_histo.files import atomic_file, atomic_folder, write_json
 
 
@@ -63,3 +67,70 @@ def test_a_damaged_list_of_checksums_is_an_error(tmp_path: Path, content: str) -
     (tmp_path / files.CHECKSUMS).write_text(content)
     with pytest.raises(ValueError, match=r"damaged|Expecting"):
         files.read_checksums(tmp_path)
+
+
+def _link(place: Path) -> None:
+    (place.parent / "target").write_text("kept")
+    place.symlink_to(place.parent / "target")
+
+
+def _dangling(place: Path) -> None:
+    place.symlink_to(place.parent / "target")
+
+
+def _device(place: Path) -> None:
+    try:
+        os.mknod(place, stat.S_IFCHR | 0o666, os.makedev(1, 7))  # what /dev/full is
+    except PermissionError:
+        pytest.skip("only root makes devices")
+
+
+@pytest.mark.parametrize("make", [_link, _dangling, _device, os.mkfifo, Path.mkdir])
+def test_only_regular_files_are_replaced(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    place = tmp_path / "out.csv"
+    make(place)
+    before = {path: path.lstat() for path in tmp_path.iterdir()}
+    with pytest.raises(HistoError, match=r"out\.csv.*expected"), atomic_file(place):
+        pytest.fail("written")
+    assert {path: path.lstat() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("make", [_link, _dangling, os.mkfifo, Path.touch])
+def test_only_folders_are_replaced_by_folders(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    place = tmp_path / "run"
+    make(place)
+    before = {path: path.lstat() for path in tmp_path.iterdir()}
+    with pytest.raises(HistoError, match=r"run: is .*expected"), atomic_folder(place):
+        pytest.fail("written")
+    assert {path: path.lstat() for path in tmp_path.iterdir()} == before
+
+
+def test_no_output_is_an_input_or_in_one(tmp_path: Path) -> None:
+    data, alias = tmp_path / "data", tmp_path / "alias"
+    data.mkdir()
+    (data / "test.h5").touch()
+    alias.symlink_to(data)
+    for output, source in (
+        (data / "test.h5", data / "test.h5"),
+        (alias / "test.h5", data / "test.h5"),
+        (data / "test.h5", alias),
+        (data / "new.csv", data),
+        (data / ".." / "data" / "new.csv", alias),
+    ):
+        with pytest.raises(HistoError, match=f"{output.name}: .*expected"):
+            files.require_output(output, [source])
+    with pytest.raises(HistoError, match="is or lies in the input"):
+        files.require_output(data, [data], folder=True)
+    files.require_output(tmp_path / "new.csv", [data, "owner/name", None])
+    files.require_output(data / "other.csv", [data / "test.h5"])
+
+
+def test_what_was_written_is_renamed_and_not_copied(tmp_path: Path) -> None:
+    """A copy could be cut off, by a kill or a full disk, under its final name."""
+    with files.atomic_file(tmp_path / "table.csv") as temporary:
+        temporary.write_text("rows")
+        written = temporary.stat().st_ino
+    assert (tmp_path / "table.csv").stat().st_ino == written
+    with files.atomic_folder(tmp_path / "run") as folder:
+        written = folder.stat().st_ino
+    assert (tmp_path / "run").stat().st_ino == written
