@@ -199,3 +199,11 @@ def test_validation_is_cut_where_there_is_none(data: datasets.DatasetDict) -> No
     assert sorted([*cut["train"]["id"], *cut["val"]["id"]]) == sorted(data["train"]["id"])
     assert len(cut["val"]) == pytest.approx(20, abs=8)
     assert fingerprint(cut) == fingerprint(with_validation(without)) != fingerprint(without)
+
+
+def test_folds_follow_their_seed(data: datasets.DatasetDict) -> None:
+    def held_out(seed: int) -> list[list[str]]:
+        return [sorted(fold["test"]["id"]) for fold in k_folds(data, folds=2, seed=seed).values()]
+
+    assert held_out(0) == held_out(0)
+    assert any(held_out(seed) != held_out(0) for seed in (1, 2, 3))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 import torch
 from miniature import config, divide_training, write_backbone, write_data
@@ -19,8 +22,9 @@ from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import metrics
 from hf_histo.models import adapters, backbones, batchnorm
-from hf_histo.training import frozen, losses, runs, trainer
+from hf_histo.training import domains, frozen, losses, runs, trainer
 from hf_histo.transforms import augmentation, preprocessing
+from hf_histo.transforms.stain import CenterNormalizer
 
 PLATEAU = ["--lr_scheduler_type=reduce_lr_on_plateau", "--lr_scheduler_patience=3"]
 
@@ -96,8 +100,9 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("domain_loss", ["dann", "group_dro"])
 def test_an_interrupted_run_ends_in_the_same_bytes(
-    tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, domain_loss: str
 ) -> None:
     more = [
         "--num_train_epochs=3",
@@ -105,7 +110,8 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
         "--augmentation=crop-jitter",
         "--lora_dropout=0.1",
         "--head_dropout=0.1",
-        "--domain_loss=dann",
+        f"--domain_loss={domain_loss}",
+        "--domain_weight=30",
         *PLATEAU,
     ]
     data = load(source[1])
@@ -233,3 +239,161 @@ def test_a_gpu_that_has_bf16_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for has, expected in ((True, "bf16"), (False, "no")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
         assert runs.mixed_precision(parse(None, [])) == expected
+
+
+def batch(session: trainer.Trainer, rows: int = 8) -> dict[str, Any]:
+    """The first images of the training set, as a step gets them."""
+    assert session.model is not None
+    session.model.train()
+    assert isinstance(session.train_dataset, ImageTable)
+    return session._prepare_inputs(trainer.collate(session.train_dataset.__getitems__(range(rows))))
+
+
+def domain_session(folder: Path, source: tuple[Path, Path], *more: str) -> trainer.Trainer:
+    run = session(folder, source, "--augmentation=none", "--target_modules=last-conv", *more)
+    run.state.max_steps = 10
+    return run
+
+
+@pytest.mark.parametrize("items", [None, 32])
+def test_the_penalties_are_weighted_parts_of_the_loss(
+    tmp_path: Path, source: tuple[Path, Path], items: int | None
+) -> None:
+    """An update of 32 images takes a quarter of the penalty from a batch of 8, as it does of the loss."""
+    plain = domain_session(tmp_path / "plain", source)
+    inputs = batch(plain)
+    share = 1.0 if items is None else 8 / items
+    base = plain.compute_loss(plain.model, dict(inputs), num_items_in_batch=items).item()
+    for penalty in ("coral", "dann"):
+        for weight in (1.0, 3.0):
+            more = [f"--domain_loss={penalty}", f"--domain_weight={weight}"]
+            run = domain_session(tmp_path / f"{penalty}{weight}", source, *more)
+            loss = run.compute_loss(run.model, dict(inputs), num_items_in_batch=items).item()
+            features, centers = run.features.value, inputs["center"]
+            if penalty == "coral":
+                expected = domains.coral(features, centers)
+            else:
+                assert run.domain_classifier is not None
+                expected = run.domain_classifier(features, centers, 0.0)
+            assert expected.item() > 1e-3
+            assert loss - base == pytest.approx(share * weight * expected.item(), rel=1e-4)
+
+
+def test_group_dro_weighs_the_losses_of_the_centers(tmp_path: Path, source: tuple[Path, Path]) -> None:
+    run = domain_session(tmp_path, source, "--domain_loss=group_dro", "--domain_weight=50")
+    inputs = batch(run)
+    loss, outputs = run.compute_loss(run.model, dict(inputs), return_outputs=True)
+    (groups,) = (c for c in run.callback_handler.callbacks if isinstance(c, domains.GroupDRO))
+    means = [
+        torch.nn.functional.binary_cross_entropy_with_logits(
+            outputs.logits[inputs["center"] == center, 0], inputs["labels"][inputs["center"] == center].float()
+        ).item()
+        for center in (0, 3)
+    ]
+    raised = np.exp(0.5 * np.array(means))  # a step of 50 hundredths
+    np.testing.assert_allclose(groups.weights, raised / raised.sum(), rtol=1e-5)
+    assert loss.item() == pytest.approx(np.dot(groups.weights, means), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "columns"),
+    [
+        (["--class_balance=sampling"], ["labels"]),
+        (["--balance_centers"], ["centers"]),
+        (["--class_balance=sampling", "--balance_centers"], ["labels", "centers"]),
+    ],
+)
+def test_what_is_balanced_is_drawn_equally_often(
+    tmp_path: Path, source: tuple[Path, Path], options: list[str], columns: list[str]
+) -> None:
+    run = session(tmp_path, source, *options)
+    table = run.train_dataset
+    assert isinstance(table, ImageTable)
+    rows = [row for row in range(24) if table.labels[row] == 0 or table.centers[row] == 0 or row < 4]
+    run.train_dataset = table.select(rows)  # neither labels nor centers, nor both, are balanced by themselves
+    values = np.stack([getattr(run.train_dataset, column) for column in columns], axis=1)
+    cells, counts = np.unique(values, axis=0, return_counts=True)
+    assert len(set(counts)) > 1
+    sampler = run._get_train_sampler()
+    drawn = [values[row] for epoch in range(200) for _ in [sampler.set_epoch(epoch)] for row in sampler]
+    _, found = np.unique(drawn, axis=0, return_counts=True)
+    expected = len(drawn) / len(cells)
+    assert np.abs(found - expected).max() < 5 * np.sqrt(expected)
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(0, 7), (2, 3), (4, 5)])
+def test_training_stops_when_patience_ends(
+    tmp_path: Path, source: tuple[Path, Path], patience: int, epochs: int
+) -> None:
+    """Nothing is learned, so the first epoch stays the best."""
+    more = ["--num_train_epochs=7", "--learning_rate=1e-30", "--augmentation=none", "--target_modules=last-conv"]
+    run = session(tmp_path, source, *more, f"--early_stopping_patience={patience}")
+    run.train()
+    assert run.state.global_step == 3 * epochs
+    assert run.state.best_global_step == 3
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [("0.5", 3), ("2", 2), ("0", 0)])
+def test_the_learning_rate_rises_over_the_warm_up(
+    tmp_path: Path, source: tuple[Path, Path], warmup: str, steps: int
+) -> None:
+    more = ["--logging_steps=1", "--target_modules=last-conv", "--lr_scheduler_type=constant_with_warmup"]
+    run = session(tmp_path, source, *more, f"--warmup_steps={warmup}")
+    run.train()
+    expected = [0.01 * min(1.0, step / max(1, steps)) if steps else 0.01 for step in range(6)]
+    assert history(run, "learning_rate") == pytest.approx(expected)
+
+
+def test_dropout_is_on_the_input_of_the_update(tmp_path: Path, source: tuple[Path, Path]) -> None:
+    run = session(tmp_path, source, "--target_modules=last-conv", "--lora_dropout=0.3")
+    assert run.model is not None
+    layers = [module.lora_dropout["default"] for module in run.model.modules() if hasattr(module, "lora_dropout")]
+    assert layers and all(isinstance(layer, torch.nn.Dropout) and layer.p == 0.3 for layer in layers)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_stains_are_mixed_with_their_probability_and_nothing_else_moves(
+    tmp_path: Path, source: tuple[Path, Path], share: float
+) -> None:
+    run = session(tmp_path, source, "--normalization=rgb", f"--stain_mixing={share}", "--augmentation=strong")
+    images = run.train_dataset
+    assert isinstance(images, ImageTable)
+    run.normalizer = CenterNormalizer.fit(images, "rgb")
+    index = torch.arange(600)
+    reference = run.normalizer.targets(torch.zeros(600, dtype=torch.bool), torch.zeros(600, 2))
+    targets = run._stains(index, 0)
+    mixed = (targets != reference).any(1).numpy()
+    assert abs(mixed.mean() - share) <= 5 * np.sqrt(share * (1 - share) / 600)
+    if share == 0.3:
+        # Drawn apart from the augmentation: what it draws first does not decide.
+        area = augmentation.uniform(0, 0, index, 1)[:, 0]
+        assert abs(np.corrcoef(mixed, area)[0, 1]) < 5 / np.sqrt(600)
+        assert not np.array_equal(mixed, (run._stains(index, 1) != reference).any(1).numpy())
+
+        loaded = trainer.collate(images.__getitems__(range(24)))
+        views = run.training_views(loaded["image"], loaded["center"], loaded["index"], 0)
+        run.options = replace(run.options, stain_mixing=0.0)
+        plain = run.training_views(loaded["image"], loaded["center"], loaded["index"], 0)
+        same = [torch.equal(one, other) for one, other in zip(views, plain, strict=True)]
+        assert same == (~mixed[:24]).tolist()
+
+
+@pytest.mark.parametrize(("balance", "expected"), [("weights", [1.0, 3.0]), ("none", None), ("sampling", None)])
+def test_an_imbalance_weighs_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, balance: str, expected: list[float] | None
+) -> None:
+    backbone, data = write_backbone(tmp_path / "backbone"), write_data(tmp_path / "data")
+    with h5py.File(data / "train.h5", "r+") as file:
+        for key in [key for key in file if file[key]["label"][()] == 1][:8]:
+            del file[key]
+    given = []
+    classification = losses.classification
+
+    def watched(num_outputs: int, class_weights: Any = None) -> losses.Loss:
+        given.append(class_weights)
+        return classification(num_outputs, class_weights)
+
+    monkeypatch.setattr(finetune.losses, "classification", watched)
+    options = ["--num_train_epochs=1", "--target_modules=last-conv", f"--class_balance={balance}"]
+    finetune.fine_tune(config(tmp_path / "run", backbone, data, *options), load(data))
+    assert given == [expected]
