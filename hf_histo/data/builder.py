@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_histo.config import DataOptions
-from hf_histo.data import schema
+from hf_histo.data import cache, schema
 from hf_histo.errors import HistoError
 
 LEFT_OUT = "left out "  # starts the line of `info.description` about an image that can't be read
@@ -25,10 +25,11 @@ EXPANSION, SMALL = 1032, 2**20
 class FolderConfig(datasets.BuilderConfig):
     """`name` is the fingerprint of contents and `options`, all that the cache is keyed by.
 
-    `directory` is where they lie now.
+    `directory` is where they lie now, and `state` what `cache.state_of` gave of them.
     """
 
     directory: Path = dataclasses.field(default_factory=Path)
+    state: str = ""
     options: DataOptions = dataclasses.field(default_factory=DataOptions)
 
 
@@ -75,6 +76,12 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
             folder = directory.parent if directory.is_file() else directory
             reason = str(error).removeprefix(str(folder)).lstrip("/\\")  # without the folder, which may move
             self.info.description += f"\n{LEFT_OUT}{reason}"
+
+    def _download_and_prepare(self, *arguments: Any, **options: Any) -> None:
+        """As `datasets` does. Raises HistoError, which leaves nothing behind, for files that changed meanwhile."""
+        super()._download_and_prepare(*arguments, **options)
+        directory = self.config.directory
+        cache.check_unchanged(directory, self.sources(directory), self.config.state)
 
     def _find_bits(self, paths: Iterable[Path]) -> None:
         """Decide how the 16-bit gray images among all of the data set are read, for `_stored`; part of the description.

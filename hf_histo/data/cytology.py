@@ -14,6 +14,7 @@ from hf_histo.data import hierarchy, schema
 from hf_histo.data.builder import FolderBuilder, split_generator
 from hf_histo.data.folders import check_inside, is_image, name_of, split_of
 from hf_histo.errors import HistoError
+from hf_histo.files import regular
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +247,7 @@ class HiCervix(ListedImages):
     @classmethod
     def matches(cls, directory: Path) -> bool:
         try:
-            with (directory / "train.csv").open(encoding="utf-8") as file:
+            with regular(directory / "train.csv").open(encoding="utf-8") as file:
                 return "level_1" in file.readline()
         except (OSError, UnicodeDecodeError):
             return False

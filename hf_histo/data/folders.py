@@ -12,7 +12,7 @@ import PIL.Image
 
 from hf_histo.data import schema
 from hf_histo.data.builder import FolderBuilder, split_generator
-from hf_histo.errors import HistoError
+from hf_histo.errors import HistoError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ class ClassFolders(FolderBuilder):
                 folders[split] = folder
         others = [f.name for f in _folders(directory) if f not in folders.values()]
         if folders and others:
-            logger.warning("%s: left out the folders %s, which are no split", directory, ", ".join(others))
+            names = printable(", ".join(others))
+            logger.warning("%s: left out the folders %s, which are no split", directory, names)
         folders = {split: folders[split] for split in SPLITS if split in folders} or {SINGLE: directory}
         root = directory.resolve()
         splits = {split: cls._classes(folder, root) for split, folder in folders.items()}
@@ -144,7 +145,8 @@ class ClassFolders(FolderBuilder):
                 f"{folder}: no {cls.FILES} in this folder, expected at least one; add some or remove the folder"
             )
         if ignored:
-            logger.warning("%s: left out %d files that are no %s, e.g. %s", folder, len(ignored), cls.FILES, ignored[0])
+            example = printable(ignored[0])
+            logger.warning("%s: left out %d files that are no %s, e.g. %s", folder, len(ignored), cls.FILES, example)
         return files
 
 

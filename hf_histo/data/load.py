@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -14,7 +11,7 @@ from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 
 from hf_histo.config import DataOptions
-from hf_histo.data import hub_names, synthetic
+from hf_histo.data import cache, hub_names, schema, synthetic
 from hf_histo.data.builder import LEFT_OUT, FolderBuilder
 from hf_histo.data.cytology import HiCervix, NamedImages, SplitLists, check_known
 from hf_histo.data.folders import ClassFolders
@@ -24,7 +21,6 @@ from hf_histo.data.idx import Idx
 from hf_histo.data.tables import WildsCamelyon17
 from hf_histo.data.volumes import VolumeFolders
 from hf_histo.errors import HistoError
-from hf_histo.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +51,14 @@ def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = Non
 
     The first time, the files are checked and converted below `cache_dir`, all or nothing and by one process at a time
     (default: `datasets.config.HF_DATASETS_CACHE`). The cache is keyed by the contents of the files and the options: a
-    folder that moved is not converted again, one with a changed byte is. What was found in the files is in
-    `info.description`, with a line for each image that was left out (`--on_bad_image skip`), which is logged each time.
+    folder that moved is not converted again, one with a changed byte is. Each time, all of the converted data is
+    compared with its checksums (xxh3); if it is damaged, it is converted again, with a warning. What was found in the
+    files is in `info.description`, with a line for each image that was left out (`--on_bad_image skip`), which is
+    logged each time.
 
-    Raises HistoError for a folder that is missing, of no known layout or incomplete, and for every fault in a file;
-    OSError where the disk is full or the cache can't be written.
+    Raises HistoError for a folder that is missing, of no known layout or incomplete, for every fault in a file, for one
+    that changes while it is read, and as `schema.check_texts` does; OSError where the disk is full or the cache can't
+    be written.
     """
     options = source if isinstance(source, DataOptions) else DataOptions(data=str(source))
     cache_dir = Path(cache_dir or options.cache_dir or datasets.config.HF_DATASETS_CACHE)
@@ -71,28 +70,36 @@ def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = Non
     builder_class = _layout(directory)
     defaults = DataOptions()
     try:
-        name = _content_fingerprint(directory, builder_class.sources(directory), cache_dir)
+        sources = builder_class.sources(directory)
+        state = cache.state_of(directory, sources)
+        name = cache.content_of(directory, sources, state, cache_dir / "hf_histo_fingerprints")
         chosen = {key: getattr(options, key) for key in builder_class.OPTIONS}
         if changed := {key: value for key, value in chosen.items() if value != getattr(defaults, key)}:
             name = xxhash.xxh3_128(f"{name}{changed}".encode()).hexdigest()
     except FileNotFoundError as error:
         expected = builder_class.EXPECTED
         raise HistoError(f"{error.filename}: no such file, expected {expected}; complete the folder") from None
-    builder = builder_class(
-        cache_dir=str(cache_dir),
-        dataset_name=builder_class.LAYOUT,
-        config_name=name,
-        config_id=name,  # given, so that `directory` doesn't enter the key
-        directory=directory,
-        options=options,
-    )
-    try:
-        builder.download_and_prepare()
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, HistoError | OSError):
-            raise error.__cause__ from None
-        raise
-    return _reported(builder)
+    folder = cache_dir / builder_class.LAYOUT / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        cache.discard_damaged(folder)
+        builder = builder_class(
+            cache_dir=str(cache_dir),
+            dataset_name=builder_class.LAYOUT,
+            config_name=name,
+            config_id=name,  # given, so that `directory` doesn't enter the key
+            directory=directory,
+            options=options,
+            state=state,
+        )
+        try:
+            builder.download_and_prepare()
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, HistoError | OSError):
+                raise error.__cause__ from None
+            raise
+        cache.seal(Path(builder.cache_dir))
+        return _reported(builder)
 
 
 def _reported(builder: FolderBuilder) -> datasets.DatasetDict:
@@ -104,6 +111,7 @@ def _reported(builder: FolderBuilder) -> datasets.DatasetDict:
         if not rows.num_examples:
             raise HistoError(f"{directory}: {split} has no readable image; {remedy}, e.g. {lines[-1]}")
     data = builder.as_dataset()
+    schema.check_texts(str(directory), data)
     check_known(directory, next(iter(data.values())).features["label"].names)
     if lines:
         logger.warning("%s: left out %d images that can't be read:\n%s", directory, len(lines), "\n".join(lines))
@@ -139,8 +147,10 @@ def _synthetic(cache_dir: Path) -> Path:
     folder = cache_dir / "hf_histo_synthetic" / generator
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
+        cache.discard_damaged(folder)
         if not folder.is_dir():
             synthetic.generate(folder)
+        cache.seal(folder)
     return folder
 
 
@@ -156,22 +166,3 @@ def _layout(directory: Path) -> type[FolderBuilder]:
     found = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
     expected = "; or ".join(layout.EXPECTED for layout in LAYOUTS)
     raise HistoError(f"{directory}: no known layout: found {found}; expected {expected}")
-
-
-def _content_fingerprint(directory: Path, names: Sequence[str], cache_dir: Path) -> str:
-    """Hash the names and contents of files, remembering the result as long as none of them is touched or moved."""
-    touched = xxhash.xxh3_128(os.fsencode(directory.resolve()))
-    for name in names:
-        stat = (directory / name).stat()
-        # The change time as well, for a file rewritten in place whose modification time was set back.
-        touched.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}".encode())
-    memo = cache_dir / "hf_histo_fingerprints" / touched.hexdigest()
-    if not memo.is_file():
-        contents = xxhash.xxh3_128()
-        for name in datasets.utils.tqdm(names, desc="Fingerprinting", unit=" files", leave=False):
-            with (directory / name).open("rb") as handle:
-                digest = hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest()
-            contents.update(f"{name}\0{digest}\0".encode())
-        with atomic_file(memo) as temporary:
-            temporary.write_text(contents.hexdigest(), encoding="ascii")
-    return memo.read_text(encoding="ascii")

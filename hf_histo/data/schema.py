@@ -16,6 +16,8 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageFile
 import PIL.ImageOps
+import pyarrow as pa
+import pyarrow.compute as pc
 import simplejpeg
 import torch
 import xxhash
@@ -61,6 +63,31 @@ def features(label_names: Sequence[str]) -> datasets.Features:
             "group": datasets.Value("string"),
         }
     )
+
+
+def check_texts(where: str, data: datasets.DatasetDict) -> None:
+    """Raise HistoError, starting with `where`, for ids, groups and class names that a table or terminal can't carry.
+
+    They are text without control characters, of `MAX_TEXT` characters at most, and an id is there once in a split.
+    """
+    _check_texts(where, "class", pa.chunked_array([next(iter(data.values())).features["label"].names], pa.string()))
+    for split, rows in data.items():
+        table = rows.select_columns(["id", "group"]).with_format("arrow")
+        ids, groups = table["id"][:], table["group"][:]
+        _check_texts(f"{where}: {split}", "id", ids)
+        _check_texts(f"{where}: {split}", "group", groups)
+        if pc.count_distinct(ids).as_py() < len(ids):
+            counts = pc.value_counts(ids)
+            twice = counts.filter(pc.greater(counts.field("counts"), 1))[0].as_py()
+            found = f"{twice['counts']} images have the id {twice['values']!r}"
+            raise HistoError(f"{where}: {split}: {found}, expected another one for each; correct or remove them")
+
+
+def _check_texts(where: str, what: str, texts: pa.ChunkedArray) -> None:
+    good = pc.and_(pc.utf8_is_printable(texts), pc.less_equal(pc.utf8_length(texts), MAX_TEXT))
+    for text in texts.filter(pc.invert(good)).slice(0, 1).to_pylist():
+        found = f"the {what} {text[:80]!r}{'...' if len(text) > 80 else ''}"
+        raise HistoError(f"{where}: {found}, expected printable text of at most {MAX_TEXT} characters; rename it")
 
 
 def encode_ppm(image: np.ndarray) -> bytes:

@@ -82,6 +82,15 @@ def test_the_bits_may_be_stated_and_must_hold(folder: Path) -> None:
     assert recorded_bits(skipped["train"]) == 8 and len(skipped["train"]) == 6
 
 
+def test_names_that_a_terminal_would_obey_are_escaped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "train/ant/\x1b[31mnotes.txt").touch()
+    (folder / "\x1b[31mother").mkdir()
+    load(folder)
+    assert r"\x1b[31mnotes.txt" in caplog.text and r"\x1b[31mother" in caplog.text and "\x1b" not in caplog.text
+    (folder / "train/\x1b[31mnone").mkdir()
+    refused(folder, r"train/\\x1b\[31mnone: no images in this folder")
+
+
 def test_without_such_images_nothing_is_recorded(folder: Path) -> None:
     assert recorded_bits(load(DataOptions(data=str(folder), gray_bits=12))["train"]) is None
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import errno
 import os
 import shutil
@@ -9,10 +10,12 @@ from typing import Any
 
 import datasets
 import h5py
+import numpy as np
+import pandas as pd
 import pytest
 from fixtures import write_challenge, write_pcam, write_wilds
 
-from hf_histo.data import load as load_module
+from hf_histo.data import cache, synthetic
 from hf_histo.data.hdf5 import Challenge, PixelFormat
 from hf_histo.data.load import check_trainable, fingerprint, load
 from hf_histo.data.splits import shared_groups
@@ -39,7 +42,7 @@ def test_converts_once(tmp_path: Path, conversions: list[str], monkeypatch: pyte
     assert conversions == ["train", "val", "test"]
     # Neither converted nor read again: without h5py and the hash nothing could be.
     monkeypatch.setattr(h5py, "File", None)
-    monkeypatch.setattr(load_module.hashlib, "file_digest", None)
+    monkeypatch.setattr(cache, "checksum", None)
     second = load(str(tmp_path / "data"), cache_dir=tmp_path / "cache")
     assert conversions == ["train", "val", "test"]
     assert fingerprint(first) == fingerprint(second)
@@ -79,6 +82,117 @@ def test_a_file_that_is_not_read_does_not_matter(tmp_path: Path, conversions: li
     (tmp_path / "data/notes.txt").write_text("hello")
     load(tmp_path / "data", cache_dir=tmp_path / "cache")
     assert len(conversions) == 3
+
+
+@pytest.mark.parametrize("file", ["train.arrow", "dataset_info.json", "checksums.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
+def test_a_damaged_conversion_is_made_anew(
+    tmp_path: Path, conversions: list[str], caplog: pytest.LogCaptureFixture, file: str, damage: str
+) -> None:
+    write_challenge(tmp_path / "data")
+    first = load(tmp_path / "data", cache_dir=tmp_path / "cache")
+    before = [first[split].with_format("arrow")[:] for split in first]
+    (path,) = (tmp_path / "cache/challenge").rglob(f"*{file}")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    changed = {"flip": content, "cut": content[: len(content) // 2], "empty": b""}
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(changed[damage])
+    again = load(tmp_path / "data", cache_dir=tmp_path / "cache")
+    if (file, damage) == ("checksums.json", "gone"):  # as of a process that was killed before it wrote them
+        assert len(conversions) == 3 and path.is_file()
+    else:
+        assert len(conversions) == 6 and "damaged" in caplog.text
+    assert [again[split].with_format("arrow")[:] for split in again] == before
+    assert fingerprint(again) == fingerprint(first)
+    load(tmp_path / "data", cache_dir=tmp_path / "cache")
+    assert len(conversions) in (3, 6)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "of a former version"])
+def test_a_damaged_memo_of_the_fingerprint_is_made_anew(tmp_path: Path, damage: str) -> None:
+    write_challenge(tmp_path / "data")
+    expected = fingerprint(load(tmp_path / "data", cache_dir=tmp_path / "cache"))
+    (memo,) = (tmp_path / "cache/hf_histo_fingerprints").iterdir()
+    text = memo.read_text()
+    other = "0" if text[5] != "0" else "1"
+    kinds = {"flip": text[:5] + other + text[6:], "cut": text[:20], "empty": "", "of a former version": text[:32]}
+    memo.write_text(kinds[damage])
+    assert fingerprint(load(tmp_path / "data", cache_dir=tmp_path / "cache")) == expected
+    assert memo.read_text() == text
+
+
+def test_the_built_in_data_is_generated_again_where_it_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(synthetic, "generate", write_challenge)
+    expected = fingerprint(load("synthetic", cache_dir=tmp_path))
+    (path,) = (tmp_path / "hf_histo_synthetic").rglob("train.h5")
+    with h5py.File(path, "r+") as file:
+        file["0/label"][()] = 1 - file["0/label"][()]
+    assert fingerprint(load("synthetic", cache_dir=tmp_path)) == expected and "damaged" in caplog.text
+
+
+@pytest.mark.parametrize("replace", [os.replace, shutil.copyfile])
+@pytest.mark.parametrize("split", ["train", "test"])  # read already, and not yet
+def test_a_file_that_changes_while_another_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: Any, split: str
+) -> None:
+    write_challenge(tmp_path / "data")
+    shutil.copytree(tmp_path / "data", tmp_path / "original")
+    write_challenge(tmp_path / "other", counts={"train": 12, "val": 6, "test": 4}, metadata=1)
+    whole = Challenge._generate_examples
+
+    def interfere(self: Challenge, path: Path, **arguments: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        if path.stem == "val":
+            replace(tmp_path / "other" / f"{split}.h5", tmp_path / "data" / f"{split}.h5")
+        yield from whole(self, path, **arguments)
+
+    monkeypatch.setattr(Challenge, "_generate_examples", interfere)
+    with pytest.raises(HistoError, match=r"data: a file changed while it was read, expected none to; run the command"):
+        load(tmp_path / "data", cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(Challenge, "_generate_examples", whole)
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    fresh = load(tmp_path / "original", cache_dir=tmp_path / "elsewhere")
+    found = load(tmp_path / "original", cache_dir=tmp_path / "cache")
+    assert found["test"][:]["group"] == fresh["test"][:]["group"]
+
+
+@pytest.mark.parametrize("name", ["train.h5", "train.csv", "train/a/1.png", "metadata.csv", "data.csv", "data.h5"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "link"])
+def test_pipes_and_devices_are_refused_before_they_are_opened(tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / "data" / name
+    path.parent.mkdir(parents=True)
+    (tmp_path / "data/patches").mkdir()
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(tmp_path / "data/pipe" if kind == "link" else path)
+        if kind == "link":
+            path.symlink_to(tmp_path / "data/pipe")
+    with pytest.raises(HistoError, match=r": (a pipe|a device|no such folder|no known layout|a link to)"):
+        load(tmp_path / "data" / name if name.startswith("data.") else tmp_path / "data")
+
+
+def test_ids_are_there_once(tmp_path: Path) -> None:
+    write_wilds(tmp_path)
+    lines = (tmp_path / "metadata.csv").read_text().splitlines()
+    (tmp_path / "metadata.csv").write_text("\n".join([*lines, lines[1]]) + "\n")
+    with pytest.raises(HistoError, match=r"train: 2 images have the id 'patch_\w+', expected another one for each"):
+        load(tmp_path, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("column", ["id", "patient", "label"])
+@pytest.mark.parametrize("text", ["\x1b[31mred", "a\x07", "a\r=cmd", "a\u202eb", "a" * 1001])
+def test_texts_that_a_terminal_would_obey_are_refused(tmp_path: Path, column: str, text: str) -> None:
+    gray = np.arange(64).reshape(4, 16) * 3
+    table = pd.DataFrame(gray, columns=map(str, range(16))).assign(label=["a", "b"] * 2, id=list("wxyz"), patient="p")
+    table.loc[[1, 3] if column == "label" else 1, column] = text
+    table.to_csv(tmp_path / "train.csv", index=False, quoting=csv.QUOTE_ALL)
+    with pytest.raises(HistoError, match=r"expected printable text of at most 1000 characters") as caught:
+        load(tmp_path, cache_dir=tmp_path / "cache")
+    assert str(caught.value).isprintable()
 
 
 def test_fingerprint_survives_what_is_done_to_the_table(tmp_path: Path) -> None:

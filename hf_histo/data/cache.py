@@ -1,0 +1,86 @@
+"""Converted data sets on disk: whether they are as they were written, and what their files were when they were read."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import xxhash
+
+from hf_histo.errors import HistoError
+from hf_histo.files import CHECKSUMS, atomic_file, checksum, read_checksums, regular, write_checksums
+
+logger = logging.getLogger(__name__)
+
+DIGITS = 32  # of an xxh3 hash of 128 bits, in hexadecimal
+
+
+def discard_damaged(folder: Path) -> None:
+    """Remove the converted data in and below `folder` that is not as it was written, with a warning: all of it is read.
+
+    Data without checksums is of an older version, or of a process that was killed before it wrote them; its files
+    themselves appeared whole or not at all.
+    """
+    for listed in sorted(folder.rglob(CHECKSUMS)):
+        try:
+            read_checksums(listed.parent)
+        except (OSError, ValueError, HistoError) as error:
+            logger.warning("%s: damaged (%s); the data is converted again", listed.parent, error)
+            shutil.rmtree(listed.parent)
+
+
+def seal(folder: Path) -> None:
+    """Write the checksums of converted data for `discard_damaged`, where it has none."""
+    if not (folder / CHECKSUMS).exists():
+        write_checksums(folder)
+
+
+def state_of(directory: Path, names: Sequence[str]) -> str:
+    """A hash, 32 hexadecimal digits, of which files these are and when each was last touched; none is opened.
+
+    Raises HistoError for what is no regular file, and FileNotFoundError for a missing one.
+    """
+    state = xxhash.xxh3_128(os.fsencode(directory.resolve()))
+    for name in names:
+        stat = regular(directory / name).stat()
+        # The change time as well, for a file rewritten in place whose modification time was set back; and the inode,
+        # for one that another was renamed onto.
+        seen = f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\0{stat.st_ino}"
+        state.update(os.fsencode(seen))
+    return state.hexdigest()
+
+
+def content_of(directory: Path, names: Sequence[str], state: str, memos: Path) -> str:
+    """The hash, 32 hexadecimal digits, of names and contents of files, kept in `memos` while `state` is theirs.
+
+    A memo that is damaged is made anew. Raises HistoError for a file that changes meanwhile.
+    """
+    memo = memos / state
+    text = memo.read_text(encoding="ascii", errors="replace") if memo.is_file() else ""
+    if text[DIGITS:] == _check(state, text[:DIGITS]):
+        return text[:DIGITS]
+    contents = xxhash.xxh3_128()
+    for name in names:
+        contents.update(os.fsencode(f"{name}\0{checksum(directory / name)}\0"))
+    found = contents.hexdigest()
+    check_unchanged(directory, names, state)
+    with atomic_file(memo) as temporary:
+        temporary.write_text(found + _check(state, found), encoding="ascii")
+    return found
+
+
+def check_unchanged(directory: Path, names: Sequence[str], state: str) -> None:
+    """Raise HistoError unless the files are those of `state`, untouched since."""
+    try:
+        unchanged = state_of(directory, names) == state
+    except FileNotFoundError:
+        unchanged = False
+    if not unchanged:
+        raise HistoError(f"{directory}: a file changed while it was read, expected none to; run the command again")
+
+
+def _check(state: str, content: str) -> str:
+    return xxhash.xxh3_128_hexdigest(f"{state} {content}".encode("utf-8", "replace"))
