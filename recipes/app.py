@@ -25,7 +25,7 @@ from hf_histo import hub
 from hf_histo.errors import HistoError, run
 from hf_histo.evaluation.explanation import blend
 from hf_histo.evaluation.predictions import array
-from hf_histo.files import atomic_folder
+from hf_histo.files import atomic_folder, require_output
 from hf_histo.inference import Classifier
 
 HERE = Path(__file__).parent
@@ -120,6 +120,7 @@ def color_warning(classifier: Classifier, image: np.ndarray) -> str:
 
 def write_space(target: Path, adapter: Path) -> None:
     """Write a folder that runs as a Space: app.py, the adapter, the package, what to install, and a README."""
+    require_output(target, [adapter], folder=True)
     sidecar = hub.Sidecar.read(adapter)
     if Path(sidecar.backbone["name"]).is_absolute() and sidecar.method != "full":
         raise HistoError(

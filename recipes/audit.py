@@ -38,7 +38,7 @@ from hf_histo.evaluation import audit_figures as figures
 from hf_histo.evaluation import embedding
 from hf_histo.evaluation.report import table as table_of
 from hf_histo.evaluation.separation import Separation, separations
-from hf_histo.files import atomic_file, write_json
+from hf_histo.files import atomic_file, require_output, write_json
 from hf_histo.models import backbones
 from hf_histo.transforms import preprocessing
 
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--cache_dir", help="folder of the converted data (default: the datasets library's cache)")
     options = parser.parse_args()
     output: Path = options.output_dir
+    require_output(output, [options.data, options.adapter, options.backbone], folder=True)
     if (output / "audit.json").exists() and not options.overwrite:
         raise HistoError(f"--output_dir {output} already holds an audit.json: pass another folder or --overwrite")
 

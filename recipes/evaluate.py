@@ -31,7 +31,7 @@ from hf_histo.evaluation import predictions as tables
 from hf_histo.evaluation.ensembling import average
 from hf_histo.evaluation.metrics import report
 from hf_histo.evaluation.report import center_table, confusion_matrix, roc_curve, table
-from hf_histo.files import write_json
+from hf_histo.files import require_output, write_json
 
 
 def parse() -> Namespace:
@@ -93,6 +93,12 @@ def main() -> None:
             )
     if options.submission and len(files) > 1:
         raise HistoError(f"--submission takes one split, found {', '.join(files)}: pass one file, or --ensemble")
+
+    read_files = [*options.predictions, *(options.calibrate_on or ()), *(options.threshold_on or ())]
+    require_output(output, read_files, folder=True)
+    written = [output / "predictions" / f"{split}.parquet" for split in files]
+    for path in filter(None, (options.submission, *written)):
+        require_output(path, read_files)
 
     splits = {split: read("--predictions", paths, options.ensemble) for split, paths in files.items()}
     names = tables.label_names(next(iter(splits.values())))

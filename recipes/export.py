@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hf_histo.errors import run
 from hf_histo.export import FORMATS, export
+from hf_histo.files import require_output
 from hf_histo.hub import load
 
 
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, type=Path, help="folder to write, which must not exist")
     options = parser.parse_args()
 
+    require_output(options.output_dir, [options.adapter, options.backbone], folder=True)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     model, sidecar, _ = load(options.adapter, revision=options.revision, backbone=options.backbone)
     export(model, sidecar, options.output_dir, options.format)

@@ -16,6 +16,7 @@ from hf_histo.config import DataOptions
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError, run
 from hf_histo.evaluation import predictions, thresholds
+from hf_histo.files import require_output
 from hf_histo.inference import Classifier
 
 
@@ -44,6 +45,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--cache_dir", help="folder of the converted data (default: the datasets library's cache)")
     options = parser.parse_args()
+
+    for output in filter(None, (options.output, options.explain)):
+        require_output(output, [options.data, options.adapter, options.backbone])
 
     classifier = Classifier.from_pretrained(options.adapter, revision=options.revision, backbone=options.backbone)
     bits = classifier.sidecar.preprocessing.gray_bits
