@@ -100,7 +100,12 @@ def encode_ppm(image: np.ndarray) -> bytes:
 
 
 def decode(
-    data: bytes | memoryview, source: str = "image", gray_bits: int | None = None, *, strict: bool = True
+    data: bytes | memoryview,
+    source: str = "image",
+    gray_bits: int | None = None,
+    *,
+    strict: bool = True,
+    max_pixels: int = MAX_PIXELS,
 ) -> torch.Tensor:
     """Decode the bytes of an image file into a contiguous uint8 RGB tensor (3, H, W) in [0, 255] that owns its memory.
 
@@ -112,17 +117,18 @@ def decode(
         gray_bits: of 16-bit gray values, see `rgb`.
         strict: decode a JPEG by libjpeg-turbo as well, which reports what PIL passes over: data that is missing, zeroed
             or out of step with the image's size. Without it, for bytes that were checked before.
+        max_pixels: that an image may have, by its header, before anything else of it is read.
 
     Raises HistoError, starting with `source`, for bytes in none of `FORMATS` (the name of a file says nothing), a
-    damaged file, an image of over 100 megapixels by its header, or one that `rgb` refuses.
+    damaged file, an image larger than `max_pixels`, or one that `rgb` refuses.
     """
     with _refusing(source, f"{len(data)} bytes starting with {bytes(data[:8])!r}"):
         if header := _PPM.match(data):
             width, height = int(header[1]), int(header[2])
-            _check_size(width, height)
+            _check_size(width, height, max_pixels)
             pixels = np.frombuffer(data, np.uint8, 3 * height * width, header.end()).reshape(height, width, 3)
         else:
-            with _opened(io.BytesIO(data)) as image:
+            with _opened(io.BytesIO(data), max_pixels) as image:
                 pixels = _rgb(image, gray_bits)
                 if strict and image.format in ("JPEG", "MPO"):
                     _check_jpeg(data)
@@ -204,15 +210,15 @@ def _refusing(source: str, found: str) -> Iterator[None]:
         raise HistoError(f"{source}: not a readable image ({found}: {error}); repair or remove it") from error
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+def _check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    if width * height > max_pixels:
         found = f"{width:,} x {height:,} pixels"
-        raise _RefusedError(f"{found}, expected at most {MAX_PIXELS:,} in all; scale it down or cut it up")
+        raise _RefusedError(f"{found}, expected at most {max_pixels:,} in all; scale it down or cut it up")
 
 
 @contextmanager
-def _opened(file: Path | io.BytesIO) -> Iterator[PIL.Image.Image]:
-    """The image by its header, no larger than `MAX_PIXELS`."""
+def _opened(file: Path | io.BytesIO, max_pixels: int = MAX_PIXELS) -> Iterator[PIL.Image.Image]:
+    """The image by its header, no larger than `max_pixels`."""
     PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False  # which other packages set, for the whole process
     with warnings.catch_warnings():
         # PIL warns from 89 megapixels on and refuses from 179 on, both from the header alone.
@@ -220,7 +226,7 @@ def _opened(file: Path | io.BytesIO) -> Iterator[PIL.Image.Image]:
         warnings.filterwarnings("ignore", message="Palette images with Transparency")  # which is dropped
         try:
             with PIL.Image.open(file, formats=FORMATS) as image:
-                _check_size(*image.size)
+                _check_size(*image.size, max_pixels)
                 yield image
         except PIL.Image.DecompressionBombError as error:
             found = f"{error}, expected at most {MAX_PIXELS:,} in all; scale it down or cut it up"

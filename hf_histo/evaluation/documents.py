@@ -31,8 +31,8 @@ def render(template: str, **facts: Any) -> str:
         "class_rows": report.class_rows,
         "center_rows": report.center_rows,
         "embedded": _embedded,
-        "plain": _plain,
-        "plain_rows": lambda rows: [[_plain(x) if isinstance(x, str) else x for x in row] for row in rows],
+        "plain": plain,
+        "plain_rows": lambda rows: [[plain(x) if isinstance(x, str) else x for x in row] for row in rows],
         "screening": report.screening,
         "size_rows": report.size_rows,
         "table": report.table,
@@ -56,6 +56,6 @@ def _is_wide(figure: Path) -> bool:
     return int.from_bytes(figure.read_bytes()[16:20], "big") > 9 * 150
 
 
-def _plain(text: object) -> str:
+def plain(text: object) -> str:
     """Text that Markdown shows as it is (https://spec.commonmark.org/0.31.2/#backslash-escapes), on one line."""
     return re.sub(r"([\\`*_{}\[\]<>#|!~$])", r"\\\1", " ".join(str(text).split()))
