@@ -67,13 +67,14 @@ class Result:
     def summary(self) -> str:
         """A short table of the evaluated splits, then sizes, seconds and the folder."""
         reports = {split: values["overall"] for split, values in self.metrics["splits"].items()}
+        named = {split: report.marked(split, values) for split, values in self.metrics["splits"].items()}
         names = ["accuracy", "auroc", "loss"]
         if "recall_0" in reports["val"]:  # of more than two classes
             names[1:1] = ["balanced_accuracy"]
             names += [name for name in reports["val"] if name.startswith("sensitivity_at")]
         rows: list[list[object]] = [["split", "images", *names]]
         for split, overall in reports.items():
-            rows.append([split, overall["n"], *(overall[name]["value"] for name in names)])
+            rows.append([named[split], overall["n"], *(overall[name]["value"] for name in names)])
         trained, total, share = (self.metrics["parameters"][key] for key in ("trainable", "total", "share"))
         adapter, model = (self.metrics["bytes"][key] / 2**20 for key in ("adapter", "model"))
         return "\n".join(
@@ -369,11 +370,9 @@ def _told(config: Config) -> dict[str, Any]:
 
 
 def _thresholds(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
-    found = {f"balanced-{split}": thresholds.for_share(table).value for split, table in tables.items()}
+    """Thresholds to choose from by name, for new images: none that was found on unlabeled images of these splits."""
     labels = tables["val"]["label"]
-    if labels[labels >= 0].nunique() > 1:
-        found["validation"] = thresholds.choose(tables["val"]).value
-    return found
+    return {"validation": thresholds.choose(tables["val"]).value} if labels[labels >= 0].nunique() > 1 else {}
 
 
 def _check(config: Config, data: datasets.DatasetDict, num_outputs: int, negative: int | None) -> None:

@@ -182,8 +182,8 @@ class Sidecar:
     def threshold_named(self, name: str | float | None) -> float:
         """The threshold of that name in `thresholds`, or the number that `name` is or spells; None: the adapter's own.
 
-        Raises `HistoError` for an unknown name or a number outside [0, 1], and for "balanced-SPLIT", which older adapters
-        hold: it called half of the images of that split positive, and no half of others.
+        Raises `HistoError` for an unknown name or a number outside [0, 1], and for "balanced-SPLIT", which older
+        adapters hold: it called half of the images of that split positive, and no half of others.
         """
         if name is None:
             return self.threshold

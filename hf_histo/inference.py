@@ -36,7 +36,7 @@ class Classifier:
 
     >>> classifier = Classifier.from_pretrained("runs/demo/adapter")
     >>> classifier(["a.png", "b.png"])  # a predictions table
-    >>> classifier("hospital.h5", threshold="balanced-test")
+    >>> classifier("hospital.h5", threshold="validation")
     """
 
     def __init__(self, model: nn.Module, sidecar: Sidecar) -> None:
@@ -204,7 +204,8 @@ class Classifier:
         largest one.
 
         Where the adapter normalizes color, a center that training did not see is measured on `dataset` as a whole:
-        give all its images at once, not one by one; likewise where batch norm is adapted. `views` and
+        give all its images at once, not one by one; likewise where batch norm is adapted. `attrs["transductive"]` lists
+        which of the two were measured so. `views` and
         `adapt_batch_norm` (take the batch-norm statistics from `dataset`) override what the adapter says of them.
 
         `label` is the adapter's index of the class that `dataset` names. Raises `HistoError` for a labeled class that
@@ -225,13 +226,15 @@ class Classifier:
                 + (f"give --gray_bits {expected}" if expected else "convert them to 8 bits")
             )
         labels, normalizer = self.sidecar.labels_of(dataset), self.sidecar.normalizer
+        color = normalizer and normalizer.extended(self.sidecar.preprocessing.read(dataset))
+        adapts = self.sidecar.adapt_batch_norm if adapt_batch_norm is None else adapt_batch_norm
         logits = forward(
             self.model,
             dataset,
             self.sidecar.preprocessing,
-            normalizer=normalizer and normalizer.extended(self.sidecar.preprocessing.read(dataset)),
+            normalizer=color,
             views=views or self.sidecar.views,
-            adapt_batch_norm=self.sidecar.adapt_batch_norm if adapt_batch_norm is None else adapt_batch_norm,
+            adapt_batch_norm=adapts,
             batch_size=batch_size,
             num_workers=num_workers,
             description=description,
@@ -240,6 +243,8 @@ class Classifier:
         columns = dataset.select_columns(["id", "center", "group"])[:]
         table = predictions.make(columns["id"], columns["center"], columns["group"], labels, logits)
         table.attrs["label_names"] = self.sidecar.label_names
+        measured = {"color statistics": color is not normalizer, "batch-norm statistics": adapts}
+        table.attrs["transductive"] = [what for what, used in measured.items() if used]
         names = np.array(self.sidecar.label_names)
         return table.assign(
             calibrated=calibration.apply(table, self.sidecar.temperature)["probability"],

@@ -1,4 +1,4 @@
-"""Say how good predictions are: metrics with 95% intervals, calibration, per acquisition center, and figures.
+"""Evaluate predictions: metrics with 95% intervals, calibration, per acquisition center, and figures.
 
     python recipes/evaluate.py --predictions output/predictions/test.parquet --output_dir report
     python recipes/evaluate.py --predictions a/val.parquet a/test.parquet --output_dir report --threshold 0.4
@@ -9,11 +9,15 @@
 
 A predictions file is what a training recipe writes, one for each split; its name, without the suffix, is the name of
 the split here. With `--ensemble`, all files are predictions of one split by different models, and so are those of
-`--calibrate_on` and `--threshold_on`. First the temperature is fitted and applied, then the threshold is chosen.
+`--calibrate_on` and `--threshold_on`. First the temperature is fitted and applied, then the threshold is chosen. All
+files must have the same classes in the same order. `--balanced` is transductive: its threshold is found on the
+evaluated images themselves, without their labels, and is none for other images; the results are marked so.
 
 Into the output folder go `metrics.json`, `roc.png`, and for each split `confusion_<split>.png`,
-`reliability_<split>.png` and `predictions/<split>.parquet`, the predictions as evaluated. Neither a GPU nor the images
-are needed.
+`reliability_<split>.png` and `predictions/<split>.parquet`, the predictions as evaluated. For each split,
+`metrics.json` has the values of `hf_histo.evaluation.metrics.report`, "transductive" with "threshold" among them where
+that is so, and "threshold_choice": how the threshold was chosen and from which files. Neither a GPU nor the images are
+needed.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from hf_histo.evaluation import calibration, thresholds
 from hf_histo.evaluation import predictions as tables
 from hf_histo.evaluation.ensembling import average
 from hf_histo.evaluation.metrics import report
-from hf_histo.evaluation.report import center_table, confusion_matrix, roc_curve, table
+from hf_histo.evaluation.report import center_table, confusion_matrix, roc_curve, table, transductive
 from hf_histo.files import require_output, write_json
 
 
@@ -41,24 +45,33 @@ def parse() -> Namespace:
     parser.add_argument("--ensemble", action="store_true", help="average the files, of one split by several models")
     parser.add_argument("--calibrate_on", nargs="+", metavar="VAL", help="labeled files to fit a temperature on")
     threshold = parser.add_mutually_exclusive_group()
-    threshold.add_argument(
-        "--threshold", type=float, default=0.5, help="probability from which on class 1 is predicted"
-    )
+    threshold.add_argument("--threshold", type=float, help="probability from which on class 1 is predicted (0.5)")
     threshold.add_argument("--threshold_on", nargs="+", metavar="VAL", help="labeled files to choose a threshold on")
     threshold.add_argument(
-        "--balanced", nargs="?", type=float, const=0.5, metavar="SHARE", help="predict class 1 for this share (0.5)"
+        "--balanced",
+        nargs="?",
+        type=float,
+        const=0.5,
+        metavar="SHARE",
+        help="predict class 1 for this share of the images (0.5); transductive",
     )
     parser.add_argument(
         "--criterion",
         choices=get_args(thresholds.Criterion),
-        default="balanced_accuracy",
         help="what --threshold_on maximizes (default: balanced_accuracy)",
     )
-    parser.add_argument("--specificity", type=float, default=0.95, help="for --criterion sensitivity (default: 0.95)")
+    parser.add_argument("--specificity", type=float, help="for --criterion sensitivity (default: 0.95)")
     parser.add_argument("--negative_class", help="class that means 'nothing found', for sensitivity at a specificity")
     parser.add_argument("--submission", type=Path, metavar="CSV", help="write ID, Pred, Prob of the one split")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier metrics.json and its figures")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.criterion and not options.threshold_on:
+        raise HistoError(f"--criterion {options.criterion} is for --threshold_on, which is missing: add it")
+    if options.specificity is not None and options.criterion != "sensitivity":
+        raise HistoError(
+            f"--specificity {options.specificity} is for --criterion sensitivity, which is missing: add it"
+        )
+    return options
 
 
 def read(option: str, paths: list[str], ensemble: bool) -> pd.DataFrame:
@@ -68,12 +81,12 @@ def read(option: str, paths: list[str], ensemble: bool) -> pd.DataFrame:
     return average({path: tables.read(path) for path in paths}) if ensemble else tables.read(paths[0])
 
 
-def read_validation(option: str, paths: list[str], ensemble: bool, names: list[str]) -> pd.DataFrame:
-    """The one table of an option's files, which must tell the classes `names`."""
-    validation = read(option, paths, ensemble)
-    if (found := tables.label_names(validation)) != names:
-        raise HistoError(f"{option} {paths[0]} has the classes {found}, expected those of --predictions, {names}")
-    return validation
+def check_classes(where: str, predictions: pd.DataFrame, names: list[str]) -> None:
+    """Raise `HistoError` unless the predictions are of the classes `names`, in this order."""
+    if (found := tables.label_names(predictions)) != names:
+        raise HistoError(
+            f"{where} has the classes {found}, expected {names}, in this order: pass predictions of one task"
+        )
 
 
 def main() -> None:
@@ -102,34 +115,50 @@ def main() -> None:
 
     splits = {split: read("--predictions", paths, options.ensemble) for split, paths in files.items()}
     names = tables.label_names(next(iter(splits.values())))
+    for split, predictions in splits.items():
+        check_classes(f"--predictions {files[split][0]}", predictions, names)
+    if options.threshold is not None and len(names) > 2:
+        raise HistoError(f"--threshold is for two classes, found {len(names)}, of which the most probable is predicted")
     negative = tables.class_index(names, options.negative_class)
     temperature = calibration.Temperature(1.0, "--calibrate_on was not given")
     if options.calibrate_on:
-        validation = read_validation("--calibrate_on", options.calibrate_on, options.ensemble, names)
+        validation = read("--calibrate_on", options.calibrate_on, options.ensemble)
+        check_classes(f"--calibrate_on {options.calibrate_on[0]}", validation, names)
         temperature = calibration.fit_temperature(validation)
         print(f"temperature {temperature.value:.3f}" + (f": {temperature.reason}" if temperature.reason else ""))
         splits = {split: calibration.apply(predictions, temperature.value) for split, predictions in splits.items()}
     chosen = None
     if options.threshold_on:
-        validation = read_validation("--threshold_on", options.threshold_on, options.ensemble, names)
+        validation = read("--threshold_on", options.threshold_on, options.ensemble)
+        check_classes(f"--threshold_on {options.threshold_on[0]}", validation, names)
         if options.calibrate_on:
             validation = calibration.apply(validation, temperature.value)
-        chosen = thresholds.choose(validation, options.criterion, specificity=options.specificity)
+        chosen = thresholds.choose(
+            validation,
+            options.criterion or "balanced_accuracy",
+            specificity=0.95 if options.specificity is None else options.specificity,
+        )
 
     metrics = {}
     for split, predictions in splits.items():
+        source = options.threshold_on
         if options.balanced is not None:
-            chosen = thresholds.for_share(predictions, options.balanced)
-        threshold = chosen.value if chosen else options.threshold
+            chosen, source = thresholds.for_share(predictions, options.balanced), files[split]
+        threshold = chosen.value if chosen else 0.5 if options.threshold is None else options.threshold
         result = report(predictions, threshold=threshold, negative=negative)
+        if options.balanced is not None:
+            result["transductive"] = [*(result["transductive"] or ()), "threshold"]
         calibrated = calibration.report(predictions)
         metrics[split] = {
             "predictions": files[split],
             **result,
-            "threshold_choice": asdict(chosen) if chosen else None,
+            "threshold_choice": {**asdict(chosen), "files": source} if chosen else None,
             "calibration": {**calibrated, "temperature": asdict(temperature), "fitted_on": options.calibrate_on},
         }
-        print(f"\n{split} at threshold {threshold:.3f}, 95% intervals over groups\n\n{center_table(result)}")
+        origin = f" from {', '.join(source)}" if chosen else ""
+        print(f"\n{split} at threshold {threshold:.3f}{origin}, 95% intervals over groups\n\n{center_table(result)}")
+        if note := transductive(result, split):
+            print(f"\n{note}")
         overall = calibrated["overall"]
         print("\n" + table([["calibration", *overall], ["overall", *overall.values()]]))
 

@@ -6,11 +6,15 @@
 says which part). `ID` is the image's key in the file, `Pred` the class index at the adapter's threshold, `Prob` the
 probability of class 1 (for more than two classes: of the predicted one). These are the columns that challenges ask for;
 `--details` adds `Label`, the class's name, and `Calibrated`, `Prob` after the adapter's temperature.
+
+`--balanced` is transductive: its threshold calls a share of these very images class 1, and is none for others.
 """
 
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from hf_histo.config import DataOptions
 from hf_histo.data.load import load
@@ -32,7 +36,7 @@ def main() -> None:
     decision = parser.add_mutually_exclusive_group()
     decision.add_argument("--threshold", help="a probability, or a name that the adapter holds, e.g. validation")
     decision.add_argument(
-        "--balanced", type=float, nargs="?", const=0.5, metavar="SHARE", help="call this share 1 (0.5)"
+        "--balanced", type=float, nargs="?", const=0.5, metavar="SHARE", help="call this share of the images 1 (0.5)"
     )
     parser.add_argument(
         "--test_time_views", type=int, help="mean logit of 1 or 8 views of the square, or any drawn ones"
@@ -45,11 +49,16 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--cache_dir", help="folder of the converted data (default: the datasets library's cache)")
     options = parser.parse_args()
+    if options.batch_size < 1:
+        raise HistoError(f"--batch_size is {options.batch_size}, expected at least 1")
 
     for output in filter(None, (options.output, options.explain)):
         require_output(output, [options.data, options.adapter, options.backbone])
 
     classifier = Classifier.from_pretrained(options.adapter, revision=options.revision, backbone=options.backbone)
+    if options.threshold is not None and classifier.sidecar.num_outputs > 1:
+        names = classifier.sidecar.label_names
+        raise HistoError(f"--threshold is for two classes, found {len(names)}, of which the most probable is predicted")
     bits = classifier.sidecar.preprocessing.gray_bits
     data = load(DataOptions(data=options.data, cache_dir=options.cache_dir, gray_bits=bits))
     if options.split not in data:
@@ -64,12 +73,19 @@ def main() -> None:
     )
     if options.balanced is not None:
         threshold = thresholds.for_share(table, options.balanced).value
+        origin = f"transductive: it calls {options.balanced:.0%} of these images 1, and is none for others"
+        table.attrs["transductive"].append("threshold")
     else:
         threshold = classifier.sidecar.threshold_named(options.threshold)
+        origin = "the adapter's own" if options.threshold is None else f"--threshold {options.threshold}"
+    table["predicted"] = np.array(classifier.sidecar.label_names)[predictions.predicted(table, threshold)]
     predictions.write_submission(options.output, table, threshold, details=options.details)
     if options.explain:
         classifier.draw(data[options.split], table, options.explain)
-    print(f"{len(table)} predictions at threshold {threshold:.4f}: {options.output}")
+    decision = f" at threshold {threshold:.4f} ({origin})" if classifier.sidecar.num_outputs == 1 else ""
+    print(f"{len(table)} predictions{decision}: {options.output}")
+    if measured := table.attrs["transductive"]:
+        print(f"transductive: used the images of {options.data} as a whole, for {', '.join(measured)}")
 
 
 if __name__ == "__main__":

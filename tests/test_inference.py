@@ -265,12 +265,31 @@ def test_the_threshold_by_name_and_by_number(classifier: Classifier, run: Path) 
     for name, value in classifier.sidecar.thresholds.items():
         table = classifier(file, threshold=name)
         assert list(table["predicted"]) == [names[int(p >= value)] for p in table["probability"]]
-    assert (classifier(file, threshold="balanced-test")["predicted"] == names[1]).sum() == 3
+    assert list(classifier.sidecar.thresholds) == ["validation"]
     assert set(classifier(file, threshold=0.0)["predicted"]) == {names[1]}
     assert set(classifier(file, threshold=1)["predicted"]) == {names[0]}
-    for wrong in ("balanced-moon", 1.5, float("nan")):
+    for wrong in ("moon", 1.5, float("nan")):
         with pytest.raises(HistoError, match=r"--threshold is .*validation"):
             classifier(file, threshold=wrong)
+
+
+def test_a_threshold_that_balanced_other_images_is_refused(classifier: Classifier, run: Path) -> None:
+    older = replace(classifier.sidecar, thresholds={"validation": 0.4, "balanced-test": 0.3})
+    with pytest.raises(HistoError, match=r"'balanced-test', a number from the images of an earlier split.*--balanced"):
+        Classifier(classifier.model, older)(run / "data" / "test.h5", threshold="balanced-test")
+
+
+def test_what_was_measured_on_the_images_themselves_is_recorded(classifier: Classifier, run: Path) -> None:
+    data = load(run / "data")
+    seen, unseen = (data[split].select(range(3)) for split in ("train", "test"))
+    for rows in (seen, unseen):
+        assert classifier.predict(rows).attrs["transductive"] == []
+        adapted = classifier.predict(rows, adapt_batch_norm=True)
+        assert adapted.attrs["transductive"] == ["batch-norm statistics"]
+    normalizer = CenterNormalizer.fit(ImageTable(data["train"]), "rgb")
+    normalized = Classifier(classifier.model, replace(classifier.sidecar, normalizer=normalizer))
+    assert normalized.predict(seen).attrs["transductive"] == []
+    assert normalized.predict(unseen).attrs["transductive"] == ["color statistics"]
 
 
 def test_the_temperature_is_that_of_validation_and_changes_no_decision(classifier: Classifier, run: Path) -> None:

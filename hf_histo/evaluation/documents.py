@@ -31,11 +31,13 @@ def render(template: str, **facts: Any) -> str:
         "class_rows": report.class_rows,
         "center_rows": report.center_rows,
         "embedded": _embedded,
+        "marked": report.marked,
         "plain": plain,
         "plain_rows": lambda rows: [[plain(x) if isinstance(x, str) else x for x in row] for row in rows],
         "screening": report.screening,
         "size_rows": report.size_rows,
         "table": report.table,
+        "transductive": report.transductive,
         "withheld": report.withheld,
         "yaml": lambda options: yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True).rstrip(),
     }

@@ -17,7 +17,8 @@ def average(
 ) -> pd.DataFrame:
     """Return the table of the mean logits of several tables of the same images.
 
-    The mean of logits is the normalized geometric mean of the probabilities (the "logarithmic opinion pool", Genest &
+    What was measured on their own images (see `hf_histo.evaluation.predictions`) is that of all tables together. The
+    mean of logits is the normalized geometric mean of the probabilities (the "logarithmic opinion pool", Genest &
     Zidek 1986, "Combining Probability Distributions", Statistical Science 1(1):114-135). With two classes the
     result has one logit per image.
 
@@ -37,7 +38,11 @@ def average(
     first = aligned[0]
     two = len(label_names(first)) == 2
     logits = np.average([log_odds(table)[1] if two else array(table, "logit") for table in aligned], 0, given)
-    return with_logits(first, logits)
+    result = with_logits(first, logits)
+    recorded = [table.attrs.get("transductive") for table in aligned]
+    measured = sorted({what for each in recorded for what in each or ()})
+    result.attrs["transductive"] = measured if measured or None not in recorded else None
+    return result
 
 
 def compare(tables: Mapping[str, pd.DataFrame], *, threshold: float = 0.5) -> pd.DataFrame:

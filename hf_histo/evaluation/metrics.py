@@ -79,10 +79,11 @@ def report(predictions: pd.DataFrame, *, threshold: float = 0.5, negative: int |
         threshold, negative: as in `compute`.
 
     Returns:
-        `{"constant": what `constant` returns, "overall": M, "centers": {"0": M, ...}, "threshold": ...,
-        "negative": ..., "intervals": {"method": ..., "confidence": 0.95, "unit": "group", ...}}`, ready for JSON, where
-        M is `{"n": int, "groups": int, "groups_by_class": {"<class>": int, ...}, "<metric>": {"value": v, "low": l,
-        "high": h}, ...}`. A group counts for each class that it has images of.
+        `{"constant": what `constant` returns, "transductive": what the table records (see
+        `hf_histo.evaluation.predictions`), None where it doesn't, "overall": M, "centers": {"0": M, ...},
+        "threshold": ..., "negative": ..., "intervals": {"method": ..., "confidence": 0.95, "unit": "group", ...}}`,
+        ready for JSON, where M is `{"n": int, "groups": int, "groups_by_class": {"<class>": int, ...}, "<metric>":
+        {"value": v, "low": l, "high": h}, ...}`. A group counts for each class that it has images of.
 
     Raises:
         HistoError: `threshold` is outside [0, 1].
@@ -96,6 +97,7 @@ def report(predictions: pd.DataFrame, *, threshold: float = 0.5, negative: int |
     }
     return {
         "constant": constant(predictions, threshold=threshold),
+        "transductive": predictions.attrs.get("transductive"),
         "overall": _with_intervals(overall, names),
         "centers": {center: _with_intervals(rows, names) for center, rows in by_center.items()},
         "threshold": threshold,

@@ -1,4 +1,4 @@
-"""The predictions table: what a model said about every image, from which everything in this stage is computed.
+"""The predictions table: what a model predicts for every image, from which everything in this stage is computed.
 
 A table is a `pandas.DataFrame` with one row per image and these columns:
 
@@ -11,7 +11,9 @@ A table is a `pandas.DataFrame` with one row per image and these columns:
 | `logit` | float64, or K of them | one logit of the positive class (label 1), or one per class |
 | `probability` | float64, or K of them | sigmoid or softmax of `logit`, in [0, 1] |
 
-`attrs["label_names"]` holds the class names of a table that was read from a file.
+`attrs["label_names"]` holds the class names of a table that was read from a file. `attrs["transductive"]` lists what
+was measured on the unlabeled images of the table itself to predict them ("color statistics", "batch-norm statistics");
+predictions of single images would differ. It is missing or None where that is not recorded.
 """
 
 from __future__ import annotations
@@ -175,7 +177,7 @@ def class_index(names: Sequence[str], negative_class: str | None) -> int | None:
 
 
 def write(path: str | Path, predictions: pd.DataFrame, label_names: Sequence[str]) -> None:
-    """Write the table as parquet, atomically; `label_names` go into the schema metadata as a JSON list.
+    """Write the table as parquet, atomically; `label_names` and "transductive" go into the metadata as JSON lists.
 
     Raises:
         HistoError: the number of names isn't the number of classes.
@@ -190,8 +192,10 @@ def write(path: str | Path, predictions: pd.DataFrame, label_names: Sequence[str
     types = (pa.string(), pa.int64(), pa.string(), pa.int64(), number, number)
     schema = pa.schema(list(zip(COLUMNS, types, strict=True)))
     table = pa.Table.from_pandas(predictions, schema=schema, preserve_index=False)
+    lists = {"label_names": list(label_names), "transductive": predictions.attrs.get("transductive")}
+    metadata = {name: json.dumps(values) for name, values in lists.items() if values is not None}
     with atomic_file(path) as temporary:
-        pq.write_table(table.replace_schema_metadata({"label_names": json.dumps(list(label_names))}), temporary)
+        pq.write_table(table.replace_schema_metadata(metadata), temporary)
 
 
 def write_submission(
@@ -245,17 +249,27 @@ def read(path: str | Path) -> pd.DataFrame:
         raise HistoError(f"{path}: column probability isn't one number in [0, 1] per logit: predict again")
     # The stored probabilities stay: a calibrated table's are not the plain sigmoid or softmax of its logits.
     predictions["probability"] = probability.reshape(array(predictions, "logit").shape).tolist()
-    try:
-        names = json.loads((table.schema.metadata or {}).get(b"label_names", b"null"))
-    except (ValueError, RecursionError):
-        names = "no list of names"
     expected = label_names(predictions)
-    if names is not None and not (isinstance(names, list) and list(map(type, names)) == [str] * len(expected)):
+    names, transductive = (_texts(path, table.schema, name) for name in ("label_names", "transductive"))
+    if names is not None and not len(names) == len(set(names)) == len(expected):
         raise HistoError(
-            f"{path}: its label_names are not {len(expected)} names: pass a file made by predictions.write"
+            f"{path}: its label_names are {names}, expected {len(expected)} different names: predict again"
         )
     predictions.attrs["label_names"] = names or expected
+    if transductive is not None:
+        predictions.attrs["transductive"] = transductive
     return predictions
+
+
+def _texts(path: Path, schema: pa.Schema, name: str) -> list[str] | None:
+    """The list of texts that a file's metadata hold as `name`; None where they hold none."""
+    try:
+        values = json.loads((schema.metadata or {}).get(name.encode(), b"null"))
+    except (ValueError, RecursionError):
+        values = False
+    if values is not None and not (isinstance(values, list) and set(map(type, values)) <= {str}):
+        raise HistoError(f"{path}: its {name} are not a list of texts: pass a file made by predictions.write")
+    return values
 
 
 def _table(path: Path) -> pa.Table:

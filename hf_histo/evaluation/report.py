@@ -211,12 +211,27 @@ def withheld(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> li
 
 def overall_table(reports: Mapping[str, Mapping[str, Any]], metrics: Sequence[str] = HEADLINE) -> str:
     """Return the overall values of several `metrics.report` by their names, as `center_table` does."""
-    named = {name: report["overall"] for name, report in reports.items()}
+    named = {marked(name, report): report["overall"] for name, report in reports.items()}
     return _with_notes(table(_interval_rows(named, metrics)), _withheld(named, metrics))
 
 
 def _parts(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {f"center {center}": values for center, values in report["centers"].items()} | {"overall": report["overall"]}
+    named = {f"center {center}": values for center, values in report["centers"].items()}
+    return {marked(name, report): values for name, values in [*named.items(), ("overall", report["overall"])]}
+
+
+def marked(name: str, report: Mapping[str, Any]) -> str:
+    """Return the name of a row of a table, marked where the `metrics.report` that it shows is transductive."""
+    return f"{name} (transductive)" if report.get("transductive") else name
+
+
+def transductive(report: Mapping[str, Any], split: str) -> str:
+    """Return what a `metrics.report` of a split owes to its own unlabeled images, as a sentence; "" if nothing."""
+    if report["transductive"] is None:
+        return f"It is not recorded whether the predictions used the unlabeled images of {split} as a whole."
+    if not report["transductive"]:
+        return ""
+    return f"Transductive: used the unlabeled images of {split} as a whole, for {', '.join(report['transductive'])}."
 
 
 def _interval_rows(named: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> list[list[object]]:

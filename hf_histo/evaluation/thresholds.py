@@ -42,7 +42,8 @@ def for_share(predictions: pd.DataFrame, share: float = 0.5) -> Threshold:
     """Return the threshold at which class 1 is predicted for a given share of the images, labeled or not.
 
     It fits where the share of class 1 is known beforehand, as in a balanced test set, and the probabilities of a new
-    center are shifted. No label is looked at. Where ties or the number of images don't allow the share, the nearest
+    center are shifted. No label is looked at, but the threshold is transductive: it is made of these very images, and
+    is none for others. Where ties or the number of images don't allow the share, the nearest
     possible one is taken, and of two equally near ones the smaller. `achieved` is the share that came out.
 
     Args:

@@ -49,6 +49,16 @@ def test_round_trip(tmp_path: Path, classes: int) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["test.parquet"]
 
 
+@pytest.mark.parametrize("measured", [[], ["color statistics"]])
+def test_a_file_records_what_was_measured_on_its_own_images(tmp_path: Path, measured: list[str]) -> None:
+    table = small()
+    tables.write(tmp_path / "older.parquet", table, ["normal", "tumor"])
+    table.attrs["transductive"] = measured
+    tables.write(tmp_path / "test.parquet", table, ["normal", "tumor"])
+    assert tables.read(tmp_path / "test.parquet").attrs["transductive"] == measured
+    assert "transductive" not in tables.read(tmp_path / "older.parquet").attrs
+
+
 def test_file_made_by_pandas_is_read(tmp_path: Path) -> None:
     small([[0.0, 1.0, 2.0]] * 3).to_parquet(tmp_path / "test.parquet")
     assert tables.read(tmp_path / "test.parquet").attrs["label_names"] == ["0", "1", "2"]
@@ -107,13 +117,21 @@ def test_files_made_to_do_harm_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({name: rows for name in tables.COLUMNS}), tmp_path / "rows.parquet", **write)
     small().assign(group="x" * 5000).to_parquet(tmp_path / "text.parquet")
     good = pa.Table.from_pandas(small(), preserve_index=False)
-    for name, metadata in (("deep", "[" * 100_000), ("json", "{"), ("names", '["a"]'), ("kinds", '[1, {"a": 2}]')):
+    hostile = {"deep": "[" * 100_000, "json": "{", "names": '["a"]', "same": '["a", "a"]', "kinds": '[1, {"a": 2}]'}
+    for name, metadata in hostile.items():
         pq.write_table(good.replace_schema_metadata({"label_names": metadata}), tmp_path / f"{name}.parquet")
-    expected = {"rows": "rows, expected at most", "text": "group has a text of 5000 bytes"}
-    for name in ("rows", "text", "deep", "json", "names", "kinds"):
+    pq.write_table(good.replace_schema_metadata({"transductive": '{"a": 2}'}), tmp_path / "marked.parquet")
+    expected = {
+        "rows": "rows, expected at most",
+        "text": "group has a text of 5000 bytes",
+        "names": "expected 2 different names",
+        "same": "expected 2 different names",
+        "marked": "its transductive are not a list of texts",
+    }
+    for name in ("rows", "text", "marked", *hostile):
         file = tmp_path / f"{name}.parquet"
         assert file.stat().st_size < 2**20
-        with pytest.raises(HistoError, match=expected.get(name, "label_names are not 2 names")):
+        with pytest.raises(HistoError, match=expected.get(name, "label_names are not a list of texts")):
             tables.read(file)
 
 

@@ -89,6 +89,9 @@ def test_ensemble_calibrated_and_balanced(files: list[Path], tmp_path: Path) -> 
     assert written["calibration"]["overall"] == calibration.compute(expected)
     assert written["threshold"] == thresholds.for_share(expected, 0.4).value
     assert written["threshold_choice"]["achieved"] == 0.4
+    assert written["threshold_choice"]["files"] == [str(files[1]), str(files[3])]
+    assert written["transductive"] == ["threshold"]
+    assert "Transductive: used the unlabeled images of test as a whole, for threshold." in done.stdout
 
     csv = pd.read_csv(submission, dtype={"ID": str})
     assert list(csv.columns) == ["ID", "Pred", "Prob"]
@@ -108,8 +111,23 @@ def test_threshold_from_calibrated_validation(files: list[Path], tmp_path: Path)
     validation = calibration.apply(validation, calibration.fit_temperature(validation).value)
     expected = thresholds.choose(validation, "sensitivity", specificity=0.8)
     written = json.loads((output / "metrics.json").read_text())["test"]
-    assert written["threshold_choice"] == asdict(expected)
+    assert written["threshold_choice"] == {**asdict(expected), "files": [str(files[0])]}
+    assert not written["transductive"]
+    assert f"test at threshold {expected.value:.3f} from {files[0]}, " in done.stdout
     assert written["threshold"] == expected.value
+
+
+def test_what_predictions_owe_to_their_own_images_is_in_data_and_words(files: list[Path], tmp_path: Path) -> None:
+    table = random_table(1)
+    for measured, words in ([], None), (["color statistics"], "Transductive: used the unlabeled images of test as a"):
+        table.attrs["transductive"] = measured
+        tables.write(files[1], table, ["normal", "tumor"])
+        done = evaluate("--predictions", files[1], "--output_dir", tmp_path / "report", "--overwrite")
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "report" / "metrics.json").read_text())["test"]["transductive"] == measured
+        assert ("overall (transductive)" in done.stdout) == bool(measured)
+        assert words in done.stdout if words else "ransductive" not in done.stdout
+        assert tables.read(tmp_path / "report" / "predictions" / "test.parquet").attrs["transductive"] == measured
 
 
 def test_submission_of_several_classes_gives_the_predicted_one(tmp_path: Path) -> None:
@@ -126,8 +144,11 @@ def test_submission_of_several_classes_gives_the_predicted_one(tmp_path: Path) -
 
 
 def test_bad_input_is_one_line(files: list[Path], tmp_path: Path) -> None:
-    output, other = tmp_path / "report", tmp_path / "other.parquet"
+    output, other, swapped = tmp_path / "report", tmp_path / "other.parquet", tmp_path / "swapped.parquet"
     tables.write(other, random_table(0), ["benign", "malignant"])
+    tables.write(swapped, random_table(0), ["tumor", "normal"])
+    three = tmp_path / "three.parquet"
+    tables.write(three, tables.make("abc", [0] * 3, [""] * 3, [0, 1, 2], np.eye(3)), list("xyz"))
     files[0].write_text("not parquet")
     for arguments, message in [
         (["--predictions", files[0]], "can't be read as parquet"),
@@ -136,10 +157,20 @@ def test_bad_input_is_one_line(files: list[Path], tmp_path: Path) -> None:
         (["--predictions", files[1], "--calibrate_on", files[2], files[3]], "--calibrate_on has 2 files"),
         (["--predictions", files[1], "--calibrate_on", other], "has the classes ['benign', 'malignant']"),
         (["--predictions", files[1], other, "--ensemble"], f"{other} has the classes"),
+        (
+            ["--predictions", files[1], swapped],
+            f"--predictions {swapped} has the classes ['tumor', 'normal'], expected",
+        ),
+        (["--predictions", files[1], "--threshold_on", swapped], "['normal', 'tumor'], in this order"),
         (["--predictions", files[1], "--threshold", 2], "threshold is 2"),
+        (["--predictions", files[1], "--threshold", "nan"], "threshold is nan"),
+        (["--predictions", files[1], "--balanced", -1], "share is -1.0"),
+        (["--predictions", files[1], "--criterion", "f1"], "--criterion f1 is for --threshold_on"),
+        (["--predictions", files[1], "--threshold_on", files[1], "--specificity", 0.9], "--specificity 0.9 is for"),
+        (["--predictions", three, "--threshold", 0.4], "--threshold is for two classes, found 3"),
     ]:
         done = evaluate(*arguments, "--output_dir", output)
-        assert done.returncode == 1
+        assert done.returncode == 1, arguments
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
         assert message in done.stderr
         assert not output.exists()

@@ -21,7 +21,8 @@ def test_a_table_for_a_challenge_and_one_with_all_that_is_known(
     adapter = write_adapter(tmp_path / "adapter", backbone, outputs=outputs, temperature=2.0, threshold=0.4)
     options = f"--adapter {adapter} --data {file} --cache_dir {tmp_path / 'cache'} --output {tmp_path}".split()
     plain, details = (tmp_path / name for name in ("plain.csv", "details.csv"))
-    assert "7 predictions at threshold 0.4000" in shown_by("predict.py", *options[:-1], str(plain))
+    decision = " at threshold 0.4000 (the adapter's own)" if outputs == 1 else ""
+    assert f"7 predictions{decision}: {plain}\n" in shown_by("predict.py", *options[:-1], str(plain))
     shown_by("predict.py", *options[:-1], str(details), "--details")
     found = pd.read_csv(details, dtype={"ID": str})
     assert list(found) == ["ID", "Pred", "Prob", "Label", "Calibrated"]
@@ -35,3 +36,40 @@ def test_a_table_for_a_challenge_and_one_with_all_that_is_known(
         rows = np.array(table[known].tolist()).reshape(len(table), -1)
         np.testing.assert_allclose(found[column], rows.max(axis=1) if outputs > 1 else rows[:, 0], rtol=0, atol=1e-6)
     assert not np.allclose(found["Prob"], found["Calibrated"])
+
+
+def test_the_threshold_is_printed_with_its_origin(backbone: Path, tmp_path: Path, shown_by: Callable[..., str]) -> None:
+    file = write_data(tmp_path / "data") / "test.h5"
+    adapter = write_adapter(tmp_path / "adapter", backbone, thresholds={"validation": 0.3})
+    common = f"--adapter {adapter} --data {file} --cache_dir {tmp_path / 'cache'} --output {tmp_path / 'preds.csv'}"
+    shown = shown_by("predict.py", *common.split(), "--threshold", "validation")
+    assert "at threshold 0.3000 (--threshold validation)" in shown and "transductive" not in shown
+    shown = shown_by("predict.py", *common.split(), "--balanced", "0.43")
+    assert "(transductive: it calls 43% of these images 1, and is none for others)" in shown
+    assert shown.rstrip().endswith(f"transductive: used the images of {file} as a whole, for threshold")
+    assert pd.read_csv(tmp_path / "preds.csv")["Pred"].sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("outputs", "options", "message"),
+    [
+        (1, "--batch_size 0", "--batch_size is 0, expected at least 1"),
+        (1, "--test_time_views -1", "--test_time_views is -1"),
+        (1, "--balanced nan", "share is nan"),
+        (
+            1,
+            "--threshold balanced-test",
+            "--threshold is 'balanced-test', a number from the images of an earlier split",
+        ),
+        (3, "--threshold 0.4", "--threshold is for two classes, found 3"),
+    ],
+)
+def test_bad_options_are_one_line(
+    backbone: Path, tmp_path: Path, shown_by: Callable[..., str], outputs: int, options: str, message: str
+) -> None:
+    file = write_data(tmp_path / "data") / "test.h5"
+    adapter = write_adapter(tmp_path / "adapter", backbone, outputs=outputs, thresholds={"balanced-test": 0.3})
+    common = f"--adapter {adapter} --data {file} --cache_dir {tmp_path / 'cache'} --output {tmp_path / 'preds.csv'}"
+    shown = shown_by("predict.py", *common.split(), *options.split())
+    assert shown.splitlines()[-1].startswith(f"error: {message}")
+    assert not (tmp_path / "preds.csv").exists()
