@@ -4,8 +4,9 @@
     python recipes/app.py --adapter runs/NAME/adapter --space_dir SPACE && hf upload USER/NAME SPACE --repo-type space
 
 Needs `pip install hf_histo[app]`. Probabilities are calibrated by the adapter's temperature. The color warning compares
-the image's channel statistics with those of the training images: see `hf_histo.transforms.shift`. `--space_dir` writes
-a folder that runs as a Space of the Hub instead of starting the page: this file, the adapter and the package itself.
+the image's channel statistics with those of the training images: see `hf_histo.transforms.shift`. A file may have 64
+MiB, and its image 16 megapixels. `--space_dir` writes a folder that runs as a Space of the Hub instead of starting the
+page: this file, the adapter and the package itself.
 """
 
 import importlib.metadata
@@ -13,22 +14,30 @@ import re
 import shutil
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
+from torchvision.transforms.v2 import functional
 
 import hf_histo
 from hf_histo import hub
+from hf_histo.data.schema import decode
 from hf_histo.errors import HistoError, run
+from hf_histo.evaluation.documents import plain
 from hf_histo.evaluation.explanation import blend
 from hf_histo.evaluation.predictions import array
 from hf_histo.files import atomic_folder, require_output
 from hf_histo.inference import Classifier
 
 HERE = Path(__file__).parent
+MAX_BYTES = 64 * 2**20  # of an uploaded file
+MAX_PIXELS = 16_000_000  # of an image in it; an answer then takes less than 2 GiB
+SHOWN = 1024  # pixels on a side of what the page shows, at most
 STYLE = """
 .gradio-container {max-width: 1080px !important; margin: auto}
 .image-frame img, .image-container img {width: 100%; height: 100%; object-fit: contain}
@@ -55,60 +64,91 @@ def main() -> None:
     except ImportError:
         raise HistoError("the page needs gradio: pip install hf_histo[app]") from None
     classifier = Classifier.from_pretrained(folder, backbone=options.backbone)
-    page(gradio, classifier, card_of(folder)).launch(server_port=options.port, css=STYLE)
+    page(gradio, classifier, card_of(folder)).launch(server_port=options.port, css=STYLE, max_file_size=MAX_BYTES)
 
 
 def card_of(folder: Path) -> str:
-    """The model card without its metadata, and without the figures, whose files the page does not serve."""
+    """The model card without its metadata, and without images, whose files the page does not serve.
+
+    Other images and HTML are shown as text: a page must not fetch what somebody's card names.
+    """
     text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[-1]
-    return re.sub(r"^!\[.*\]\(figures/.*\)$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^!\[.*\]\(figures/.*\)$", "", text, flags=re.MULTILINE)
+    return re.sub(r"<(?!/?(details|summary)>)", "&lt;", text.replace("![", "!\\["))
+
+
+def answer(
+    classifier: Classifier, data: bytes | None
+) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None, dict[str, float] | None, str]:
+    """What the page shows of an image file: the image, where the model looks, the probabilities, a remark in Markdown.
+
+    The file is read by this package's decoder and by no other. The images are uint8 (H, W, 3), at most `SHOWN` pixels
+    on a side. Of a file that can't be read or has more than `MAX_PIXELS`, there is only the remark that says so.
+    """
+    if data is None:
+        return None, None, None, ""
+    sidecar = classifier.sidecar
+    names = sidecar.label_names
+    try:
+        image = decode(data, "the file", sidecar.preprocessing.gray_bits, max_pixels=MAX_PIXELS)
+        table = classifier(image)
+        chosen = str(table["predicted"][0])
+        heat = torch.from_numpy(classifier.explain(image, [names.index(chosen)])[0])
+    except HistoError as error:
+        return None, None, None, f"**No answer.** {plain(error)}"
+    calibrated = np.atleast_1d(np.array(table["calibrated"].tolist()[0]))
+    probabilities = calibrated if len(calibrated) > 1 else np.array([1 - calibrated[0], calibrated[0]])
+    decision = f"**{plain(chosen)}**"
+    if len(array(table, "logit").shape) == 1:
+        decision += f" at a threshold of {sidecar.threshold:.2f} on the probability of {plain(names[1])}"
+    shown = small(image).permute(1, 2, 0).numpy()
+    return (
+        shown,
+        blend(shown, small(heat[None])[0].numpy()),
+        dict(zip(names, probabilities.tolist(), strict=True)),
+        f"{decision}\n\n{color_warning(classifier, image)}",
+    )
+
+
+def small(image: torch.Tensor) -> torch.Tensor:
+    """The image (C, H, W) with its longer side at most `SHOWN` pixels."""
+    height, width = image.shape[-2:]
+    scale = min(1, SHOWN / max(height, width))
+    size = [max(1, round(side * scale)) for side in (height, width)]
+    return functional.resize(image, size, antialias=True)
 
 
 def page(gradio: Any, classifier: Classifier, card: str) -> Any:
-    """The page, not yet started."""
+    """The page, not yet started. What is uploaded is deleted within two hours."""
     names = classifier.sidecar.label_names
-
-    def answer(image: np.ndarray | None) -> tuple[dict[str, float] | None, np.ndarray | None, str]:
-        if image is None:
-            return None, None, ""
-        table = classifier(image)
-        calibrated = np.atleast_1d(np.array(table["calibrated"].tolist()[0]))
-        probabilities = calibrated if len(calibrated) > 1 else np.array([1 - calibrated[0], calibrated[0]])
-        chosen = str(table["predicted"][0])
-        heat = classifier.explain(image, [names.index(chosen)])[0]
-        decision = f"**{chosen}**"
-        if len(array(table, "logit").shape) == 1:
-            decision += f" at a threshold of {classifier.sidecar.threshold:.2f} on the probability of {names[1]}"
-        return (
-            dict(zip(names, probabilities.tolist(), strict=True)),
-            blend(image, heat),
-            f"{decision}\n\n{color_warning(classifier, image)}",
+    with gradio.Blocks(title=" / ".join(names), delete_cache=(3600, 3600)) as blocks:
+        gradio.Markdown(
+            f"# {plain(' / '.join(names))}\nDrop an image of at most {MAX_PIXELS // 10**6} megapixels and "
+            f"{MAX_BYTES // 2**20} MiB. For research; not a medical device."
         )
-
-    with gradio.Blocks(title=" / ".join(names)) as blocks:
-        gradio.Markdown(f"# {' / '.join(names)}\nDrop an image. For research; not a medical device.")
         with gradio.Row():
             with gradio.Column():
-                image = gradio.Image(label="Image", type="numpy", image_mode="RGB", height=360)
-            with gradio.Column():
-                heat = gradio.Image(label="What speaks for the predicted class", interactive=False, height=360)
-        with gradio.Row():
+                # Not gradio.Image: its decoder opens whatever PIL knows, some of it by other programs.
+                file = gradio.File(label="Image file", type="binary")
+                image = gradio.Image(label="Image", interactive=False, height=360)
             with gradio.Column():
                 probabilities = gradio.Label(label="Calibrated probability")
-            with gradio.Column():
                 remark = gradio.Markdown(elem_id="remark")
+                heat = gradio.Image(label="What speaks for the predicted class", interactive=False, height=360)
         with gradio.Accordion("Model card", open=False):
             gradio.Markdown(card)
-        image.change(answer, image, [probabilities, heat, remark])
+        # One at a time, which bounds the memory.
+        shown = [image, heat, probabilities, remark]
+        file.change(partial(answer, classifier), file, shown, concurrency_limit=1, api_name="answer")
     return blocks
 
 
-def color_warning(classifier: Classifier, image: np.ndarray) -> str:
-    """A line of Markdown on the distance of the image's color from the training centers'."""
+def color_warning(classifier: Classifier, image: torch.Tensor) -> str:
+    """A line of Markdown on the distance of the color of a uint8 image (3, H, W) from the training centers'."""
     colors = classifier.sidecar.colors
     if colors is None:
         return "The adapter does not hold the color of its training images: no check of the color."
-    distance = colors.distance(torch.from_numpy(image).permute(2, 0, 1))
+    distance = colors.distance(image)
     measured = f"(distance {distance:.1f}; 99% of the training images are within {colors.limit:.1f})"
     if distance > colors.limit:
         return (

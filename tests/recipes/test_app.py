@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import runpy
 import shutil
 import socket
@@ -55,14 +56,23 @@ def picture(path: Path, color: tuple[float, float, float]) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def ghostscript(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for PATH whose `gs`, which PIL would start for an EPS, leaves a file `started` there."""
+    folder = tmp_path_factory.mktemp("path")
+    (folder / "gs").write_text(f"#!/bin/sh\ntouch {folder}/started\nexit 1\n")
+    (folder / "gs").chmod(0o755)
+    return folder
+
+
 @pytest.fixture(scope="module", params=["adapter", "space"])
-def page(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
+def page(request: pytest.FixtureRequest, ghostscript: Path) -> Iterator[tuple[str, Path]]:
     """Where a page is shown, and its adapter: by the recipe, and by what it wrote as a Space, without this package."""
     folder: Path = request.getfixturevalue(request.param)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False"}
+    environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "PATH": f"{ghostscript}:{os.environ['PATH']}"}
     if request.param == "space":
         environment.pop("PYTHONPATH", None)
         command, shown = [sys.executable, "app.py"], folder / "adapter"
@@ -134,6 +144,77 @@ def test_an_image_is_dropped_and_answered(page: tuple[str, Path], tmp_path: Path
         wait.until(lambda b: "validated for diagnosis" in b.find_element(By.TAG_NAME, "body").text)
     finally:
         browser.quit()
+
+
+@pytest.mark.skipif("gradio" in MISSING or "captum" in MISSING, reason="gradio or captum is not installed")
+def test_an_upload_is_read_by_our_decoder_alone(page: tuple[str, Path], ghostscript: Path, tmp_path: Path) -> None:
+    from gradio_client import Client, handle_file
+
+    address, adapter = page
+    client = Client(address, verbose=False)
+    path = picture(tmp_path / "patch.png", (0.7, 0.5, 0.7))
+    image, heat, probabilities, remark = client.predict(handle_file(path), api_name="/answer")
+    assert image and heat
+    table = Classifier.from_pretrained(adapter)(path)
+    assert f"**{table['predicted'][0]}**" in remark
+    found = {entry["label"]: entry["confidence"] for entry in probabilities["confidences"]}
+    assert found["tumor"] == pytest.approx(table["calibrated"][0], abs=1e-5)
+
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    (tmp_path / "scan.png").write_bytes(eps)
+    image, heat, probabilities, remark = client.predict(handle_file(tmp_path / "scan.png"), api_name="/answer")
+    assert "not a readable image" in remark
+    assert not any((image, heat, (probabilities or {}).get("confidences")))
+    assert not (ghostscript / "started").exists()
+
+    (tmp_path / "large.png").write_bytes(bytes(64 * 2**20 + 1))
+    with pytest.raises(Exception, match=r"(?i)size|413"):
+        client.predict(handle_file(tmp_path / "large.png"), api_name="/answer")
+
+
+@pytest.mark.skipif("captum" in MISSING, reason="captum is not installed")
+def test_an_answer_takes_bounded_memory(adapter: Path, tmp_path: Path) -> None:
+    """An image of as many pixels as are allowed is answered below 2 GiB, and a larger one refused by its header."""
+    for name, side in (("large", 4000), ("larger", 10_000)):
+        PIL.Image.new("1", (side, side)).save(tmp_path / f"{name}.png")
+    code = (
+        "import resource, runpy, sys; from hf_histo.inference import Classifier\n"
+        "recipe, adapter, large, larger = sys.argv[1:]\n"
+        "answer = runpy.run_path(recipe, run_name='recipe')['answer']\n"
+        "classifier = Classifier.from_pretrained(adapter)\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "print(answer(classifier, open(larger, 'rb').read())[3])\n"
+        "print(peak() - before)\n"
+        "image, heat, _, remark = answer(classifier, open(large, 'rb').read())\n"
+        "print(image.shape == heat.shape == (1024, 1024, 3), 'training centers' in remark)\n"
+        "print(peak() - before)\n"
+    )
+    command = [sys.executable, "-c", code, str(RECIPE), str(adapter)]
+    command += [str(tmp_path / f"{name}.png") for name in ("large", "larger")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    refusal, first, shown, second = done.stdout.splitlines()
+    assert "expected at most 16,000,000" in refusal
+    assert int(first) < 2**15  # KiB
+    assert shown == "True True"
+    assert int(second) < 2**21
+
+
+@pytest.mark.skipif("captum" in MISSING, reason="captum is not installed")
+def test_no_text_of_an_adapter_is_markdown(tmp_path: Path, backbone: Path) -> None:
+    """Names of classes and the card are shown as text: nothing in them makes a browser fetch something."""
+    app = runpy.run_path(str(RECIPE), run_name="recipe")
+    name = "![](http://example.org/a.png)<img src=x>"
+    folder = write_adapter(tmp_path / "adapter", backbone, label_names=[name, f"{name}2"], colors=COLORS)
+    data = picture(tmp_path / "patch.png", (0.7, 0.5, 0.7)).read_bytes()
+    *_, remark = app["answer"](Classifier.from_pretrained(folder), data)
+    (folder / "README.md").write_text(f"---\n---\n# Title\n{name}\n<details><summary>More</summary></details>\n")
+    card = app["card_of"](folder)
+    for text in (remark, card):
+        assert "example.org" in text
+        assert "![" not in text
+        assert not re.search(r"(?<!\\)<img", text)
+    assert "<details><summary>More</summary></details>" in card
 
 
 def test_a_space_needs_a_backbone_that_it_can_have(adapter: Path, tmp_path: Path) -> None:
