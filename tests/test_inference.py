@@ -27,7 +27,7 @@ from hf_histo.config import AdapterOptions
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import calibration, metrics, predictions
+from hf_histo.evaluation import calibration, metrics, predictions, thresholds
 from hf_histo.finetune import fine_tune
 from hf_histo.hub import Sidecar
 from hf_histo.hub import load as load_adapter
@@ -265,7 +265,8 @@ def test_the_threshold_by_name_and_by_number(classifier: Classifier, run: Path) 
     for name, value in classifier.sidecar.thresholds.items():
         table = classifier(file, threshold=name)
         assert list(table["predicted"]) == [names[int(p >= value)] for p in table["probability"]]
-    assert list(classifier.sidecar.thresholds) == ["validation"]
+    validation = predictions.read(run / "run" / "adapter" / "predictions" / "val.parquet")
+    assert classifier.sidecar.thresholds == {"validation": thresholds.choose(validation).value}
     assert set(classifier(file, threshold=0.0)["predicted"]) == {names[1]}
     assert set(classifier(file, threshold=1)["predicted"]) == {names[0]}
     for wrong in ("moon", 1.5, float("nan")):

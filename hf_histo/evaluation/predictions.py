@@ -18,7 +18,9 @@ predictions of single images would differ. It is missing or None where that is n
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,11 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logsumexp, softmax
 
-from hf_histo.errors import HistoError
+from hf_histo.errors import HistoError, printable
 from hf_histo.files import atomic_file
 
 COLUMNS = ("id", "center", "group", "label", "logit", "probability")
+FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n")  # what a spreadsheet starts one with
 MAX_ROWS, MAX_BYTES, MAX_NAME = 5_000_000, 2**31, 4096  # of a file, and of the text in a row
 
 
@@ -203,27 +206,43 @@ def write_submission(
 ) -> None:
     """Write the table as a CSV with a header, one row per image in the table's order, atomically.
 
+    Spreadsheets run a cell that starts with =, +, -, @, a tab or a line break as a formula, so such an id or name gets
+    a leading apostrophe, unless it is a number (https://owasp.org/www-community/attacks/CSV_Injection); control
+    characters are written as their escapes, which a terminal does not obey. All other texts stay as they are.
+
     Columns: `ID`, the image's key; `Pred`, the class index that `predicted` gives at `threshold`; `Prob`, the
     probability of class 1, or, for more than two classes, of the predicted one. With `details`, of a table that has the
     column `calibrated`, also `Label`, the name of class `Pred`, and `Calibrated`, the calibrated probability of the
     class that `Prob` is of.
 
     Raises:
-        HistoError: `threshold` is outside [0, 1].
+        HistoError: `threshold` is outside [0, 1], or two ids are the same once made harmless.
     """
     chosen = predicted(predictions, threshold)
 
-    def told(column: str) -> NDArray[np.float64]:
+    def of_chosen(column: str) -> NDArray[np.float64]:
         probability = array(predictions, column)
         if probability.ndim == 1:
             return probability
         return probability[np.arange(len(chosen)), chosen if probability.shape[1] > 2 else 1]
 
-    columns = {"ID": predictions["id"], "Pred": chosen, "Prob": told("probability")}
+    ids = predictions["id"].map(_harmless)
+    if len(same := ids[ids.duplicated()]):
+        raise HistoError(f"ids are the same once made harmless for a spreadsheet: {_first(same)}; rename the images")
+    columns = {"ID": ids, "Pred": chosen, "Prob": of_chosen("probability")}
     if details:
-        columns |= {"Label": np.array(label_names(predictions))[chosen], "Calibrated": told("calibrated")}
+        names = np.array([_harmless(name) for name in label_names(predictions)])
+        columns |= {"Label": names[chosen], "Calibrated": of_chosen("calibrated")}
+    # Where a semicolon separates, as in many countries, the part of a bare text behind one would be a cell of its own.
+    quoting = csv.QUOTE_NONNUMERIC if ids.str.contains(";").any() else csv.QUOTE_MINIMAL
     with atomic_file(path) as temporary:
-        pd.DataFrame(columns).to_csv(temporary, index=False)
+        pd.DataFrame(columns).to_csv(temporary, index=False, quoting=quoting)
+
+
+def _harmless(text: str) -> str:
+    """Text that no spreadsheet or terminal acts on; see `write_submission`."""
+    is_formula = text.startswith(FORMULA) and not re.fullmatch(r"[+-]?\d+(\.\d*)?", text, re.ASCII)
+    return printable(f"'{text}" if is_formula else text)
 
 
 def read(path: str | Path) -> pd.DataFrame:

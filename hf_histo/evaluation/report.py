@@ -14,6 +14,7 @@ from sklearn.metrics import auc
 from sklearn.metrics import confusion_matrix as count_confusions
 from sklearn.metrics import roc_curve as rates
 
+from hf_histo.errors import printable
 from hf_histo.evaluation.figures import COLORS, GRAY, LINES, drawing, say, short
 from hf_histo.evaluation.metrics import SPECIFICITIES
 from hf_histo.evaluation.predictions import array, label_names, log_odds, predicted
@@ -176,8 +177,8 @@ def views_sheet(rows: Mapping[str, Sequence[NDArray[np.float32]]], path: str | P
 
 
 def cell(value: object) -> str:
-    """A value as tables show it: floats to three decimals, None as a dash."""
-    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    """A value as tables show it: floats to three decimals, None as a dash, control characters as their escapes."""
+    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else printable(str(value))
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:
@@ -248,7 +249,7 @@ def _withheld(named: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) ->
         for metric in metrics:
             if "withheld" in values[metric]:
                 reasons.setdefault((name, values[metric]["withheld"]), []).append(metric)
-    return [f"{name}, {', '.join(of)}: no interval, {reason}." for (name, reason), of in reasons.items()]
+    return [printable(f"{name}, {', '.join(of)}: no interval, {reason}.") for (name, reason), of in reasons.items()]
 
 
 def _with_notes(table: str, notes: Sequence[str]) -> str:
@@ -269,7 +270,7 @@ def screening(report: Mapping[str, Any], names: Sequence[str]) -> str:
     if report["negative"] is None:
         return ""
     found = [f"{_interval(report['overall'][f'sensitivity_at_{s}']) or '–'} at specificity {s}" for s in SPECIFICITIES]
-    return f"Sensitivity for any class but {names[report['negative']]}: {', '.join(found)}."
+    return printable(f"Sensitivity for any class but {names[report['negative']]}: {', '.join(found)}.")
 
 
 def size_rows(metrics: Mapping[str, Any]) -> list[list[object]]:

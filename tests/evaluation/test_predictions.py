@@ -141,6 +141,50 @@ def test_names_must_match_the_classes(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+HARMLESS = ["slide_3/patch-7.png", "0012", "-1", "+4", "3.5", "ä b", "a=b", "patient@x", "1e5"]
+HARMFUL = {
+    "=cmd|' /C calc'!A0": "'=cmd|' /C calc'!A0",
+    '=HYPERLINK("http://x","y")': '\'=HYPERLINK("http://x","y")',
+    "+1+cmd": "'+1+cmd",
+    "-2+3": "'-2+3",
+    "@SUM(A1)": "'@SUM(A1)",
+    "＝1": "'＝1",
+    "\t=1": "'\\t=1",
+    "\r=1": "' =1",
+    "\x1b]0;owned\x07": "\\x1b]0;owned\\x07",
+    "a\x9b2J": "a\\x9b2J",
+    "a\u202egnp.exe": "a\\u202egnp.exe",
+    "two\nlines": "two lines",
+}
+
+
+def test_no_id_or_name_acts_in_a_spreadsheet_or_terminal(tmp_path: Path) -> None:
+    ids = [*HARMLESS, *HARMFUL]
+    table = tables.make(ids, [0] * len(ids), [""] * len(ids), [-1] * len(ids), np.ones(len(ids)))
+    table.attrs["label_names"] = ["normal", "=tumor\x1b[2J"]
+    tables.write_submission(tmp_path / "preds.csv", table.assign(calibrated=table["probability"]), details=True)
+    text = (tmp_path / "preds.csv").read_bytes().decode()
+    assert all(character.isprintable() or character == "\n" for character in text)
+    written = pd.read_csv(tmp_path / "preds.csv", dtype={"ID": str})
+    assert written["ID"].tolist() == [*HARMLESS, *HARMFUL.values()]
+    assert set(written["Label"]) == {"'=tumor\\x1b[2J"}
+
+
+def test_an_id_is_one_cell_where_semicolons_separate(tmp_path: Path) -> None:
+    plain, several = (tmp_path / name for name in ("plain.csv", "several.csv"))
+    tables.write_submission(plain, small())
+    assert plain.read_text().startswith("ID,Pred,Prob\na,1,")
+    tables.write_submission(several, small(ids=["a", "b;=1+1", "c"]))
+    assert '\n"b;=1+1",' in several.read_text()
+    assert pd.read_csv(several)["ID"].tolist() == ["a", "b;=1+1", "c"]
+
+
+def test_ids_that_would_become_the_same_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(HistoError, match="ids are the same"):
+        tables.write_submission(tmp_path / "preds.csv", small(ids=["=1", "'=1", "c"]))
+    assert not list(tmp_path.iterdir())
+
+
 def test_predicted_class() -> None:
     assert tables.predicted(small([0.0, -0.1, 3.0])).tolist() == [1, 0, 1]
     assert tables.predicted(small([0.0, -0.1, 3.0]), threshold=0.9).tolist() == [0, 0, 1]

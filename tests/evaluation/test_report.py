@@ -124,6 +124,10 @@ def test_table() -> None:
     )
 
 
+def test_names_in_tables_do_not_steer_the_terminal() -> None:
+    assert report.table([["", "n"], ["tumor\x1b[2J", 1]]).splitlines()[-1] == "| tumor\\x1b[2J |   1 |"
+
+
 def test_center_table() -> None:
     table = random_table()
     table.loc[table["center"] == 2, "label"] = 0
