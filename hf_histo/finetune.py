@@ -317,7 +317,7 @@ def _stream(config: Config, total: int, views: preprocessing.Preprocessing) -> S
     state = PartialState()
     square = partial(views.prepared, side=views.resize_size)
     return hub_names.train_stream(
-        config.data.data, total, config.training.seed, state.process_index, state.num_processes, square
+        config.data.data, total, config.training.seed, state.process_index, state.num_processes, square, views.gray_bits
     )
 
 

@@ -81,7 +81,7 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
         """As `datasets` does. Raises HistoError, which leaves nothing behind, for files that changed meanwhile."""
         super()._download_and_prepare(*arguments, **options)
         directory = self.config.directory
-        cache.check_unchanged(directory, self.sources(directory), self.config.state)
+        cache.check_unchanged(directory, directory, self.sources(directory), self.config.state)
 
     def _find_bits(self, paths: Iterable[Path]) -> None:
         """Decide how the 16-bit gray images among all of the data set are read, for `_stored`; part of the description.

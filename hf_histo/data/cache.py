@@ -11,7 +11,7 @@ from pathlib import Path
 import xxhash
 
 from hf_histo.errors import HistoError
-from hf_histo.files import CHECKSUMS, atomic_file, checksum, read_checksums, regular, write_checksums
+from hf_histo.files import CHECKSUMS, atomic_file, checksum, read_checksums, read_json, regular, write_checksums
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,12 @@ def discard_damaged(folder: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write the checksums of converted data for `discard_damaged`, where it has none."""
-    if not (folder / CHECKSUMS).exists():
+    """Write the checksums of converted data for `discard_damaged`, where some of its files have none."""
+    try:
+        listed = {*read_json(folder / CHECKSUMS)["files"], CHECKSUMS}
+    except FileNotFoundError:
+        listed = set()
+    if listed != {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}:
         write_checksums(folder)
 
 
@@ -66,20 +70,20 @@ def content_of(directory: Path, names: Sequence[str], state: str, memos: Path) -
     for name in names:
         contents.update(os.fsencode(f"{name}\0{checksum(directory / name)}\0"))
     found = contents.hexdigest()
-    check_unchanged(directory, names, state)
+    check_unchanged(directory, directory, names, state)
     with atomic_file(memo) as temporary:
         temporary.write_text(found + _check(state, found), encoding="ascii")
     return found
 
 
-def check_unchanged(directory: Path, names: Sequence[str], state: str) -> None:
-    """Raise HistoError unless the files are those of `state`, untouched since."""
+def check_unchanged(where: str | Path, directory: Path, names: Sequence[str], state: str) -> None:
+    """Raise HistoError, starting with `where`, unless the files are those of `state`, untouched since."""
     try:
         unchanged = state_of(directory, names) == state
     except FileNotFoundError:
         unchanged = False
     if not unchanged:
-        raise HistoError(f"{directory}: a file changed while it was read, expected none to; run the command again")
+        raise HistoError(f"{where}: a file changed while it was read, expected none to; run the command again")
 
 
 def _check(state: str, content: str) -> str:

@@ -127,8 +127,9 @@ def _pool(data: datasets.DatasetDict, names: Sequence[str] = POOLED) -> datasets
     parts = []
     for name in names:
         if name in data:
-            split = data[name].remove_columns("id").add_column("id", [f"{name}/{key}" for key in data[name]["id"]])
-            parts.append(split.select_columns(data[name].column_names).cast(data[name].features))
+            ids = [f"{name}/{key}" for key in data[name]["id"]]
+            split = data[name].remove_columns("id").add_column("id", ids, feature=datasets.Value("string"))
+            parts.append(split.select_columns(data[name].column_names))
     if not parts:
         raise HistoError(f"the data has the splits {', '.join(data)}, expected train or val; rename one")
     pool = datasets.concatenate_datasets(parts)

@@ -64,8 +64,9 @@ def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = Non
     cache_dir = Path(cache_dir or options.cache_dir or datasets.config.HF_DATASETS_CACHE)
     if options.data.startswith(hub_names.PREFIX):
         if options.streaming:
-            return hub_names.load_streaming(options.data)
-        return hub_names.load(options.data, cache_dir=cache_dir, skip_bad_images=options.on_bad_image == "skip")
+            return hub_names.load_streaming(options.data, gray_bits=options.gray_bits)
+        skip, bits = options.on_bad_image == "skip", options.gray_bits
+        return hub_names.load(options.data, cache_dir=cache_dir, skip_bad_images=skip, gray_bits=bits)
     directory = _synthetic(cache_dir) if options.data == SYNTHETIC else Path(options.data)
     builder_class = _layout(directory)
     defaults = DataOptions()

@@ -44,6 +44,7 @@ class Stream(torch.utils.data.IterableDataset[Sample]):
         seed: of the order.
         rank, processes: of the launch.
         prepare: applied to every image, uint8 (3, H, W), that is read.
+        gray_bits: of 16-bit gray images, see `schema.rgb`; without it, they are refused.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class Stream(torch.utils.data.IterableDataset[Sample]):
         rank: int = 0,
         processes: int = 1,
         prepare: Prepare | None = None,
+        gray_bits: int | None = None,
     ) -> None:
-        self._image, self._label, self._prepare = image, label, prepare
+        self._image, self._label, self._prepare, self._gray_bits = image, label, prepare, gray_bits
         columns = [image, label, *({"id"} & set(rows.features))]
         rows = rows.select_columns(columns).cast_column(image, datasets.Image(decode=False))
         self._rows = split_dataset_by_node(rows.shuffle(seed=seed, buffer_size=BUFFER), rank, processes)
@@ -78,18 +80,19 @@ class Stream(torch.utils.data.IterableDataset[Sample]):
 
     def __iter__(self) -> Iterator[Sample]:
         for row in islice(self._again_and_again(), self._count):
-            data = row[self._image]["bytes"]
-            if data is None:
+            stored = row[self._image] or {"bytes": None, "path": None}
+            if (data := stored["bytes"]) is None:
+                found = "missing" if stored["path"] is None else f"the path {stored['path']}"
                 raise HistoError(
-                    f"--streaming: an image is the path {row[self._image]['path']}, expected its bytes in the shard, "
-                    "as push_to_hub and to_parquet of datasets write them"
+                    f"--streaming: an image is {found}, expected its bytes in the shard, as push_to_hub and to_parquet "
+                    "of datasets write them"
                 )
             name = row.get("id") or xxhash.xxh3_128_hexdigest(data)
             index = xxhash.xxh3_64_intdigest(name.encode()) >> 1
             if len(self._ids) >= REMEMBERED:
                 self._ids.pop(next(iter(self._ids)))
             self._ids[index] = name
-            image = decode(data, name)
+            image = decode(data, name, self._gray_bits)
             image = image if self._prepare is None else self._prepare(image)
             yield {"image": image, "label": row[self._label], "center": -1, "index": index}
 

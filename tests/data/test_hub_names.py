@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -12,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from hf_histo.config import DataOptions
+from hf_histo.data import hub_names
 from hf_histo.data.load import fingerprint, load
-from hf_histo.data.schema import ImageTable
+from hf_histo.data.schema import ImageTable, recorded_bits
 from hf_histo.errors import HistoError
 
 
@@ -109,6 +114,137 @@ def test_images_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert data["train"]["id"][:] == [str(row) for row in range(20) if row not in (3, 11)]
         assert data["train"]["label"][:3] == [0, 1, 0] and data["train"]["label"][3] == 0
         assert "left out 2 images that can't be read: rows [3, 11]" in caplog.text
+
+
+def declare(path: Path, names: list[str]) -> None:
+    """Write into a shard that its classes have other names."""
+    table = pq.read_table(path)
+    declared = json.loads(table.schema.metadata[b"huggingface"])
+    declared["info"]["features"]["digit"]["names"] = names
+    pq.write_table(table.replace_schema_metadata({b"huggingface": json.dumps(declared)}), path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("shard", ["train-1", "validation-0"])
+@pytest.mark.parametrize("names", [["b", "a"], ["a", "b", "c"], ["a"]])
+def test_shards_that_declare_other_classes(tmp_path: Path, streaming: bool, shard: str, names: list[str]) -> None:
+    """`datasets` takes the declaration of one shard for all, and mixes the numbers of the others in."""
+    folder = tmp_path / "data"
+    write_parquet(folder, splits=("train", "validation"))
+    shutil.copy(folder / "train-0.parquet", folder / "train-1.parquet")
+    load(DataOptions(data=f"hub:{folder}", streaming=streaming), cache_dir=tmp_path / "cache")
+    declare(folder / f"{shard}.parquet", names)
+    for _ in range(2):  # nor are they taken from the cache
+        with pytest.raises(
+            HistoError, match=rf"{shard}\.parquet: declares the classes {', '.join(names)}, expected a, b"
+        ):
+            load(DataOptions(data=f"hub:{folder}", streaming=streaming), cache_dir=tmp_path / "cache")
+
+
+def test_a_shard_that_declares_nothing_has_the_classes_of_the_rest(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "data", splits=("train", "validation"))
+    path = tmp_path / "data/validation-0.parquet"
+    pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
+    data = load(f"hub:{tmp_path / 'data'}", cache_dir=tmp_path / "cache")
+    assert data["val"].features["label"].names == ["a", "b"] and data["val"]["label"][:4] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("column", ["picture", "text"])
+def test_a_small_shard_that_expands_is_refused(tmp_path: Path, column: str) -> None:
+    write_parquet(tmp_path / "data", splits=("train", "validation"))
+    path = tmp_path / "data/train-0.parquet"
+    table = pq.read_table(path)
+    large = b"P6 1000 300 255\n" + bytes(900_000)
+    if column == "picture":
+        pictures = pa.array([{"bytes": large, "path": None}] * 500, table.schema.field("picture").type)
+        columns = {"picture": pictures, "digit": pa.array([0, 1] * 250)}
+    else:
+        columns = {"picture": table["picture"], "digit": table["digit"], "text": pa.array([large.decode()] * 20)}
+    bomb = pa.table(columns)
+    pq.write_table(bomb.replace_schema_metadata(table.schema.metadata), path, compression="zstd", version="2.6")
+    assert path.stat().st_size < 300_000
+    with pytest.raises(
+        HistoError, match=r"train-0\.parquet: expands to [\d,]+ bytes or more, from [\d,]+, expected at"
+    ):
+        load(f"hub:{tmp_path / 'data'}", cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_a_damaged_conversion_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_parquet(tmp_path / "data")
+    name = f"hub:{tmp_path / 'data'}"
+    first = load(name, cache_dir=tmp_path / "cache")
+    files = sorted((tmp_path / "cache").rglob("*.arrow")) + sorted((tmp_path / "cache").rglob("dataset_info.json"))
+    assert len(files) >= 5  # of the conversion, and of what was derived
+    for place in range(len(files)):
+        caplog.clear()
+        content = bytearray(files[place].read_bytes())
+        content[len(content) // 2] ^= 4
+        files[place].write_bytes(content if place % 2 else b"")
+        again = load(name, cache_dir=tmp_path / "cache")
+        assert "damaged" in caplog.text and fingerprint(again) == fingerprint(first)
+    caplog.clear()
+    load(name, cache_dir=tmp_path / "cache")
+    assert "damaged" not in caplog.text
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "data")
+    write_parquet(tmp_path / "other", seed=1)
+    read = hub_names._as_schema
+
+    def interfere(*arguments: Any) -> datasets.Dataset:
+        shutil.copy(tmp_path / "other/test-0.parquet", tmp_path / "data/test-0.parquet")
+        return read(*arguments)
+
+    monkeypatch.setattr(hub_names, "_as_schema", interfere)
+    with pytest.raises(HistoError, match="a file changed while it was read, expected none to; run the command again"):
+        load(f"hub:{tmp_path / 'data'}", cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pipes_and_devices_are_not_opened(tmp_path: Path, streaming: bool) -> None:
+    """`datasets` itself looks for regular files alone."""
+    write_parquet(tmp_path / "data", splits=("train", "validation"))
+    os.mkfifo(tmp_path / "data/test-0.parquet")
+    (tmp_path / "data/test-1.parquet").symlink_to("test-0.parquet")
+    (tmp_path / "data/test-2.parquet").symlink_to("/dev/zero")
+    options = DataOptions(data=f"hub:{tmp_path / 'data'}", streaming=streaming)
+    assert set(load(options, cache_dir=tmp_path / "cache")) == {"train", "val"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("stated", [None, 12, 14])
+def test_sixteen_bits_are_scaled_alike_all_over_the_data_set(
+    tmp_path: Path, streaming: bool, stated: int | None
+) -> None:
+    features = datasets.Features({"picture": datasets.Image(), "digit": datasets.ClassLabel(names=["a", "b"])})
+    (tmp_path / "data").mkdir()
+    for split, peak in (("train", 4095), ("validation", 300)):
+        images = [PIL.Image.fromarray(np.array([[0, peak]], np.uint16))] * 10
+        rows = {"picture": images, "digit": [0, 1] * 5}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / f"data/{split}-0.parquet"))
+    options = DataOptions(data=f"hub:{tmp_path / 'data'}", streaming=streaming, gray_bits=stated)
+    if streaming and stated is None:
+        with pytest.raises(HistoError, match="16-bit gray of unknown range"):
+            load(options, cache_dir=tmp_path / "cache")
+        return
+    data, bits = load(options, cache_dir=tmp_path / "cache"), stated or 12
+    assert {recorded_bits(rows) for rows in data.values()} == {bits}
+    assert ImageTable(data["val"])[0]["image"].tolist() == [[[0, 300 >> (bits - 8)]]] * 3
+    if streaming:
+        sample = next(iter(hub_names.train_stream(options.data, 10, 0, 0, 1, None, bits)))
+        assert sample["image"].tolist() == [[[0, 4095 >> (bits - 8)]]] * 3
+
+
+def test_texts_that_a_terminal_would_obey_are_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "data", splits=("train", "validation"))
+    for path in (tmp_path / "data").iterdir():
+        declare(path, ["a", "\x1b[31mb"])
+    for streaming in (False, True):
+        with pytest.raises(HistoError, match=r"the class '\\x1b\[31mb', expected printable text"):
+            load(DataOptions(data=f"hub:{tmp_path / 'data'}", streaming=streaming), cache_dir=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -124,6 +124,13 @@ def test_what_does_not_go_with_streaming(more: str) -> None:
         parse(None, ["--data=hub:x/y", "--streaming", more])
 
 
+def test_a_missing_image_is_refused() -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = datasets.IterableDataset.from_generator(lambda: iter([{"image": None, "label": 0}]), features=features)
+    with pytest.raises(HistoError, match=r"^--streaming: an image is missing, expected its bytes in the shard"):
+        list(stream.Stream(rows, image="image", label="label", total=1, seed=0))
+
+
 def test_images_that_are_paths_are_refused(tmp_path: Path) -> None:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     rows = datasets.IterableDataset.from_generator(
