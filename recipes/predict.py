@@ -7,7 +7,7 @@ says which part). `ID` is the image's key in the file, `Pred` the class index at
 probability of class 1 (for more than two classes: of the predicted one). These are the columns that challenges ask for;
 `--details` adds `Label`, the class's name, and `Calibrated`, `Prob` after the adapter's temperature.
 
-An `ID` or `Label` that a spreadsheet would run as a formula (`=...`) gets a leading apostrophe; any other stays as it is.
+An `ID` or `Label` that a spreadsheet would run as a formula (`=...`) gets a leading apostrophe; others stay as they are.
 `--balanced` is transductive: its threshold calls a share of these very images class 1, and is none for others.
 """
 
@@ -83,8 +83,8 @@ def main() -> None:
     predictions.write_submission(options.output, table, threshold, details=options.details)
     if options.explain:
         classifier.draw(data[options.split], table, options.explain)
-    decision = f" at threshold {threshold:.4f} ({origin})" if classifier.sidecar.num_outputs == 1 else ""
-    print(f"{len(table)} predictions{decision}: {options.output}")
+    shown = f" at threshold {threshold:.4f} ({origin})" if classifier.sidecar.num_outputs == 1 else ""
+    print(f"{len(table)} predictions{shown}: {options.output}")
     if measured := table.attrs["transductive"]:
         print(f"transductive: used the images of {options.data} as a whole, for {', '.join(measured)}")
 
