@@ -22,7 +22,6 @@ from hf_histo.errors import HistoError
 from hf_histo.files import atomic_folder, write_json
 from hf_histo.hub import Sidecar
 from hf_histo.models import adapters, clip
-from hf_histo.transforms.augmentation import PLAIN
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ def export(model: nn.Module, sidecar: Sidecar, folder: str | Path, format: str) 
     if folder.exists():
         raise HistoError(f"--output_dir {folder} exists already; choose another one, or remove it")
     whole = merged(model)
-    left_out = _left_out(sidecar)
+    left_out = sidecar.beside_the_model
     for part in left_out:
         logger.warning("not part of the exported model: %s", part)
     with atomic_folder(folder) as temporary:
@@ -169,14 +168,3 @@ def _to_onnx(model: PreTrainedModel, sidecar: Sidecar, path: Path) -> dict[str, 
             f"{TOLERANCE:g}; nothing was written: export this model as --format merged"
         )
     return {"opset": written.opset_import[0].version, "largest_difference": max(differences)}
-
-
-def _left_out(sidecar: Sidecar) -> list[str]:
-    """What a prediction of `Classifier` does beside the model, in words."""
-    method = sidecar.normalizer.method if sidecar.normalizer else None
-    parts = {
-        f"normalization of each center's color ({method})": method is not None,
-        f"the mean over {sidecar.views.count} views": sidecar.views != PLAIN,
-        "batch-norm statistics of the images at hand": sidecar.adapt_batch_norm,
-    }
-    return [part for part, used in parts.items() if used]

@@ -136,6 +136,20 @@ class Sidecar:
         """The class that each logit speaks for."""
         return dict(enumerate(self.label_names[-self.num_outputs :]))
 
+    @property
+    def beside_the_model(self) -> list[str]:
+        """What decides a prediction of `Classifier` and is no part of the model or of its preprocessing, in words."""
+        method = self.normalizer.method if self.normalizer else None
+        preparation = dataclasses.asdict(self.preprocessing.preparation)
+        used = ", ".join(key for key, value in preparation.items() if value not in (False, "none"))
+        parts = {
+            f"the preparation of images ({used})": bool(used),
+            f"normalization of each center's color ({method})": method is not None,
+            f"the mean over {self.views.count} views": self.views != PLAIN,
+            "batch-norm statistics of the images at hand": self.adapt_batch_norm,
+        }
+        return [part for part, is_used in parts.items() if is_used]
+
     @classmethod
     def read(cls, folder: Path) -> Sidecar:
         """Read it from an adapter folder; what older ones lack has its default.

@@ -36,6 +36,8 @@ from hf_histo.finetune import Result, fine_tune
 from hf_histo.models import adapters, backbones
 from hf_histo.training import trainer
 from hf_histo.transforms.augmentation import Views
+from hf_histo.transforms.mri import Preparation
+from hf_histo.transforms.stain import CenterNormalizer, Statistics
 
 DESIGNED = {
     "adapter_config.json",
@@ -124,6 +126,33 @@ def test_the_lines_of_the_card_give_the_same_logits(
     np.testing.assert_allclose(names["logits"][:, 0].numpy(), logits(folder, "test"), rtol=0, atol=1e-5)
 
 
+RGB = CenterNormalizer("rgb", Statistics((0.5,) * 3, ((0.1, 0, 0), (0, 0.1, 0), (0, 0, 0.1))), {}, ())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"views": Views(8)}, "the mean over 8 views"),
+        ({"normalizer": RGB}, "normalization of each center's color (rgb)"),
+        ({"adapt_batch_norm": True}, "batch-norm statistics of the images at hand"),
+        ({"preparation": Preparation(gray=True, contrast="clahe")}, "the preparation of images (gray, contrast)"),
+    ],
+)
+def test_the_card_has_no_lines_that_give_other_logits(
+    results: dict[str, Result], change: dict[str, Any], reason: str
+) -> None:
+    """Without this package, that is, for an adapter that does more than its model and preprocessing."""
+    sidecar = hub.Sidecar.read(results["frozen"].adapter)
+    assert "PeftModel" in hub.card(sidecar, results["frozen"].metrics).text
+    if "preparation" in change:
+        change = {"preprocessing": dataclasses.replace(sidecar.preprocessing, **change)}
+    text = hub.card(dataclasses.replace(sidecar, **change), results["frozen"].metrics).text
+    assert "PeftModel" not in text
+    assert "pipeline(" not in text
+    assert f"Needs this package: bare transformers and peft give other logits, without {reason}." in text
+    assert "Classifier.from_pretrained" in text
+
+
 def test_the_card_is_one_for_the_hub(results: dict[str, Result]) -> None:
     card = ModelCard.load(results["frozen"].adapter / "README.md")
     assert card.data.library_name == "peft"
@@ -146,7 +175,7 @@ def test_the_card_tells_what_was_measured(results: dict[str, Result]) -> None:
     folder = results["frozen"].adapter
     text = (folder / "README.md").read_text(encoding="utf-8")
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    assert report.center_table(metrics["splits"]["test"]) in text
+    assert report.table(report.center_rows(metrics["splits"]["test"])) in text
     assert report.table(report.size_rows(metrics)) in text
     cost = json.loads((folder.parent / "cost.json").read_text(encoding="utf-8"))
     assert cost["seconds"] > 0
