@@ -7,7 +7,7 @@ says which part). `ID` is the image's key in the file, `Pred` the class index at
 probability of class 1 (for more than two classes: of the predicted one). These are the columns that challenges ask for;
 `--details` adds `Label`, the class's name, and `Calibrated`, `Prob` after the adapter's temperature.
 
-An `ID` or `Label` that a spreadsheet would run as a formula (`=...`) gets a leading apostrophe; others stay as they are.
+An `ID` or `Label` that a spreadsheet would run as a formula (`=...`) gets a leading apostrophe; others stay unchanged.
 `--balanced` is transductive: its threshold calls a share of these very images class 1, and is none for others.
 """
 
