@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from coverage import Source, coverage
+from interval_coverage import Source, coverage
 
 HELD = {10: 0.92, 20: 0.93}  # share of 95% intervals, by the number of groups
 
