@@ -40,6 +40,11 @@ class DataOptions:
         "'files': as they are; 'published': looked at for copies, val cut from train if there is none, and test_clean, "
         "the test images with no copy in training; 'clean': one image of each family of copies, split anew",
     )
+    family: Literal["copies", "near"] | None = option(
+        None,
+        "with --split published or clean: images that stay on one side, copies, or near images as well, such as "
+        "neighboring slices of a volume (default: copies; near in cross_validate.py)",
+    )
     negative_class: str | None = option(None, "class that means 'nothing found', for sensitivity at a specificity")
     cache_dir: str | None = option(None, "folder of the converted data (default: the datasets library's cache)")
     on_bad_image: Literal["error", "skip"] = option(

@@ -30,7 +30,7 @@ from peft import PeftModel
 from hf_histo import hub
 from hf_histo.config import DataOptions
 from hf_histo.data.audit import audit
-from hf_histo.data.inventory import SIMILARITY, inventory
+from hf_histo.data.inventory import NEAR, SIMILARITY, inventory
 from hf_histo.data.load import load
 from hf_histo.data.splits import with_families
 from hf_histo.errors import HistoError, run
@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, type=Path, help="folder for audit.json and the figures")
     help = f"correlation of details, up to 1, from which on images are copies (default: {SIMILARITY})"
     parser.add_argument("--similarity", type=float, default=SIMILARITY, help=help)
+    help = f"also count families of near images, such as neighboring slices (every pair is compared, from {NEAR} on)"
+    parser.add_argument("--near", action="store_true", help=help)
     parser.add_argument("--strict", action="store_true", help="exit with code 1 where there are findings")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier audit.json and its figures")
     parser.add_argument("--adapter", help="adapter folder or Hub name, for a map before and after adaptation")
@@ -65,7 +67,7 @@ def main() -> None:
 
     data = load(DataOptions(data=options.data, cache_dir=options.cache_dir, on_bad_image=options.on_bad_image))
     classes = next(iter(data.values())).features["label"].names
-    table = inventory(data, similarity=options.similarity)
+    table = inventory(data, similarity=options.similarity, near=NEAR if options.near else None)
     report = audit(table, classes)
     print(report.summary())
     found = report.to_json()

@@ -248,7 +248,7 @@ def main() -> None:
     rows = read_rows(options)
 
     shared = next(iter(rows.values())).config.data
-    data = arrange(load(shared), shared.split)
+    data = arrange(load(shared), shared.split, shared.family)
     trainers_first = sorted(rows, key=lambda stem: trainer_of(stem, rows) != stem)
     values = {stem: measure(stem, rows, data, folder, options) for stem in trainers_first}
     if not PartialState().is_main_process:

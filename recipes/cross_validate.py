@@ -3,10 +3,12 @@
     accelerate launch recipes/cross_validate.py --config recipes/configs/mri_mobilenetv2_lora.yaml --data DIR \\
         --folds 5 --output_dir OUT
 
-Takes the options of recipes/mri_lora.py, and the same data. All labeled images are put together, families of copies
-are found, and the folds are divided by class and family: one is `test`, a tenth of the others `val`, which chooses the
-checkpoint. With `--split clean`, only one image of each family is kept; with `--split files` copies are not searched
-for, and the folds are divided by class and the groups that the files give. Each fold and seed is a run of its own, in
+Takes the options of recipes/mri_lora.py, and the same data. All labeled images are put together, families of near
+images are found, such as neighboring slices of a volume, and the folds are divided by class and family: one is `test`,
+a tenth of the others `val`, which chooses the checkpoint. Families stand in for patients where these are unknown: two
+slices of one head that look different are still on two sides. With `--family copies` only copies are kept together,
+with `--split clean` one image of each family of copies is kept, and with `--split files` nothing is searched for: the
+folds are divided by class and the groups that the files give. Each fold and seed is a run of its own, in
 OUT/fold-F-seed-S, so the same command goes on where an earlier one was stopped. Into OUT go cross_validate.json, and,
 with every image predicted by the run that never saw it, predictions/seed-S.parquet and confusion-seed-S.png.
 """
@@ -47,7 +49,12 @@ def main() -> None:
 
     refuse(config, {"pool_centers": "all splits are put together"})
     files = load(config.data)
-    data = files if config.data.split == "files" else grouped(files, only_one=config.data.split == "clean")
+    split, family = config.data.split, config.data.family or "near"
+    if split == "files":
+        refuse(config, {"family": "--split files searches for none"})
+    data = files if split == "files" else grouped(files, family, only_one=split == "clean")
+    units = {"files": "groups of the files", "near": "families of near images"}
+    unit = units.get(split, units.get(family, "families of copies"))
     runs: dict[str, dict[str, float | None]] = {}
     pooled: dict[int, dict[str, Any]] = {}
     for seed in range(config.training.seed, config.training.seed + options.seeds):
@@ -83,7 +90,7 @@ def main() -> None:
         )
     )
     for seed, of_seed in pooled.items():
-        print(f"\nAll folds together, seed {seed}, 95% intervals from resampled families of copies\n")
+        print(f"\nAll folds together, seed {seed}, 95% intervals over {unit}\n")
         print(report.center_table(of_seed))
         if len(names) > 2:
             print("\n" + report.table(report.class_rows(of_seed, names)))
@@ -94,6 +101,7 @@ def main() -> None:
             "data": {"name": config.data.data, "fingerprint": fingerprint(files)},
             "options": config.flat(),
             "folds": options.folds,
+            "held_out_together": unit,
             "seeds": options.seeds,
             "metrics": {metric: asdict(value) for metric, value in spreads.items()},
             "runs": runs,

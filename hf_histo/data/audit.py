@@ -58,13 +58,15 @@ class Stratum:
 
 @dataclass(frozen=True)
 class Split:
-    """One split: `distinct` counts images of different pixels, `families` sets of copies (see `inventory`), `sizes`
-    the different heights and widths; `smallest` and `largest` are the extremes of [height, width] in pixels."""
+    """One split: `distinct` counts images of different pixels, `families` sets of copies and `near_families` sets of
+    near images (see `inventory`; None where these were not searched for), `sizes` the different heights and widths;
+    `smallest` and `largest` are the extremes of [height, width] in pixels."""
 
     name: str
     images: int
     distinct: int
     families: int
+    near_families: int | None
     classes: dict[str, int]
     groups: int
     sizes: int
@@ -254,6 +256,7 @@ def _split(name: str, rows: pd.DataFrame, classes: Sequence[str]) -> Split:
         images=len(rows),
         distinct=int(rows["identical"].nunique()),
         families=int(rows["family"].nunique()),
+        near_families=int(rows["near"].nunique()) if "near" in rows else None,
         classes=_counts(rows, classes),
         groups=_groups(rows),
         sizes=len(sizes.drop_duplicates()),
@@ -299,8 +302,10 @@ def _described(split: Split) -> Iterator[str]:
         sizes = f"{split.sizes:,} sizes from {sizes} to {split.largest[1]} x {split.largest[0]}"
     yield ""
     yield f"{split.name}: {split.images:,} images ({split.distinct:,} distinct), {sizes} pixels" + (
-        f", {split.groups:,} groups" if split.groups else ""
+        f", {split.groups:,} groups" if split.groups else ", groups (patients, slides) unknown"
     )
+    if split.near_families is not None:
+        yield f"  {split.families:,} families of copies, {split.near_families:,} families of near images"
     width = max(map(len, split.classes))
     for name, count in split.classes.items():
         if count or name != HIDDEN:

@@ -27,6 +27,12 @@ SIMILARITY = 0.95
 all reach it, of those saved as JPEG of quality 30, 99%. Different images of the last three data sets stay below 0.85.
 Neighboring slices of one MRI volume reach it where one can hardly tell them apart; 0.8 relates more of them."""
 
+NEAR = 0.7
+"""Correlation of details from which on two images, both upright, are taken for near ones, such as neighboring slices of
+one volume. Measured with all pairs of images: of 3,264 slices of brain MRI (Kaggle, patients unknown) 66% have a near
+one, and the families that chains of near images form hold up to 19 slices, 99% of them of one class; at 0.6, chains run
+through 119. Of 2,617 H&E patches none has a near one, of 1,867 images of cervical cytology 4."""
+
 _SIDE = 64  # pixels of the thumbnails on which images are compared
 _SIGMA = 2.0  # pixels there; what a Gaussian filter of this width takes away are the details
 _DISTANCE = 10  # of 64 bits; the copies above differ in up to 8
@@ -34,7 +40,7 @@ _TURNS = 8  # quarter turns, mirrored or not
 _BLOCK = 64  # images that are compared to all others at a time
 
 
-def inventory(data: datasets.DatasetDict, *, similarity: float = SIMILARITY) -> pd.DataFrame:
+def inventory(data: datasets.DatasetDict, *, similarity: float = SIMILARITY, near: float | None = None) -> pd.DataFrame:
     """Measure all images and find families of copies, across splits; deterministic.
 
     Returns a row for each image, splits one after the other in the order of `data`, with the columns:
@@ -46,6 +52,8 @@ def inventory(data: datasets.DatasetDict, *, similarity: float = SIMILARITY) -> 
     - `identical`: number of the family of images with the same size and the same decoded pixels
     - `family`: number of the family of copies, connected through any chain of pairs of them; holds whole `identical`
       families
+    - `near`, where a correlation `near` is given (see `NEAR`): number of the family of near images, likewise; holds
+      whole families of copies
 
     Two images are copies if they are the same picture but for compression, size, brightness, contrast, color, quarter
     turns and mirroring. Not found are crops (3% off two sides is too much already) and many copies that were brightened
@@ -57,12 +65,15 @@ def inventory(data: datasets.DatasetDict, *, similarity: float = SIMILARITY) -> 
     thumbnails minus their Gaussian blur, correlate (Pearson) by at least `similarity`, in (0, 1]. Blank images have no
     details and only identical ones are related.
 
-    Holds 8 KB per image in memory, and compares all hashes to all: 100 thousand images take some minutes.
+    Holds 8 KB per image in memory, and compares all hashes to all: 100 thousand images take some minutes. With `near`,
+    the details of all images are compared to all, which takes longer.
 
-    Raises HistoError for a `similarity` out of range, an image that can't be decoded, and data without images.
+    Raises HistoError for a `similarity` or `near` out of range, an image that can't be decoded, and data without
+    images.
     """
-    if not 0 < similarity <= 1:
-        raise HistoError(f"similarity is {similarity}, expected a correlation above 0 and up to 1, e.g. {SIMILARITY}")
+    for name, value, usual in (("similarity", similarity, SIMILARITY), ("near", near, NEAR)):
+        if value is not None and not 0 < value <= 1:
+            raise HistoError(f"{name} is {value}, expected a correlation above 0 and up to 1, e.g. {usual}")
     columns = ["id", "label", "center", "group"]
     total = sum(map(len, data.values()))
     if not total:
@@ -95,6 +106,8 @@ def inventory(data: datasets.DatasetDict, *, similarity: float = SIMILARITY) -> 
     distinct = np.flatnonzero(~table["identical"].duplicated() & ~table["blank"])
     pairs = distinct[_copies(hashes[distinct], details[distinct], similarity)]
     table["family"] = components(table["identical"].to_numpy(), pairs)
+    if near is not None:
+        table["near"] = components(table["family"].to_numpy(), distinct[_near(details[distinct], near)])
     return table
 
 
@@ -143,6 +156,19 @@ def _details(thumbnail: NDArray[np.float32]) -> NDArray[np.float32]:
     details = thumbnail - gaussian_filter(thumbnail, _SIGMA)
     details -= details.mean()
     return details / max(float(np.linalg.norm(details)), 1e-6)
+
+
+def _near(details: NDArray[np.float16], correlation: float) -> NDArray[np.int64]:
+    """The pairs (m, 2) of rows whose details correlate so much, the smaller row first."""
+    flat = details.reshape(len(details), -1)
+    pairs = [np.empty((0, 2), np.int64)]
+    for start in datasets.utils.tqdm(range(0, len(flat), 8 * _BLOCK), desc="Looking for near images"):
+        rows = flat[start : start + 8 * _BLOCK].astype(np.float32)
+        for other in range(start, len(flat), 8 * _BLOCK):
+            found = np.argwhere(rows @ flat[other : other + 8 * _BLOCK].astype(np.float32).T >= correlation)
+            found += np.array([start, other])
+            pairs.append(found[found[:, 0] < found[:, 1]])
+    return np.concatenate(pairs)
 
 
 def _copies(hashes: NDArray[np.uint64], details: NDArray[np.float16], similarity: float) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from hf_histo.data.audit import audit
 from hf_histo.data.folds import k_folds, with_validation
-from hf_histo.data.inventory import inventory
+from hf_histo.data.inventory import NEAR, inventory
 from hf_histo.data.splits import clean, named, with_families
 from hf_histo.errors import HistoError
 
@@ -19,8 +19,8 @@ SEARCHED = "near copies were searched for"  # in the description of data on whic
 TOLD = ("overlap", "similar_overlap", "shared_groups", "label_conflict", "similar_label_conflict", "repeats")
 
 
-def arrange(data: datasets.DatasetDict, split: str) -> datasets.DatasetDict:
-    """The splits that `--split` asks for; what was done is added to `info.description`.
+def arrange(data: datasets.DatasetDict, split: str, family: str | None = None) -> datasets.DatasetDict:
+    """The splits that `--split` and `--family` ask for; what was done is added to `info.description`.
 
     - "files": `data` itself, nothing is looked at.
     - "published": the splits of the files, `group` naming families of copies; a tenth of `train`, whole families,
@@ -29,11 +29,16 @@ def arrange(data: datasets.DatasetDict, split: str) -> datasets.DatasetDict:
     - "clean": one image of each family of copies, none of a family with several labels, in the first of five
       `k_folds`: a fifth is `test`, a tenth of the rest `val`.
 
+    With the family "near", families of near images take the place of those of copies, save that "clean" keeps one image
+    of each family of copies.
+
     Neither depends on a run's seed. Raises HistoError for a split that can't be made, and as `inventory` does.
     """
     if split == "files":
+        if family:
+            raise HistoError(f"--family is {family} with --split files, which searches for none; leave it out")
         return data
-    families = grouped(data, only_one=split == "clean")
+    families = grouped(data, family or "copies", only_one=split == "clean")
     if split == "clean":
         arranged = k_folds(families, folds=5)[0]
         said = "one image of each family of copies, split anew"
@@ -44,16 +49,19 @@ def arrange(data: datasets.DatasetDict, split: str) -> datasets.DatasetDict:
     return arranged
 
 
-def grouped(data: datasets.DatasetDict, *, only_one: bool = False) -> datasets.DatasetDict:
-    """`data` with families of copies for groups, or with `only_one` image of each family; warns of what it finds."""
-    table = inventory(data)
+def grouped(data: datasets.DatasetDict, family: str = "copies", *, only_one: bool = False) -> datasets.DatasetDict:
+    """`data` with families of copies, or of near images, for groups; warns of what it finds.
+
+    With `only_one`, it keeps one image of each family of copies.
+    """
+    table = inventory(data, near=NEAR if family == "near" else None)
     for finding in audit(table, next(iter(data.values())).features["label"].names).findings:
         if finding.kind in TOLD:
             logger.warning(finding.message)
-    families = with_families(data, table)
+    families = with_families(data, table, "near" if family == "near" else "family")
     found = clean(families, table) if only_one else families
     for part in found.values():
-        part.info.description += f"; {SEARCHED}"
+        part.info.description += f"; {SEARCHED}{', near images as well' if family == 'near' else ''}"
     return found
 
 
@@ -66,7 +74,7 @@ def _published(data: datasets.DatasetDict) -> tuple[datasets.DatasetDict, str]:
     if "train" not in data:
         raise HistoError(f"--split published: there is no train, only {', '.join(data)}; expected clean")
     splits = with_validation(data)
-    said = [] if "val" in data else [f"val: {len(splits['val'])} images of train, whole families of copies"]
+    said = [] if "val" in data else [f"val: {len(splits['val'])} images of train, whole families"]
     seen = {*splits["train"]["group"], *splits["val"]["group"]}
     others = {}
     for name in [name for name in data if name not in ("train", "val")]:

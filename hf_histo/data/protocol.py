@@ -20,7 +20,7 @@ def prepare(config: Config) -> datasets.DatasetDict:
 
     Raises `HistoError` for data that can't be read, and splits that can't be made.
     """
-    data = arrange(load(config.data), config.data.split)
+    data = arrange(load(config.data), config.data.split, config.data.family)
     return pool_centers(data, seed=config.training.seed) if config.centers.pool_centers else data
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -66,22 +66,25 @@ def _digests(rows: datasets.Dataset) -> Iterator[bytes]:
                 yield xxhash.xxh3_128_digest(image["bytes"].as_buffer())
 
 
-def with_families(data: datasets.DatasetDict, table: pd.DataFrame) -> datasets.DatasetDict:
-    """The same images, with `group` telling which must not be on both sides of a split: copies, and known groups.
+def with_families(
+    data: datasets.DatasetDict, table: pd.DataFrame, column: Literal["family", "near"] = "family"
+) -> datasets.DatasetDict:
+    """The same images, with `group` naming those that must not be on both sides of a split: families and known groups.
 
     Args:
         data: any splits.
         table: their `inventory`.
+        column: of the table that numbers the families, of copies or of near images.
 
-    A group that shares no copy with another keeps its name. Others, and images of unknown group, get the name of
+    A group that shares no family with another keeps its name. Others, and images of unknown group, get the name of
     their first group or `family_N`. Raises HistoError if `table` is of other data.
     """
     _check_same(data, table)
     group = table["group"].to_numpy()
     # Rows of unknown group are alone, whatever copies add.
     labels = np.where(group == "", -1 - np.arange(len(table)), pd.factorize(group)[0])
-    first = table["family"].drop_duplicates()
-    leader = first.index.to_numpy()[pd.Index(first).get_indexer(table["family"])]
+    first = table[column].drop_duplicates()
+    leader = first.index.to_numpy()[pd.Index(first).get_indexer(table[column])]
     joined = pd.Series(components(labels, np.stack([leader, np.arange(len(table))], axis=1)))
     known = pd.Series(group).where(group != "")
     names = known.groupby(joined).transform("first").fillna("family_" + joined.astype(str))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
+from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from hf_histo.data.leaks import arrange, grouped
@@ -95,3 +97,31 @@ def test_class_folders_without_splits_can_only_be_split_anew(tmp_path: Path) -> 
     with pytest.raises(HistoError, match="there is no train, only full; expected clean"):
         arrange(files, "published")
     assert sum(map(len, arrange(files, "clean").values())) == 45
+
+
+def test_near_images_stay_on_one_side(tmp_path: Path) -> None:
+    """Neighboring slices: each is a little of the next one, and so of its neighbor, but no copy of it."""
+    volumes = 24
+
+    def slices(volume: int) -> list[NDArray[np.float64]]:
+        ends = [gaussian_filter(np.random.default_rng([volume, end]).normal(size=(48, 40)), 1.5) for end in range(2)]
+        return [(1 - share) * ends[0] + share * ends[1] for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+
+    for volume in range(volumes):
+        for place, pixels in enumerate(slices(volume)):
+            path = tmp_path / "data" / "Training" / CLASSES[volume % 2] / f"{volume}-{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(np.uint8(np.clip(128 + 200 * pixels, 0, 255))).save(path)
+    data = load(tmp_path / "data", cache_dir=tmp_path / "cache")
+
+    def volumes_of(rows: datasets.Dataset) -> set[str]:
+        return {Path(key).stem.split("-")[0] for key in rows["id"]}
+
+    copies, near = (arrange(data, "published", family) for family in ("copies", "near"))
+    assert len(set(near["train"]["group"]) | set(near["val"]["group"])) == volumes
+    assert not volumes_of(near["train"]) & volumes_of(near["val"])
+    assert volumes_of(copies["train"]) & volumes_of(copies["val"])  # what copies alone let through
+    assert "near images as well" in near["train"].info.description
+    assert "near images" not in copies["train"].info.description
+    with pytest.raises(HistoError, match="--family is near with --split files"):
+        arrange(data, "files", "near")
