@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +156,49 @@ def test_a_model_that_says_the_same_of_every_image_is_flagged(
     assert result.metrics["splits"]["val"]["constant"] == "all 13 images have the same logits"
     assert "val: all 13 images have the same logits" in caplog.text
     assert "all 13 images have the same logits" in (result.adapter / "README.md").read_text(encoding="utf-8")
+
+
+class AtTheEnd(TrainerCallback):
+    """Does something in the run's folder after the first epoch, or at the end of the last."""
+
+    def __init__(self, change: Callable[[Path], None], *, last: bool) -> None:
+        self.change, self.last = change, last
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.last and state.epoch == 1:
+            self.change(Path(args.output_dir))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.last and state.global_step == state.max_steps:
+            self.change(Path(args.output_dir))
+
+
+def test_a_run_whose_folder_vanishes_fails(tmp_path: Path, source: tuple[Path, Path]) -> None:
+    options, data = config(tmp_path / "run", *source, *QUICK), load(source[1])
+    with pytest.raises(HistoError, match="was deleted or moved while this run was trained"):
+        finetune.fine_tune(options, data, callbacks=[AtTheEnd(shutil.rmtree, last=False)])
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def flip_a_bit_of_the_best(folder: Path) -> None:
+    (state,) = sorted(folder.glob("checkpoint-*/trainer_state.json"))[-1:]
+    best = folder / Path(json.loads(state.read_text())["best_model_checkpoint"]).name / "adapter_model.safetensors"
+    content = bytearray(best.read_bytes())
+    content[-1] ^= 1
+    best.write_bytes(content)
+
+
+def remove_the_checkpoints(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+@pytest.mark.parametrize("change", [flip_a_bit_of_the_best, remove_the_checkpoints])
+def test_the_best_weights_or_none_are_saved(
+    tmp_path: Path, source: tuple[Path, Path], change: Callable[[Path], None]
+) -> None:
+    """Not the last ones, which transformers would keep in silence."""
+    options, data = config(tmp_path / "run", *source, *QUICK), load(source[1])
+    with pytest.raises(HistoError, match="the best checkpoint is damaged"):
+        finetune.fine_tune(options, data, callbacks=[AtTheEnd(change, last=True)])
+    assert not (tmp_path / "run" / "adapter").exists()
