@@ -137,6 +137,7 @@ def _fine_tune(
 ) -> Result:
     adapter = folder / runs.ADAPTER
     if runs.is_finished(folder) and not config.output.overwrite_output_dir:
+        hub.verify(adapter)
         return Result(adapter, hub.read_metrics(adapter), None)
 
     set_seed(config.training.seed)

@@ -202,3 +202,21 @@ def test_the_best_weights_or_none_are_saved(
     with pytest.raises(HistoError, match="the best checkpoint is damaged"):
         finetune.fine_tune(options, data, callbacks=[AtTheEnd(change, last=True)])
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped"])
+def test_a_finished_run_without_its_weights_is_not_taken_for_one(
+    tmp_path: Path, source: tuple[Path, Path], straight: Path, damage: str
+) -> None:
+    shutil.copytree(straight.parent, tmp_path / "run")
+    options, data = config(tmp_path / "run", *source, *QUICK), load(source[1])
+    assert finetune.fine_tune(options, data).seconds is None
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(HistoError, match=r"adapter_model\.safetensors"):
+        finetune.fine_tune(options, data)
+    again = finetune.fine_tune(config(tmp_path / "run", *source, *QUICK, "--overwrite_output_dir"), data)
+    assert (again.adapter / weights.name).read_bytes() == (straight / weights.name).read_bytes()
