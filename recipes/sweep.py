@@ -45,7 +45,7 @@ from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare
 from hf_histo.errors import HistoError, run
 from hf_histo.evaluation.report import table
-from hf_histo.files import atomic_file, write_json
+from hf_histo.files import atomic_file, read_text, write_json
 from hf_histo.finetune import fine_tune
 from hf_histo.training import runs
 
@@ -71,7 +71,7 @@ class Plan:
 def read_plan(path: str, config: Config) -> Plan:
     """Raises HistoError for a file that can't be read, and for options and values that a run would refuse."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
         ranges = content["grid"] if set(content) == {"grid"} else content["space"]
         distributions = {name: _distribution(values) for name, values in ranges.items()}
         if "grid" in content:

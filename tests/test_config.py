@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -143,6 +144,9 @@ def test_a_list_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_missing_or_not_a_mapping(tmp_path: Path) -> None:
     assert "none.yaml" in refusal("--config", str(tmp_path / "none.yaml"))
     assert str(tmp_path) in refusal("--config", str(tmp_path))
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "pipe.yaml: a pipe, expected a file" in refusal("--config", str(tmp_path / "pipe.yaml"))
+    assert "/dev/zero: a device, expected a file" in refusal("--config", "/dev/zero")
     assert "expected a mapping of options, found list" in refusal("--config", write(tmp_path, "- seed"))
     assert "cannot be read as YAML" in refusal("--config", write(tmp_path, "seed: [1\nmethod: lora\n"))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00seed")

@@ -23,6 +23,7 @@ from scipy.special import expit, softmax
 from torch import nn
 from transformers import pipeline
 
+from hf_histo import inference
 from hf_histo.config import AdapterOptions
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
@@ -110,6 +111,20 @@ def test_batches_do_not_matter(classifier: Classifier, arrays: list[np.ndarray])
     np.testing.assert_allclose(one["logit"], three["logit"], rtol=0, atol=1e-6)
 
 
+def test_large_images_come_in_smaller_batches(
+    classifier: Classifier, arrays: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    hook = classifier.model.register_forward_pre_hook(
+        lambda _, args, options: seen.append(len(options["pixel_values"])), with_kwargs=True
+    )
+    expected = classifier(arrays)["logit"]
+    monkeypatch.setattr(inference, "BATCH_PIXELS", 2 * SIZE**2)
+    np.testing.assert_allclose(classifier(arrays)["logit"], expected, rtol=0, atol=1e-6)
+    hook.remove()
+    assert seen == [3, 2, 1]
+
+
 def test_the_decision_has_the_name_of_its_class(classifier: Classifier, arrays: list[np.ndarray]) -> None:
     table = classifier(arrays)
     names = classifier.sidecar.label_names
@@ -192,6 +207,23 @@ def test_a_data_set_read_with_other_bits_is_refused(classifier: Classifier, tmp_
         remedy = "give --gray_bits 16" if own else "convert them to 8 bits"
         with pytest.raises(HistoError, match=f"^16-bit gray images .* of 12 bits, expected {own or 8}.*{remedy}"):
             deep.predict(data)
+
+
+def test_a_run_on_deep_images_reads_others_as_it_read_those(run: Path, tmp_path: Path) -> None:
+    for i in range(16):
+        folder = tmp_path / "data" / ("train", "val")[i // 8] / ("dark", "light")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        gray = np.random.default_rng(i).integers(0, 2048 * (1 + i % 2), (40, 40), dtype=np.uint16)
+        PIL.Image.fromarray(gray).save(folder / f"{i}.png")
+    options = config(tmp_path / "run", run / "backbone", tmp_path / "data", "--method=linear")
+    adapter = fine_tune(options, load(tmp_path / "data", cache_dir=tmp_path / "cache")).adapter
+    classifier = Classifier.from_pretrained(adapter)
+    assert classifier.sidecar.preprocessing.gray_bits == 12
+    assert classifier(tmp_path / "data/val/dark/14.png")["id"].tolist() == [str(tmp_path / "data/val/dark/14.png")]
+    dark = np.random.default_rng(0).integers(0, 200, (40, 40), dtype=np.uint16)  # which is not stretched to white
+    PIL.Image.fromarray(dark).save(tmp_path / "dark.png")
+    expected = classifier((dark >> 4).astype(np.uint8))["logit"]
+    assert classifier(tmp_path / "dark.png")["logit"].tolist() == expected.tolist()
 
 
 def test_a_pipe_is_refused_before_it_is_opened(classifier: Classifier, tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ def _is_there(path: Path, folder: bool = False) -> bool:
 def _lines(file: Path) -> list[tuple[str, str]]:
     """The lines that are not empty, each after the file and its number, for messages."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = regular(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise HistoError(f"{file}: can't be read as text ({error}); save it as UTF-8") from None
     return [(f"{file}, line {number}", line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -156,8 +156,17 @@ def train_stream(
     with _faults(name):
         rows = _find(name).as_streaming_dataset()["train"]
     image, label = columns(name, rows.features)
-    options = {"rank": rank, "processes": processes, "prepare": prepare, "gray_bits": gray_bits}
-    return Stream(rows, image=image, label=label, total=total, seed=seed, **options)
+    return Stream(
+        rows,
+        image=image,
+        label=label,
+        total=total,
+        seed=seed,
+        rank=rank,
+        processes=processes,
+        prepare=prepare,
+        gray_bits=gray_bits,
+    )
 
 
 def _find(name: str, **options: Any) -> datasets.DatasetBuilder:

@@ -97,8 +97,9 @@ def _table(directory: Path) -> pd.DataFrame:
     """The rows of `metadata.csv` with the patch's `path` below `directory` and the name of its official `split`."""
     path = directory / "metadata.csv"
     try:
-        table = pd.read_csv(path, usecols=list(WildsCamelyon17.COLUMNS), dtype="int64")
-    except ValueError as error:
+        with np.errstate(invalid="ignore"):  # of what is no number, which is refused
+            table = pd.read_csv(path, usecols=list(WildsCamelyon17.COLUMNS), dtype="int64")
+    except (ValueError, OverflowError, TypeError) as error:
         expected = f"a CSV table with whole numbers in {', '.join(WildsCamelyon17.COLUMNS)}"
         raise HistoError(f"{path}: {error}, expected {expected}; download it again") from error
     for column in ("tumor", "split"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,15 @@ def refusal(folder: Path, cache: Path) -> str:
     with pytest.raises(HistoError) as caught:
         load(folder, cache_dir=cache)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["splits/train.txt", "splits/val.txt"])
+def test_lists_that_are_pipes_are_refused_before_they_are_opened(tmp_path: Path, name: str) -> None:
+    folder = write_lists(tmp_path / "set")
+    (folder / name).unlink(missing_ok=True)
+    (folder / "splits/valid.txt").unlink()
+    os.mkfifo(folder / name)
+    assert f"{name}: a pipe, expected a file" in refusal(folder, tmp_path / "cache")
 
 
 def test_files_named_by_class(tmp_path: Path) -> None:

@@ -93,6 +93,9 @@ def test_refuses_another_size(tmp_path: Path) -> None:
         ("tumor", 2, r"metadata\.csv: tumor is 2 in row 3, expected 0 or 1"),
         ("split", 5, r"metadata\.csv: split is 5 in row 3"),
         ("center", "", r"metadata\.csv: .*expected a CSV table with whole numbers"),
+        ("center", 2**63, r"metadata\.csv: .*expected a CSV table with whole numbers"),
+        ("center", 10**30, r"metadata\.csv: .*expected a CSV table with whole numbers"),
+        ("center", "1e30", r"metadata\.csv: .*expected a CSV table with whole numbers"),
         ("patient", "../../etc", r"metadata\.csv: .*expected a CSV table with whole numbers"),
     ],
 )
