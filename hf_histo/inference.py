@@ -28,6 +28,8 @@ from hf_histo.hub import Sidecar, load
 from hf_histo.models import adapters, backbones
 from hf_histo.transforms.augmentation import Views
 
+BATCH_PIXELS = 64 * 384 * 384  # that a model sees at a time: an adapter's image size must not decide over the memory
+
 Image = str | Path | PIL.Image.Image | np.ndarray | torch.Tensor
 
 
@@ -174,7 +176,7 @@ class Classifier:
                 color, a center that training saw has stored statistics, and another one is measured on `images`: give
                 all its images at once, not one by one.
             threshold: as `Sidecar.threshold_named` takes it.
-            batch_size: images at a time.
+            batch_size: images at a time, at most as many as have `BATCH_PIXELS` where the model sees them.
 
         Returns what `predict` does; `id` is the path, the key in the file, or the place in the sequence.
 
@@ -235,7 +237,7 @@ class Classifier:
             normalizer=color,
             views=views or self.sidecar.views,
             adapt_batch_norm=adapts,
-            batch_size=batch_size,
+            batch_size=max(1, min(batch_size, BATCH_PIXELS // self.sidecar.preprocessing.image_size**2)),
             num_workers=num_workers,
             description=description,
             device=self._device,

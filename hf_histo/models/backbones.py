@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_histo.errors import HistoError
 from hf_histo.models import clip, heads, registry
+from hf_histo.transforms.preprocessing import MAX_SIZE
 
 # In a config.json: code to run or fetch, and files to read.
 REFUSED = (
@@ -91,19 +92,20 @@ def load(
         num_outputs: logits; 1 for a binary task.
         revision: branch, tag or commit on the Hub.
         random_weights: build from the configuration alone. A timm name then needs no network.
-        image_size: pixels on a side; a vision transformer resamples its position embeddings to it.
+        image_size: pixels on a side, at most `MAX_SIZE`; a vision transformer resamples its position embeddings to it.
         head: what the classifier is made of, by default one linear layer.
         head_dropout: probability of dropout before the head's linear layers while training.
         keep_head: take the head's weights as well, for a model that was trained whole.
 
-    Raises `HistoError` if the backbone can't be had, or if weights other than the head's are missing from it.
+    Raises `HistoError` if the backbone can't be had, if weights other than the head's are missing from it, and if it
+    does not take images of that size.
     """
     source = locate(name)
     design = head or heads.Design()
     on_logits = design.on == "logits"
     folder = None if random_weights else _open_clip_folder(name, source, revision)
     config = _config(name, source, None if on_logits else num_outputs, revision, random_weights, folder)
-    _allow_image_size(name, config, image_size)
+    resized = _allow_image_size(name, config, image_size)
     if Path(source).is_dir() and not (random_weights or folder):
         _check_size(name, Path(source), config)
     try:
@@ -127,6 +129,8 @@ def load(
                 _check_complete(name, loaded, new, "; --head_on logits needs its output layer" if on_logits else "")
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise HistoError(unavailable(name, source, error)) from None
+    if resized:
+        _try_image_size(name, model, image_size)
     if not keep_head:
         heads.attach(model, design, num_outputs)
     if head_dropout:
@@ -304,16 +308,39 @@ def _check_size(name: str, folder: Path, config: PreTrainedConfig) -> None:
         )
 
 
-def _allow_image_size(name: str, config: PreTrainedConfig, image_size: int | None) -> None:
-    """timm's vision transformers assert on another input size unless they are built to resample positions."""
+def _allow_image_size(name: str, config: PreTrainedConfig, image_size: int | None) -> bool:
+    """Whether `image_size` is another one than declared; raises `HistoError` for one out of all bounds.
+
+    timm's vision transformers assert on another input size unless they are built to resample positions.
+    """
+    if image_size is None:
+        return False
+    if not 1 <= image_size <= MAX_SIZE:
+        raise HistoError(f"--image_size is {image_size}, expected 1 to {MAX_SIZE} pixels; choose one between them")
     declared: dict[str, Any] = getattr(config, "pretrained_cfg", None) or {}
     if isinstance(config, clip.OpenClipConfig):
         own = (config.vision_cfg or {}).get("image_size")
-        if image_size not in (None, own):
+        if image_size != own:
             raise HistoError(f"--image_size is {image_size}, expected {own}: {name} takes images of no other size")
-        return
-    if image_size and declared.get("fixed_input_size") and declared["input_size"][-1] != image_size:
+        return False
+    own = declared["input_size"][-1] if declared.get("input_size") else getattr(config, "image_size", None)
+    if declared.get("fixed_input_size") and own != image_size:
         config.model_args = {**(config.model_args or {}), "dynamic_img_size": True}
+    return bool(own != image_size)
+
+
+def _try_image_size(name: str, model: PreTrainedModel, image_size: int | None) -> None:
+    """Raise `HistoError` unless the model takes a black image of that size; `image_size` is not the declared one."""
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(pixel_values=torch.zeros(1, 3, image_size or 1, image_size or 1))
+    except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise HistoError(
+            f"--image_size is {image_size}, expected one that {name} takes ({reason}); leave it out"
+        ) from None
+    model.train(training)
 
 
 def _check_complete(name: str, loaded: dict[str, Any], except_for: str | None, remedy: str) -> None:

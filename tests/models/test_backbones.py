@@ -174,3 +174,23 @@ def test_a_config_that_names_another_number_of_classes(resnet: Path) -> None:
     content["num_classes"] = 10
     (resnet / "config.json").write_text(json.dumps(content), encoding="utf-8")
     assert backbones.load(str(resnet), 2).config.num_labels == 2
+
+
+@pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "test_vit.r160_in1k", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("size", [-1, 0, 1, 3, 100_000])
+def test_an_image_size_that_the_backbone_does_not_take(name: str, size: int) -> None:
+    try:
+        model = backbones.load(name, 2, random_weights=True, image_size=size)
+    except HistoError as error:
+        assert str(error).startswith(f"--image_size is {size}, expected ")
+        assert "\n" not in str(error)
+    else:  # a network of convolutions takes small ones
+        assert 0 < size < 100_000
+        with torch.no_grad():
+            assert model.eval()(pixel_values=torch.zeros(1, 3, size, size)).logits.shape == (1, 2)
+
+
+def test_the_trial_of_an_image_size_changes_nothing(resnet: Path) -> None:
+    first, second = (backbones.load(str(resnet), 2, image_size=size) for size in (None, 48))
+    assert first.training == second.training
+    assert backbones.identity(first) == backbones.identity(second)
