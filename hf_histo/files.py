@@ -36,8 +36,8 @@ def require_output(path: str | Path, inputs: Iterable[str | Path | None] = (), *
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
         kind = "folder" if folder else "regular file"
         raise HistoError(f"output {path}: is no {kind}, expected a new place or a {kind}; choose another")
-    for source in filter(None, inputs):
-        if Path(source).exists() and path.resolve().is_relative_to(Path(source).resolve()):
+    for source in inputs:
+        if source and Path(source).exists() and path.resolve().is_relative_to(Path(source).resolve()):
             raise HistoError(f"output {path}: is or lies in the input {source}, expected another place; choose one")
 
 

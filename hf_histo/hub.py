@@ -52,8 +52,10 @@ SIDECAR, CARD = "hf_histo.json", "README.md"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # peft's; of a "full" run, there is MODEL instead
 MODEL = ("config.json", "model.safetensors")
 # What this package writes into an adapter folder. Whatever else lies there is neither read nor uploaded.
-FILES = (SIDECAR, CARD, CHECKSUMS, *ADAPTER, *MODEL, "preprocessor_config.json", "metrics.json", "report.html")
-FILES += ("predictions/*.parquet", "figures/*.png")
+FILES = (
+    *(SIDECAR, CARD, CHECKSUMS, *ADAPTER, *MODEL, "preprocessor_config.json", "metrics.json", "report.html"),
+    *("predictions/*.parquet", "figures/*.png"),
+)
 RESIZED = {
     "crop": "shorter side resized to",
     "squash": "both sides resized to",
