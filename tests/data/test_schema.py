@@ -187,6 +187,18 @@ def test_whole_jpegs_pass_and_damaged_ones_do_not(mode: str, options: dict[str, 
             pytest.fail(what)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["brain-tumor-mri", "herlev-papsmear", "lbc-papsmear"])
+def test_real_jpegs_pass(name: str) -> None:
+    folder = Path(__file__).parents[3] / "shared/data" / name
+    if not folder.is_dir():
+        pytest.skip(f"the real data are not at {folder}")
+    paths = sorted(folder.rglob("*.jpg"))
+    assert paths
+    for path in paths:
+        checked(path.read_bytes(), str(path))
+
+
 def saved(image: PIL.Image.Image, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", **options)
