@@ -104,7 +104,7 @@ class Features:
         if config.centers.normalization != "none":
             return
         given = (self.preprocessing, Views.of(config), config.prediction.adapt_batch_norm)
-        key = f"{fingerprint(data)} {backbones.fingerprint(self.model)} {given}"
+        key = f"{fingerprint(data)} {backbones.identity(self.model)} {given}"
         if not path.is_file() or str(np.load(path)["key"]) != key:
             found = {split: self._computed(split, rows, None) for split, rows in data.items()}
             if PartialState().is_main_process:
