@@ -93,7 +93,7 @@ def test_report_by_center() -> None:
     found = calibration.report(predictions)
     assert list(found["centers"]) == ["0", "1"]
     assert found["centers"]["1"] == calibration.compute(predictions[predictions["center"] == 1])
-    assert found["overall"]["n"] == 3000
+    assert (found["overall"]["n"], found["bins"]) == (3000, calibration.BINS)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])

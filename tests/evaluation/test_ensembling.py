@@ -57,6 +57,30 @@ def test_names_of_classes_stay() -> None:
     assert average([named, random_table(seed=1)]).attrs["label_names"] == ["normal", "tumor"]
 
 
+@pytest.mark.parametrize(
+    ("recorded", "expected"),
+    [
+        ([[], []], []),
+        ([["color statistics"], []], ["color statistics"]),
+        ([["threshold"], ["color statistics", "threshold"]], ["color statistics", "threshold"]),
+        ([["color statistics"], None], ["color statistics"]),
+        ([[], None], None),
+    ],
+)
+def test_an_average_is_transductive_where_one_of_its_parts_is(
+    recorded: list[list[str] | None], expected: list[str] | None
+) -> None:
+    tables = [random_table(seed=seed) for seed in range(len(recorded))]
+    for table, measured in zip(tables, recorded, strict=True):
+        if measured is not None:
+            table.attrs["transductive"] = measured
+    averaged = average(tables)
+    assert averaged.attrs["transductive"] == expected
+    assert metrics.report(averaged)["transductive"] == expected
+    assert metrics.report(calibration.apply(averaged, 2.0))["transductive"] == expected
+    assert [table.attrs.get("transductive") for table in tables] == recorded
+
+
 def renamed(names: list[str]) -> pd.DataFrame:
     table = random_table()
     table.attrs["label_names"] = names
@@ -72,6 +96,7 @@ def renamed(names: list[str]) -> pd.DataFrame:
         (lambda: average([random_table(), random_table(3)]), r"table 1 has the classes \['0', '1', '2'\]"),
         (lambda: average([renamed(["a", "b"]), renamed(["b", "a"])]), r"expected those of table 0, \['a', 'b'\]"),
         (lambda: average([random_table(), random_table().assign(label=-1)]), "has label -1 for id i0"),
+        (lambda: average({"a": random_table(), "b": random_table()[1:]}), "^b and a differ in 1 ids"),
         (lambda: average([random_table()], [1, 2]), "expected 1 numbers"),
         (lambda: average([random_table()] * 2, [0, 0]), "not all 0"),
         (lambda: average([random_table()] * 2, [2, -1]), "at least 0"),

@@ -276,6 +276,18 @@ def test_for_trainer() -> None:
         metrics.for_trainer()(EvalPrediction(predictions=logits * np.nan, label_ids=labels))
 
 
+def test_threshold_and_negative_class_reach_the_metrics_of_logits_and_of_the_trainer() -> None:
+    two, several = random_table(), random_table(classes=3)
+    for table, settings in ((two, {"threshold": 0.8}), (several, {"negative": 2})):
+        logits, labels = array(table, "logit"), table["label"].to_numpy()
+        expected, default = metrics.compute(table, **settings), metrics.compute(table)
+        assert expected != default
+        assert metrics.of_logits(logits, labels, **settings) == expected
+        assert metrics.of_logits(logits, labels) == default
+        found = metrics.for_trainer(**settings)(EvalPrediction(predictions=logits, label_ids=labels))
+        assert found == {name: value for name, value in expected.items() if name != "loss"}
+
+
 def test_evaluate_metric_needs_no_network() -> None:
     program = """
 import json, numpy as np

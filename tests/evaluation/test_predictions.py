@@ -170,6 +170,23 @@ def test_no_id_or_name_acts_in_a_spreadsheet_or_terminal(tmp_path: Path) -> None
     assert set(written["Label"]) == {"'=tumor\\x1b[2J"}
 
 
+@pytest.mark.parametrize(("threshold", "called"), [(0.5, [1, 0, 1]), (0.9, [0, 0, 1])])
+def test_a_submission_of_two_classes_is_of_class_1_at_its_threshold(
+    tmp_path: Path, threshold: float, called: list[int]
+) -> None:
+    for logits in ([1.0, -1.0, 5.0], [[0.0, 1.0], [1.0, 0.0], [0.0, 5.0]]):
+        table = small(logits)
+        table.attrs["label_names"] = ["normal", "tumor"]
+        table["calibrated"] = [0.1, 0.2, 0.3] if table["logit"].dtype == float else [[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]
+        tables.write_submission(tmp_path / "preds.csv", table, threshold, details=True)
+        written = pd.read_csv(tmp_path / "preds.csv")
+        assert list(written) == ["ID", "Pred", "Prob", "Label", "Calibrated"]
+        assert written["Pred"].tolist() == called
+        assert written["Label"].tolist() == [["normal", "tumor"][call] for call in called]
+        np.testing.assert_allclose(written["Prob"], tables.positive_probability(table))
+        np.testing.assert_allclose(written["Calibrated"], [0.1, 0.2, 0.3])
+
+
 def test_an_id_is_one_cell_where_semicolons_separate(tmp_path: Path) -> None:
     plain, several = (tmp_path / name for name in ("plain.csv", "several.csv"))
     tables.write_submission(plain, small())

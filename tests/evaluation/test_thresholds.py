@@ -86,6 +86,7 @@ def test_share_by_center() -> None:
     assert list(found) == [-1, 0, 3]
     assert found[3] == thresholds.for_share(shifted[2:4])
     assert found[0].achieved == found[3].achieved == 0.5
+    assert {of.achieved for of in thresholds.for_share_by_center(shifted, 1.0).values()} == {1.0}
 
 
 SCORES: dict[str, Callable[..., float]] = {
