@@ -87,6 +87,16 @@ def test_hidden_labels_are_left_out(classes: int) -> None:
     assert calibration.report(nothing)["centers"]["2"] == undefined
 
 
+def test_each_error_has_its_own_bins_and_one_bin_is_enough() -> None:
+    predictions = planted(2.0)
+    found = calibration.compute(predictions)
+    for key, binning in (("ece", "equal_width"), ("ece_equal_mass", "equal_mass")):
+        assert found[key] == calibration.expected_calibration_error(predictions, binning=binning)  # type: ignore[arg-type]
+    assert found["ece"] != found["ece_equal_mass"]
+    (row,) = calibration.reliability(predictions, bins=1).to_dict("records")
+    assert (row["frequency"], row["n"]) == (pytest.approx(predictions["label"].mean()), 3000)
+
+
 def test_report_by_center() -> None:
     predictions = planted(2.0)
     predictions.loc[predictions["center"] == 2, "center"] = -1
@@ -96,7 +106,7 @@ def test_report_by_center() -> None:
     assert (found["overall"]["n"], found["bins"]) == (3000, calibration.BINS)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("temperature", [0.015, 0.5, 1.0, 4.0, 80.0])
 @pytest.mark.parametrize("classes", [1, 2, 4])
 def test_a_planted_temperature_is_found(temperature: float, classes: int) -> None:
     predictions = planted(temperature, classes=classes)

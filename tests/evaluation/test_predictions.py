@@ -59,6 +59,11 @@ def test_a_file_records_what_was_measured_on_its_own_images(tmp_path: Path, meas
     assert "transductive" not in tables.read(tmp_path / "older.parquet").attrs
 
 
+def test_probabilities_of_0_and_1_are_read(tmp_path: Path) -> None:
+    tables.write(tmp_path / "test.parquet", small([-1000.0, 0.0, 1000.0]), ["normal", "tumor"])
+    assert tables.read(tmp_path / "test.parquet")["probability"].tolist() == [0, 0.5, 1]
+
+
 def test_file_made_by_pandas_is_read(tmp_path: Path) -> None:
     small([[0.0, 1.0, 2.0]] * 3).to_parquet(tmp_path / "test.parquet")
     assert tables.read(tmp_path / "test.parquet").attrs["label_names"] == ["0", "1", "2"]
@@ -131,8 +136,9 @@ def test_files_made_to_do_harm_are_refused(tmp_path: Path) -> None:
     for name in ("rows", "text", "marked", *hostile):
         file = tmp_path / f"{name}.parquet"
         assert file.stat().st_size < 2**20
-        with pytest.raises(HistoError, match=expected.get(name, "label_names are not a list of texts")):
+        with pytest.raises(HistoError, match=expected.get(name, "label_names are not a list of texts")) as error:
             tables.read(file)
+        assert str(file) in str(error.value)
 
 
 def test_names_must_match_the_classes(tmp_path: Path) -> None:
