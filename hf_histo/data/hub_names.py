@@ -32,6 +32,7 @@ from hf_histo.files import regular
 logger = logging.getLogger(__name__)
 
 PREFIX = "hub:"
+OPTIONS = ("gray_bits", "on_bad_image")  # those of `DataOptions` that act here
 BATCH = 1000  # rows of a stream that are read at a time
 SPLITS = {"validation": "val", "valid": "val", "dev": "val"}
 

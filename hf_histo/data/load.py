@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -56,19 +57,21 @@ def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = Non
     files is in `info.description`, with a line for each image that was left out (`--on_bad_image skip`), which is
     logged each time.
 
-    Raises HistoError for a folder that is missing, of no known layout or incomplete, for every fault in a file, for one
-    that changes while it is read, and as `schema.check_texts` does; OSError where the disk is full or the cache can't
-    be written.
+    Raises HistoError for an option that changes nothing for data of its kind, for a folder that is missing, of no known
+    layout or incomplete, for every fault in a file, for one that changes while it is read, and as `schema.check_texts`
+    does; OSError where the disk is full or the cache can't be written.
     """
     options = source if isinstance(source, DataOptions) else DataOptions(data=str(source))
     cache_dir = Path(cache_dir or options.cache_dir or datasets.config.HF_DATASETS_CACHE)
     if options.data.startswith(hub_names.PREFIX):
+        _refuse_idle(options, "of the Hub", ("gray_bits",) if options.streaming else hub_names.OPTIONS)
         if options.streaming:
             return hub_names.load_streaming(options.data, gray_bits=options.gray_bits)
         skip, bits = options.on_bad_image == "skip", options.gray_bits
         return hub_names.load(options.data, cache_dir=cache_dir, skip_bad_images=skip, gray_bits=bits)
     directory = _synthetic(cache_dir) if options.data == SYNTHETIC else Path(options.data)
     builder_class = _layout(directory)
+    _refuse_idle(options, f"in the layout {builder_class.LAYOUT}", builder_class.OPTIONS)
     defaults = DataOptions()
     try:
         sources = builder_class.sources(directory)
@@ -101,6 +104,14 @@ def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = Non
             raise
         cache.seal(Path(builder.cache_dir))
         return _reported(builder)
+
+
+def _refuse_idle(options: DataOptions, kind: str, acting: Sequence[str]) -> None:
+    """Raise HistoError for an option of reading that was set and changes nothing for this kind of data."""
+    every = {name for layout in LAYOUTS for name in layout.OPTIONS}
+    for name in sorted(every - set(acting)):
+        if (value := getattr(options, name)) != getattr(DataOptions(), name):
+            raise HistoError(f"--{name} is {value!r}, which changes nothing for data {kind}; leave it out")
 
 
 def _reported(builder: FolderBuilder) -> datasets.DatasetDict:

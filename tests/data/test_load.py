@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from fixtures import write_challenge, write_pcam, write_wilds
 
+from hf_histo.config import DataOptions
 from hf_histo.data import cache, synthetic
 from hf_histo.data.hdf5 import Challenge, PixelFormat
 from hf_histo.data.load import check_trainable, fingerprint, load
@@ -292,3 +293,15 @@ def test_one_file_that_is_no_hdf5_is_refused(tmp_path: Path) -> None:
     file.write_text("not HDF5")
     with pytest.raises(HistoError, match=r"images\.h5"):
         load(file, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("option", [{"slices": 3}, {"gray_bits": 12}, {"pixel_order": "chw"}])
+def test_an_option_that_changes_nothing_for_a_layout_is_refused(tmp_path: Path, option: dict[str, Any]) -> None:
+    write_challenge(tmp_path / "data")
+    with pytest.raises(HistoError, match=rf"--{next(iter(option))} is .* changes nothing for data in the layout chall"):
+        load(DataOptions(data=str(tmp_path / "data"), **option))
+
+
+def test_an_option_that_changes_nothing_on_the_hub_is_refused_before_it_is_asked() -> None:
+    with pytest.raises(HistoError, match="--slices is 3, which changes nothing for data of the Hub"):
+        load(DataOptions(data="hub:ana/cells", slices=3))
