@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import binomtest, norm
+from scipy.stats import t as student
 
 from hf_histo.evaluation import intervals, metrics
 from hf_histo.evaluation.predictions import make
@@ -40,6 +41,31 @@ def test_shares_of_single_images_have_wilsons_interval(n: int) -> None:
         expected = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
         found = overall(predictions)[name]
         assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), abs=0.003)
+
+
+@pytest.mark.parametrize("right", [[20, 20, 19, 12, 20, 8, 20, 17, 20, 20], [18] * 10, [20] * 10, [0] * 10])
+def test_few_groups_have_the_interval_by_hand(right: list[int]) -> None:
+    """The roots of (p - q)² = t² q (1 - q) / n in q, where p is the mean of ten groups of 20 images."""
+    shares, correct = np.array(right) / 20, np.concatenate([np.arange(20) < count for count in right])
+    labels = np.arange(200) % 2
+    found = overall(table(np.where(correct, 1.0, -1.0) * (2 * labels - 1), labels, np.arange(200) // 20))["accuracy"]
+    p, most = shares.mean(), 200 / (1 + 19 * intervals.CORRELATION)
+    variance = shares.var(ddof=1) / 10
+    n = min(most, p * (1 - p) / variance) if variance > 1e-12 else most
+    k = student.ppf(0.975, df=9) ** 2 / n
+    low, high = sorted(np.roots([1 + k, -2 * p - k, p**2]).real)
+    assert [found["low"], found["high"]] == pytest.approx([low, high], abs=1e-9)
+
+
+def test_a_value_at_its_end_with_some_spread_has_an_interval() -> None:
+    """As a sensitivity of 1 has, where its threshold hangs on one group."""
+    evidence = [intervals.Evidence.of("with tumor", np.full(10, 20.0))]
+    steady = intervals.of_share(1.0, np.ones(10), evidence)
+    assert steady[1] == 1 and steady[0] > 0.8
+    for spread, at_most in ((0.001, steady[0]), (0.5, 0.5)):
+        low, high = intervals.of_share(1.0, np.array([1.0] * 9 + [1 - spread]), evidence)
+        assert low == pytest.approx(at_most) if spread < 0.01 else low < at_most
+        assert high == 1
 
 
 def test_auroc_of_single_images_has_the_width_of_delong() -> None:

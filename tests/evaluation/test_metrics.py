@@ -138,6 +138,17 @@ def test_groups_widen_the_interval_of_clustered_images() -> None:
     assert all(width["groups"][m] > 2 * width["images"][m] for m in width["images"])
 
 
+def test_the_report_is_at_its_threshold_and_for_its_negative_class() -> None:
+    for table, settings in ((random_table(), {"threshold": 0.8}), (random_table(classes=3), {"negative": 2})):
+        result = metrics.report(table, **settings)
+        for part, rows in (("overall", table), ("1", table[table["center"] == 1])):
+            values = result["overall"] if part == "overall" else result["centers"][part]
+            for name, expected in metrics.compute(rows, **settings).items():
+                assert (values[name] if name == "n" else values[name]["value"]) == expected
+        assert result["threshold"] == settings.get("threshold", 0.5)
+        assert result["negative"] == settings.get("negative", 0)
+
+
 def test_report_by_center() -> None:
     table = random_table(n=300, groups=40)
     table.loc[:9, "center"] = -1

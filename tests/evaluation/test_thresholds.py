@@ -131,6 +131,12 @@ def test_of_equally_sensitive_thresholds_the_most_specific() -> None:
     assert thresholds.choose(predictions, "sensitivity", specificity=0.5).value == pytest.approx(0.6)
 
 
+@pytest.mark.parametrize(("specificity", "value"), [(0.0, 1.0), (1.0, 0.5)])
+def test_no_and_full_specificity_can_be_asked_for(specificity: float, value: float) -> None:
+    predictions = table([-1.0, 1.0, 0.0, 2.0], [0, 0, 1, 1])
+    assert thresholds.choose(predictions, "sensitivity", specificity=specificity).achieved == value
+
+
 def test_hidden_labels_are_left_out() -> None:
     predictions = random_table()
     predictions.loc[100:, "label"] = -1
