@@ -339,6 +339,8 @@ def verify(folder: Path) -> Sidecar:
                 "or of another run; copy or download the folder again"
             )
     sidecar = Sidecar.read(folder)
+    if CHECKSUMS not in files and "configuration" in sidecar.backbone:  # adapters without that are older than checksums
+        raise HistoError(f"{folder}: holds no {CHECKSUMS}, expected it beside {SIDECAR}; copy or download it again")
     for name in MODEL if sidecar.method == "full" else ADAPTER:
         if name not in files:
             raise HistoError(

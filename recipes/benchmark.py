@@ -169,7 +169,7 @@ class Bench:
         train_transforms = self.tensor_transforms(views) if tuned else self.stock_transforms(views)
         if tuned:
             batchnorm.freeze(model)
-            model.to(memory_format=torch.channels_last)
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # transformers wraps it
         o = self.config.adapter
         lora = peft.LoraConfig(
             r=o.lora_rank,
@@ -529,7 +529,7 @@ def ratios(found: dict[str, Any]) -> dict[str, float | None]:
 
 def _aim(value: float | None) -> str | None:
     """In words; a ratio above 2 is one of speeds, the others are of times and bytes."""
-    return value and f"at {'least' if value > 2 else 'most'} {value}"
+    return None if value is None else f"at {'least' if value > 2 else 'most'} {value}"
 
 
 def write(folder: Path, found: dict[str, Any]) -> None:

@@ -106,7 +106,7 @@ class Features:
         given = (self.preprocessing, Views.of(config), config.prediction.adapt_batch_norm)
         key = f"{fingerprint(data)} {backbones.identity(self.model)} {given}"
         if not path.is_file() or str(np.load(path)["key"]) != key:
-            found = {split: self._computed(split, rows, None) for split, rows in data.items()}
+            found: dict[str, Any] = {split: self._computed(split, rows, None) for split, rows in data.items()}
             if PartialState().is_main_process:
                 with atomic_file(path) as temporary:
                     np.savez(temporary, key=key, **found)

@@ -67,9 +67,12 @@ def results(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def adapter(results: dict[str, Result], tmp_path: Path) -> Path:
-    """A copy to damage, without the checksums that would show it."""
+    """A copy to damage, as of a version before the checksums that would show it."""
     folder = shutil.copytree(results["frozen"].adapter, tmp_path / "adapter")
     (folder / "checksums.json").unlink()
+    sidecar = json.loads((folder / "hf_histo.json").read_text(encoding="utf-8"))
+    del sidecar["backbone"]["configuration"]
+    (folder / "hf_histo.json").write_text(json.dumps(sidecar), encoding="utf-8")
     return folder
 
 
@@ -617,9 +620,6 @@ def test_a_list_of_checksums_that_is_damaged(whole: Path, content: str) -> None:
 
 
 def test_a_folder_older_than_its_checksums_is_loaded(adapter: Path, whole: Path) -> None:
-    content = json.loads((adapter / "hf_histo.json").read_text(encoding="utf-8"))
-    assert content["backbone"].pop("configuration")
-    (adapter / "hf_histo.json").write_text(json.dumps(content), encoding="utf-8")
     old, new = (adapters.weights(hub.load(folder)[0], batch_norm="frozen") for folder in (adapter, whole))
     assert all(torch.equal(old[key], new[key]) for key in new)
 
@@ -685,3 +685,10 @@ def test_a_refused_upload_is_one_line(adapter: Path) -> None:
         hub.push(adapter, "nobody/nothing")
     assert str(caught.value).startswith("--hub_model_id nobody/nothing: ")
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_that_lost_its_checksums_is_refused(results: dict[str, Result], tmp_path: Path) -> None:
+    folder = shutil.copytree(results["frozen"].adapter, tmp_path / "adapter")
+    (folder / "checksums.json").unlink()
+    with pytest.raises(HistoError, match=r"holds no checksums\.json, expected it beside hf_histo\.json"):
+        hub.verify(folder)

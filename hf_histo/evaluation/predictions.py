@@ -23,7 +23,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -234,7 +234,7 @@ def write_submission(
         names = np.array([_harmless(name) for name in label_names(predictions)])
         columns |= {"Label": names[chosen], "Calibrated": of_chosen("calibrated")}
     # Where a semicolon separates, as in many countries, the part of a bare text behind one would be a cell of its own.
-    quoting = csv.QUOTE_NONNUMERIC if ids.str.contains(";").any() else csv.QUOTE_MINIMAL
+    quoting: Literal[0, 2] = csv.QUOTE_NONNUMERIC if ids.str.contains(";").any() else csv.QUOTE_MINIMAL
     with atomic_file(path) as temporary:
         pd.DataFrame(columns).to_csv(temporary, index=False, quoting=quoting)
 

@@ -287,7 +287,7 @@ class Store:
         content = plain.view(-1).view(torch.uint8).numpy()
         with atomic_file(self._file(view, rows.start)) as temporary, temporary.open("wb") as file:
             content.tofile(file)
-            file.write(xxhash.xxh3_128_digest(content))
+            file.write(xxhash.xxh3_128_digest(content.data))
 
     def read(self, view: int, index: torch.Tensor) -> torch.Tensor:
         """The activations (B, ...) of the rows `index` (B,), on its device."""
@@ -304,7 +304,7 @@ class Store:
         size = rows * self.row_bytes
         if path.stat().st_size == size + DIGEST_BYTES:
             content = np.memmap(path, np.uint8, "r")
-            if xxhash.xxh3_128_digest(content[:size]) == content[size:].tobytes():
+            if xxhash.xxh3_128_digest(content[:size].data) == content[size:].tobytes():
                 self._intact.add(path)
                 return True
         logger.warning("%s is damaged, its activations are computed again", path)

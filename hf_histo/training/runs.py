@@ -225,10 +225,9 @@ def system_failures(folder: Path) -> Iterator[None]:
         remedy = "make room and give the same command again: it resumes from the last complete checkpoint"
         if left < 2**24:
             raise HistoError(f"{folder}: the disk is full ({left / 2**20:.1f} MiB left); {remedy}") from error
+        reason = os.strerror(getattr(error, "errno", errno.ENOSPC))
         file = getattr(error, "filename", None) or "another place than this, e.g. --cache_dir, TMPDIR or /dev/shm"
-        raise HistoError(
-            f"{os.strerror(error.errno or errno.ENOSPC)}: {file} ({folder} has {left / 2**20:,.0f} MiB left); {remedy}"
-        ) from error
+        raise HistoError(f"{reason}: {file} ({folder} has {left / 2**20:,.0f} MiB left); {remedy}") from error
 
 
 def is_finished(folder: Path) -> bool:
