@@ -141,6 +141,24 @@ def test_files_made_to_do_harm_are_refused(tmp_path: Path) -> None:
         assert str(file) in str(error.value)
 
 
+def test_limits_hold_for_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, long = tmp_path / "test.parquet", tmp_path / "long.parquet"
+    n = 5000  # several batches, each below the limit
+    tables.write(file, tables.make(range(n), [0] * n, [""] * n, [0] * n, np.zeros(n)), ["normal", "tumor"])
+    assert len(tables.read(file)) == n
+    monkeypatch.setattr(tables, "MAX_BYTES", 100_000)
+    with pytest.raises(HistoError, match=r"test\.parquet: more than 100000 bytes"):
+        tables.read(file)
+    small(ids=["a", "b", "x" * 5000]).to_parquet(long)
+    with pytest.raises(HistoError, match="id has a text of 5000 bytes"):
+        tables.read(long)
+
+
+def test_a_file_without_images_is_read(tmp_path: Path) -> None:
+    tables.write(tmp_path / "test.parquet", small()[:0], ["normal", "tumor"])
+    assert len(tables.read(tmp_path / "test.parquet")) == 0
+
+
 def test_names_must_match_the_classes(tmp_path: Path) -> None:
     with pytest.raises(HistoError, match="2 classes"):
         tables.write(tmp_path / "test.parquet", small(), ["normal", "tumor", "other"])
