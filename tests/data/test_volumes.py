@@ -176,7 +176,7 @@ def bomb() -> bytes:
     image.header.set_data_shape((512, 512, 512))
     image.header.set_data_dtype(np.float64)
     image.header["vox_offset"] = 352
-    return gzip.compress(image.header.binaryblock + b"\0" * 4)
+    return gzip.compress(image.header.binaryblock + b"\0" * 4, mtime=0)
 
 
 def header(**fields: object) -> bytes:
@@ -192,7 +192,7 @@ def header(**fields: object) -> bytes:
     [
         (b"", "not a readable NIfTI volume"),
         (b"<html>404</html>" * 40, "not a readable NIfTI volume .*starts with"),
-        (gzip.compress(b"\0" * 10**6), "not a readable NIfTI volume .*starts with"),
+        (gzip.compress(b"\0" * 10**6, mtime=0), "not a readable NIfTI volume .*starts with"),
         (bomb(), r"not a readable NIfTI volume \(declares 1,073,742,176 bytes and has"),
         (header(dim=[3, 800, 800, 800, 1, 1, 1, 1]), r"shape \(800, 800, 800\), expected at most 134,217,728 voxels"),
         (header(dim=[3, 8, 10, 7, 1, 1, 1, 1]), r"not a readable NIfTI volume \(declares 2,592 bytes and has 2,272"),
