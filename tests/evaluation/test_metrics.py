@@ -13,7 +13,7 @@ import sklearn.metrics as sk
 from transformers import EvalPrediction
 
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import metrics
+from hf_histo.evaluation import intervals, metrics
 from hf_histo.evaluation.predictions import array, make, predicted
 
 SCREENING = {"sensitivity_at_0.9": 0.9, "sensitivity_at_0.95": 0.95}
@@ -234,6 +234,57 @@ def test_sensitivity_needs_enough_negative_images_to_place_its_threshold() -> No
     found = metrics.report(of_groups([0, 1] * 6))["overall"]
     assert found["sensitivity_at_0.9"]["low"] < found["sensitivity_at_0.9"]["value"]
     assert found["sensitivity_at_0.95"]["withheld"] == "60 images with normal, expected at least 100"
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_the_evidence_of_each_metric_is_the_images_that_it_is_about(classes: int) -> None:
+    table = random_table(n=60, classes=classes, groups=12)
+    label, called = table["label"].to_numpy(), predicted(table)
+    names = [str(c) for c in range(max(2, classes))]
+    found = metrics._Rows(table, 0.5, 0).evidence(names)
+
+    def counted(metric: str, *kinds: tuple[str, np.ndarray]) -> None:
+        expected = [(kind, int(rows.sum()), table["group"][rows].nunique()) for kind, rows in kinds]
+        assert [(of.kind, of.total_images, of.groups) for of in found[metric]] == expected
+
+    each = range(len(names))
+    counted("accuracy", ("in all", label >= 0))
+    counted("loss", ("in all", label >= 0))
+    counted("balanced_accuracy", *((f"with {c}", label == c) for c in each))
+    counted("auroc", *((f"with {c}", label == c) for c in each))
+    positive = [1] if classes == 1 else list(each)
+    counted("recall", *((f"with {c}", label == c) for c in positive))
+    counted("precision", *((f"called {c}", called == c) for c in positive))
+    counted("f1", *((f"with or called {c}", (label == c) | (called == c)) for c in positive))
+    other = "with 1" if classes == 1 else "without 0"
+    counted("sensitivity_at_0.9", (other, label != 0), ("with 0", label == 0))
+    if classes > 1:
+        counted("auroc_2", ("with 2", label == 2), ("without 2", label != 2))
+        counted("precision_2", ("called 2", called == 2))
+
+
+def test_what_is_constant_is_reported() -> None:
+    def of(logits: Any, **options: float) -> str | None:
+        return metrics.report(
+            make(range(len(logits)), [-1] * len(logits), [""] * len(logits), [0] * len(logits), logits), **options
+        )["constant"]
+
+    assert of([1.0]) is None
+    assert of([1.0, 1.0]) == "all 2 images have the same logits"
+    assert of([[0.0, 1.0, 2.0]] * 2) == "all 2 images have the same logits"
+    assert of([1.0, 1.5]) == "all 2 images are called 1"
+    assert of([1.0, 1.5], threshold=0.78) is None
+    assert of([-1.0, 1.0]) is None
+
+
+def test_the_method_of_the_intervals_is_in_the_data() -> None:
+    assert metrics.report(random_table())["intervals"] == {
+        "method": "Wilson, for the effective sample size by the jackknife over groups; loss: on the log scale",
+        "confidence": 0.95,
+        "unit": "group",
+        "least_groups": intervals.MIN_GROUPS,
+        "least_correlation": intervals.CORRELATION,
+    }
 
 
 def test_precision_needs_groups_in_which_the_class_is_called() -> None:
