@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ EVERY = "(all)"  # stands for all classes together
 class Separation:
     """AUROC, with its 95% interval, by which `images` of `split` are told from `train` images, both of class `label`.
 
-    None where a side has less than `FOLDS` groups.
+    None where a side has less than `FOLDS` groups; the interval alone, where `metrics.report` has none.
     """
 
     split: str
@@ -45,7 +46,10 @@ def separations(
     A-distance of Ben-David et al. 2010, "A theory of learning from different domains", is made of the same error): if
     both sides came from one source, no classifier could tell them apart and its AUROC would be 0.5. Here, logistic
     regression on standardized features, in 5 folds of whole groups, so that it can't know an image by its copy or its
-    patient. Groups on both sides are left out. Over all classes, a difference may also be that of their shares.
+    patient. Groups on both sides are left out. The interval is that of `metrics.report`, wider by the square root of 1
+    + k / (k - 1) for k folds, since other training images would give other classifiers (Nadeau & Bengio 2003,
+    "Inference for the generalization error", Machine Learning 52:239-281, sec. 3). Over all classes, a difference may
+    also be that of their shares.
 
     Args:
         features: (n, d), of a model that was trained on neither side.
@@ -83,5 +87,13 @@ def _told_apart(
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     scores = cross_val_predict(model, features, side, groups=groups, cv=folds, method="decision_function")
     rows = predictions.make(range(len(side)), np.full(len(side), -1), groups, side.astype(int), scores)
-    auroc: dict[str, float | None] = metrics.report(rows)["overall"]["auroc"]
-    return auroc
+    auroc = metrics.report(rows)["overall"]["auroc"]
+    value, low, high = (auroc[key] for key in ("value", "low", "high"))
+    if low is None:
+        return {"value": value, "low": None, "high": None}
+    widening = math.sqrt(1 + FOLDS / (FOLDS - 1))
+    return {
+        "value": value,
+        "low": max(0.0, value - widening * (value - low)),
+        "high": min(1.0, value + widening * (high - value)),
+    }

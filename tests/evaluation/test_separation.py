@@ -53,6 +53,22 @@ def test_groups_of_one_side_are_not_known_from_another_fold(grouped: bool) -> No
     assert auroc is not None and (auroc < 0.8) == grouped
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("groups", "images"), [(24, 10), (80, 5), (180, 1)])
+def test_sides_of_one_source_are_not_told_apart(groups: int, images: int) -> None:
+    """The interval of the AUROC holds 0.5 in about 95% of data sets in which nothing tells the sides apart."""
+    random, held = np.random.default_rng(0), []
+    for _ in range(200):
+        rows = np.repeat(np.arange(groups), images)
+        features = random.normal(size=(groups, 8))[rows] + random.normal(size=(len(rows), 8))
+        sides = np.where(rows < groups // 2, "train", "test")
+        table = pd.DataFrame({"split": sides, "id": [str(i) for i in range(len(rows))], "label": 0})
+        found = separations(features, table.assign(group=[f"g{row}" for row in rows]), ["one"])[0]
+        assert found.low is not None and found.high is not None
+        held.append(found.low <= 0.5 <= found.high)
+    assert np.mean(held) >= 0.93
+
+
 def test_groups_on_both_sides_are_left_out() -> None:
     features, table = source(shift=0)
     table.loc[(table["id"] == "1/3"), "group"] = "family_1"
