@@ -21,8 +21,9 @@ Images of one group are alike, so it is groups that are counted. One method serv
 
 A positive metric without an upper bound, the loss, gets the interval of its logarithm, by the delta method.
 
-`tests/evaluation/test_coverage.py` simulates how often the intervals hold the true value. Where groups are too few for
-that, there is none: see `MIN_GROUPS`, `MIN_EFFECTIVE_GROUPS`.
+`tests/evaluation/test_coverage.py` simulates how often the intervals hold the true value: at least 0.92 of them with 10
+groups of 20 images, 5 of each class, and 0.93 with 20, for accuracy, balanced accuracy, recall and AUROC; 0.88 for
+the sensitivity at a specificity. Where groups are too few there is none: `MIN_GROUPS`, `MIN_EFFECTIVE_GROUPS`.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from scipy.stats import t as student
 Floats = NDArray[np.float64]
 
 CONFIDENCE = 0.95
-MIN_GROUPS = 5  # of each kind of image that a metric is about; with fewer, the simulated coverage is below 0.92
+MIN_GROUPS = 5  # of each kind of image that a metric is about: of fewer, intervals are as wide as [0.4, 1]
 MIN_EFFECTIVE_GROUPS = 4.0  # likewise, where groups differ in size
-CORRELATION = 0.15  # of images of a group in being predicted right, at least; the least for which the simulation holds
+CORRELATION = 0.15  # of images of a group in being predicted right, at least; at 0.1, the simulation just holds
 BLOCKS = 200  # of groups that are left out in turn, at most: more would hardly narrow an interval
 
 
