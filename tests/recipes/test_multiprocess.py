@@ -105,7 +105,10 @@ def test_the_losses_agree(runs: dict[int, Path]) -> None:
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize("differs", ["labels", "fewer images", "--learning_rate=0.5", "--seed=3"])
+@pytest.mark.parametrize(
+    "differs",
+    ["labels", "--seed=3", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fewer images", "--learning_rate=0.5"))],
+)
 def test_processes_that_differ_are_refused(runs: dict[int, Path], tmp_path: Path, differs: str) -> None:
     """Each on its own would train on what it has, and the average would be nobody's model."""
     source = runs[1].parent
