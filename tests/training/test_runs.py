@@ -188,10 +188,11 @@ def test_a_killed_reader_is_one_line(tmp_path: Path) -> None:
         (["--data", "a b"], ["--data", "a b"]),
     ],
 )
-def test_the_command_that_resumes_does_not_overwrite(given: list[str], resumes: list[str]) -> None:
-    line = [sys.executable, "-c", "from hf_histo.errors import command; print(command())", *given]
-    shown = subprocess.run(line, capture_output=True, text=True, check=True).stdout
-    assert shlex.split(shown)[3:] == resumes
+def test_the_command_that_resumes_does_not_overwrite(tmp_path: Path, given: list[str], resumes: list[str]) -> None:
+    script = tmp_path / "recipe.py"
+    script.write_text("from hf_histo.errors import command\nprint(command())\n")
+    shown = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, check=True).stdout
+    assert shlex.split(shown) == [sys.executable, str(script), *resumes]
 
 
 def test_overwriting_never_deletes_what_is_no_run(tmp_path: Path) -> None:

@@ -303,8 +303,8 @@ def test_noise_has_the_declared_deviation_and_belongs_to_the_sample() -> None:
     ("count", "augmentation", "message"),
     [
         (3, "square", "--test_time_views is 3, expected 1 or 8"),
-        (0, "strong", "--test_time_views is 0, expected a number of at least 1"),
-        ("8", "square", "--test_time_views is '8'"),
+        (0, "strong", "--test_time_views is 0, expected 1 to 64"),
+        (65, "strong", "--test_time_views is 65, expected 1 to 64"),
         (8, "stronk", "--test_time_augmentation is 'stronk', expected one of square, none, flips"),
     ],
 )
