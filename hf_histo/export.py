@@ -66,7 +66,7 @@ def export(model: nn.Module, sidecar: Sidecar, folder: str | Path, format: str) 
             "labels": sidecar.id2label,
             "label_names": sidecar.label_names,
             "threshold": sidecar.threshold,
-            "thresholds": sidecar.thresholds,
+            "thresholds": {k: v for k, v in sidecar.thresholds.items() if not k.startswith("balanced-")},
             "temperature": sidecar.temperature,
             "not_included": left_out,
             "versions": sidecar.versions,

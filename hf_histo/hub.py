@@ -198,11 +198,16 @@ class Sidecar:
     def threshold_named(self, name: str | float | None) -> float:
         """The threshold of that name in `thresholds`, or the number that `name` is or spells; None: the adapter's own.
 
-        Raises `HistoError` for an unknown name or a number outside [0, 1], and for "balanced-SPLIT", which older
-        adapters hold: it called half of the images of that split positive, and no half of others.
+        Raises `HistoError` for an unknown name or a number outside [0, 1], for more than two classes, and for
+        "balanced-SPLIT", which older adapters hold: it called half of the images of that split positive, and no half of
+        others.
         """
         if name is None:
             return self.threshold
+        if self.num_outputs > 1:
+            raise HistoError(
+                f"--threshold is {name!r}, expected none: of {self.num_outputs} classes the likeliest is predicted"
+            )
         if isinstance(name, str) and name.startswith("balanced-"):
             raise HistoError(
                 f"--threshold is {name!r}, a number from the images of an earlier split, expected one for new images: "

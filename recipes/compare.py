@@ -36,7 +36,7 @@ from hf_histo.data.load import fingerprint, load
 from hf_histo.data.protocol import refuse
 from hf_histo.errors import HistoError, run
 from hf_histo.evaluation import metrics, predictions, thresholds
-from hf_histo.evaluation.report import table
+from hf_histo.evaluation.report import marked, table
 from hf_histo.evaluation.summary import METRICS, Spread, bar_chart, best, held_out, spread
 from hf_histo.files import atomic_file, write_json
 from hf_histo.finetune import fine_tune
@@ -223,14 +223,15 @@ def markdown(
         for split, found in results[stem].items():
             backbone = Path(row.config.model.backbone).name
             told = "" if row.told.reported is None else f"{row.told.reported:.4f}"
-            lines.append([row.told.name, backbone, told, split, *(found[m] for m in METRICS), options.seeds])
+            shown = marked(split, {"transductive": row.told.balanced})
+            lines.append([row.told.name, backbone, told, shown, *(found[m] for m in METRICS), options.seeds])
     notes = [f"Obtained on {data}: mean ± sample deviation (seeds: {options.seeds})."]
     if options.protocol == "validation":
         notes.append("Checkpoints were chosen on val.")
     if moved := [row.told.name for row in rows.values() if row.config.model.backbone != row.own_backbone]:
         notes.append(f"On another backbone than its config names: {'; '.join(moved)}.")
     if any(row.told.balanced for row in rows.values()):
-        notes.append("Balanced: class 1 for half of the images of the split, whose labels are not looked at.")
+        notes.append("Balanced: class 1 for half of the images of the split, found on them as a whole, without labels.")
     told_rows = [row.told for row in rows.values() if row.told.reported is not None]
     sources = [f"Reported {told.reported:.4f}, on the publication's test split: {told.source}." for told in told_rows]
     return "\n".join([table(lines), "", *notes, *sources])

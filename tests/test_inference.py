@@ -306,6 +306,15 @@ def test_the_threshold_by_name_and_by_number(classifier: Classifier, run: Path) 
             classifier(file, threshold=wrong)
 
 
+def test_several_classes_have_no_threshold(classifier: Classifier) -> None:
+    sidecar = replace(classifier.sidecar, label_names=["a", "b", "c"], num_outputs=3, thresholds={})
+    assert sidecar.threshold_named(None) == 0.5
+    with pytest.raises(
+        HistoError, match=r"--threshold is 0\.3, expected none: of 3 classes the likeliest is predicted"
+    ):
+        sidecar.threshold_named(0.3)
+
+
 def test_a_threshold_that_balanced_other_images_is_refused(classifier: Classifier, run: Path) -> None:
     older = replace(classifier.sidecar, thresholds={"validation": 0.4, "balanced-test": 0.3})
     with pytest.raises(HistoError, match=r"'balanced-test', a number from the images of an earlier split.*--balanced"):

@@ -110,7 +110,8 @@ def test_reported_beside_obtained(
     assert cells[4] == f"{statistics.fmean(plain):.3f} ± {statistics.stdev(plain):.3f}"
     assert cells[7] == "2"
     assert "Reported 0.9451, on the publication's test split: a paper." in text
-    assert "0.9451" not in next(line for line in text.splitlines() if line.startswith("| plain + balanced"))
+    (line,) = (line for line in text.splitlines() if line.startswith("| plain + balanced"))
+    assert "0.9451" not in line and "val (center 1) (transductive)" in line
     assert "mini (content fingerprint" in text
     assert "On another backbone than its config names: plain; plain + balanced." in text
     assert min(PIL.Image.open(output / "validation.png").size) > 300
