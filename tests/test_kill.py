@@ -134,7 +134,7 @@ def check(
 ALL = [(job, phase) for job in JOBS for phase in JOBS[job].phases]
 
 
-@pytest.mark.parametrize(("job", "phase"), [("run", "half a checkpoint file"), ("run", "adapter")])
+@pytest.mark.parametrize(("job", "phase"), [("run", "adapter")])
 def test_killed_and_started_again(
     job: str,
     phase: str,

@@ -47,6 +47,7 @@ def check(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(weight, weights[name].to(weight.dtype), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_recipe_makes_the_same_backbone_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("first", "again"):
         done = pretrain("--output_dir", str(tmp_path / name), "--steps", "2", "--images", "20")
