@@ -22,23 +22,27 @@ from transformers import TrainerCallback, set_seed
 
 from hf_histo import hub
 from hf_histo.config import Config
-from hf_histo.data import few_shot, hierarchy, hub_names, leaks
+from hf_histo.data import hierarchy
 from hf_histo.data.load import check_trainable, fingerprint
+from hf_histo.data.readers.hub import train_stream
+from hf_histo.data.readers.streaming import Stream
 from hf_histo.data.schema import ImageTable, recorded_bits
-from hf_histo.data.splits import composition, shared_groups
-from hf_histo.data.stream import Stream
+from hf_histo.data.splits import few_shot, leakage
+from hf_histo.data.splits.checks import composition, shared_groups
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import calibration, levels, metrics, predictions, report, thresholds
-from hf_histo.evaluation.audit_figures import image_reader
-from hf_histo.evaluation.embedding import embedding_map, features
+from hf_histo.evaluation import calibration, predictions, thresholds
+from hf_histo.evaluation.figures.audit import image_reader
+from hf_histo.evaluation.figures.embedding import embedding_map, features
+from hf_histo.evaluation.metrics import classification, hierarchical_metrics
+from hf_histo.evaluation.reporting import report
 from hf_histo.files import write_json
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones, batchnorm, heads, qkv
-from hf_histo.models.accounting import account
-from hf_histo.training import components, frozen, losses, runs, trainer
+from hf_histo.models.model_size import account
+from hf_histo.training import feature_cache, losses, pca_probe, run_folder, trainer
 from hf_histo.transforms import augmentation, preprocessing
+from hf_histo.transforms.color_shift import ColorRange
 from hf_histo.transforms.mri import Preparation
-from hf_histo.transforms.shift import ColorRange
 from hf_histo.transforms.stain import CenterNormalizer
 
 logger = logging.getLogger(__name__)
@@ -54,7 +58,7 @@ class Result:
 
     Attributes:
         adapter: its folder.
-        metrics: what metrics.json holds.
+        metrics: what classification.json holds.
         seconds: that it took; None if it was done before.
         address: where it was uploaded, in the process that did so.
     """
@@ -80,7 +84,10 @@ class Result:
         return "\n".join(
             [
                 report.table(rows),
-                *(f"{split}:\n{levels.summary(of)}" for split, of in self.metrics.get("levels", {}).items()),
+                *(
+                    f"{split}:\n{hierarchical_metrics.summary(of)}"
+                    for split, of in self.metrics.get("levels", {}).items()
+                ),
                 f"trainable parameters: {trained:,} of {total:,} ({share:.2%})",
                 f"adapter: {adapter:.2f} MiB, beside {model:.2f} MiB for the whole model",
                 f"seconds: {self.seconds:.0f}" if self.seconds is not None else "finished before, nothing was trained",
@@ -112,12 +119,12 @@ def fine_tune(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence
         level=protocol.level,
     )
     output = config.output
-    pushes = output.push_to_hub and PartialState(cpu=runs.use_cpu()).is_main_process
+    pushes = output.push_to_hub and PartialState(cpu=run_folder.use_cpu()).is_main_process
     if pushes:
         hub.check_access(str(output.hub_model_id), pull_request=output.hub_create_pr)
-    runs.require_agreement(config, fingerprint(data))
-    folder = runs.check(config, fingerprint(data))
-    with runs.alone_in(folder), runs.system_failures(folder):
+    run_folder.require_agreement(config, fingerprint(data))
+    folder = run_folder.check(config, fingerprint(data))
+    with run_folder.alone_in(folder), run_folder.system_failures(folder):
         result = _fine_tune(config, data, folder, started, callbacks)
     if not pushes:
         return result
@@ -135,8 +142,8 @@ def fine_tune(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence
 def _fine_tune(
     config: Config, data: datasets.DatasetDict, folder: Path, started: float, callbacks: Sequence[TrainerCallback]
 ) -> Result:
-    adapter = folder / runs.ADAPTER
-    if runs.is_finished(folder) and not config.output.overwrite_output_dir:
+    adapter = folder / run_folder.ADAPTER
+    if run_folder.is_finished(folder) and not config.output.overwrite_output_dir:
         hub.verify(adapter)
         return Result(adapter, hub.read_metrics(adapter), None)
 
@@ -147,7 +154,7 @@ def _fine_tune(
     _check(config, data, num_outputs, negative)
 
     options = config.model
-    head = heads.Design.of(options)
+    head = heads.HeadConfig.of(options)
     model = backbones.load(
         options.backbone,
         num_outputs,
@@ -180,14 +187,14 @@ def _fine_tune(
         head=head,
         normalizer=normalizer,
         colors=None if config.data.streaming else ColorRange.fit(ImageTable(data["train"])),
-        views=augmentation.Views.of(config),
+        views=augmentation.TestTimeViews.of(config),
         adapt_batch_norm=config.prediction.adapt_batch_norm,
         data={
             "name": Path(config.data.data).resolve().name,
             "fingerprint": fingerprint(data),
             "splits": composition(data),
             "description": data["train"].info.description,
-            "near_copies_searched": leaks.were_searched(data),
+            "near_copies_searched": leakage.were_searched(data),
         },
     )
     if config.prediction.adapt_batch_norm:
@@ -218,18 +225,18 @@ def _fine_tune(
         augmentation=changes,
         normalizer=normalizer and normalizer.extended(validation),
         loss=losses.classification(num_outputs, losses.balancing_weights(train_labels, names) if balance else None),
-        compute_metrics=metrics.for_trainer(negative=negative),
-        callbacks=[runs.CheckpointRecord(folder, runs.identity(config, fingerprint(data))), *callbacks],
+        compute_metrics=classification.for_trainer(negative=negative),
+        callbacks=[run_folder.CheckpointRecord(folder, run_folder.identity(config, fingerprint(data))), *callbacks],
     )
-    resumed = runs.checkpoint(config, folder, fingerprint(data))
-    runs.begin(config, fingerprint(data))  # not before all options have been tried
+    resumed = run_folder.checkpoint(config, folder, fingerprint(data))
+    run_folder.begin(config, fingerprint(data))  # not before all options have been tried
     if config.output.preview and isinstance(train, ImageTable) and session.is_world_process_zero():
-        _preview(session, data["train"], train, folder / runs.PREVIEW)
+        _preview(session, data["train"], train, folder / run_folder.PREVIEW)
     selection: dict[str, Any] = {"split": "val", "metric": config.training.metric_for_best_model}
     if config.adapter.method == "pca":
-        selection |= _fit_components(config, trained, data, sidecar, folder / runs.FIGURES / COMPONENTS)
+        selection |= _fit_components(config, trained, data, sidecar, folder / run_folder.FIGURES / COMPONENTS)
     else:
-        with frozen.folded_layers(session), frozen.cached_prefix(session, config):
+        with feature_cache.folded_layers(session), feature_cache.cached_prefix(session, config):
             session.train(resume_from_checkpoint=resumed)
         selection |= {"value": session.state.best_metric, "step": session.state.best_global_step}
 
@@ -249,11 +256,15 @@ def _fine_tune(
     measured = {
         "selection": selection,
         "calibration": {"split": "val", **dataclasses.asdict(temperature)},
-        "splits": {split: metrics.report(table, negative=negative) for split, table in tables.items()},
+        "splits": {split: classification.report(table, negative=negative) for split, table in tables.items()},
         **sizes,
         "options": _told(config),
     }
-    if by_level := {split: levels.scores(table) for split, table in tables.items() if levels.are_in(table)}:
+    if by_level := {
+        split: hierarchical_metrics.scores(table)
+        for split, table in tables.items()
+        if hierarchical_metrics.are_in(table)
+    }:
         measured["levels"] = by_level
     for split, values in measured["splits"].items():
         if values["constant"]:
@@ -262,11 +273,11 @@ def _fine_tune(
         sidecar, thresholds=_thresholds(tables) if num_outputs == 1 else {}, temperature=temperature.value
     )
     if session.is_world_process_zero():
-        figures = _draw(folder / runs.FIGURES, session.state.log_history, tables, data["val"])
+        figures = _draw(folder / run_folder.FIGURES, session.state.log_history, tables, data["val"])
         if config.adapter.method == "pca":
-            figures["The first two principal components of the features"] = folder / runs.FIGURES / COMPONENTS
+            figures["The first two principal components of the features"] = folder / run_folder.FIGURES / COMPONENTS
         if config.output.explain:
-            explanations = folder / runs.FIGURES / "explanations.png"
+            explanations = folder / run_folder.FIGURES / "explanations.png"
             classifier.draw(data["val"], tables["val"], explanations)
             figures["Where the model sees the class that it predicts, on val"] = explanations
         cost = {
@@ -278,8 +289,8 @@ def _fine_tune(
             "epochs": session.state.epoch or 0,
             "resumed": resumed is not None,
         }
-        runs.require_begun(folder)
-        write_json(folder / runs.COST, cost)
+        run_folder.require_begun(folder)
+        write_json(folder / run_folder.COST, cost)
         hub.save(
             adapter, final, sidecar, metrics=measured, tables=tables, figures=figures, cost=report.cost_sentence(cost)
         )
@@ -317,7 +328,7 @@ def _stream(config: Config, total: int, views: preprocessing.Preprocessing) -> S
         return None
     state = PartialState()
     square = partial(views.prepared, side=views.resize_size)
-    return hub_names.train_stream(
+    return train_stream(
         config.data.data, total, config.training.seed, state.process_index, state.num_processes, square, views.gray_bits
     )
 
@@ -333,15 +344,15 @@ def _fit_components(
         if not split.endswith("_clean")
     }
 
-    def score(probe: components.Probe) -> float:
+    def score(probe: pca_probe.Probe) -> float:
         logits = found["val"] @ probe.weight.T + probe.bias
-        value = metrics.of_logits(logits, data["val"]["label"], negative=negative)[wanted]
+        value = classification.of_logits(logits, data["val"]["label"], negative=negative)[wanted]
         assert value is not None  # `_check` looked
         return -value if wanted == "loss" else value
 
     names = sidecar.label_names
     negative = predictions.class_index(names, config.data.negative_class)
-    probe = components.fit(
+    probe = pca_probe.fit(
         found["train"],
         np.array(data["train"]["label"]),
         classes=len(names),
@@ -363,7 +374,7 @@ def _fit_components(
 
 def _told(config: Config) -> dict[str, Any]:
     """The options that decided the result and are not in the sidecar, without a path of this machine."""
-    told = {key: value for key, value in config.flat().items() if key not in runs.INDIFFERENT | TOLD}
+    told = {key: value for key, value in config.flat().items() if key not in run_folder.INDIFFERENT | TOLD}
     start = told["init_adapter"]
     if start and (folder := Path(start).expanduser()).is_dir():
         told["init_adapter"] = "/".join(folder.resolve().parts[-2:])  # RUN/adapter
@@ -377,9 +388,9 @@ def _thresholds(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
 
 
 def _check(config: Config, data: datasets.DatasetDict, num_outputs: int, negative: int | None) -> None:
-    if config.adapter.method == "pca" and not heads.Design.of(config.model).is_plain:
+    if config.adapter.method == "pca" and not heads.HeadConfig.of(config.model).is_plain:
         raise HistoError("--method pca fits one linear layer, expected --head linear on features; leave out the others")
-    if config.adapter.method == "full" and not heads.Design.of(config.model).is_plain:
+    if config.adapter.method == "full" and not heads.HeadConfig.of(config.model).is_plain:
         raise HistoError("--method full saves a model of transformers, expected --head linear on features; use lora")
     trainer.require_scheduler(config.training.lr_scheduler_type)
     if config.output.explain and find_spec("captum") is None:
@@ -392,7 +403,7 @@ def _check(config: Config, data: datasets.DatasetDict, num_outputs: int, negativ
         if "train" in (one, other):
             logger.warning("%d groups are both in %s and %s, e.g. %s", len(groups), one, other, groups[0])
     labels = data["val"]["label"]
-    possible = metrics.of_logits(np.zeros((len(labels), num_outputs)), labels, negative=negative)
+    possible = classification.of_logits(np.zeros((len(labels), num_outputs)), labels, negative=negative)
     wanted = config.training.metric_for_best_model
     if wanted not in possible:
         raise HistoError(f"--metric_for_best_model is {wanted!r}, expected one of {', '.join(possible)}")

@@ -39,13 +39,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import documents
 from hf_histo.evaluation import predictions as prediction_tables
+from hf_histo.evaluation.reporting import documents
 from hf_histo.files import CHECKSUMS, STRICT, atomic_folder, checksum, read_json, write_json
 from hf_histo.models import adapters, backbones, heads
-from hf_histo.transforms.augmentation import PLAIN, Views
+from hf_histo.transforms.augmentation import SINGLE_VIEW, TestTimeViews
+from hf_histo.transforms.color_shift import ColorRange
 from hf_histo.transforms.preprocessing import Preprocessing
-from hf_histo.transforms.shift import ColorRange
 from hf_histo.transforms.stain import CenterNormalizer
 
 SIDECAR, CARD = "hf_histo.json", "README.md"
@@ -120,10 +120,10 @@ class Sidecar:
     batch_norm: Annotated[str, Field(pattern="^(frozen|track)$")]
     preprocessing: Preprocessing
     data: dict[str, Any]
-    head: heads.Design = dataclasses.field(default_factory=heads.Design)
+    head: heads.HeadConfig = dataclasses.field(default_factory=heads.HeadConfig)
     bare: bool = True
     normalizer: CenterNormalizer | None = None
-    views: Views = PLAIN
+    views: TestTimeViews = SINGLE_VIEW
     adapt_batch_norm: bool = False
     colors: ColorRange | None = None
     threshold: Probability = 0.5
@@ -147,7 +147,7 @@ class Sidecar:
         parts = {
             f"the preparation of images ({used})": bool(used),
             f"normalization of each center's color ({method})": method is not None,
-            f"the mean over {self.views.count} views": self.views != PLAIN,
+            f"the mean over {self.views.count} views": self.views != SINGLE_VIEW,
             "batch-norm statistics of the images at hand": self.adapt_batch_norm,
         }
         return [part for part, is_used in parts.items() if is_used]

@@ -20,13 +20,13 @@ from hf_histo.data.load import load as load_data
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, predictions
-from hf_histo.evaluation.explanation import explanations, heat_map
-from hf_histo.evaluation.figures import short
+from hf_histo.evaluation.figures.explanation import explanations, heat_map
+from hf_histo.evaluation.figures.style import short
 from hf_histo.evaluation.forward import forward
 from hf_histo.files import regular
 from hf_histo.hub import Sidecar, load
 from hf_histo.models import adapters, backbones
-from hf_histo.transforms.augmentation import Views
+from hf_histo.transforms.augmentation import TestTimeViews
 
 BATCH_PIXELS = 64 * 384 * 384  # that a model sees at a time: an adapter's image size must not decide over the memory
 
@@ -113,7 +113,7 @@ class Classifier:
     ) -> list[NDArray[np.float32]]:
         """Where the model sees class `classes[i]` in image i: a map (H, W) in [0, 1] for each, on its own pixels.
 
-        Of the plain view alone; images and center are those of a call. See `hf_histo.evaluation.explanation.heat_map`.
+        Of the plain view alone; images and center are those of a call. See `explanation.heat_map`.
         """
         dataset = images if isinstance(images, datasets.Dataset) else _table(images, center, self.sidecar)
         views, normalizer = self.sidecar.preprocessing, self.sidecar.normalizer
@@ -193,7 +193,7 @@ class Classifier:
         dataset: datasets.Dataset,
         *,
         threshold: str | float | None = None,
-        views: Views | None = None,
+        views: TestTimeViews | None = None,
         adapt_batch_norm: bool | None = None,
         batch_size: int = 64,
         num_workers: int = 0,

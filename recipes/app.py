@@ -4,9 +4,9 @@
     python recipes/app.py --adapter runs/NAME/adapter --space_dir SPACE && hf upload USER/NAME SPACE --repo-type space
 
 Needs `pip install hf_histo[app]`. Probabilities are calibrated by the adapter's temperature. The color warning compares
-the image's channel statistics with those of the training images: see `hf_histo.transforms.shift`. A file may have 64
-MiB, and its image 16 megapixels. `--space_dir` writes a folder that runs as a Space of the Hub instead of starting the
-page: this file, the adapter and the package itself.
+the image's channel statistics with those of the training images: see `hf_histo.transforms.color_shift`. A file may have
+64 MiB, and its image 16 megapixels. `--space_dir` writes a folder that runs as a Space of the Hub instead of starting
+the page: this file, the adapter and the package itself.
 """
 
 import importlib.metadata
@@ -28,9 +28,9 @@ import hf_histo
 from hf_histo import hub
 from hf_histo.data.schema import decode
 from hf_histo.errors import HistoError, run
-from hf_histo.evaluation.documents import plain
-from hf_histo.evaluation.explanation import blend
+from hf_histo.evaluation.figures.explanation import blend
 from hf_histo.evaluation.predictions import array
+from hf_histo.evaluation.reporting.documents import plain
 from hf_histo.files import atomic_folder, require_output
 from hf_histo.inference import Classifier
 

@@ -54,12 +54,13 @@ from hf_histo.data.load import load
 from hf_histo.data.protocol import refuse
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError, run
-from hf_histo.evaluation import metrics
-from hf_histo.evaluation.figures import COLORS, GRAY, drawing
-from hf_histo.evaluation.report import table
+from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing
+from hf_histo.evaluation.metrics import classification
+from hf_histo.evaluation.reporting.report import table
 from hf_histo.files import atomic_file, write_json
-from hf_histo.models import adapters, backbones, batchnorm, folding, heads
-from hf_histo.training import frozen, losses, runs, trainer
+from hf_histo.models import adapters, backbones, batchnorm, heads
+from hf_histo.models.speed import folding
+from hf_histo.training import feature_cache, losses, run_folder, trainer
 from hf_histo.transforms import augmentation, preprocessing
 
 # The options that act: all of these groups, and some of others.
@@ -200,7 +201,7 @@ class Bench:
             dataloader_num_workers=self.config.data.num_workers,
             bf16=precision == "bf16",
             fp16=precision == "fp16",
-            use_cpu=runs.use_cpu(),
+            use_cpu=run_folder.use_cpu(),
             report_to="none",
         )
         model = peft.get_peft_model(model, lora)  # type: ignore[assignment]
@@ -225,7 +226,7 @@ class Bench:
             augmentation=augmentation.preset(config.augmentation.augmentation),
             normalizer=None,
             loss=losses.classification(1),
-            compute_metrics=metrics.for_trainer(),
+            compute_metrics=classification.for_trainer(),
         )
 
     def ours(
@@ -257,7 +258,7 @@ class Bench:
             before = pixel_values
             pixel_values = lambda inputs, view: before(inputs, view).contiguous()  # noqa: E731
         session.pixel_values = pixel_values  # type: ignore[method-assign]
-        with frozen.folded_layers(session) if fold else nullcontext():
+        with feature_cache.folded_layers(session) if fold else nullcontext():
             return self.seconds(session)
 
     def seconds(self, session: transformers.Trainer) -> float:
@@ -274,13 +275,13 @@ class Bench:
 
     def floor(self, gradient: bool) -> float:
         """Seconds for a forward pass, and for the gradient to its input: what no training of lower layers can avoid."""
-        device = torch.device("cpu" if runs.use_cpu() else "cuda")
+        device = torch.device("cpu" if run_folder.use_cpu() else "cuda")
         model: Any = self.backbone(1)
         batchnorm.freeze(model)
         model.requires_grad_(False).to(device, memory_format=torch.channels_last)
         size = self.views(model).image_size
         pixels = torch.randn(self.batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-        precision = runs.mixed_precision(self.config)
+        precision = run_folder.mixed_precision(self.config)
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         times = []
         with folding.folded(model, pixels[:2]), torch.set_grad_enabled(gradient):
@@ -341,10 +342,10 @@ class Bench:
         started = time.perf_counter()
         if ours:
             shutil.rmtree(self.folder / "cache" / "hf_histo_features", ignore_errors=True)
-            with frozen.folded_layers(session), frozen.cached_prefix(session, config):
+            with feature_cache.folded_layers(session), feature_cache.cached_prefix(session, config):
                 session.train()
         else:
-            with frozen.folded_layers(session), torch.no_grad(), session.accelerator.autocast():
+            with feature_cache.folded_layers(session), torch.no_grad(), session.accelerator.autocast():
                 assert session.model is not None
                 for rows in (session.train_dataset, session.eval_dataset):
                     assert isinstance(rows, ImageTable)
@@ -418,7 +419,7 @@ def steps(bench: Bench) -> dict[str, Callable[[], float]]:
     track = replace(config, model=replace(config.model, batch_norm="track"))
     single = replace(config, speed=replace(config.speed, mixed_precision="no"))
     full = replace(config, adapter=replace(config.adapter, method="full"))
-    precision = runs.mixed_precision(config)
+    precision = run_folder.mixed_precision(config)
     return {
         "stock, float32": partial(bench.peer, "no"),
         "stock": partial(bench.peer, precision),
@@ -459,7 +460,7 @@ def peaks(bench: Bench, name: str) -> dict[str, int | None]:
     """Bytes that this process came to hold, at most, in the steps of a side."""
     steps(bench)[name]()
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"host": host, "device": None if runs.use_cpu() else torch.cuda.max_memory_allocated()}
+    return {"host": host, "device": None if run_folder.use_cpu() else torch.cuda.max_memory_allocated()}
 
 
 def measure(bench: Bench) -> dict[str, Any]:
@@ -493,13 +494,13 @@ def measure(bench: Bench) -> dict[str, Any]:
 
 def described(bench: Bench) -> dict[str, Any]:
     modules = (torch, transformers, peft, timm, datasets, accelerate)
-    device = "CPU" if runs.use_cpu() else torch.cuda.get_device_name()
+    device = "CPU" if run_folder.use_cpu() else torch.cuda.get_device_name()
     return {
         "date": date.today().isoformat(),
         "machine": f"{device}, {os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
         "threads": torch.get_num_threads(),
-        "precision": runs.mixed_precision(bench.config),
+        "precision": run_folder.mixed_precision(bench.config),
         "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}},
         "batch": bench.batch,
         "quick": bench.options.quick,

@@ -30,19 +30,20 @@ import yaml
 from accelerate import PartialState
 
 from hf_histo.config import Config, PredictionOptions, option, parse, parse_with
-from hf_histo.data.folds import leave_one_center_out, pool_centers
-from hf_histo.data.leaks import arrange
 from hf_histo.data.load import fingerprint, load
 from hf_histo.data.protocol import refuse
+from hf_histo.data.splits.folds import leave_one_center_out, pool_centers
+from hf_histo.data.splits.leakage import arrange
 from hf_histo.errors import HistoError, run
-from hf_histo.evaluation import metrics, predictions, thresholds
-from hf_histo.evaluation.report import marked, table
-from hf_histo.evaluation.summary import METRICS, Spread, bar_chart, best, held_out, spread
+from hf_histo.evaluation import predictions, thresholds
+from hf_histo.evaluation.metrics import classification
+from hf_histo.evaluation.reporting.report import marked, table
+from hf_histo.evaluation.reporting.summary import METRICS, Spread, bar_chart, best, held_out, spread
 from hf_histo.files import atomic_file, write_json
 from hf_histo.finetune import fine_tune
 from hf_histo.inference import Classifier
-from hf_histo.training import runs
-from hf_histo.transforms.augmentation import Views
+from hf_histo.training import run_folder
+from hf_histo.transforms.augmentation import TestTimeViews
 
 TOLD = "reported.yaml"
 
@@ -149,7 +150,7 @@ def measure(stem: str, rows: dict[str, Row], data: datasets.DatasetDict, folder:
     for seed in range(first, first + options.seeds):
         for center, fold in folds(row.config, data, seed, options).items():
             name = f"seed-{seed}" if center is None else f"center-{center}-seed-{seed}"
-            adapter = folder / trainer / name / runs.ADAPTER
+            adapter = folder / trainer / name / run_folder.ADAPTER
             tables = adapter / "predictions"
             if stem == trainer:
                 fine_tune(row.config.at(folder / stem / name, seed), fold)
@@ -158,7 +159,7 @@ def measure(stem: str, rows: dict[str, Row], data: datasets.DatasetDict, folder:
             for split in ["test"] if center is not None else [split for split in fold if split != "train"]:
                 table = predictions.read(tables / f"{split}.parquet")
                 threshold = thresholds.for_share(table, 0.5).value if row.told.balanced else 0.5
-                found = metrics.compute(table, threshold=threshold)
+                found = classification.compute(table, threshold=threshold)
                 if found["n"]:
                     by_metric = values.setdefault(title(split, table) if center is None else str(center), {})
                     for metric in METRICS:
@@ -179,7 +180,7 @@ def folds(
 
 def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
     """The folder with an adapter's predictions by the prediction options of `config`, in the folder of its run."""
-    folder = runs.begin(config, fingerprint(fold)) / runs.PREDICTIONS
+    folder = run_folder.begin(config, fingerprint(fold)) / run_folder.PREDICTIONS
     missing = [split for split in fold if split != "train" and not (folder / f"{split}.parquet").is_file()]
     PartialState().wait_for_everyone()
     if missing:
@@ -187,7 +188,7 @@ def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
         for split in missing:
             table = classifier.predict(
                 fold[split],
-                views=Views.of(config),
+                views=TestTimeViews.of(config),
                 adapt_batch_norm=config.prediction.adapt_batch_norm,
                 batch_size=config.training.per_device_eval_batch_size,
             )

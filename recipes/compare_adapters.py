@@ -13,8 +13,8 @@ from typing import Any
 
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError, run
-from hf_histo.evaluation import metrics
-from hf_histo.evaluation.report import overall_table
+from hf_histo.evaluation.metrics import classification
+from hf_histo.evaluation.reporting.report import overall_table
 from hf_histo.inference import Classifier
 
 
@@ -47,7 +47,7 @@ def main() -> None:
     for name, shown in names.items():
         classifier.set_adapter(name)
         table = classifier.predict(rows, batch_size=options.batch_size, description=f"Predicting with {shown}")
-        found[shown] = metrics.report(table)
+        found[shown] = classification.report(table)
     print(overall_table(found))
 
 

@@ -20,16 +20,18 @@ import pandas as pd
 from accelerate import PartialState
 
 from hf_histo.config import option, parse_with
-from hf_histo.data.folds import k_folds
-from hf_histo.data.leaks import grouped
 from hf_histo.data.load import fingerprint, load
 from hf_histo.data.protocol import refuse
+from hf_histo.data.splits.folds import k_folds
+from hf_histo.data.splits.leakage import grouped
 from hf_histo.errors import HistoError, run
-from hf_histo.evaluation import metrics, predictions, report
-from hf_histo.evaluation.summary import METRICS, spread
+from hf_histo.evaluation import predictions
+from hf_histo.evaluation.metrics import classification
+from hf_histo.evaluation.reporting import report
+from hf_histo.evaluation.reporting.summary import METRICS, spread
 from hf_histo.files import write_json
 from hf_histo.finetune import fine_tune
-from hf_histo.training.runs import use_cpu
+from hf_histo.training.run_folder import use_cpu
 
 
 @dataclass
@@ -74,7 +76,7 @@ def main() -> None:
             predictions.write(folder / "predictions" / f"seed-{seed}.parquet", every, names)
             report.confusion_matrix(every, folder / f"confusion-seed-{seed}.png")
             negative = predictions.class_index(names, config.data.negative_class)
-            pooled[seed] = metrics.report(every, negative=negative)
+            pooled[seed] = classification.report(every, negative=negative)
 
     if not state.is_main_process:
         return

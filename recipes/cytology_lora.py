@@ -13,11 +13,11 @@ method. recipes/few_shot.py runs a grid.
 from accelerate import PartialState
 
 from hf_histo.config import parse
-from hf_histo.data.few_shot import complete
 from hf_histo.data.protocol import prepare
+from hf_histo.data.splits.few_shot import complete
 from hf_histo.errors import run
 from hf_histo.finetune import fine_tune
-from hf_histo.training.runs import use_cpu
+from hf_histo.training.run_folder import use_cpu
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ evaluated images themselves, without their labels, and is none for other images;
 
 Into the output folder go `metrics.json`, `roc.png`, and for each split `confusion_<split>.png`,
 `reliability_<split>.png` and `predictions/<split>.parquet`, the predictions as evaluated. For each split,
-`metrics.json` has the values of `hf_histo.evaluation.metrics.report`, "transductive" with "threshold" among them where
+`metrics.json` has the values of `classification.report`, "transductive" with "threshold" among them where
 that is so, and "threshold_choice": how the threshold was chosen and from which files. Neither a GPU nor the images are
 needed.
 """
@@ -33,8 +33,8 @@ from hf_histo.errors import HistoError, run
 from hf_histo.evaluation import calibration, thresholds
 from hf_histo.evaluation import predictions as tables
 from hf_histo.evaluation.ensembling import average
-from hf_histo.evaluation.metrics import report
-from hf_histo.evaluation.report import center_table, confusion_matrix, roc_curve, table, transductive
+from hf_histo.evaluation.metrics.classification import report
+from hf_histo.evaluation.reporting.report import center_table, confusion_matrix, roc_curve, table, transductive
 from hf_histo.files import require_output, write_json
 
 

@@ -22,21 +22,23 @@ import numpy as np
 from accelerate import PartialState
 
 from hf_histo.config import Config, option, parse_with
-from hf_histo.data.few_shot import complete, select
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare, refuse
+from hf_histo.data.splits.few_shot import complete, select
 from hf_histo.errors import HistoError, run
-from hf_histo.evaluation import few_labels, levels, metrics, predictions, probes
-from hf_histo.evaluation.embedding import features
-from hf_histo.evaluation.report import table
-from hf_histo.evaluation.summary import Spread, spread
+from hf_histo.evaluation import predictions, probes
+from hf_histo.evaluation.figures import few_labels
+from hf_histo.evaluation.figures.embedding import features
+from hf_histo.evaluation.metrics import classification, hierarchical_metrics
+from hf_histo.evaluation.reporting.report import table
+from hf_histo.evaluation.reporting.summary import Spread, spread
 from hf_histo.files import atomic_file, write_json
 from hf_histo.finetune import fine_tune
 from hf_histo.hub import read_metrics
 from hf_histo.models import backbones
-from hf_histo.training.runs import use_cpu
+from hf_histo.training.run_folder import use_cpu
 from hf_histo.transforms import augmentation, preprocessing
-from hf_histo.transforms.augmentation import Views
+from hf_histo.transforms.augmentation import TestTimeViews
 from hf_histo.transforms.mri import Preparation
 from hf_histo.transforms.stain import CenterNormalizer
 
@@ -103,7 +105,7 @@ class Features:
         self.arrays: dict[str, np.ndarray] = {}
         if config.centers.normalization != "none":
             return
-        given = (self.preprocessing, Views.of(config), config.prediction.adapt_batch_norm)
+        given = (self.preprocessing, TestTimeViews.of(config), config.prediction.adapt_batch_norm)
         key = f"{fingerprint(data)} {backbones.identity(self.model)} {given}"
         if not path.is_file() or str(np.load(path)["key"]) != key:
             found: dict[str, Any] = {split: self._computed(split, rows, None) for split, rows in data.items()}
@@ -128,7 +130,10 @@ class Features:
         color = normalizer and normalizer.extended(self.preprocessing.read(rows))
         options: dict[str, Any] = {"normalizer": color, "description": f"Features of {split}"}
         if split != "train":
-            options |= {"views": Views.of(self.config), "adapt_batch_norm": self.config.prediction.adapt_batch_norm}
+            options |= {
+                "views": TestTimeViews.of(self.config),
+                "adapt_batch_norm": self.config.prediction.adapt_batch_norm,
+            }
         return features(self.model, rows, self.preprocessing, **options)
 
 
@@ -146,8 +151,8 @@ def probe(cell: Cell, drawn: datasets.DatasetDict, known: Features) -> dict[str,
 
 def measured(test: Any, trainable: int) -> dict[str, Any]:
     """What is kept of a cell."""
-    values = metrics.compute(test)
-    by_level = levels.scores(test) if levels.are_in(test) else None
+    values = classification.compute(test)
+    by_level = hierarchical_metrics.scores(test) if hierarchical_metrics.are_in(test) else None
     return {
         "accuracy": values["accuracy"],
         "balanced_accuracy": values["balanced_accuracy"],

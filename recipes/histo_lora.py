@@ -14,7 +14,7 @@ from hf_histo.config import parse
 from hf_histo.data.protocol import prepare
 from hf_histo.errors import run
 from hf_histo.finetune import fine_tune
-from hf_histo.training.runs import use_cpu
+from hf_histo.training.run_folder import use_cpu
 
 
 def main() -> None:

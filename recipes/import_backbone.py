@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_histo.errors import HistoError, run
-from hf_histo.evaluation.report import table
+from hf_histo.evaluation.reporting.report import table
 from hf_histo.files import atomic_folder
 from hf_histo.models import backbones, clip, heads, registry
 

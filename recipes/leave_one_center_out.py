@@ -15,12 +15,12 @@ from typing import Any
 from accelerate import PartialState
 
 from hf_histo.config import option, parse_with
-from hf_histo.data.folds import leave_one_center_out
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare, refuse
+from hf_histo.data.splits.folds import leave_one_center_out
 from hf_histo.errors import HistoError, run
-from hf_histo.evaluation.report import table
-from hf_histo.evaluation.summary import METRICS, held_out
+from hf_histo.evaluation.reporting.report import table
+from hf_histo.evaluation.reporting.summary import METRICS, held_out
 from hf_histo.files import write_json
 from hf_histo.finetune import fine_tune
 

@@ -23,9 +23,9 @@ from hf_histo.config import Config, option, parse_with
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare
 from hf_histo.errors import HistoError, run
-from hf_histo.evaluation.pareto import Point, chart, front
-from hf_histo.evaluation.report import table
-from hf_histo.evaluation.summary import Spread, spread
+from hf_histo.evaluation.figures.pareto import Point, chart, front
+from hf_histo.evaluation.reporting.report import table
+from hf_histo.evaluation.reporting.summary import Spread, spread
 from hf_histo.files import atomic_file, write_json
 from hf_histo.finetune import Result, fine_tune
 

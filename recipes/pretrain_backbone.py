@@ -3,7 +3,7 @@
     python recipes/pretrain_backbone.py --output_dir backbone
 
 A ResNet-10-T of timm with a quarter of the channels learns which of 48 random processes drew a pattern (see
-`hf_histo.data.procedural`), under colors drawn anew for every batch. The folder, 2.5 MB in fp16, loads wherever a Hub
+`synthetic.patterns`), under colors drawn anew for every batch. The folder, 2.5 MB in fp16, loads wherever a Hub
 name does: `AutoModelForImageClassification.from_pretrained("backbone", num_labels=1, ignore_mismatched_sizes=True)`.
 
 The packaged one was made by this command; it takes about three minutes on two free CPU cores. A quick try:
@@ -32,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_histo.data.procedural import CLASSES, PROCESSES, pattern
+from hf_histo.data.synthetic.patterns import CLASSES, PROCESSES, pattern
 from hf_histo.errors import HistoError, run
 from hf_histo.files import atomic_folder
 

@@ -44,10 +44,10 @@ from hf_histo.config import Config, DataOptions, OutputOptions, parse_with, with
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare
 from hf_histo.errors import HistoError, run
-from hf_histo.evaluation.report import table
+from hf_histo.evaluation.reporting.report import table
 from hf_histo.files import atomic_file, read_text, write_json
 from hf_histo.finetune import fine_tune
-from hf_histo.training import runs
+from hf_histo.training import run_folder
 
 plt.switch_backend("Agg")
 
@@ -81,7 +81,12 @@ def read_plan(path: str, config: Config) -> Plan:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise HistoError(f"--study {path}: {reason}; expected grid, or space and trials; see --help") from None
-    decided = {*(field.name for field in dataclasses.fields(DataOptions)), "pool_centers", "seed", *runs.INDIFFERENT}
+    decided = {
+        *(field.name for field in dataclasses.fields(DataOptions)),
+        "pool_centers",
+        "seed",
+        *run_folder.INDIFFERENT,
+    }
     if fixed := sorted(decided & ranges.keys()):
         raise HistoError(f"--study {path}: {fixed[0]} is the same for all trials; give it on the command line")
     for name, values in ranges.items():
@@ -226,12 +231,12 @@ def _short(value: Any) -> Any:
 def main() -> None:
     config, options = parse_with(Options, __doc__)
     folder = config.parent_folder()
-    if PartialState(cpu=runs.use_cpu()).num_processes > 1:
+    if PartialState(cpu=run_folder.use_cpu()).num_processes > 1:
         raise HistoError("a trial is of one process, found several; start the command several times instead")
     plan = read_plan(options.study, config)
 
     data = prepare(config)
-    identity = {key: value for key, value in config.flat().items() if key not in runs.INDIFFERENT}
+    identity = {key: value for key, value in config.flat().items() if key not in run_folder.INDIFFERENT}
     identity |= {"space": {name: distribution_to_json(d) for name, d in plan.distributions.items()}}
     sweep = Sweep(folder, config, plan, {**identity, "images": fingerprint(data)})
     seen = datasets.DatasetDict({split: data[split] for split in ("train", "val") if split in data})

@@ -21,12 +21,12 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__
 
 
 def stage(module: str) -> str:
-    """`data` for `hf_histo.data.hdf5`."""
+    """`data` for `hf_histo.data.readers.hdf5`."""
     return module.split(".")[1]
 
 
 def name(path: Path) -> str:
-    """`hf_histo.data.hdf5` for its file."""
+    """`hf_histo.data.readers.hdf5` for its file."""
     return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
 
 
@@ -72,16 +72,16 @@ def test_the_walk_found_the_modules() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "fault"),
     [
-        ("hf_histo.data.hdf5", "from hf_histo.training.trainer import train", True),
-        ("hf_histo.data.hdf5", "from hf_histo import models", True),
-        ("hf_histo.data.hdf5", "def f():\n    import hf_histo.hub", True),
-        ("hf_histo.data.hdf5", "from ..models.heads import head", True),
-        ("hf_histo.data.hdf5", "import recipes.sweep", True),
+        ("hf_histo.data.readers.hdf5", "from hf_histo.training.trainer import train", True),
+        ("hf_histo.data.readers.hdf5", "from hf_histo import models", True),
+        ("hf_histo.data.readers.hdf5", "def f():\n    import hf_histo.hub", True),
+        ("hf_histo.data.schema", "from ..models.heads import head", True),
+        ("hf_histo.data.readers.hdf5", "import recipes.sweep", True),
         ("hf_histo.files", "from hf_histo.data import schema", True),
-        ("hf_histo.data.hdf5", "from hf_histo.data.schema import decode", False),
-        ("hf_histo.data.hdf5", "from .schema import decode", False),
+        ("hf_histo.data.readers.hdf5", "from hf_histo.data.schema import decode", False),
+        ("hf_histo.data.readers.hdf5", "from .schema import decode", False),
         ("hf_histo.inference", "from hf_histo.data import schema", False),
-        ("hf_histo.data.hdf5", "from hf_histo import __version__, errors", False),
+        ("hf_histo.data.readers.hdf5", "from hf_histo import __version__, errors", False),
     ],
 )
 def test_the_check_itself(module: str, source: str, fault: bool) -> None:

@@ -24,7 +24,7 @@ from hf_histo.export import export
 from hf_histo.hub import load
 from hf_histo.inference import Classifier
 from hf_histo.models import heads
-from hf_histo.transforms.augmentation import Views
+from hf_histo.transforms.augmentation import TestTimeViews
 
 PIXELS = torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
@@ -97,7 +97,7 @@ def test_onnx_gives_the_logits_for_any_batch(name: str, tmp_path: Path) -> None:
 
 
 def test_a_head_of_several_layers_goes_to_onnx_only(backbone: Path, tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter", backbone, outputs=3, head=heads.Design(widths=(7,)))
+    adapter = write_adapter(tmp_path / "adapter", backbone, outputs=3, head=heads.HeadConfig(widths=(7,)))
     model, sidecar, _ = load(adapter)
     with pytest.raises(HistoError, match=r"hidden layers of 7 .*--format onnx"):
         export(model, sidecar, tmp_path / "merged", "merged")
@@ -128,7 +128,7 @@ def test_an_onnx_file_with_other_logits_is_not_written(
 
 
 def test_what_is_left_out_is_said(backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    adapter = write_adapter(tmp_path / "adapter", backbone, views=Views(8))
+    adapter = write_adapter(tmp_path / "adapter", backbone, views=TestTimeViews(8))
     _, statement = exported(adapter, tmp_path / "out", "merged")
     assert statement["not_included"] == ["the mean over 8 views"]
     assert re.search("not part of the exported model: the mean over 8 views", caplog.text)

@@ -26,8 +26,8 @@ import pytest
 from fixtures import images, write_challenge, write_hicervix, write_lists, write_pcam, write_wilds
 
 from hf_histo.config import DataOptions, parse
-from hf_histo.data import hub_names
 from hf_histo.data.load import load
+from hf_histo.data.readers import hub
 from hf_histo.data.schema import decode, encode_ppm
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import predictions
@@ -156,7 +156,7 @@ def loads_by_name(folder: Path) -> None:
 def streams(folder: Path) -> None:
     name = f"hub:{folder}"
     data = load(DataOptions(data=name, streaming=True), cache_dir=folder.parent / "cache")
-    list(hub_names.train_stream(name, len(data["train"]), 0, 0, 1, None))
+    list(hub.train_stream(name, len(data["train"]), 0, 0, 1, None))
 
 
 def reads_sidecar(folder: Path) -> None:

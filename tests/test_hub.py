@@ -31,11 +31,12 @@ from hf_histo.config import parse
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import predictions, report
+from hf_histo.evaluation import predictions
+from hf_histo.evaluation.reporting import report
 from hf_histo.finetune import Result, fine_tune
 from hf_histo.models import adapters, backbones
 from hf_histo.training import trainer
-from hf_histo.transforms.augmentation import Views
+from hf_histo.transforms.augmentation import TestTimeViews
 from hf_histo.transforms.mri import Preparation
 from hf_histo.transforms.stain import CenterNormalizer, Statistics
 
@@ -135,7 +136,7 @@ RGB = CenterNormalizer("rgb", Statistics((0.5,) * 3, ((0.1, 0, 0), (0, 0.1, 0), 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"views": Views(8)}, "the mean over 8 views"),
+        ({"views": TestTimeViews(8)}, "the mean over 8 views"),
         ({"normalizer": RGB}, "normalization of each center's color (rgb)"),
         ({"adapt_batch_norm": True}, "batch-norm statistics of the images at hand"),
         ({"preparation": Preparation(gray=True, contrast="clahe")}, "the preparation of images (gray, contrast)"),
@@ -410,7 +411,7 @@ def test_a_sidecar_older_than_an_option(adapter: Path) -> None:
     file.write_text(json.dumps(content), encoding="utf-8")
     sidecar = hub.Sidecar.read(adapter)
     assert sidecar.preprocessing == newer.preprocessing
-    assert sidecar.views == Views(8)
+    assert sidecar.views == TestTimeViews(8)
     assert not sidecar.adapt_batch_norm
 
 

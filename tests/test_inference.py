@@ -28,14 +28,15 @@ from hf_histo.config import AdapterOptions
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import calibration, metrics, predictions, thresholds
+from hf_histo.evaluation import calibration, predictions, thresholds
+from hf_histo.evaluation.metrics import classification
 from hf_histo.finetune import fine_tune
 from hf_histo.hub import Sidecar
 from hf_histo.hub import load as load_adapter
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters
-from hf_histo.models.heads import Design
-from hf_histo.transforms.augmentation import Views
+from hf_histo.models.heads import HeadConfig
+from hf_histo.transforms.augmentation import TestTimeViews
 from hf_histo.transforms.preprocessing import Preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
 
@@ -275,7 +276,7 @@ def test_labels_are_those_of_the_adapter_by_their_names(classifier: Classifier, 
     for names in (["tumor", "normal"], ["another", "tumor", "normal"]):
         found = classifier.predict(reordered(data, names))
         assert list(found["label"]) == list(expected["label"])
-        assert metrics.report(found)["overall"] == metrics.report(expected)["overall"]
+        assert classification.report(found)["overall"] == classification.report(expected)["overall"]
 
 
 def test_labels_of_classes_that_the_adapter_does_not_know_are_refused(classifier: Classifier, run: Path) -> None:
@@ -453,9 +454,9 @@ def test_several_adapters_on_one_backbone(run: Path, arrays: list[np.ndarray], t
         both.set_adapter("c")
 
 
-@pytest.mark.parametrize("head", [Design(), Design(widths=(5,))])
+@pytest.mark.parametrize("head", [HeadConfig(), HeadConfig(widths=(5,))])
 def test_the_mean_of_adapters_is_the_model_of_the_mean_weights(
-    run: Path, arrays: list[np.ndarray], tmp_path: Path, head: Design
+    run: Path, arrays: list[np.ndarray], tmp_path: Path, head: HeadConfig
 ) -> None:
     pair = write_pair(run, tmp_path, head=head)
     several = Classifier.from_pretrained(pair[0])
@@ -481,7 +482,7 @@ def test_adapters_that_do_not_go_together(run: Path, tmp_path: Path) -> None:
     others = {
         "another backbone": write_adapter(tmp_path / "other", write_backbone(tmp_path / "backbone", seed=5)),
         r"classes is \['a', 'b'\]": write_adapter(tmp_path / "names", run / "backbone", label_names=["a", "b"]),
-        "head is hidden": write_adapter(tmp_path / "head", run / "backbone", head=Design(widths=(5,))),
+        "head is hidden": write_adapter(tmp_path / "head", run / "backbone", head=HeadConfig(widths=(5,))),
         "batch norm is track": write_adapter(tmp_path / "track", run / "backbone", batch_norm="track"),
     }
     for message, folder in others.items():
@@ -495,7 +496,7 @@ def test_adapters_that_do_not_go_together(run: Path, tmp_path: Path) -> None:
     classifier.load_adapter(dora, "dora")
     with pytest.raises(HistoError, match="DoRA"):
         classifier.average(["default", "dora"])
-    classifier.load_adapter(write_adapter(tmp_path / "views", run / "backbone", views=Views(8)), "views")
+    classifier.load_adapter(write_adapter(tmp_path / "views", run / "backbone", views=TestTimeViews(8)), "views")
     with pytest.raises(HistoError, match="differ in views"):
         classifier.average(["default", "views"])
     linear = write_adapter(tmp_path / "linear", run / "backbone", lora=AdapterOptions(method="linear"))

@@ -56,7 +56,7 @@ JOBS = {
     ),
     "sweep": Job(
         "sweep.py",
-        (f"--study={Path(__file__).with_name('grid.yaml')}", "--target_modules=last-conv"),
+        (f"--study={Path(__file__).parent / 'support' / 'grid.yaml'}", "--target_modules=last-conv"),
         {"sweep": ("", ""), "sweep, training": ("backward", "")},
     ),
 }

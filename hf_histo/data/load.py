@@ -12,15 +12,17 @@ from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 
 from hf_histo.config import DataOptions
-from hf_histo.data import cache, hub_names, schema, synthetic
-from hf_histo.data.builder import LEFT_OUT, FolderBuilder
-from hf_histo.data.cytology import HiCervix, NamedImages, SplitLists, check_known
-from hf_histo.data.folders import ClassFolders
-from hf_histo.data.frames import SUFFIXES, PixelTables
-from hf_histo.data.hdf5 import Challenge, ChallengeFile, PatchCamelyon
-from hf_histo.data.idx import Idx
-from hf_histo.data.tables import WildsCamelyon17
-from hf_histo.data.volumes import VolumeFolders
+from hf_histo.data import cache, schema
+from hf_histo.data.readers import hub
+from hf_histo.data.readers.builder import LEFT_OUT, FolderBuilder
+from hf_histo.data.readers.class_folders import ClassFolders
+from hf_histo.data.readers.cytology import HiCervix, NamedImages, SplitLists, check_known
+from hf_histo.data.readers.hdf5 import Challenge, ChallengeFile, PatchCamelyon
+from hf_histo.data.readers.idx import Idx
+from hf_histo.data.readers.nifti import VolumeFolders
+from hf_histo.data.readers.pixel_tables import SUFFIXES, PixelTables
+from hf_histo.data.readers.wilds_camelyon17 import WildsCamelyon17
+from hf_histo.data.synthetic import tissue
 from hf_histo.errors import HistoError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = Non
 
     The name "synthetic" stands for the built-in data set, generated below `cache_dir` the first time. A single file in
     the challenge layout is loaded as the split `test` alone, a table of pixels as `full`. "hub:OWNER/NAME" is a data
-    set on the Hub, see `hub_names.load`.
+    set on the Hub, see `hub.load`.
 
     The first time, the files are checked and converted below `cache_dir`, all or nothing and by one process at a time
     (default: `datasets.config.HF_DATASETS_CACHE`). The cache is keyed by the contents of the files and the options: a
@@ -63,12 +65,12 @@ def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = Non
     """
     options = source if isinstance(source, DataOptions) else DataOptions(data=str(source))
     cache_dir = Path(cache_dir or options.cache_dir or datasets.config.HF_DATASETS_CACHE)
-    if options.data.startswith(hub_names.PREFIX):
-        _refuse_idle(options, "of the Hub", ("gray_bits",) if options.streaming else hub_names.OPTIONS)
+    if options.data.startswith(hub.PREFIX):
+        _refuse_idle(options, "of the Hub", ("gray_bits",) if options.streaming else hub.OPTIONS)
         if options.streaming:
-            return hub_names.load_streaming(options.data, gray_bits=options.gray_bits)
+            return hub.load_streaming(options.data, gray_bits=options.gray_bits)
         skip, bits = options.on_bad_image == "skip", options.gray_bits
-        return hub_names.load(options.data, cache_dir=cache_dir, skip_bad_images=skip, gray_bits=bits)
+        return hub.load(options.data, cache_dir=cache_dir, skip_bad_images=skip, gray_bits=bits)
     directory = _synthetic(cache_dir) if options.data == SYNTHETIC else Path(options.data)
     builder_class = _layout(directory)
     _refuse_idle(options, f"in the layout {builder_class.LAYOUT}", builder_class.OPTIONS)
@@ -155,13 +157,13 @@ def check_trainable(dataset: datasets.Dataset) -> None:
 
 def _synthetic(cache_dir: Path) -> Path:
     """The folder of the built-in data set; one process of a launch generates it, the others wait."""
-    generator = xxhash.xxh3_64(Path(synthetic.__file__).read_bytes()).hexdigest()  # a changed one makes other images
+    generator = xxhash.xxh3_64(Path(tissue.__file__).read_bytes()).hexdigest()  # a changed one makes other images
     folder = cache_dir / "hf_histo_synthetic" / generator
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         cache.discard_damaged(folder)
         if not folder.is_dir():
-            synthetic.generate(folder)
+            tissue.generate(folder)
         cache.seal(folder)
     return folder
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import datasets
 
 from hf_histo.config import Config
-from hf_histo.data.folds import pool_centers
-from hf_histo.data.leaks import arrange
 from hf_histo.data.load import load
+from hf_histo.data.splits.folds import pool_centers
+from hf_histo.data.splits.leakage import arrange
 from hf_histo.errors import HistoError
 
 

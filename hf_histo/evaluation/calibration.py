@@ -20,7 +20,7 @@ from scipy.optimize import brentq
 from scipy.special import softmax
 
 from hf_histo.errors import HistoError
-from hf_histo.evaluation.figures import COLORS, GRAY, drawing, say
+from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing, say
 from hf_histo.evaluation.predictions import array, label_names, positive_probability, with_logits
 
 BINS = 15  # Guo et al. 2017, table 1

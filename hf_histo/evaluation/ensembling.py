@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import calibration, metrics
+from hf_histo.evaluation import calibration
+from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import array, label_names, log_odds, with_logits
 
 
@@ -53,15 +54,15 @@ def compare(tables: Mapping[str, pd.DataFrame], *, threshold: float = 0.5) -> pd
         threshold: the probability in [0, 1] from which on class 1 is predicted, where there are two classes.
 
     Returns:
-        The values of `metrics.compute` and `calibration.compute` as float64 columns, NaN where undefined; the index
-        holds the names.
+        The values of `classification.compute` and `calibration.compute` as float64 columns, NaN where undefined; the
+        index holds the names.
 
     Raises:
         HistoError: the tables' ids, labels, number or names of classes differ, or `threshold` is outside [0, 1].
     """
     aligned = dict(zip(tables, _aligned(tables), strict=True))
     rows = {
-        name: metrics.compute(table, threshold=threshold) | calibration.compute(table)
+        name: classification.compute(table, threshold=threshold) | calibration.compute(table)
         for name, table in aligned.items()
     }
     return pd.DataFrame.from_dict(rows, orient="index", dtype=np.float64)

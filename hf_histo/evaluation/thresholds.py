@@ -81,7 +81,7 @@ def choose(
     Args:
         predictions: a table of two classes, in which both are labeled; rows with a hidden label are left out.
         criterion: what to maximize: "balanced_accuracy", "f1" or "accuracy", as defined in
-            `hf_histo.evaluation.metrics`, or "sensitivity", which is the recall of class 1 at a specificity (recall of
+            `metrics.classification`, or "sensitivity", which is the recall of class 1 at a specificity (recall of
             class 0) of at least `specificity`.
         specificity: in [0, 1]; of effect for "sensitivity" only.
 

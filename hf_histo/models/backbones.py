@@ -81,7 +81,7 @@ def load(
     revision: str | None = None,
     random_weights: bool = False,
     image_size: int | None = None,
-    head: heads.Design | None = None,
+    head: heads.HeadConfig | None = None,
     head_dropout: float = 0.0,
     keep_head: bool = False,
 ) -> PreTrainedModel:
@@ -101,7 +101,7 @@ def load(
     does not take images of that size.
     """
     source = locate(name)
-    design = head or heads.Design()
+    design = head or heads.HeadConfig()
     on_logits = design.on == "logits"
     folder = None if random_weights else _open_clip_folder(name, source, revision)
     config = _config(name, source, None if on_logits else num_outputs, revision, random_weights, folder)

@@ -17,7 +17,7 @@ from hf_histo.files import STRICT
 
 
 @dataclass(frozen=True)
-class Design:
+class HeadConfig:
     """What a classifier is made of; the default is one linear layer in place of the backbone's output layer.
 
     Attributes:
@@ -51,7 +51,7 @@ class Design:
             )
 
     @classmethod
-    def of(cls, options: ModelOptions) -> Design:
+    def of(cls, options: ModelOptions) -> HeadConfig:
         """The one that the options ask for. Raises `HistoError` for a list of widths that is none."""
         widths: tuple[int, ...] = ()
         if options.head == "mlp":
@@ -73,7 +73,7 @@ class Design:
     @property
     def is_plain(self) -> bool:
         """Whether transformers and peft alone can build it."""
-        return self == Design()
+        return self == HeadConfig()
 
 
 class Head(nn.Sequential):
@@ -82,7 +82,7 @@ class Head(nn.Sequential):
     Its parts are `output`, the backbone's own output layer where the design keeps it, and `layers`, which are new.
     """
 
-    def __init__(self, design: Design, replaced: nn.Linear, num_outputs: int) -> None:
+    def __init__(self, design: HeadConfig, replaced: nn.Linear, num_outputs: int) -> None:
         super().__init__()
         if design.on == "logits":
             self.add_module("output", replaced)
@@ -126,7 +126,7 @@ def module_of(model: nn.Module) -> nn.Module:
     return base.get_submodule(name_of(base).split(".modules_to_save.")[0])
 
 
-def attach(model: PreTrainedModel, design: Design, num_outputs: int) -> None:
+def attach(model: PreTrainedModel, design: HeadConfig, num_outputs: int) -> None:
     """Give the backbone a new classifier of `num_outputs` logits in place of its output layer, or on top of it.
 
     The last layer starts with weights normal with deviation 0.01 and bias zero, so that training starts from even odds;

@@ -22,16 +22,16 @@ from transformers import EarlyStoppingCallback, SchedulerType, TrainerCallback, 
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_histo.config import CenterOptions, Config
+from hf_histo.data.readers.streaming import Stream
 from hf_histo.data.schema import ImageTable, Sample
-from hf_histo.data.stream import Stream
 from hf_histo.errors import HistoError
 from hf_histo.files import CHECKSUMS, write_json
 from hf_histo.models import adapters, heads
-from hf_histo.models.features import Store
-from hf_histo.training import domains, runs
+from hf_histo.models.speed.activation_cut import Store
+from hf_histo.training import domain_loss, run_folder
 from hf_histo.training.losses import Loss
+from hf_histo.training.preemption import StopAtCheckpoint
 from hf_histo.training.sampling import BalancedSampler
-from hf_histo.training.stopping import StopAtCheckpoint
 from hf_histo.transforms.augmentation import Augmentation, augment, uniform
 from hf_histo.transforms.preprocessing import Preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
@@ -92,23 +92,23 @@ class Trainer(transformers.Trainer):
         self.stop = StopAtCheckpoint(self.accelerator)
         self.add_callback(self.stop)
         if options.domain_loss == "group_dro":
-            self.add_callback(domains.GroupDRO(self._training_table().centers, 0.01 * options.domain_weight))
+            self.add_callback(domain_loss.GroupDRO(self._training_table().centers, 0.01 * options.domain_weight))
         if options.domain_loss in ("coral", "dann"):
             head = heads.module_of(kwargs["model"])
-            self.features = domains.HeadInput(head)
+            self.features = domain_loss.HeadInput(head)
         # FSDP divides a model in place.
         self._unsharded = copy.deepcopy(kwargs["model"]) if self.is_fsdp_enabled else None
-        self.domain_classifier: domains.DomainClassifier | None = None
+        self.domain_classifier: domain_loss.DomainClassifier | None = None
         if options.domain_loss == "dann":
             width = next(part.in_features for part in head.modules() if isinstance(part, nn.Linear))
-            classifier = domains.DomainClassifier(width, self._training_table().centers)
+            classifier = domain_loss.DomainClassifier(width, self._training_table().centers)
             self.domain_classifier = classifier.to(self.args.device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As of transformers; SIGTERM and Ctrl-C end it at a checkpoint, as `Interrupted`.
 
-        Raises `HistoError` where the loss is NaN or infinite, with the ids of that batch in `runs.NAN_BATCH`, and for a
-        checkpoint that holds other things than tensors and numbers: those are not unpickled.
+        Raises `HistoError` where the loss is NaN or infinite, with the ids of that batch in `run_folder.NAN_BATCH`, and
+        for a checkpoint that holds other things than tensors and numbers: those are not unpickled.
         """
         try:
             with self.stop.listening():
@@ -124,7 +124,7 @@ class Trainer(transformers.Trainer):
         # By its step: the recorded path is another one where the folder of the run was moved.
         best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
         if not best.is_dir() or (best / CHECKSUMS).is_file():
-            runs.require_intact(best)
+            run_folder.require_intact(best)
         self.state.best_model_checkpoint = str(best)
         super()._load_best_model()
 
@@ -188,13 +188,13 @@ class Trainer(transformers.Trainer):
                 share = len(labels) * self.accelerator.num_processes / num_items_in_batch
             if self.options.domain_loss == "coral":
                 assert self.features.value is not None
-                loss = loss + share * self.options.domain_weight * domains.coral(self.features.value, centers)
+                loss = loss + share * self.options.domain_weight * domain_loss.coral(self.features.value, centers)
             elif self.domain_classifier is not None:
                 progress = self.state.global_step / self.state.max_steps
                 told = self.domain_classifier(self.features.value, centers, progress)
                 loss = loss + share * self.options.domain_weight * told
             else:
-                (weights,) = (c for c in self.callback_handler.callbacks if isinstance(c, domains.GroupDRO))
+                (weights,) = (c for c in self.callback_handler.callbacks if isinstance(c, domain_loss.GroupDRO))
                 means = {}
                 for center in centers.unique().tolist():
                     part = ImageClassifierOutput(logits=outputs.logits[centers == center])
@@ -206,7 +206,7 @@ class Trainer(transformers.Trainer):
 
     def _refuse(self, loss: float, index: torch.Tensor) -> NoReturn:
         assert isinstance(self.train_dataset, ImageTable | Stream)
-        file, step = Path(str(self.args.output_dir)) / runs.NAN_BATCH, self.state.global_step + 1
+        file, step = Path(str(self.args.output_dir)) / run_folder.NAN_BATCH, self.state.global_step + 1
         ids = self.train_dataset.ids(index.tolist())
         found = {"loss": str(loss), "step": step, "epoch": self.state.epoch, "process": self.args.process_index}
         write_json(file, found | {"ids": ids})
@@ -299,7 +299,7 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
     are in the environment, or from options.
     """
     options = config.training
-    precision = runs.mixed_precision(config)
+    precision = run_folder.mixed_precision(config)
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision  # where transformers, which can't be told "no", leaves it, too
     steps = options.gradient_accumulation_steps or int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
     grows = options.metric_for_best_model != "loss"
@@ -342,7 +342,7 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
             dataloader_persistent_workers=config.data.num_workers > 0,
             dataloader_pin_memory=torch.cuda.is_available(),
             ddp_find_unused_parameters=False,
-            use_cpu=runs.use_cpu(),
+            use_cpu=run_folder.use_cpu(),
             bf16=precision == "bf16",
             fp16=precision == "fp16",
             torch_compile=config.speed.torch_compile,
@@ -371,7 +371,7 @@ def build(
     options = config.training
     optimizer, settings = OPTIMIZERS[options.optimizer]
     settings = {**settings, "lr": options.learning_rate, "weight_decay": options.weight_decay}
-    if not runs.use_cpu():  # on a CPU, the update is a hundredth of a step, and fused it would round otherwise
+    if not run_folder.use_cpu():  # on a CPU, the update is a hundredth of a step, and fused it would round otherwise
         settings["fused"] = True
     if config.speed.activation_checkpointing:
         _checkpoint_activations(model)

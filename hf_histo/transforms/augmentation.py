@@ -162,7 +162,7 @@ def augment(
 
 
 @dataclass(frozen=True)
-class Views:
+class TestTimeViews:
     """The views of an image whose mean logit is its prediction.
 
     Attributes:
@@ -191,7 +191,7 @@ class Views:
             raise HistoError(f"--test_time_views is {self.count!r}, expected {expected}")
 
     @classmethod
-    def of(cls, config: Config) -> Views:
+    def of(cls, config: Config) -> TestTimeViews:
         """The ones that the options ask for."""
         return cls(config.prediction.test_time_views, config.prediction.test_time_augmentation, config.training.seed)
 
@@ -222,7 +222,7 @@ class Views:
             yield turned.contiguous(memory_format=torch.channels_last)
 
 
-PLAIN = Views()
+SINGLE_VIEW = TestTimeViews()
 
 
 def uniform(seed: int, epoch: int, index: torch.Tensor, count: int) -> np.ndarray:

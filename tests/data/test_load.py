@@ -16,10 +16,11 @@ import pytest
 from fixtures import write_challenge, write_pcam, write_wilds
 
 from hf_histo.config import DataOptions
-from hf_histo.data import cache, synthetic
-from hf_histo.data.hdf5 import Challenge, PixelFormat
+from hf_histo.data import cache
 from hf_histo.data.load import check_trainable, fingerprint, load
-from hf_histo.data.splits import shared_groups
+from hf_histo.data.readers.hdf5 import Challenge, PixelFormat
+from hf_histo.data.splits.checks import shared_groups
+from hf_histo.data.synthetic import tissue
 from hf_histo.errors import HistoError
 
 
@@ -127,7 +128,7 @@ def test_a_damaged_memo_of_the_fingerprint_is_made_anew(tmp_path: Path, damage: 
 def test_the_built_in_data_is_generated_again_where_it_is_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(synthetic, "generate", write_challenge)
+    monkeypatch.setattr(tissue, "generate", write_challenge)
     expected = fingerprint(load("synthetic", cache_dir=tmp_path))
     (path,) = (tmp_path / "hf_histo_synthetic").rglob("train.h5")
     with h5py.File(path, "r+") as file:

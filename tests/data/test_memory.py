@@ -18,7 +18,7 @@ from miniature import write_backbone
 from hf_histo.data import schema
 from hf_histo.data.load import check_trainable
 from hf_histo.data.schema import ImageTable
-from hf_histo.data.splits import shared_groups
+from hf_histo.data.splits.checks import shared_groups
 from hf_histo.training import losses, trainer
 
 STATUS = Path("/proc/self/status")

@@ -8,9 +8,9 @@ import pytest
 from miniature import divide_training, write_data
 
 from hf_histo.config import Config, parse
-from hf_histo.data import leaks
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare, refuse
+from hf_histo.data.splits import leakage
 from hf_histo.errors import HistoError
 
 
@@ -25,7 +25,7 @@ def test_each_option_arranges_the_data(data: Path) -> None:
     options = ([], ["--pool_centers"], ["--split=published"], ["--split=clean"])
     found = [prepare(parse(None, [f"--data={data}", *more])) for more in options]
     assert len({fingerprint(arranged) for arranged in found}) == len(options)
-    assert [leaks.were_searched(arranged) for arranged in found] == [False, False, True, True]
+    assert [leakage.were_searched(arranged) for arranged in found] == [False, False, True, True]
     assert set(found[1]["train"]["center"]) == {0, 1, 3}
 
 

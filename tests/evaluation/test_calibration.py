@@ -12,7 +12,8 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
 
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import calibration, metrics
+from hf_histo.evaluation import calibration
+from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import array, make
 
 
@@ -130,7 +131,7 @@ def test_applying_divides_logits_and_mends_probabilities() -> None:
     before, after = calibration.compute(predictions), calibration.compute(scaled)
     assert after["ece"] < before["ece"] / 3  # type: ignore[operator]
     assert after["brier"] < before["brier"]  # type: ignore[operator]
-    assert metrics.compute(scaled)["auroc"] == metrics.compute(predictions)["auroc"]
+    assert classification.compute(scaled)["auroc"] == classification.compute(predictions)["auroc"]
     assert calibration.fit_temperature(scaled).value == pytest.approx(
         calibration.fit_temperature(predictions).value / 4, rel=1e-6
     )

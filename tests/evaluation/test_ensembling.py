@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import calibration, metrics
+from hf_histo.evaluation import calibration
 from hf_histo.evaluation.ensembling import average, compare
+from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import array, make
 
 
@@ -76,8 +77,8 @@ def test_an_average_is_transductive_where_one_of_its_parts_is(
             table.attrs["transductive"] = measured
     averaged = average(tables)
     assert averaged.attrs["transductive"] == expected
-    assert metrics.report(averaged)["transductive"] == expected
-    assert metrics.report(calibration.apply(averaged, 2.0))["transductive"] == expected
+    assert classification.report(averaged)["transductive"] == expected
+    assert classification.report(calibration.apply(averaged, 2.0))["transductive"] == expected
     assert [table.attrs.get("transductive") for table in tables] == recorded
 
 
@@ -114,7 +115,7 @@ def test_compare() -> None:
     tables = {"first": random_table(), "second": shuffled(random_table(seed=1))}
     found = compare(tables, threshold=0.7)
     assert list(found.index) == ["first", "second"]
-    assert found.loc["second", "f1"] == pytest.approx(metrics.compute(tables["second"], threshold=0.7)["f1"])
+    assert found.loc["second", "f1"] == pytest.approx(classification.compute(tables["second"], threshold=0.7)["f1"])
     assert found.loc["second", "ece"] == pytest.approx(calibration.compute(tables["second"])["ece"])
     hidden = compare({"hidden": random_table().assign(label=-1)})
     assert hidden.loc["hidden", "n"] == 0

@@ -8,8 +8,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from hf_histo.evaluation import few_labels, probes
-from hf_histo.evaluation.summary import spread
+from hf_histo.evaluation import probes
+from hf_histo.evaluation.figures import few_labels
+from hf_histo.evaluation.reporting.summary import spread
 
 CENTERS = np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
 

@@ -8,7 +8,8 @@ import pytest
 import sklearn.metrics as sk
 
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import metrics, thresholds
+from hf_histo.evaluation import thresholds
+from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import array, make, predicted
 
 
@@ -114,7 +115,7 @@ def test_chosen_threshold_is_the_best_of_all(criterion: thresholds.Criterion, se
     assert found.achieved == pytest.approx(max(possible))
     assert value(found.value) == pytest.approx(found.achieved)
     if criterion != "sensitivity":
-        assert metrics.compute(predictions, threshold=found.value)[criterion] == pytest.approx(found.achieved)
+        assert classification.compute(predictions, threshold=found.value)[criterion] == pytest.approx(found.achieved)
     assert (found.criterion, found.n) == (criterion, 300)
 
 

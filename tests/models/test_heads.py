@@ -36,7 +36,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(backbone: Path, options: str, outputs: int = 3) -> PreTrainedModel:
-    design = heads.Design.of(parse(None, options.split()).model)
+    design = heads.HeadConfig.of(parse(None, options.split()).model)
     return backbones.load(str(backbone), outputs, head=design)
 
 
@@ -45,7 +45,7 @@ def build(backbone: Path, options: str, outputs: int = 3) -> PreTrainedModel:
 def test_trainable_parameters_of_the_published_cases(case: int, expected: int) -> None:
     options = parse(None, ["--config", str(CONFIGS / f"digits_case{case}.yaml"), "--random_weights"])
     with torch.device("meta"):
-        model = backbones.load(options.model.backbone, 10, random_weights=True, head=heads.Design.of(options.model))
+        model = backbones.load(options.model.backbone, 10, random_weights=True, head=heads.HeadConfig.of(options.model))
         adapted = adapters.add(model, options.adapter)
     assert adapters.parameter_counts(adapted)["trainable"] == expected
 
@@ -125,7 +125,7 @@ def test_the_softmax_of_the_article_gives_probabilities(backbone: Path) -> None:
 
 
 def test_dropout_is_before_every_new_layer(backbone: Path) -> None:
-    design = heads.Design((8,), "logits")
+    design = heads.HeadConfig((8,), "logits")
     model = backbones.load(str(backbone), 3, head=design, head_dropout=0.5)
     head = model.get_submodule(heads.name_of(model))
     features = torch.randn(2, head.get_submodule("output").in_features)
@@ -145,7 +145,7 @@ def test_dropout_is_before_every_new_layer(backbone: Path) -> None:
 )
 def test_a_design_that_is_none(options: dict[str, object], message: str) -> None:
     with pytest.raises(HistoError) as caught:
-        heads.Design.of(ModelOptions(**options))  # type: ignore[arg-type]
+        heads.HeadConfig.of(ModelOptions(**options))  # type: ignore[arg-type]
     assert str(caught.value).startswith(message)
 
 

@@ -201,6 +201,6 @@ def test_a_gated_model_tells_the_steps(name: str, monkeypatch: pytest.MonkeyPatc
 
 def test_what_a_registered_backbone_can_not_do() -> None:
     with pytest.raises(HistoError, match="--head_on logits: uni has no output layer"):
-        backbones.load("uni", 2, random_weights=True, head=heads.Design(on="logits"))
+        backbones.load("uni", 2, random_weights=True, head=heads.HeadConfig(on="logits"))
     with pytest.raises(HistoError, match="--image_size is 160, expected 224"):
         backbones.load("clip-b16", 2, random_weights=True, image_size=160)

@@ -22,7 +22,7 @@ import yaml
 from miniature import write_adapter
 
 from hf_histo.inference import Classifier
-from hf_histo.transforms.shift import ColorRange
+from hf_histo.transforms.color_shift import ColorRange
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "app.py"

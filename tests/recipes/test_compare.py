@@ -18,9 +18,10 @@ from miniature import SIZE, divide_training, write_data
 from hf_histo.config import Config, parse
 from hf_histo.data.load import load
 from hf_histo.errors import run
-from hf_histo.evaluation import metrics, predictions, thresholds
+from hf_histo.evaluation import predictions, thresholds
+from hf_histo.evaluation.metrics import classification
 from hf_histo.inference import Classifier
-from hf_histo.transforms.augmentation import Views
+from hf_histo.transforms.augmentation import TestTimeViews
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compare.py"
 REPORT = sorted((RECIPE.parent / "configs" / "report").glob("*.yaml"))
@@ -95,7 +96,7 @@ def test_reported_beside_obtained(
         table = predictions.read(adapter(output, "b_balanced", f"seed-{seed}") / "predictions" / "val.parquet")
         threshold = thresholds.for_share(table, 0.5).value
         assert predictions.predicted(table, threshold).sum() == 6
-        balanced.append(metrics.compute(table, threshold=threshold)["accuracy"] or 0.0)
+        balanced.append(classification.compute(table, threshold=threshold)["accuracy"] or 0.0)
     for stem, expected in (("a_linear", plain), ("b_balanced", balanced)):
         assert written["rows"][stem]["results"].keys() == {"val (center 1)"}  # the labels of test are hidden
         found = written["rows"][stem]["results"]["val (center 1)"]["accuracy"]
@@ -154,13 +155,15 @@ def test_rows_that_differ_at_prediction_share_a_training(call: Call, rows: list[
     tables = {"a_linear": plain} | {stem: predictions.read(file) for stem, file in files.items() if file.is_file()}
     assert len({tuple(table["logit"]) for table in tables.values()}) == 4
     for stem, table in tables.items():
-        assert written[stem]["values"]["val (center 1)"]["accuracy"] == {"0": metrics.compute(table)["accuracy"]}
-    at_half = metrics.compute(plain, threshold=thresholds.for_share(plain, 0.5).value)["accuracy"]
+        assert written[stem]["values"]["val (center 1)"]["accuracy"] == {"0": classification.compute(table)["accuracy"]}
+    at_half = classification.compute(plain, threshold=thresholds.for_share(plain, 0.5).value)["accuracy"]
     assert written["b_balanced"]["values"]["val (center 1)"]["accuracy"] == {"0": at_half}
 
     classifier = Classifier.from_pretrained(adapter(output, "a_linear", "seed-0"))
     validation = load(written["c_views"]["options"]["data"])["val"]
-    assert tables["c_views"]["logit"].tolist() == classifier.predict(validation, views=Views(8))["logit"].tolist()
+    assert (
+        tables["c_views"]["logit"].tolist() == classifier.predict(validation, views=TestTimeViews(8))["logit"].tolist()
+    )
     stamp = files["c_views"].stat().st_mtime_ns
     call([views, base], output, "--seeds=1")
     assert files["c_views"].stat().st_mtime_ns == stamp

@@ -10,7 +10,7 @@ import pytest
 from miniature import write_adapter, write_data
 
 from hf_histo.data.load import load
-from hf_histo.evaluation import metrics
+from hf_histo.evaluation.metrics import classification
 from hf_histo.inference import Classifier
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compare_adapters.py"
@@ -27,7 +27,7 @@ def test_the_table_holds_each_adapter_and_the_mean(backbone: Path, tmp_path: Pat
     assert header == ["", "images", "groups (of each class)", "accuracy", "balanced_accuracy", "auroc", "f1"]
     assert [row[0] for row in rows] == [*adapters, "mean of the 2"]
     for adapter, row in zip(adapters, rows, strict=False):
-        report = metrics.report(Classifier.from_pretrained(adapter).predict(load(data)["val"]))
+        report = classification.report(Classifier.from_pretrained(adapter).predict(load(data)["val"]))
         assert row[1] == "13"
         for name, cell in zip(header[3:], row[3:], strict=True):
             assert float(cell.split()[0]) == pytest.approx(report["overall"][name]["value"], abs=6e-4)

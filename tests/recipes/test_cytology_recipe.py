@@ -108,7 +108,7 @@ def test_a_grid_goes_on_and_compares_the_same_images(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("hf_histo.evaluation.embedding.features", refuse)
+    monkeypatch.setattr("hf_histo.evaluation.figures.embedding.features", refuse)
     monkeypatch.setattr("transformers.Trainer.train", refuse)
     call("few_shot.py", *grid, "--seeds=1", f"--output_dir={out}")
     assert json.loads((out / "few_shot.json").read_text())["cells"] == found
@@ -132,7 +132,7 @@ def test_probes_and_training_see_the_same_images(
         finally:
             hook.remove()
 
-    for module in ("hf_histo.evaluation.embedding", "hf_histo.inference"):
+    for module in ("hf_histo.evaluation.figures.embedding", "hf_histo.inference"):
         monkeypatch.setattr(f"{module}.forward", watched)
     (tmp_path / "tiny.yaml").write_text("method: lora\nlora_rank: 2\nmax_steps: 1\n")
     methods = ["--methods", "prototype", str(tmp_path / "tiny.yaml"), "--shot_counts", "3", "--seeds=1"]

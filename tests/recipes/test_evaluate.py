@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hf_histo.evaluation import calibration, metrics, thresholds
+from hf_histo.evaluation import calibration, thresholds
 from hf_histo.evaluation import predictions as tables
 from hf_histo.evaluation.ensembling import average
+from hf_histo.evaluation.metrics import classification
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate.py"
 
@@ -58,7 +59,7 @@ def test_end_to_end_and_no_overwriting(files: list[Path], tmp_path: Path) -> Non
     measured = written["test"].pop("calibration")
     assert measured.pop("fitted_on") is None and measured.pop("temperature")["value"] == 1
     assert measured == calibration.report(test)
-    assert written["test"] == metrics.report(test, threshold=0.6)
+    assert written["test"] == classification.report(test, threshold=0.6)
     pd.testing.assert_frame_equal(tables.read(output / "predictions" / "test.parquet"), test)
     assert f"{measured['overall']['ece']:.3f}" in done.stdout
     assert f"{written['test']['overall']['auroc']['value']:.3f} (" in done.stdout

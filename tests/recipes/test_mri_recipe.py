@@ -10,7 +10,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from hf_histo.evaluation import metrics, predictions
+from hf_histo.evaluation import predictions
+from hf_histo.evaluation.metrics import classification
 from hf_histo.inference import Classifier
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -56,7 +57,7 @@ def test_every_result_twice(call: Call, tmp_path: Path, data: Path, caplog: pyte
         assert f"### {split}\n" in card
         rows = predictions.read(adapter / "predictions" / f"{split}.parquet")
         assert measured[split]["overall"]["sensitivity_at_0.9"]["value"] == pytest.approx(
-            metrics.compute(rows, negative=1)["sensitivity_at_0.9"]
+            classification.compute(rows, negative=1)["sensitivity_at_0.9"]
         )
     assert "6 of 18 have copies in train or val" in card
     assert "Sensitivity for any class but none: " in card
@@ -86,7 +87,7 @@ def test_folds_summed_up_and_gone_on_with(call: Call, tmp_path: Path) -> None:
     values = [written["runs"][name]["balanced_accuracy"] for name in names]
     assert written["metrics"]["balanced_accuracy"]["mean"] == pytest.approx(np.mean(values))
     assert written["metrics"]["balanced_accuracy"]["deviation"] == pytest.approx(np.std(values, ddof=1))
-    assert written["pooled"]["0"] == metrics.report(every, negative=1)
+    assert written["pooled"]["0"] == classification.report(every, negative=1)
     assert "| mean" in shown and "balanced accuracy" in shown and "Sensitivity for any class but none" in shown
     assert (out / "confusion-seed-0.png").is_file()
 

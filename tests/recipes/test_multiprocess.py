@@ -168,7 +168,7 @@ def test_two_processes_stream_every_image_once(tmp_path: Path) -> None:
     folders = [f"--backbone={write_backbone(tmp_path / 'backbone')}", f"--output_dir={tmp_path / 'run'}"]
     streamed = [f"--data=hub:{shards}", "--streaming", "--per_device_train_batch_size=4", "--target_modules=last-conv"]
     size = [f"--image_size={SIZE}", f"--resize_size={SIZE}", "--num_train_epochs=2"]
-    script = Path(__file__).parents[1] / "streamed.py"
+    script = Path(__file__).parents[1] / "support" / "streamed.py"
     process = launch(2, [str(seen), *folders, *streamed, *size], script)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
@@ -181,7 +181,7 @@ def test_two_processes_stream_every_image_once(tmp_path: Path) -> None:
 def test_a_model_divided_by_fsdp2_is_the_whole_one(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     backbone = write_backbone(tmp_path / "backbone", "test_vit.r160_in1k")
-    process = launch(2, [str(backbone), str(tmp_path / "out")], Path(__file__).parents[1] / "sharded.py")
+    process = launch(2, [str(backbone), str(tmp_path / "out")], Path(__file__).parents[1] / "support" / "sharded.py")
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert output.count("weights moved") == 2

@@ -20,9 +20,9 @@ from hf_histo.config import parse
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import metrics
+from hf_histo.evaluation.metrics import classification
 from hf_histo.models import adapters, backbones, batchnorm
-from hf_histo.training import domains, frozen, losses, runs, trainer
+from hf_histo.training import domain_loss, feature_cache, losses, run_folder, trainer
 from hf_histo.transforms import augmentation, preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
 
@@ -53,7 +53,7 @@ def session(folder: Path, source: tuple[Path, Path], *more: str, weights: list[f
         augmentation=augmentation.preset(options.augmentation.augmentation),
         normalizer=None,
         loss=losses.classification(1, weights),
-        compute_metrics=metrics.for_trainer(),
+        compute_metrics=classification.for_trainer(),
     )
 
 
@@ -210,7 +210,7 @@ def test_a_compiled_model_gives_the_same_curve(tmp_path: Path, source: tuple[Pat
     for compiled in ("False", "True"):
         more = ["--logging_steps=1", "--num_train_epochs=1", "--target_modules=last-conv", "--learning_rate=1e-3"]
         run = session(tmp_path / compiled, source, f"--torch_compile={compiled}", *more)
-        with frozen.folded_layers(run):
+        with feature_cache.folded_layers(run):
             run.train()
         curves.append(history(run, "loss"))
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
@@ -223,7 +223,7 @@ def test_a_compiled_model_gives_the_same_curve(tmp_path: Path, source: tuple[Pat
 def test_precision_is_the_options_then_the_launchers_then_the_devices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: str | None, option: str, expected: str
 ) -> None:
-    monkeypatch.setattr(runs, "use_cpu", lambda: True)
+    monkeypatch.setattr(run_folder, "use_cpu", lambda: True)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launched:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
@@ -234,11 +234,11 @@ def test_precision_is_the_options_then_the_launchers_then_the_devices(
 
 def test_a_gpu_that_has_bf16_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    monkeypatch.setattr(runs, "use_cpu", lambda: False)
+    monkeypatch.setattr(run_folder, "use_cpu", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for has, expected in ((True, "bf16"), (False, "no")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
-        assert runs.mixed_precision(parse(None, [])) == expected
+        assert run_folder.mixed_precision(parse(None, [])) == expected
 
 
 def batch(session: trainer.Trainer, rows: int = 8) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def test_the_penalties_are_weighted_parts_of_the_loss(
             loss = run.compute_loss(run.model, dict(inputs), num_items_in_batch=items).item()
             features, centers = run.features.value, inputs["center"]
             if penalty == "coral":
-                expected = domains.coral(features, centers)
+                expected = domain_loss.coral(features, centers)
             else:
                 assert run.domain_classifier is not None
                 expected = run.domain_classifier(features, centers, 0.0)
@@ -283,7 +283,7 @@ def test_group_dro_weighs_the_losses_of_the_centers(tmp_path: Path, source: tupl
     run = domain_session(tmp_path, source, "--domain_loss=group_dro", "--domain_weight=50")
     inputs = batch(run)
     loss, outputs = run.compute_loss(run.model, dict(inputs), return_outputs=True)
-    (groups,) = (c for c in run.callback_handler.callbacks if isinstance(c, domains.GroupDRO))
+    (groups,) = (c for c in run.callback_handler.callbacks if isinstance(c, domain_loss.GroupDRO))
     means = [
         torch.nn.functional.binary_cross_entropy_with_logits(
             outputs.logits[inputs["center"] == center, 0], inputs["labels"][inputs["center"] == center].float()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from hf_histo.errors import HistoError
 from hf_histo.transforms import augmentation as module
-from hf_histo.transforms.augmentation import LUMA, PRESETS, Augmentation, Views, augment, preset
+from hf_histo.transforms.augmentation import LUMA, PRESETS, Augmentation, TestTimeViews, augment, preset
 from hf_histo.transforms.preprocessing import Preprocessing
 
 EXACT = {"rtol": 0, "atol": 1e-4}
@@ -310,4 +310,4 @@ def test_noise_has_the_declared_deviation_and_belongs_to_the_sample() -> None:
 )
 def test_views_that_there_are_not(count: int, augmentation: str, message: str) -> None:
     with pytest.raises(HistoError, match=message):
-        Views(count, augmentation)
+        TestTimeViews(count, augmentation)

@@ -13,7 +13,7 @@ import torch
 from hf_histo.data import schema
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
-from hf_histo.data.synthetic import generate
+from hf_histo.data.synthetic.tissue import generate
 from hf_histo.errors import HistoError
 from hf_histo.transforms.stain import METHODS, CenterNormalizer, measure
 

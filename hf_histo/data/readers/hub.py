@@ -1,0 +1,333 @@
+"""Data sets that the `datasets` library finds by name, on the Hub or in a local folder of the same form."""
+
+from __future__ import annotations
+
+import io
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+from datasets.table import embed_table_storage
+from filelock import FileLock
+from huggingface_hub.constants import HF_HUB_CACHE
+from numpy.typing import NDArray
+
+from hf_histo.data import cache, schema
+from hf_histo.data.readers import parquet
+from hf_histo.data.readers.builder import hold_out
+from hf_histo.data.readers.streaming import FAULTS, Prepare, Stream, readable
+from hf_histo.errors import HistoError
+from hf_histo.files import regular
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "hub:"
+OPTIONS = ("gray_bits", "on_bad_image")  # those of `DataOptions` that act here
+BATCH = 1000  # rows of a stream that are read at a time
+SPLITS = {"validation": "val", "valid": "val", "dev": "val"}
+
+
+def load(
+    name: str, *, cache_dir: str | Path, skip_bad_images: bool = False, gray_bits: int | None = None
+) -> datasets.DatasetDict:
+    """Load "hub:OWNER/NAME", or "hub:OWNER/NAME@REVISION", into the schema.
+
+    The data set must have one column of images and one of class labels. A split called validation, valid or dev
+    becomes `val`; without one, a tenth of each class of `train` does, see `builder.hold_out`. `id` is the row in the
+    split of the source; center and group are unknown: where the source knows patients, write them into one of the other
+    layouts. A local folder that `datasets` can load stands for a name, too, and needs no network. 16-bit gray images
+    are read as `schema.bits_for` says, by `gray_bits`. What is converted is compared with its checksums each time.
+
+    Raises `HistoError` for a name that can't be had, without a split `train`, and with other columns, for a label of
+    no class, for shards that declare other classes than the rest or expand too far (see `parquet`), for a local file
+    that changes meanwhile, and for an image that `schema.decode` does not take, unless such are to be skipped: then
+    their rows are logged.
+    """
+    root = Path(cache_dir) / "hf_histo_hub" / xxhash.xxh3_128_hexdigest(name.encode())
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{root}.lock"):
+        cache.discard_damaged(root)
+        builder = _find(name, cache_dir=str(root))
+        folder, local = Path(builder.cache_dir), _local_files(builder)
+        fresh = not folder.exists()
+        state = cache.state_of(Path(), local)
+        try:
+            data = _read_all(name, _converted(name, builder, root), skip_bad_images, gray_bits)
+            if fresh:
+                cache.check_unchanged(name, Path(), local, state)
+        except HistoError:
+            if fresh:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        cache.seal(folder)
+    if "val" not in data:
+        kept, held_out = hold_out(np.array(data["train"]["label"]))
+        data = datasets.DatasetDict(
+            {**data, "train": data["train"].select(kept), "val": data["train"].select(held_out)}
+        )
+    schema.check_texts(f"--data {name}", data)
+    return _named(data)
+
+
+def _converted(name: str, builder: datasets.DatasetBuilder, root: Path) -> datasets.DatasetDict:
+    """The splits as `datasets` keeps them below `root`; shards are checked when they are converted."""
+    with _faults(name):
+        manager = datasets.DownloadManager(
+            download_config=datasets.DownloadConfig(cache_dir=str(root / "downloads"), token=builder.token)
+        )
+        shards = {} if Path(builder.cache_dir).exists() else dict(_shards_of(name, builder, manager))
+        for where, file in shards.items():
+            parquet.check_content(where, pq.ParquetFile(file, pre_buffer=False), regular(file).stat().st_size)
+        builder.download_and_prepare(dl_manager=manager)
+        found = builder.as_dataset()
+        features = next(iter(found.values())).features
+        for where, file in shards.items():
+            _, label = columns(name, features)
+            parquet.check_classes(where, pq.ParquetFile(file), label, features[label].names)
+        return found
+
+
+def _shards_of(
+    name: str, builder: datasets.DatasetBuilder, manager: datasets.DownloadManager
+) -> Iterator[tuple[str, str]]:
+    """The parquet files of a data set, brought to this machine, by what names them in messages."""
+    for address, file in zip(_files(builder), manager.download(_files(builder)), strict=True):
+        if address.endswith(".parquet"):
+            yield f"--data {name}: {address}", str(file)
+
+
+def _read_all(name: str, found: datasets.DatasetDict, skip: bool, gray_bits: int | None) -> datasets.DatasetDict:
+    if "train" not in found:
+        raise HistoError(f"--data {name}: has the splits {', '.join(found)}, expected train among them; choose another")
+    bits = schema.bits_for((_brightest(name, rows) for rows in found.values()), gray_bits)
+    return datasets.DatasetDict(
+        {SPLITS.get(str(split), str(split)): _as_schema(name, rows, skip, bits) for split, rows in found.items()}
+    )
+
+
+def load_streaming(name: str, *, gray_bits: int | None = None) -> datasets.DatasetDict:
+    """As `load`, with nothing but the labels of `train`: its images are for `stream` to read, and `image` is empty.
+
+    The other splits, of which one must be for validation, are read whole. "hub:s3://BUCKET/FOLDER" (any address that
+    fsspec knows) is a folder of parquet shards. 16-bit gray images need `gray_bits`, since not all are looked at, and
+    shards are bounded by what they declare.
+    """
+    builder = _find(name)
+    with _faults(name):
+        found = builder.as_streaming_dataset()
+    if "train" not in found or not set(SPLITS) & set(found):
+        raise HistoError(f"--data {name}: has the splits {', '.join(found)}, expected train and validation; add them")
+    _check_declared(name, builder, found["train"].features)
+    data = {}
+    for split, rows in found.items():
+        image, label = columns(name, rows.features)
+        if split == "train":
+            classes = rows.features[label].names
+            labels = _labels(name, _whole(name, split, rows.select_columns([label]))[label], classes, first=0)
+            data["train"] = datasets.Dataset.from_dict(
+                {"id": [""] * len(labels), "image": [None] * len(labels), "label": labels}
+                | {"center": [-1] * len(labels), "group": [""] * len(labels)},
+                features=schema.features(classes),
+            )
+            schema.record_bits(data["train"].info, gray_bits)
+        else:
+            bare = rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
+            kinds = datasets.Features({column: rows.features[column] for column in (image, label)})
+            whole = datasets.Dataset(_whole(name, split, bare), info=datasets.DatasetInfo(features=kinds))
+            data[SPLITS.get(split, split)] = _as_schema(name, whole, bits=gray_bits)
+    read = datasets.DatasetDict({split: rows for split, rows in data.items() if split != "train"})
+    schema.check_texts(f"--data {name}", read)
+    return _named(datasets.DatasetDict(data))
+
+
+def train_stream(
+    name: str, total: int, seed: int, rank: int, processes: int, prepare: Prepare | None, gray_bits: int | None = None
+) -> Stream:
+    """The training images of `load_streaming`, for one process of a launch; see `Stream`."""
+    with _faults(name):
+        rows = _find(name).as_streaming_dataset()["train"]
+    image, label = columns(name, rows.features)
+    return Stream(
+        rows,
+        image=image,
+        label=label,
+        total=total,
+        seed=seed,
+        rank=rank,
+        processes=processes,
+        prepare=prepare,
+        gray_bits=gray_bits,
+    )
+
+
+def _find(name: str, **options: Any) -> datasets.DatasetBuilder:
+    source, _, revision = name.removeprefix(PREFIX).partition("@")
+    with _faults(name):
+        if "://" in source:
+            return datasets.load_dataset_builder("parquet", data_files=_shards(source), **options)
+        return datasets.load_dataset_builder(source, revision=revision or None, **options)
+
+
+@contextmanager
+def _faults(name: str) -> Iterator[None]:
+    try:
+        yield
+    except FAULTS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise HistoError(
+            f"--data {name}: can't be had ({reason}); expected a data set on the Hub and a network"
+        ) from None
+
+
+def _files(builder: datasets.DatasetBuilder) -> list[str]:
+    """The addresses of all files that a data set consists of."""
+    return [str(file) for files in (builder.config.data_files or {}).values() for file in files]
+
+
+def _local_files(builder: datasets.DatasetBuilder) -> list[str]:
+    """Those of them that lie on this machine."""
+    found = (fsspec.core.url_to_fs(file) for file in _files(builder))
+    return [path for system, path in found if isinstance(system, fsspec.implementations.local.LocalFileSystem)]
+
+
+def _check_declared(name: str, builder: datasets.DatasetBuilder, features: datasets.Features) -> None:
+    """Raise `HistoError` for a streamed shard that declares other classes than `features`, or more than it can hold."""
+    _, label = columns(name, features)
+    for address in _files(builder):
+        if address.endswith(".parquet"):
+            with _faults(name), fsspec.open(address) as stored:
+                shard, where = pq.ParquetFile(stored), f"--data {name}: {address}"
+                parquet.check_rows(where, shard, stored.size, width=0)
+                parquet.check_classes(where, shard, label, features[label].names)
+
+
+def _shards(address: str) -> dict[str, list[str]]:
+    """The parquet files below an address of fsspec, by the split that their names start with."""
+    storage, folder = fsspec.core.url_to_fs(address)
+    found = {split: storage.glob(f"{folder}/{split}*.parquet") for split in ("train", *SPLITS, "test")}
+    return {split: [storage.unstrip_protocol(file) for file in files] for split, files in found.items() if files}
+
+
+def _named(data: datasets.DatasetDict) -> datasets.DatasetDict:
+    """With the fingerprint of its content."""
+    content = xxhash.xxh3_128()
+    for split, rows in data.items():
+        content.update(split.encode())
+        for batch in rows.with_format("arrow").iter(1000):
+            for image, label in zip(batch["image"], batch["label"], strict=True):
+                content.update(image["bytes"].as_buffer() if image.is_valid else b"")
+                content.update(str(label).encode())
+    for rows in data.values():
+        rows.info.config_name = content.hexdigest()
+    return data
+
+
+def columns(name: str, features: datasets.Features) -> tuple[str, str]:
+    """The one of images and the one of class labels. Raises `HistoError` for more or fewer."""
+    images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+    labels = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    if len(images) != 1 or len(labels) != 1:
+        raise HistoError(
+            f"--data {name}: has {len(images)} columns of images and {len(labels)} of class labels, expected one of "
+            "each; keep those in a copy"
+        )
+    return images[0], labels[0]
+
+
+def _brightest(name: str, rows: datasets.Dataset) -> int | None:
+    """The largest value of the 16-bit gray images of a split; None where there is none."""
+    image, _ = columns(name, rows.features)
+    _check_paths(name, rows, image)
+    bare = rows.select_columns([image]).with_format("arrow")
+    peaks = bare.map(partial(_peaks, column=image), batched=True, remove_columns=[image])
+    return pc.max(peaks["peak"][:]).as_py()
+
+
+def _peaks(table: pa.Table, *, column: str) -> pa.Table:
+    files = (
+        (io.BytesIO(image["bytes"]) if image["bytes"] is not None else Path(image["path"] or "")) if image else Path()
+        for image in table[column].to_pylist()
+    )
+    return pa.table({"peak": pa.array([schema.brightest(file) for file in files], pa.int64())})
+
+
+def _as_schema(name: str, rows: datasets.Dataset, skip: bool = False, bits: int | None = None) -> datasets.Dataset:
+    image, label = columns(name, rows.features)
+    _check_paths(name, rows, image)
+    classes = rows.features[label].names
+    table = rows.select_columns([image, label]).rename_columns({image: "image", label: "label"})
+    read = partial(_read, name=name, classes=classes, skip=skip, bits=bits)
+    table = table.with_format("arrow").map(read, batched=True, with_indices=True).with_format(None)
+    if left_out := sorted(set(range(len(rows))) - set(map(int, table["id"]))):
+        logger.warning("--data %s: left out %d images that can't be read: rows %s", name, len(left_out), left_out)
+    count = len(table)
+    if not count:
+        raise HistoError(f"--data {name}: a split has no readable image, expected some; choose another data set")
+    table = table.add_column("center", [-1] * count).add_column("group", [""] * count)
+    features = schema.features(classes)
+    table = table.select_columns(list(features)).cast(features)
+    schema.record_bits(table.info, bits)
+    return table
+
+
+def _read(
+    table: pa.Table, rows: list[int], *, name: str, classes: Sequence[str], skip: bool, bits: int | None
+) -> pa.Table:
+    """With the bytes of the images, which a local folder holds as files, and `id`; without those that can't be read."""
+    labels = pa.array(_labels(name, table["label"], classes, first=rows[0]))
+    table, kept, stored = embed_table_storage(table.drop_columns("label")).append_column("label", labels), [], []
+    for place, (row, image) in enumerate(zip(rows, table["image"], strict=True)):
+        try:
+            data = image["bytes"] if image.is_valid else pa.scalar(None)
+            content = data.as_py() if data.is_valid else b""
+            stored.append({"bytes": schema.checked(content, f"--data {name}: row {row}", bits), "path": None})
+            kept.append(place)
+        except HistoError:
+            if not skip:
+                raise
+    ids = pa.array([str(rows[place]) for place in kept], pa.string())
+    images = pa.array(stored, datasets.Image().pa_type)
+    table = table.drop_columns("image").take(pa.array(kept, pa.int64()))
+    return table.append_column("image", images).append_column("id", ids)
+
+
+def _whole(name: str, split: str, rows: datasets.IterableDataset) -> pa.Table:
+    """All rows of a streamed split. Raises HistoError for a shard that can't be read, and where there is no row."""
+    tables = list(readable(rows.with_format("arrow").iter(BATCH), f"--data {name}"))
+    if not tables:
+        raise HistoError(f"--data {name}: {split} has no image, expected some; add images")
+    return pa.concat_tables(tables)
+
+
+def _labels(name: str, found: pa.ChunkedArray, classes: Sequence[str], first: int) -> NDArray[np.int64]:
+    """The labels of rows from `first` on, -1 where there is none. Raises HistoError for one of no class."""
+    labels = found.fill_null(-1).to_numpy()
+    for place in np.flatnonzero((labels < -1) | (labels >= len(classes)))[:1]:
+        expected = f"0 to {len(classes) - 1}, or -1 where it is hidden"
+        raise HistoError(
+            f"--data {name}: row {first + place} has the label {labels[place]}, expected {expected}; correct a copy"
+        )
+    return labels
+
+
+def _check_paths(name: str, rows: datasets.Dataset, column: str) -> None:
+    """Raise HistoError for an image that is a path to somewhere else: a table could name any file of this machine."""
+    source = Path(name.removeprefix(PREFIX).partition("@")[0])
+    roots = [root.resolve() for root in (source, Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE))]
+    for batch in rows.select_columns([column]).with_format("arrow").iter(1000):
+        images = batch[column].combine_chunks()
+        for path in images.field("path").filter(images.field("bytes").is_null()).drop_null().to_pylist():
+            if not any(Path(path).resolve().is_relative_to(root) for root in roots):
+                found = f"an image is {path}, expected its bytes or a file of this data set"
+                raise HistoError(f"--data {name}: {found}; put it there")

@@ -1,0 +1,70 @@
+"""Where a model puts images: its features, and a map of them by center and by class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+from torch import nn
+
+from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing
+from hf_histo.evaluation.forward import forward
+from hf_histo.models import heads
+from hf_histo.training.domain_loss import HeadInput
+from hf_histo.transforms.preprocessing import Preprocessing
+
+
+class _Features(nn.Module):
+    """A model that answers with what goes into its head."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.head_input = HeadInput(heads.module_of(model))
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        self.model(pixel_values=pixel_values)
+        return SimpleNamespace(logits=self.head_input.value)
+
+
+def features(
+    model: nn.Module, dataset: datasets.Dataset, preprocessing: Preprocessing, **options: Any
+) -> NDArray[np.float64]:
+    """The head's input for every image, (n, d), in the order of `dataset`; `options` are those of `forward`."""
+    return forward(_Features(model), dataset, preprocessing, **options)
+
+
+def embedding_map(
+    features: Mapping[str, NDArray[np.float64]],
+    colorings: Mapping[str, Sequence[str]],
+    path: str | Path,
+) -> None:
+    """Draw the first two principal components of each set of features, as a PNG.
+
+    Args:
+        features: name, e.g. "before adaptation", to (n, d), d at least 2; each is a row of panels and has its own PCA.
+        colorings: what the points are colored by, e.g. "center", to the n values; each is a column of panels.
+        path: of the PNG.
+    """
+    with drawing(path, 5.2 * len(colorings), 4.4 * len(features)) as figure:
+        panels = figure.subplots(len(features), len(colorings), squeeze=False)
+        for line, (name, rows) in zip(panels, features.items(), strict=True):
+            analysis = PCA(2, random_state=0)
+            points = analysis.fit_transform(rows)
+            shares = analysis.explained_variance_ratio_
+            for axes, (coloring, values) in zip(line, colorings.items(), strict=True):
+                for place, value in enumerate(sorted(set(values))):
+                    chosen = np.array(values) == value
+                    color = GRAY if value == "hidden" else COLORS[place % len(COLORS)]
+                    axes.scatter(*points[chosen].T, s=7, alpha=0.6, linewidths=0, color=color, label=value)
+                axes.set_title(f"{name}, by {coloring}")
+                axes.set_xlabel(f"first component ({shares[0]:.0%} of the variance)")
+                axes.set_ylabel(f"second component ({shares[1]:.0%})")
+                axes.legend(markerscale=2)

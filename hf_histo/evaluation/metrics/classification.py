@@ -1,0 +1,341 @@
+"""How good a predictions table is, overall and per acquisition center, with intervals that respect patients.
+
+Every metric is one function of row weights. With all weights 1 it gives the value; with the weights of some groups set
+to 0, it gives what `intervals` makes the interval of. Both therefore mean exactly the same thing.
+
+Two classes give metrics of the positive class (label 1). More classes give the same names as unweighted (macro)
+averages over the classes for which the value is defined, and `precision_<class>`, `recall_<class>` and `auroc_<class>`
+besides. Screening metrics need a class that means "nothing found", which of two classes is the first one by default.
+
+| metric | definition | undefined where |
+|---|---|---|
+| `accuracy` | share of rows predicted right | there is no labeled row |
+| `balanced_accuracy` | mean recall over classes (Brodersen et al. 2010, eq. 7) | fewer than two classes occur |
+| `auroc` | probability that a positive outranks a negative, ties 1/2 (Hanley & McNeil 1982); one against the rest | \
+a class or its rest does not occur |
+| `average_precision` | Σ (Rₖ - Rₖ₋₁) Pₖ over distinct scores (Manning et al. 2008, sec. 8.4); one against the rest | \
+a class or its rest does not occur |
+| `precision` | TP / (TP + FP) | the class is never predicted |
+| `recall` | TP / (TP + FN) | the class does not occur |
+| `f1` | 2 TP / (2 TP + FP + FN) | the class neither occurs nor is predicted |
+| `loss` | unweighted cross entropy in nats, from the logits | there is no labeled row |
+| `sensitivity_at_<s>` | highest share of the images of any other class that a threshold on 1 - p(negative) finds, \
+leaving at least the share s, the specificity, of the negative images alone | either kind does not occur |
+
+An undefined metric is None. Rows with a hidden label (-1) are left out; `n` counts the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from hf_histo.evaluation.metrics import intervals
+from hf_histo.evaluation.metrics.intervals import Evidence
+from hf_histo.evaluation.predictions import array, label_names, log_odds, make, predicted
+
+if TYPE_CHECKING:
+    from transformers import EvalPrediction  # imports torch, which nothing here needs
+
+Floats = NDArray[np.float64]
+
+SPECIFICITIES = (0.9, 0.95)  # of the screening metrics
+MIN_ABOVE = 5  # negative images above the threshold of a screening metric, for an interval: fewer can't place it
+BLOCK = 2**18  # rows × sets of weights worked on at once: 2 MiB per float64 array stays near the processor's cache
+
+
+def compute(
+    predictions: pd.DataFrame, *, threshold: float = 0.5, negative: int | None = None
+) -> dict[str, float | None]:
+    """Return every metric of the module's table, and `n`.
+
+    Args:
+        predictions: a predictions table.
+        threshold: the probability in [0, 1] from which on class 1 is predicted, where there are two classes.
+        negative: the class that means "nothing found"; None is class 0 of two, and no screening metric for more.
+
+    Raises:
+        HistoError: `threshold` is outside [0, 1].
+    """
+    rows = _Rows(predictions, threshold, negative)
+    return {"n": len(rows.labels)} | {name: _defined(value[0]) for name, value in rows.metrics().items()}
+
+
+def report(predictions: pd.DataFrame, *, threshold: float = 0.5, negative: int | None = None) -> dict[str, Any]:
+    """Return every metric with its 95% confidence interval, overall and for each known center.
+
+    Intervals are those of `intervals`, which respect that images of one group (patient, slide) are alike;
+    an image whose group is unknown is a group of its own. Where there are too few groups for a metric to have an
+    interval, `low` and `high` are None, and "withheld" is why: a recall needs enough groups with its class, an AUROC
+    with and without it, the mean over classes enough of each class that occurs.
+
+    Args:
+        predictions: a predictions table. Rows of the unknown center (-1) count in "overall" only.
+        threshold, negative: as in `compute`.
+
+    Returns:
+        `{"constant": what `constant` returns, "transductive": what the table records (see
+        `hf_histo.evaluation.predictions`), None where it doesn't, "overall": M, "centers": {"0": M, ...},
+        "threshold": ..., "negative": ..., "intervals": {"method": ..., "confidence": 0.95, "unit": "group", ...}}`,
+        ready for JSON, where M is `{"n": int, "groups": int, "groups_by_class": {"<class>": int, ...}, "<metric>":
+        {"value": v, "low": l, "high": h}, ...}`. A group counts for each class that it has images of.
+
+    Raises:
+        HistoError: `threshold` is outside [0, 1].
+    """
+    centers = sorted(set(predictions["center"]) - {-1})
+    names = label_names(predictions)
+
+    overall = _Rows(predictions, threshold, negative)
+    by_center = {
+        str(center): _Rows(predictions[predictions["center"] == center], threshold, negative) for center in centers
+    }
+    return {
+        "constant": constant(predictions, threshold=threshold),
+        "transductive": predictions.attrs.get("transductive"),
+        "overall": _with_intervals(overall, names),
+        "centers": {center: _with_intervals(rows, names) for center, rows in by_center.items()},
+        "threshold": threshold,
+        "negative": overall.negative,
+        "intervals": {
+            "method": "Wilson, for the effective sample size by the jackknife over groups; loss: on the log scale",
+            "confidence": intervals.CONFIDENCE,
+            "unit": "group",
+            "least_groups": intervals.MIN_GROUPS,
+            "least_correlation": intervals.CORRELATION,
+        },
+    }
+
+
+def constant(predictions: pd.DataFrame, *, threshold: float = 0.5) -> str | None:
+    """Say what is the same for all of two rows or more, which a model that sees the images hardly gives; else None."""
+    scores = array(predictions, "logit")
+    if len(scores) < 2:
+        return None
+    if (np.ptp(scores, axis=0) < 1e-6).all():
+        return f"all {len(scores)} images have the same logits"
+    if len(classes := set(predicted(predictions, threshold).tolist())) == 1:
+        return f"all {len(scores)} images are called {label_names(predictions)[classes.pop()]}"
+    return None
+
+
+def of_logits(
+    logits: ArrayLike, labels: ArrayLike, *, threshold: float = 0.5, negative: int | None = None
+) -> dict[str, float | None]:
+    """Return `compute` of bare logits, (n,), (n, 1) or (n, K), and labels, (n,), as `predictions.make` takes them."""
+    n = len(np.asarray(logits))
+    return compute(make(range(n), np.full(n, -1), [""] * n, labels, logits), threshold=threshold, negative=negative)
+
+
+def for_trainer(*, threshold: float = 0.5, negative: int | None = None) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Return a `compute_metrics` for `transformers.Trainer`.
+
+    It takes logits of shape (n,), (n, 1) or (n, K), and label ids that are labels of shape (n,) or a tuple that
+    starts with them. Undefined metrics are left out, and so is `loss`: it would replace the Trainer's own `eval_loss`,
+    which is the objective that is trained.
+    """
+
+    def compute_metrics(evaluation: EvalPrediction) -> dict[str, float]:
+        labels = evaluation.label_ids
+        labels = labels[0] if isinstance(labels, tuple) else labels
+        values = of_logits(evaluation.predictions, labels, threshold=threshold, negative=negative)
+        return {name: float(value) for name, value in values.items() if value is not None and name != "loss"}
+
+    return compute_metrics
+
+
+class _Rows:
+    """The labeled rows of a table as arrays, and the metrics as a function of how often each group of rows counts."""
+
+    def __init__(self, predictions: pd.DataFrame, threshold: float, negative: int | None = None) -> None:
+        own = "\0" + predictions["id"]  # no name of a group starts with this: an image without one is its own group
+        groups = predictions["group"].where(predictions["group"] != "", own)
+        labeled = (predictions["label"] >= 0).to_numpy()
+        self.labels = predictions["label"].to_numpy(np.int64)[labeled]
+        self.predicted = predicted(predictions, threshold)[labeled]
+        self.groups = pd.factorize(groups[labeled])[0]
+        self.group_count = int(self.groups.max(initial=-1)) + 1
+        scores = {c: score[labeled] for c, score in log_odds(predictions).items()}
+        self.orders = {c: _order(score) for c, score in scores.items()}
+        self.classes = max(scores) + 1
+        self.negative = 0 if negative is None and self.classes == 2 else negative
+        if self.negative is not None:
+            suspicion = -scores[self.negative] if self.negative in scores else scores[1]
+            self.suspicion = _order(suspicion)
+        if self.classes == 2:
+            of_truth = np.where(self.labels == 1, scores[1], -scores[1])
+        else:
+            of_truth = np.stack(list(scores.values()))[self.labels, np.arange(len(self.labels))]
+        self.losses = np.logaddexp(0, -of_truth)  # -log p of the true class, from its log odds
+
+    def metrics(self, counts: Floats | None = None) -> dict[str, Floats]:
+        """Return every metric, shape (B,), NaN where undefined, under `counts`: (groups, B), default all 1, B = 1."""
+        counts = np.ones((self.group_count, 1)) if counts is None else counts
+        correct = (self.predicted == self.labels).astype(np.float64)
+        support = counts.T @ self._per_group(self.labels)
+        called = counts.T @ self._per_group(self.predicted)
+        hits = counts.T @ self._per_group(self.labels, correct)
+        n = support.sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            recall, precision, f1 = hits / support, hits / called, 2 * hits / (support + called)
+            accuracy = hits.sum(axis=1) / n
+            balanced = np.where((support > 0).sum(axis=1) > 1, _mean(recall), np.nan)
+            loss = counts.T @ np.bincount(self.groups, self.losses, self.group_count) / n
+            ranking = [
+                _ranking((self.labels == c)[order], counts[self.groups[order]], ties)
+                for c, (order, ties) in self.orders.items()
+            ]
+            aurocs, average_precisions = (np.stack(values, axis=1) for values in zip(*ranking, strict=True))
+            binary = self.classes == 2
+            values = {
+                "accuracy": accuracy,
+                "balanced_accuracy": balanced,
+                "auroc": _mean(aurocs),
+                "average_precision": _mean(average_precisions),
+                "precision": precision[:, 1] if binary else _mean(precision),
+                "recall": recall[:, 1] if binary else _mean(recall),
+                "f1": f1[:, 1] if binary else _mean(f1),
+                "loss": loss,
+            }
+        if not binary:
+            values |= {f"precision_{c}": precision[:, c] for c in range(self.classes)}
+            values |= {f"recall_{c}": recall[:, c] for c in range(self.classes)}
+            values |= {f"auroc_{c}": aurocs[:, c] for c in range(self.classes)}
+        if self.negative is not None:
+            order, ties = self.suspicion
+            positive = (self.labels != self.negative)[order]
+            sensitivities = _sensitivities(positive, counts[self.groups[order]], ties)
+            values |= {f"sensitivity_at_{s}": of for s, of in zip(SPECIFICITIES, sensitivities, strict=True)}
+        return values
+
+    def replicates(self) -> dict[str, Floats]:
+        """Return every metric, (B,), without each block of groups in turn."""
+        block = intervals.blocks(self.group_count)
+        count, step = int(block.max()) + 1, max(1, BLOCK // len(self.labels))
+        parts = [
+            self.metrics((block[:, None] != np.arange(start, min(start + step, count))).astype(np.float64))
+            for start in range(0, count, step)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def evidence(self, names: Sequence[str]) -> dict[str, list[Evidence]]:
+        """Return the kinds of images that each metric is about; of a mean over classes, those that it is taken over."""
+        own, called = self._per_group(self.labels), self._per_group(self.predicted)
+        both = own + called - self._per_group(self.labels, (self.predicted == self.labels).astype(np.float64))
+
+        def kinds(word: str, counts: Floats) -> list[Evidence]:
+            return [Evidence.of(f"{word} {name}", counts[:, c]) for c, name in enumerate(names)]
+
+        label, call, either = kinds("with", own), kinds("called", called), kinds("with or called", both)
+        every = [Evidence.of("in all", own.sum(axis=1))]
+        binary = self.classes == 2
+        others = (own.sum(axis=1) - own[:, c] for c in range(self.classes))
+        rest = label[::-1] if binary else kinds("without", np.stack(list(others), axis=1))
+        found = {
+            "accuracy": every,
+            "balanced_accuracy": _present(label),
+            "auroc": _present(label),
+            "average_precision": _present(label),
+            "precision": call[1:] if binary else _present(call),
+            "recall": label[1:] if binary else _present(label),
+            "f1": either[1:] if binary else _present(either),
+            "loss": every,
+        }
+        for c in range(self.classes):
+            found |= {f"precision_{c}": [call[c]], f"recall_{c}": [label[c]], f"auroc_{c}": [label[c], rest[c]]}
+        if self.negative is not None:
+            healthy = label[self.negative]
+            for s in SPECIFICITIES:
+                needed = dataclasses.replace(healthy, least_images=round(MIN_ABOVE / (1 - s)))
+                found[f"sensitivity_at_{s}"] = [rest[self.negative], needed]
+        return found
+
+    def _per_group(self, classes: NDArray[np.int64], weights: Floats | None = None) -> NDArray[Any]:
+        """Count rows by group and class, shape (groups, K)."""
+        cells = self.group_count * self.classes
+        return np.bincount(self.groups * self.classes + classes, weights, cells).reshape(-1, self.classes)
+
+
+def _order(scores: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the order of falling scores, and the places in it where a new distinct score starts."""
+    order = np.argsort(-scores)
+    return order, np.flatnonzero(np.diff(scores[order], prepend=np.nan))
+
+
+def _ranking(positive: NDArray[np.bool_], weights: Floats, ties: NDArray[np.intp]) -> tuple[Floats, Floats]:
+    """Return the AUROC and the average precision, (B,) each, of rows, (n,), with weights, (n, B), by falling score."""
+    positives = np.add.reduceat(weights * positive[:, None], ties, axis=0)
+    negatives = np.add.reduceat(weights, ties, axis=0) - positives
+    above, total = positives.cumsum(axis=0), (positives + negatives).cumsum(axis=0)
+    p, n = positives.sum(axis=0), negatives.sum(axis=0)
+    auroc = (negatives * (above - positives / 2)).sum(axis=0) / (p * n)
+    # Scores of weight 0 add nothing, but 0/0 before the first other one would.
+    precision = np.divide(above, total, out=np.zeros_like(total), where=total > 0)
+    average_precision = (positives * precision).sum(axis=0) / p
+    return auroc, np.where(n > 0, average_precision, np.nan)
+
+
+def _sensitivities(positive: NDArray[np.bool_], weights: Floats, ties: NDArray[np.intp]) -> list[Floats]:
+    """Return the sensitivity, (B,), at each of `SPECIFICITIES`, of rows as `_ranking` takes them."""
+    positives = np.add.reduceat(weights * positive[:, None], ties, axis=0).cumsum(axis=0)
+    negatives = np.add.reduceat(weights * ~positive[:, None], ties, axis=0).cumsum(axis=0)
+    p, n = positives[-1:].sum(axis=0), negatives[-1:].sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found, spared = positives / p, (n - negatives) / n
+    return [
+        np.where((p > 0) & (n > 0), np.where(spared >= s, found, 0).max(axis=0, initial=0), np.nan)
+        for s in SPECIFICITIES
+    ]
+
+
+def _with_intervals(rows: _Rows, names: Sequence[str]) -> dict[str, Any]:
+    by_class = (rows._per_group(rows.labels) > 0).sum(axis=0).tolist()
+    result: dict[str, Any] = {
+        "n": len(rows.labels),
+        "groups": rows.group_count,
+        "groups_by_class": dict(zip(names, by_class, strict=True)),
+    }
+    evidence = rows.evidence(names)
+    replicates = rows.replicates() if rows.group_count >= intervals.MIN_GROUPS else {}
+    for name, (value,) in rows.metrics().items():
+        result[name] = {"value": _defined(value), "low": None, "high": None}
+        if not np.isfinite(value):
+            continue
+        if reason := _lack(replicates.get(name), evidence[name]):
+            result[name]["withheld"] = reason
+        elif name == "loss":
+            spread = float(np.var(rows.losses, ddof=1))
+            result[name]["low"], result[name]["high"] = intervals.of_positive(
+                value, replicates[name], evidence[name], spread
+            )
+        else:
+            result[name]["low"], result[name]["high"] = intervals.of_share(value, replicates[name], evidence[name])
+    return result
+
+
+def _lack(replicates: Floats | None, evidence: Sequence[Evidence]) -> str | None:
+    """Why a metric can have no interval; None where it can."""
+    fewest = min(evidence, key=lambda kind: (kind.groups, kind.effective_groups))
+    if reason := next(filter(None, (kind.lack() for kind in (fewest, *evidence))), None):
+        return reason
+    if replicates is None or not np.isfinite(replicates).all():
+        return "it is undefined without some of the groups"
+    return None
+
+
+def _present(kinds: Sequence[Evidence]) -> list[Evidence]:
+    return [kind for kind in kinds if kind.groups]
+
+
+def _mean(values: Floats) -> Floats:
+    """Average over the last axis the values that are defined; NaN where none is."""
+    return np.nansum(values, axis=-1) / np.isfinite(values).sum(axis=-1)
+
+
+def _defined(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

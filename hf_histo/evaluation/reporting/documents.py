@@ -1,0 +1,63 @@
+"""What a person reads about a run: the templates of the model card (Markdown) and of report.html, filled in.
+
+The templates are in `templates/`. Whatever they print is escaped for their format, so a class may have any name.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from hf_histo.evaluation.reporting import report
+
+
+def render(template: str, **facts: Any) -> str:
+    """Fill in `templates/TEMPLATE`; the same facts give the same text. A fact that is missing is an error."""
+    environment = Environment(
+        loader=PackageLoader("hf_histo.evaluation.reporting"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "cell": report.cell,
+        "class_rows": report.class_rows,
+        "center_rows": report.center_rows,
+        "embedded": _embedded,
+        "marked": report.marked,
+        "plain": plain,
+        "plain_rows": lambda rows: [[plain(x) if isinstance(x, str) else x for x in row] for row in rows],
+        "screening": report.screening,
+        "size_rows": report.size_rows,
+        "table": report.table,
+        "transductive": report.transductive,
+        "withheld": report.withheld,
+        "yaml": lambda options: yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True).rstrip(),
+    }
+    environment.tests["wide"] = _is_wide
+    return environment.get_template(template).render(facts)
+
+
+def _embedded(figure: Path) -> str:
+    """A PNG as an address that holds all of it."""
+    return f"data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode('ascii')}"
+
+
+def _is_wide(figure: Path) -> bool:
+    """Whether a PNG is too wide to be read on a phone without scrolling: more than 9 inches at our 150 dpi.
+
+    https://www.w3.org/TR/png-3/#11IHDR: the width is in bytes 16 to 19.
+    """
+    return int.from_bytes(figure.read_bytes()[16:20], "big") > 9 * 150
+
+
+def plain(text: object) -> str:
+    """Text that Markdown shows as it is (https://spec.commonmark.org/0.31.2/#backslash-escapes), on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!~$])", r"\\\1", " ".join(str(text).split()))

@@ -1,0 +1,304 @@
+"""Figures and tables of a training run and its predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from sklearn.metrics import auc
+from sklearn.metrics import confusion_matrix as count_confusions
+from sklearn.metrics import roc_curve as rates
+
+from hf_histo.errors import printable
+from hf_histo.evaluation.figures.style import COLORS, GRAY, LINES, drawing, say, short
+from hf_histo.evaluation.metrics.classification import SPECIFICITIES
+from hf_histo.evaluation.predictions import array, label_names, log_odds, predicted
+
+HEADLINE = ("accuracy", "balanced_accuracy", "auroc", "f1")
+
+
+def training_curve(log_history: Sequence[Mapping[str, float]], path: str | Path) -> None:
+    """Draw loss, validation metrics and learning rate over epochs as a PNG; only the panels that have data.
+
+    Args:
+        log_history: `trainer.state.log_history`: dicts with `epoch` and some of `loss`, `eval_loss` (nats),
+            `eval_accuracy`, `eval_auroc` (0 to 1), `learning_rate`.
+        path: of the PNG.
+    """
+    panels = {
+        "loss (nats)": {"loss": "training", "eval_loss": "validation"},
+        "validation metric": {"eval_accuracy": "accuracy", "eval_auroc": "AUROC"},
+        "learning rate": {"learning_rate": ""},
+    }
+    logged = {key for entry in log_history for key in entry}
+    shown = {title: series for title, series in panels.items() if logged & set(series)}
+    with drawing(path, 7, 0.8 + 2.3 * max(1, len(shown))) as figure:
+        if not shown:
+            return say(figure, "Nothing was logged.")
+        all_axes = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
+        for axes, (title, series) in zip(all_axes, shown.items(), strict=True):
+            for color, (key, name) in zip(COLORS, series.items(), strict=False):
+                points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry]
+                if points:
+                    # Validation happens a few times per run, and a single point would have no line.
+                    axes.plot(*zip(*points, strict=True), color=color, label=name, marker="o" * key.startswith("eval"))
+            axes.set_ylabel(title)
+            if any(series.values()):
+                axes.legend()
+        all_axes[-1].set_xlabel("epoch")
+        figure.align_ylabels()
+
+
+def roc_curve(predictions_by_split: Mapping[str, pd.DataFrame], path: str | Path) -> None:
+    """Draw ROC curves as a PNG, with the AUROC in the legend.
+
+    With two classes there is one panel with a curve for every split (or center). With more, every split has a panel,
+    with a curve for each class against the rest. Where only one class is labeled, the legend says so and there is no
+    curve.
+    """
+    panels: dict[str, dict[str, tuple[NDArray[np.bool_], NDArray[np.float64]]]] = {}
+    for split, predictions in predictions_by_split.items():
+        names, labeled = label_names(predictions), predictions[predictions["label"] >= 0]
+        for c, score in log_odds(labeled).items():
+            panel, curve = ("", split) if len(names) == 2 else (split, names[c])
+            panels.setdefault(panel, {})[curve] = (labeled["label"] == c).to_numpy(), score
+    with drawing(path, 5.2 * max(1, len(panels)), 5.2) as figure:
+        if not panels:
+            return say(figure, "There are no predictions.")
+        all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
+            axes.plot([0, 1], [0, 1], color=GRAY, linestyle=":", linewidth=1)
+            for (name, (positive, score)), (line, color) in zip(curves.items(), cycle(LINES), strict=False):
+                if positive.any() and not positive.all():
+                    false_rate, true_rate, _ = rates(positive, score)
+                    name = f"{name}  {auc(false_rate, true_rate):.3f}"
+                    axes.plot(false_rate, true_rate, line, color=color, label=name)
+                else:
+                    axes.plot([], [], line, color=color, label=f"{name}  undefined (one class only)")
+            axes.set(title=title, xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+            axes.legend(loc="lower right", title="AUROC", alignment="left")
+
+
+def confusion_matrix(predictions: pd.DataFrame, path: str | Path, *, threshold: float = 0.5) -> None:
+    """Draw counts of true against predicted class as a PNG, shaded by their share of the true class.
+
+    Args:
+        predictions: a predictions table; rows with a hidden label are left out.
+        path: of the PNG.
+        threshold: the probability from which on class 1 is predicted, where there are two classes.
+    """
+    labeled = predictions[predictions["label"] >= 0]
+    names = label_names(predictions)
+    side = 2.6 + 0.65 * max(3, len(names))
+    with drawing(path, side + 0.8, side) as figure:
+        if labeled.empty:
+            return say(figure, "No label is known.")
+        truth, answer = labeled["label"].to_numpy(), predicted(labeled, threshold)
+        counts = count_confusions(truth, answer, labels=range(len(names)))
+        shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+        axes = figure.subplots()
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), share in np.ndenumerate(shares):
+            text = f"{counts[row, column]:,}" + (f"\n{share:.0%}" if counts[row].any() else "")
+            color = "white" if share > 0.55 else "black"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=10 if len(names) < 6 else 8)
+        ticks = range(len(names))
+        axes.set_xticks(ticks, names, rotation=45 if len(names) > 2 and max(map(len, names)) > 5 else 0)
+        axes.set_yticks(ticks, names)
+        axes.set(xlabel="predicted class", ylabel="true class")
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        figure.colorbar(image, label="share of the true class", shrink=0.8)
+
+
+def worst_errors(
+    predictions: pd.DataFrame,
+    image_of: Callable[[str], NDArray[np.uint8]],
+    path: str | Path,
+    n: int = 24,
+    *,
+    threshold: float = 0.5,
+) -> None:
+    """Draw the `n` labeled images that were predicted wrong with the least probability for their true class, as a PNG.
+
+    Every title gives the id, the center, the true class, and the probability that the true class was given.
+
+    Args:
+        predictions: a predictions table; rows with a hidden label are left out.
+        image_of: from an id to the image, uint8, (height, width, 3) or (height, width).
+        path: of the PNG.
+        n: how many images at most.
+        threshold: the probability from which on class 1 is predicted, where there are two classes.
+    """
+    labels, probability = predictions["label"].to_numpy(), array(predictions, "probability")
+    if probability.ndim == 1:
+        probability = np.stack([1 - probability, probability], axis=1)
+    of_truth = np.take_along_axis(probability, np.maximum(labels, 0)[:, None], axis=1)[:, 0]
+    wrong = np.flatnonzero((labels >= 0) & (predicted(predictions, threshold) != labels))
+    worst = predictions.assign(of_truth=of_truth).iloc[wrong[np.argsort(of_truth[wrong], kind="stable")][:n]]
+    names, columns = label_names(predictions), 6
+    rows = max(1, -(-len(worst) // columns))
+    with drawing(path, 2.0 * columns, 0.5 + 2.5 * rows) as figure:
+        if worst.empty:
+            return say(figure, f"No error among {(labels >= 0).sum():,} labeled images.")
+        total = f"{len(wrong):,} errors among {(labels >= 0).sum():,} images"
+        figure.suptitle(
+            f"The {len(worst)} most confident of {total}: true class, and the probability that it was given"
+        )
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, row in zip(panels, worst.to_dict("records"), strict=False):
+            axes.imshow(image_of(row["id"]), cmap="gray", vmin=0, vmax=255)
+            center = "" if row["center"] < 0 else f"center {row['center']}\n"
+            axes.set_title(f"{short(row['id'])}\n{center}{names[row['label']]}, P = {row['of_truth']:.2g}", fontsize=9)
+
+
+def views_sheet(rows: Mapping[str, Sequence[NDArray[np.float32]]], path: str | Path) -> None:
+    """Draw images in rows, each with its name, as a PNG; the first column is headed "stored", the others are views.
+
+    Args:
+        rows: name to images (H, W, 3) in [0, 1], as many in each row.
+        path: of the PNG.
+    """
+    columns = max(map(len, rows.values()))
+    with drawing(path, 1.4 * columns, 0.5 + 1.4 * len(rows)) as figure:
+        panels = figure.subplots(len(rows), columns, squeeze=False)
+        for line, (name, images) in zip(panels, rows.items(), strict=True):
+            for place, (axes, image) in enumerate(zip(line, images, strict=True)):
+                axes.imshow(image)
+                axes.set_axis_off()
+                axes.set_title(name if place == 0 else "", fontsize=8)
+
+
+def cell(value: object) -> str:
+    """A value as tables show it: floats to three decimals, None as a dash, control characters as their escapes."""
+    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else printable(str(value))
+
+
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """Return rows, the first of them the header, as an aligned Markdown table, which reads well as plain text too.
+
+    Values are those of `cell`; the first column is aligned left, the others right.
+    """
+    cells = [[cell(value) for value in row] for row in rows]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join(
+        f"| {' | '.join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True)))} |"
+        for row in cells
+    )
+
+
+def center_table(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> str:
+    """Return `center_rows` as a `table`, and below it what `withheld` returns."""
+    return _with_notes(table(center_rows(report, metrics)), withheld(report, metrics))
+
+
+def center_rows(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> list[list[object]]:
+    """Return a `metrics.report` as a header, a row for each center and one overall, values with their intervals."""
+    return _interval_rows(_parts(report), metrics)
+
+
+def withheld(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> list[str]:
+    """Return why values of a `metrics.report` have no interval, in a sentence for each center and reason."""
+    return _withheld(_parts(report), metrics)
+
+
+def overall_table(reports: Mapping[str, Mapping[str, Any]], metrics: Sequence[str] = HEADLINE) -> str:
+    """Return the overall values of several `metrics.report` by their names, as `center_table` does."""
+    named = {marked(name, report): report["overall"] for name, report in reports.items()}
+    return _with_notes(table(_interval_rows(named, metrics)), _withheld(named, metrics))
+
+
+def _parts(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    named = {f"center {center}": values for center, values in report["centers"].items()}
+    return {marked(name, report): values for name, values in [*named.items(), ("overall", report["overall"])]}
+
+
+def marked(name: str, report: Mapping[str, Any]) -> str:
+    """Return the name of a row of a table, marked where the `metrics.report` that it shows is transductive."""
+    return f"{name} (transductive)" if report.get("transductive") else name
+
+
+def transductive(report: Mapping[str, Any], split: str) -> str:
+    """Return what a `metrics.report` of a split owes to its own unlabeled images, as a sentence; "" if nothing."""
+    if report["transductive"] is None:
+        return f"It is not recorded whether the predictions used the unlabeled images of {split} as a whole."
+    if not report["transductive"]:
+        return ""
+    return f"Transductive: used the unlabeled images of {split} as a whole, for {', '.join(report['transductive'])}."
+
+
+def _interval_rows(named: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> list[list[object]]:
+    rows: list[list[object]] = [["", "images", "groups (of each class)", *metrics]]
+    for name, values in named.items():
+        groups = f"{values['groups']} ({', '.join(map(str, values['groups_by_class'].values()))})"
+        rows.append([name, values["n"], groups, *(_interval(values[metric]) for metric in metrics)])
+    return rows
+
+
+def _withheld(named: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> list[str]:
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, values in named.items():
+        for metric in metrics:
+            if "withheld" in values[metric]:
+                reasons.setdefault((name, values[metric]["withheld"]), []).append(metric)
+    return [printable(f"{name}, {', '.join(of)}: no interval, {reason}.") for (name, reason), of in reasons.items()]
+
+
+def _with_notes(table: str, notes: Sequence[str]) -> str:
+    return "\n".join([table, *(["", *notes] if notes else [])])
+
+
+def class_rows(report: Mapping[str, Any], names: Sequence[str]) -> list[list[object]]:
+    """Return a `metrics.report` of more than two classes as a header and a row for each class, with its name."""
+    metrics = ("precision", "recall", "auroc")
+    rows: list[list[object]] = [["", "groups", *metrics]]
+    for place, (name, groups) in enumerate(zip(names, report["overall"]["groups_by_class"].values(), strict=True)):
+        rows.append([name, groups, *(_interval(report["overall"][f"{metric}_{place}"]) for metric in metrics)])
+    return rows
+
+
+def screening(report: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return the screening metrics of a `metrics.report` as a sentence, "" where it has none."""
+    if report["negative"] is None:
+        return ""
+    found = [f"{_interval(report['overall'][f'sensitivity_at_{s}']) or '–'} at specificity {s}" for s in SPECIFICITIES]
+    return printable(f"Sensitivity for any class but {names[report['negative']]}: {', '.join(found)}.")
+
+
+def size_rows(metrics: Mapping[str, Any]) -> list[list[object]]:
+    """Return the "parameters" and "bytes" of a run (see `models.accounting.account`) as a header and rows, in MiB."""
+    parameters, size = metrics["parameters"], metrics["bytes"]
+    rows: list[list[object]] = [
+        ["", "model", "adapter", "share"],
+        ["parameters", f"{parameters['total']:,}", f"{parameters['trainable']:,}", f"{parameters['share']:.2%}"],
+    ]
+    for name, suffix in (("MiB", ""), ("MiB as fp16", "_fp16")):
+        model, adapter = size[f"model{suffix}"], size[f"adapter{suffix}"]
+        rows.append([name, f"{model / 2**20:.2f}", f"{adapter / 2**20:.2f}", f"{adapter / model:.2%}"])
+    return rows
+
+
+def cost_sentence(cost: Mapping[str, Any]) -> str:
+    """What cost.json of a run holds, to read."""
+    device = f"CPU (threads: {cost['threads']})" if cost["device"] == "cpu" else cost["device"]
+    precision = "float32" if cost["precision"] == "no" else f"mixed precision {cost['precision']}"
+    since = " since it was resumed from a checkpoint" if cost["resumed"] else ""
+    return (
+        f"{cost['seconds']:,.0f} seconds{since}, predictions and figures included; {cost['epochs']:g} epochs on "
+        f"{cost['processes']} × {device}, {precision}."
+    )
+
+
+def _interval(entry: Mapping[str, float | None]) -> str | None:
+    if entry["value"] is None:
+        return None
+    value = f"{entry['value']:.3f}"
+    return value if entry["low"] is None else f"{value} ({entry['low']:.3f}–{entry['high']:.3f})"

@@ -1,0 +1,123 @@
+"""Several runs as one result: the mean and the deviation over seeds, and the worst of the held-out centers."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from textwrap import fill
+
+from hf_histo.errors import HistoError
+from hf_histo.evaluation.figures.style import COLORS, drawing
+
+METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A metric over seeds; `str` of it gives three decimals.
+
+    Attributes:
+        mean: None where the metric is defined for no seed.
+        deviation: of the sample, with n - 1 in the denominator; None for fewer than two values.
+        n: how many values.
+    """
+
+    mean: float | None
+    deviation: float | None
+    n: int
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return "–"
+        return f"{self.mean:.3f}" + ("" if self.deviation is None else f" ± {self.deviation:.3f}")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A metric by held-out center.
+
+    Attributes:
+        centers: over seeds, by center.
+        mean: over seeds, of the mean over centers: a center counts the same, whatever its number of images.
+        worst: that of `centers` with the lowest mean, None where the metric is defined for none.
+        worst_center: which one, likewise.
+    """
+
+    centers: dict[int, Spread]
+    mean: Spread
+    worst: Spread
+    worst_center: int | None
+
+
+def spread(values: Iterable[float | None]) -> Spread:
+    """Mean and deviation of the values that are defined."""
+    defined = [value for value in values if value is not None]
+    return Spread(
+        statistics.fmean(defined) if defined else None,
+        statistics.stdev(defined) if len(defined) > 1 else None,
+        len(defined),
+    )
+
+
+def held_out(values: Mapping[int, Mapping[int, float | None]]) -> HeldOut:
+    """Sum up the values of a metric (None: undefined) by held-out center, then by seed; every center has every seed.
+
+    Raises HistoError where there is no center, or the seeds differ between centers.
+    """
+    seeds = {tuple(sorted(by_seed)) for by_seed in values.values()}
+    if len(seeds) != 1:
+        raise HistoError(f"seeds by center are {sorted(seeds)}, expected the same for each; run the missing ones")
+    centers = {center: spread(by_seed.values()) for center, by_seed in values.items()}
+    means = [spread(by_seed[seed] for by_seed in values.values()).mean for seed in next(iter(seeds))]
+    defined = {center: of_center.mean for center, of_center in centers.items() if of_center.mean is not None}
+    worst = min(defined, key=defined.__getitem__, default=None)
+    return HeldOut(centers, spread(means), Spread(None, None, 0) if worst is None else centers[worst], worst)
+
+
+def best(values: Mapping[str, Spread]) -> str:
+    """The name with the highest mean, the first one of equals.
+
+    Raises HistoError where none is defined.
+    """
+    defined = {name: value.mean for name, value in values.items() if value.mean is not None}
+    if not defined:
+        raise HistoError(f"values are undefined for all of {', '.join(values) or 'no rows'}; choose another metric")
+    return max(defined, key=defined.__getitem__)
+
+
+def bar_chart(
+    rows: Mapping[str, Mapping[str, Spread]], path: str | Path, *, reported: Mapping[str, float], axis: str
+) -> None:
+    """Draw a bar with its deviation for each row and series as a PNG, and a diamond where a number was reported.
+
+    Args:
+        rows: values in [0, 1] by the name of the row, then of the series; the first row on top.
+        path: of the PNG.
+        reported: published values, by the name of the row.
+        axis: what the values are.
+    """
+    series = list(dict.fromkeys(name for values in rows.values() for name in values))
+    height = 0.8 / max(1, len(series))
+    with drawing(path, 9, 1.5 + len(rows) * (0.35 + 0.3 * len(series))) as figure:
+        axes = figure.subplots()
+        for place, (name, color) in enumerate(zip(series, cycle(COLORS), strict=False)):
+            shown = [(row, values[name]) for row, values in enumerate(rows.values()) if name in values]
+            drawn = [(row, value.mean, value.deviation) for row, value in shown if value.mean is not None]
+            where = [row + (place - (len(series) - 1) / 2) * height for row, _, _ in drawn]
+            means = [mean for _, mean, _ in drawn]
+            deviations = [math.nan if d is None else d for _, _, d in drawn]  # NaN draws no whisker
+            axes.barh(where, means, height, xerr=deviations, color=color, edgecolor="white", capsize=3, label=name)
+            for y, mean in zip(where, means, strict=True):
+                axes.text(0.01, y, f"{mean:.3f}", va="center", color="white", weight="bold")
+        if marked := [(reported[name], row) for row, name in enumerate(rows) if name in reported]:
+            axes.plot(*zip(*marked, strict=True), "D", color="black", markeredgecolor="white", label="reported (test)")
+        axes.set_yticks(range(len(rows)), [fill(name, 34) for name in rows])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_axisbelow(True)
+        axes.set(xlabel=axis, xlim=(0, 1))
+        figure.legend(loc="outside upper center", ncols=3)

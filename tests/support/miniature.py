@@ -1,0 +1,128 @@
+"""Backbones and runs small enough for a test: random weights, saved as a local folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import h5py
+import numpy as np
+import torch
+from fixtures import write_challenge
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from hf_histo import hub
+from hf_histo.config import AdapterOptions, Config, parse
+from hf_histo.models import adapters, backbones, batchnorm
+from hf_histo.models.model_size import account
+from hf_histo.transforms import preprocessing
+
+COUNTS = {"train": 24, "val": 13, "test": 7}
+SIZE = 32
+
+
+def write_backbone(folder: Path, name: str = "test_resnet.r160_in1k", seed: int = 0) -> Path:
+    """Save a timm test model with random weights, and the batch-norm statistics of its activations."""
+    torch.manual_seed(seed)
+    model = backbones.load(name, 10, random_weights=True)
+    # Statistics of real activations: with those of a fresh layer the features, and all logits, come out alike.
+    for layer in batchnorm.layers(model).values():
+        layer.momentum = 1.0
+        layer.weight.data.uniform_(0.5, 1.5)
+    with torch.no_grad():
+        model.train()(pixel_values=torch.randn(16, 3, 96, 96) + torch.randn(16, 3, 1, 1))
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_hf_vit(folder: Path) -> Path:
+    """Save a vision transformer of transformers with random weights, for images of `SIZE` pixels, and its processor."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ViTConfig(**sizes, image_size=SIZE, patch_size=8, num_labels=10)
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
+    return folder
+
+
+def write_adapter(folder: Path, backbone: Path, *, seed: int = 0, outputs: int = 1, **options: Any) -> Path:
+    """Save an adapter folder as a run leaves it, with random LoRA weights in place of trained ones.
+
+    `options` are those of `hub.Sidecar`, and of `AdapterOptions` as `lora`.
+    """
+    torch.manual_seed(seed)
+    names = ["normal", "tumor", "other"][: max(2, outputs)]
+    lora = options.pop("lora", None) or AdapterOptions(target_modules="last-conv")
+    head = options.get("head")
+    model = backbones.load(str(backbone), outputs, image_size=SIZE, head=head)
+    views = preprocessing.resolve(model.config, str(backbone), SIZE, SIZE)
+    held = {"images": 0, "hidden": 0, "groups": 0, "classes": dict.fromkeys(names, 0), "centers": {}}
+    held |= {"copies_of_train": 0, "groups_of_train": 0}
+    sidecar = hub.Sidecar(
+        **{
+            "method": lora.method,
+            "label_names": names,
+            "num_outputs": outputs,
+            "backbone": {"name": str(backbone), "revision": None, **backbones.identity(model)},
+            "batch_norm": "frozen",
+            "preprocessing": views,
+            "data": {"name": "miniature", "fingerprint": "0", "splits": dict.fromkeys(COUNTS, held)},
+            **options,
+        }
+    )
+    adapted = adapters.add(model, lora)
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data.normal_(std=0.1)
+    selection = {"split": "val", "metric": "auroc", "value": 1.0, "step": 1}
+    metrics = {"selection": selection, "splits": {}, "options": {"hub_license": "unknown", "split": "files"}}
+    metrics |= account(adapted, batch_norm=sidecar.batch_norm)
+    hub.save(folder, adapted, sidecar, metrics=metrics, tables={})
+    return folder
+
+
+def write_data(folder: Path, counts: Mapping[str, int] = COUNTS) -> Path:
+    """Save a challenge folder of `counts` images of `SIZE` pixels; those of label 1 are darker."""
+    write_challenge(folder, counts=counts, size=SIZE, test_labels=True)
+    for path in folder.glob("*.h5"):
+        with h5py.File(path, "r+") as file:
+            for group in file.values():
+                if group["label"][()] == 1:
+                    group["img"][...] = group["img"][...] // 3
+    return folder
+
+
+def write_shards(folder: Path, *, each: tuple[int, ...] = (12,) * 4) -> Path:
+    """Save shards for streaming with `each` so many images, by number; the odd ones are darker."""
+    features = datasets.Features(
+        {"id": datasets.Value("string"), "scan": datasets.Image(), "finding": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    folder.mkdir(parents=True)
+    number = 0
+    for shard, count in [*enumerate(each), ("validation", 13)]:
+        rows: dict[str, list[Any]] = {"id": [], "scan": [], "finding": []}
+        for _ in range(count):
+            image = np.random.default_rng(number).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+            rows["id"].append(f"image {number}")
+            rows["scan"].append(image // (1 + 2 * (number % 2)))
+            rows["finding"].append(number % 2)
+            number += 1
+        name = f"train-{shard:05}-of-{len(each):05}" if isinstance(shard, int) else shard
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{name}.parquet"))
+    return folder
+
+
+def divide_training(folder: Path) -> None:
+    """Divide the training images of a `write_data` folder between centers 0 and 3; a slide, two images, is in one."""
+    with h5py.File(folder / "train.h5", "r+") as file:
+        for key, group in file.items():
+            group["metadata"][0] = 3 * (int(key) // 2 % 2)
+
+
+def config(folder: Path, backbone: Path, data: Path, *more: str) -> Config:
+    """Options of a run in `folder` that takes about a second per epoch; `more` wins."""
+    quick = f"--image_size={SIZE} --resize_size={SIZE} --per_device_train_batch_size=8 --num_train_epochs=2"
+    fixed = f"--output_dir={folder} --backbone={backbone} --data={data} --learning_rate=0.01"
+    return parse(None, [*quick.split(), *fixed.split(), *more])
