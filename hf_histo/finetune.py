@@ -16,11 +16,10 @@ import datasets
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, set_seed
 
-from hf_histo import hub
+from hf_histo import hub, launch
 from hf_histo.config import Config
 from hf_histo.data import hierarchy
 from hf_histo.data.load import check_trainable, fingerprint
@@ -119,7 +118,7 @@ def fine_tune(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence
         level=protocol.level,
     )
     output = config.output
-    pushes = output.push_to_hub and PartialState(cpu=run_folder.use_cpu()).is_main_process
+    pushes = output.push_to_hub and launch.is_main_process()
     if pushes:
         hub.check_access(str(output.hub_model_id), pull_request=output.hub_create_pr)
     run_folder.require_agreement(config, fingerprint(data))
@@ -294,7 +293,7 @@ def _fine_tune(
         hub.save(
             adapter, final, sidecar, metrics=measured, tables=tables, figures=figures, cost=report.cost_sentence(cost)
         )
-    PartialState().wait_for_everyone()
+    launch.process().wait_for_everyone()
     return Result(adapter, measured, time.monotonic() - started)
 
 
@@ -326,7 +325,7 @@ def _stream(config: Config, total: int, views: preprocessing.Preprocessing) -> S
     """The training images where they are streamed; all made squares of one size, since none is known before."""
     if not config.data.streaming:
         return None
-    state = PartialState()
+    state = launch.process()
     square = partial(views.prepared, side=views.resize_size)
     return train_stream(
         config.data.data, total, config.training.seed, state.process_index, state.num_processes, square, views.gray_bits

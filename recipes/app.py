@@ -27,12 +27,13 @@ from torchvision.transforms.v2 import functional
 import hf_histo
 from hf_histo import hub
 from hf_histo.data.schema import decode
-from hf_histo.errors import HistoError, run
+from hf_histo.errors import HistoError
 from hf_histo.evaluation.figures.explanation import blend
 from hf_histo.evaluation.predictions import array
 from hf_histo.evaluation.reporting.documents import plain
 from hf_histo.files import atomic_folder, require_output
 from hf_histo.inference import Classifier
+from hf_histo.launch import run
 
 HERE = Path(__file__).parent
 MAX_BYTES = 64 * 2**20  # of an uploaded file

@@ -33,12 +33,13 @@ from hf_histo.data.audit.findings import audit
 from hf_histo.data.audit.near_duplicates import NEAR, SIMILARITY, inventory
 from hf_histo.data.load import load
 from hf_histo.data.splits.checks import with_families
-from hf_histo.errors import HistoError, run
+from hf_histo.errors import HistoError
 from hf_histo.evaluation.figures import audit as figures
 from hf_histo.evaluation.figures import embedding
 from hf_histo.evaluation.metrics.two_sample_test import Separation, separations
 from hf_histo.evaluation.reporting.report import table as table_of
 from hf_histo.files import atomic_file, require_output, write_json
+from hf_histo.launch import run
 from hf_histo.models import backbones
 from hf_histo.transforms import preprocessing
 

@@ -48,19 +48,21 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
+from hf_histo import launch
 from hf_histo.config import AdapterOptions, AugmentationOptions, Config, option, parse_with
 from hf_histo.data import schema
 from hf_histo.data.load import load
 from hf_histo.data.protocol import refuse
 from hf_histo.data.schema import ImageTable
-from hf_histo.errors import HistoError, run
+from hf_histo.errors import HistoError
 from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing
 from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.reporting.report import table
 from hf_histo.files import atomic_file, write_json
+from hf_histo.launch import run
 from hf_histo.models import adapters, backbones, batchnorm, heads
 from hf_histo.models.speed import folding
-from hf_histo.training import feature_cache, losses, run_folder, trainer
+from hf_histo.training import feature_cache, losses, trainer
 from hf_histo.transforms import augmentation, preprocessing
 
 # The options that act: all of these groups, and some of others.
@@ -164,7 +166,7 @@ class Bench:
 
     def peer(self, precision: str, *, tuned: bool = False) -> float:
         """Seconds for a step as PEFT's guide writes it, in a mixed precision; or `tuned`."""
-        os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+        launch.set_mixed_precision(precision)
         model = self.backbone(2)
         views = self.views(model)
         train_transforms = self.tensor_transforms(views) if tuned else self.stock_transforms(views)
@@ -201,7 +203,7 @@ class Bench:
             dataloader_num_workers=self.config.data.num_workers,
             bf16=precision == "bf16",
             fp16=precision == "fp16",
-            use_cpu=run_folder.use_cpu(),
+            use_cpu=launch.use_cpu(),
             report_to="none",
         )
         model = peft.get_peft_model(model, lora)  # type: ignore[assignment]
@@ -275,13 +277,13 @@ class Bench:
 
     def floor(self, gradient: bool) -> float:
         """Seconds for a forward pass, and for the gradient to its input: what no training of lower layers can avoid."""
-        device = torch.device("cpu" if run_folder.use_cpu() else "cuda")
+        device = torch.device("cpu" if launch.use_cpu() else "cuda")
         model: Any = self.backbone(1)
         batchnorm.freeze(model)
         model.requires_grad_(False).to(device, memory_format=torch.channels_last)
         size = self.views(model).image_size
         pixels = torch.randn(self.batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-        precision = run_folder.mixed_precision(self.config)
+        precision = launch.mixed_precision(self.config.speed.mixed_precision)
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         times = []
         with folding.folded(model, pixels[:2]), torch.set_grad_enabled(gradient):
@@ -419,7 +421,7 @@ def steps(bench: Bench) -> dict[str, Callable[[], float]]:
     track = replace(config, model=replace(config.model, batch_norm="track"))
     single = replace(config, speed=replace(config.speed, mixed_precision="no"))
     full = replace(config, adapter=replace(config.adapter, method="full"))
-    precision = run_folder.mixed_precision(config)
+    precision = launch.mixed_precision(config.speed.mixed_precision)
     return {
         "stock, float32": partial(bench.peer, "no"),
         "stock": partial(bench.peer, precision),
@@ -460,7 +462,7 @@ def peaks(bench: Bench, name: str) -> dict[str, int | None]:
     """Bytes that this process came to hold, at most, in the steps of a side."""
     steps(bench)[name]()
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"host": host, "device": None if run_folder.use_cpu() else torch.cuda.max_memory_allocated()}
+    return {"host": host, "device": None if launch.use_cpu() else torch.cuda.max_memory_allocated()}
 
 
 def measure(bench: Bench) -> dict[str, Any]:
@@ -494,13 +496,13 @@ def measure(bench: Bench) -> dict[str, Any]:
 
 def described(bench: Bench) -> dict[str, Any]:
     modules = (torch, transformers, peft, timm, datasets, accelerate)
-    device = "CPU" if run_folder.use_cpu() else torch.cuda.get_device_name()
+    device = "CPU" if launch.use_cpu() else torch.cuda.get_device_name()
     return {
         "date": date.today().isoformat(),
         "machine": f"{device}, {os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
         "threads": torch.get_num_threads(),
-        "precision": run_folder.mixed_precision(bench.config),
+        "precision": launch.mixed_precision(bench.config.speed.mixed_precision),
         "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}},
         "batch": bench.batch,
         "quick": bench.options.quick,

@@ -27,14 +27,14 @@ from typing import Literal
 import datasets
 import pandas as pd
 import yaml
-from accelerate import PartialState
 
+from hf_histo import launch
 from hf_histo.config import Config, PredictionOptions, option, parse, parse_with
 from hf_histo.data.load import fingerprint, load
 from hf_histo.data.protocol import refuse
 from hf_histo.data.splits.folds import leave_one_center_out, pool_centers
 from hf_histo.data.splits.leakage import arrange
-from hf_histo.errors import HistoError, run
+from hf_histo.errors import HistoError
 from hf_histo.evaluation import predictions, thresholds
 from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.reporting.report import marked, table
@@ -42,6 +42,7 @@ from hf_histo.evaluation.reporting.summary import METRICS, Spread, bar_chart, be
 from hf_histo.files import atomic_file, write_json
 from hf_histo.finetune import fine_tune
 from hf_histo.inference import Classifier
+from hf_histo.launch import run
 from hf_histo.training import run_folder
 from hf_histo.transforms.augmentation import TestTimeViews
 
@@ -164,7 +165,7 @@ def measure(stem: str, rows: dict[str, Row], data: datasets.DatasetDict, folder:
                     by_metric = values.setdefault(title(split, table) if center is None else str(center), {})
                     for metric in METRICS:
                         by_metric.setdefault(metric, {})[seed] = found[metric]
-            if PartialState().is_main_process:
+            if launch.is_main_process():
                 print(f"{row.told.name}: {name} is done", flush=True)
     return values
 
@@ -182,7 +183,7 @@ def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
     """The folder with an adapter's predictions by the prediction options of `config`, in the folder of its run."""
     folder = run_folder.begin(config, fingerprint(fold)) / run_folder.PREDICTIONS
     missing = [split for split in fold if split != "train" and not (folder / f"{split}.parquet").is_file()]
-    PartialState().wait_for_everyone()
+    launch.process().wait_for_everyone()
     if missing:
         classifier = Classifier.from_pretrained(adapter)
         for split in missing:
@@ -192,9 +193,9 @@ def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
                 adapt_batch_norm=config.prediction.adapt_batch_norm,
                 batch_size=config.training.per_device_eval_batch_size,
             )
-            if PartialState().is_main_process:
+            if launch.is_main_process():
                 predictions.write(folder / f"{split}.parquet", table, classifier.sidecar.label_names)
-        PartialState().wait_for_everyone()
+        launch.process().wait_for_everyone()
     return folder
 
 
@@ -253,7 +254,7 @@ def main() -> None:
     data = arrange(load(shared), shared.split, shared.family)
     trainers_first = sorted(rows, key=lambda stem: trainer_of(stem, rows) != stem)
     values = {stem: measure(stem, rows, data, folder, options) for stem in trainers_first}
-    if not PartialState().is_main_process:
+    if not launch.is_main_process():
         return
 
     results = {stem: summed_up(values[stem], options.protocol) for stem in rows}

@@ -17,21 +17,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
-from accelerate import PartialState
 
+from hf_histo import launch
 from hf_histo.config import option, parse_with
 from hf_histo.data.load import fingerprint, load
 from hf_histo.data.protocol import refuse
 from hf_histo.data.splits.folds import k_folds
 from hf_histo.data.splits.leakage import grouped
-from hf_histo.errors import HistoError, run
+from hf_histo.errors import HistoError
 from hf_histo.evaluation import predictions
 from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.reporting import report
 from hf_histo.evaluation.reporting.summary import METRICS, spread
 from hf_histo.files import write_json
 from hf_histo.finetune import fine_tune
-from hf_histo.training.run_folder import use_cpu
+from hf_histo.launch import run
 
 
 @dataclass
@@ -47,7 +47,7 @@ def main() -> None:
     folder = config.parent_folder()
     if options.seeds < 1:
         raise HistoError(f"--seeds is {options.seeds}, expected at least 1")
-    state = PartialState(cpu=use_cpu())
+    state = launch.process()
 
     refuse(config, {"pool_centers": "all splits are put together"})
     files = load(config.data)

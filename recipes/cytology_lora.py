@@ -10,19 +10,17 @@ fifth of images without any for test, a tenth of train for val. The same seed tr
 method. recipes/few_shot.py runs a grid.
 """
 
-from accelerate import PartialState
-
+from hf_histo import launch
 from hf_histo.config import parse
 from hf_histo.data.protocol import prepare
 from hf_histo.data.splits.few_shot import complete
-from hf_histo.errors import run
 from hf_histo.finetune import fine_tune
-from hf_histo.training.run_folder import use_cpu
+from hf_histo.launch import run
 
 
 def main() -> None:
     config = parse(__doc__)
-    state = PartialState(cpu=use_cpu())
+    state = launch.process()
     data = complete(prepare(config))
     result = fine_tune(config, data)
     if state.is_main_process:

@@ -9,18 +9,17 @@ images a tenth becomes val; hub:OWNER/NAME is a data set on the Hub. The checkpo
 predicted. The result is an adapter folder for recipes/predict.py and hf_histo.inference.Classifier.
 """
 
-from accelerate import PartialState
-
+from hf_histo import launch
 from hf_histo.config import parse
 from hf_histo.data.protocol import prepare
-from hf_histo.errors import run
 from hf_histo.finetune import fine_tune
+from hf_histo.launch import run
 
 
 def main() -> None:
     config = parse(__doc__)
     result = fine_tune(config, prepare(config))
-    if PartialState().is_main_process:
+    if launch.is_main_process():
         print(result.summary())
 
 

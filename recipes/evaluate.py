@@ -29,13 +29,14 @@ from typing import get_args
 
 import pandas as pd
 
-from hf_histo.errors import HistoError, run
+from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, thresholds
 from hf_histo.evaluation import predictions as tables
 from hf_histo.evaluation.ensembling import average
 from hf_histo.evaluation.metrics.classification import report
 from hf_histo.evaluation.reporting.report import center_table, confusion_matrix, roc_curve, table, transductive
 from hf_histo.files import require_output, write_json
+from hf_histo.launch import run
 
 
 def parse() -> Namespace:

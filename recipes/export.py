@@ -13,10 +13,10 @@ import logging
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from hf_histo.errors import run
 from hf_histo.export import FORMATS, export
 from hf_histo.files import require_output
 from hf_histo.hub import load
+from hf_histo.launch import run
 
 
 def main() -> None:

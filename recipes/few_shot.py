@@ -19,13 +19,13 @@ from typing import Any
 
 import datasets
 import numpy as np
-from accelerate import PartialState
 
+from hf_histo import launch
 from hf_histo.config import Config, option, parse_with
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare, refuse
 from hf_histo.data.splits.few_shot import complete, select
-from hf_histo.errors import HistoError, run
+from hf_histo.errors import HistoError
 from hf_histo.evaluation import predictions, probes
 from hf_histo.evaluation.figures import few_labels
 from hf_histo.evaluation.figures.embedding import features
@@ -35,8 +35,8 @@ from hf_histo.evaluation.reporting.summary import Spread, spread
 from hf_histo.files import atomic_file, write_json
 from hf_histo.finetune import fine_tune
 from hf_histo.hub import read_metrics
+from hf_histo.launch import run
 from hf_histo.models import backbones
-from hf_histo.training.run_folder import use_cpu
 from hf_histo.transforms import augmentation, preprocessing
 from hf_histo.transforms.augmentation import TestTimeViews
 from hf_histo.transforms.mri import Preparation
@@ -109,10 +109,10 @@ class Features:
         key = f"{fingerprint(data)} {backbones.identity(self.model)} {given}"
         if not path.is_file() or str(np.load(path)["key"]) != key:
             found: dict[str, Any] = {split: self._computed(split, rows, None) for split, rows in data.items()}
-            if PartialState().is_main_process:
+            if launch.is_main_process():
                 with atomic_file(path) as temporary:
                     np.savez(temporary, key=key, **found)
-            PartialState().wait_for_everyone()
+            launch.process().wait_for_everyone()
         self.arrays = {split: array for split, array in np.load(path).items() if split != "key"}
 
     def of(self, drawn: datasets.DatasetDict) -> dict[str, np.ndarray]:
@@ -225,7 +225,7 @@ def main() -> None:
         raise HistoError("--seeds and --shot_counts are numbers from 1 on, --methods of different names; correct them")
 
     refuse(base, dict.fromkeys(("shots", "percentage"), "--shot_counts draws the images"))
-    PartialState(cpu=use_cpu())
+    launch.process()
     results: Results = {}
     for name in options.data_sets or [base.data.data]:
         data = complete(prepare(replace(base, data=replace(base.data, data=name))))
@@ -243,10 +243,10 @@ def main() -> None:
                             results[cell] = probe(cell, drawn, known)
                         else:
                             results[cell] = train(cell, configs[method], data, cell.folder(folder))
-                        if PartialState().is_main_process:
+                        if launch.is_main_process():
                             done = cell.folder(folder).relative_to(folder)
                             print(f"{done}: accuracy {results[cell]['accuracy']:.3f}", flush=True)
-    if not PartialState().is_main_process:
+    if not launch.is_main_process():
         return
 
     text = markdown(results, options)

@@ -8,18 +8,16 @@ DIR holds train.h5, val.h5 (and test.h5), PatchCamelyon's files, or WILDS Camely
 test is only predicted. The result is an adapter folder for recipes/predict.py and hf_histo.inference.Classifier.
 """
 
-from accelerate import PartialState
-
+from hf_histo import launch
 from hf_histo.config import parse
 from hf_histo.data.protocol import prepare
-from hf_histo.errors import run
 from hf_histo.finetune import fine_tune
-from hf_histo.training.run_folder import use_cpu
+from hf_histo.launch import run
 
 
 def main() -> None:
     config = parse(__doc__)
-    state = PartialState(cpu=use_cpu())
+    state = launch.process()
     data = prepare(config)
     if state.is_main_process:
         print(f"{config.data.data}: {next(iter(data.values())).info.description}")

@@ -19,9 +19,10 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from hf_histo.errors import HistoError, run
+from hf_histo.errors import HistoError
 from hf_histo.evaluation.reporting.report import table
 from hf_histo.files import atomic_folder
+from hf_histo.launch import run
 from hf_histo.models import backbones, clip, heads, registry
 
 PATTERNS = ["*.json", "*.txt", "*.safetensors", "pytorch_model*.bin", "open_clip_pytorch_model.bin"]

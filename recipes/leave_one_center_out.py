@@ -12,17 +12,17 @@ leave_one_center_out.json.
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from accelerate import PartialState
-
+from hf_histo import launch
 from hf_histo.config import option, parse_with
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare, refuse
 from hf_histo.data.splits.folds import leave_one_center_out
-from hf_histo.errors import HistoError, run
+from hf_histo.errors import HistoError
 from hf_histo.evaluation.reporting.report import table
 from hf_histo.evaluation.reporting.summary import METRICS, held_out
 from hf_histo.files import write_json
 from hf_histo.finetune import fine_tune
+from hf_histo.launch import run
 
 
 @dataclass
@@ -49,10 +49,10 @@ def main() -> None:
             for metric, by_center in values.items():
                 by_center.setdefault(center, {})[seed] = overall[metric]["value"]
             runs[name] = {metric: overall[metric]["value"] for metric in METRICS}
-            if PartialState().is_main_process:
+            if launch.is_main_process():
                 print(f"{name}: accuracy {overall['accuracy']['value']:.3f} on {overall['n']} images", flush=True)
 
-    if not PartialState().is_main_process:
+    if not launch.is_main_process():
         return
     summaries = {metric: held_out(by_center) for metric, by_center in values.items()}
     centers = next(iter(values.values()))

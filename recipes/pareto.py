@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
-from accelerate import PartialState
 
+from hf_histo import launch
 from hf_histo.config import Config, option, parse_with
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare
-from hf_histo.errors import HistoError, run
+from hf_histo.errors import HistoError
 from hf_histo.evaluation.figures.pareto import Point, chart, front
 from hf_histo.evaluation.reporting.report import table
 from hf_histo.evaluation.reporting.summary import Spread, spread
 from hf_histo.files import atomic_file, write_json
 from hf_histo.finetune import Result, fine_tune
+from hf_histo.launch import run
 
 HEAD_ALONE = "classifier-alone"
 
@@ -61,7 +62,7 @@ def train(name: str, config: Config, data: datasets.DatasetDict, folder: Path, s
     results = []
     for seed in range(config.training.seed, config.training.seed + seeds):
         results.append(fine_tune(config.at(folder / f"seed-{seed}", seed), data))
-        if PartialState().is_main_process:
+        if launch.is_main_process():
             print(f"{name}: seed {seed} is done", flush=True)
     return results
 
@@ -84,7 +85,7 @@ def main() -> None:
             f"--front_split is {options.front_split}, expected a split with labels; {config.data.data} has none there"
         )
     results = {name: train(name, own, data, folder / name, options.seeds) for name, own in chosen.items()}
-    if not PartialState().is_main_process:
+    if not launch.is_main_process():
         return
 
     points = {

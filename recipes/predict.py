@@ -19,10 +19,11 @@ import numpy as np
 
 from hf_histo.config import DataOptions
 from hf_histo.data.load import load
-from hf_histo.errors import HistoError, run
+from hf_histo.errors import HistoError
 from hf_histo.evaluation import predictions, thresholds
 from hf_histo.files import require_output
 from hf_histo.inference import Classifier
+from hf_histo.launch import run
 
 
 def main() -> None:

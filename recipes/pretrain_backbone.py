@@ -33,8 +33,9 @@ from transformers import (
 )
 
 from hf_histo.data.synthetic.patterns import CLASSES, PROCESSES, pattern
-from hf_histo.errors import HistoError, run
+from hf_histo.errors import HistoError
 from hf_histo.files import atomic_folder
+from hf_histo.launch import run
 
 SIZE, BATCH = 96, 128
 

@@ -12,7 +12,7 @@ shows some of them.
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from hf_histo import hub
-from hf_histo.errors import run
+from hf_histo.launch import run
 
 
 def main() -> None:

@@ -28,7 +28,6 @@ import matplotlib.pyplot as plt
 import optuna
 import optuna.visualization.matplotlib as plots
 import yaml
-from accelerate import PartialState
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from optuna.distributions import (
     BaseDistribution,
@@ -40,13 +39,15 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, Trial, TrialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_histo import launch
 from hf_histo.config import Config, DataOptions, OutputOptions, parse_with, with_options
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare
-from hf_histo.errors import HistoError, run
+from hf_histo.errors import HistoError
 from hf_histo.evaluation.reporting.report import table
 from hf_histo.files import atomic_file, read_text, write_json
 from hf_histo.finetune import fine_tune
+from hf_histo.launch import run
 from hf_histo.training import run_folder
 
 plt.switch_backend("Agg")
@@ -231,7 +232,7 @@ def _short(value: Any) -> Any:
 def main() -> None:
     config, options = parse_with(Options, __doc__)
     folder = config.parent_folder()
-    if PartialState(cpu=run_folder.use_cpu()).num_processes > 1:
+    if launch.process().num_processes > 1:
         raise HistoError("a trial is of one process, found several; start the command several times instead")
     plan = read_plan(options.study, config)
 

@@ -13,7 +13,7 @@ import hf_histo
 
 # `finetune` is the whole way once through, for the recipes: no stage may lean on it.
 STAGES = ("data", "transforms", "models", "training", "evaluation", "hub", "export", "inference", "finetune")
-BASE = ("config", "errors", "files")
+BASE = ("config", "errors", "files", "launch")
 
 PACKAGE = Path(hf_histo.__file__).parent
 RECIPES = PACKAGE.parent / "recipes"

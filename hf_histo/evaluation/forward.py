@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from hf_histo import launch
 from hf_histo.data.schema import Sample
 from hf_histo.models import batchnorm
-from hf_histo.training import run_folder
 from hf_histo.transforms.augmentation import SINGLE_VIEW, TestTimeViews
 from hf_histo.transforms.preprocessing import Preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
@@ -54,7 +54,7 @@ def forward(
         device: to compute on, by default this process's own in the launch.
     """
     # Of the launch; the model is not prepared, so the launch's mixed precision stays out.
-    accelerator = Accelerator(cpu=run_folder.use_cpu())
+    accelerator = Accelerator(cpu=launch.use_cpu())
     device = device or accelerator.device
     model = model.to(device).to(memory_format=torch.channels_last).eval()  # as it was trained
     loader = DataLoader(

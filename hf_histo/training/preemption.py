@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_histo.errors import Interrupted
+from hf_histo.launch import Interrupted
 
 
 class StopAtCheckpoint(TrainerCallback):

@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_histo import launch
 from hf_histo.config import Config
 from hf_histo.errors import HistoError
 from hf_histo.files import atomic_file, read_checksums, read_text, write_checksums
@@ -58,35 +57,6 @@ INDIFFERENT = {
 }
 
 
-def use_cpu() -> bool:
-    """Whether the launcher asks for the CPU or there is nothing else.
-
-    accelerate must be told: unless it is, each of the processes that torchrun starts without a GPU takes itself for the
-    only one.
-    """
-    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return asked or not torch.accelerator.is_available()
-
-
-def mixed_precision(config: Config) -> str:
-    """ "no", "bf16" or "fp16": what `--mixed_precision` says; "auto" is what the launcher says, else by the device.
-
-    On a GPU that computes in bf16, that is bf16. A CPU stays in float32, where a run gives the same bits on every
-    machine of its kind; where it has bf16, the log says so.
-    """
-    wanted = config.speed.mixed_precision
-    if wanted != "auto":
-        return wanted
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched != "no":
-        return launched
-    if not use_cpu():
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        logger.info("this CPU computes in bf16, too, which --mixed_precision bf16 makes use of")
-    return "no"
-
-
 def folder_of(config: Config) -> Path:
     """`--output_dir`, or runs/DATA-BACKBONE-METHOD-seedN."""
     if config.output.output_dir:
@@ -106,8 +76,11 @@ def require_agreement(config: Config, data: str) -> None:
 
     Every process calls it, with the fingerprint of its own `data`. Where the files of the data are may differ.
     """
-    PartialState(cpu=use_cpu())
-    own = identity(config, data) | {"mixed_precision": mixed_precision(config), "output_dir": str(folder_of(config))}
+    launch.process()
+    own = identity(config, data) | {
+        "mixed_precision": launch.mixed_precision(config.speed.mixed_precision),
+        "output_dir": str(folder_of(config)),
+    }
     del own["data"]
     first, *others = gather_object([own])
     for process, other in enumerate(others, start=1):
@@ -151,7 +124,7 @@ def begin(config: Config, data: str = "") -> Path:
     Every process of a launch calls it. Raises `HistoError` as `check` does.
     """
     folder = check(config, data)
-    state = PartialState(cpu=use_cpu())
+    state = launch.process()
     overwrites = _overwrites(folder, config, data)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -184,7 +157,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     The lock is the file `.NAME.lock` beside the folder; it ends with the process, however that ends. Raises
     `HistoError`, in the main process, if another one has it.
     """
-    if not PartialState(cpu=use_cpu()).is_main_process:
+    if not launch.is_main_process():
         yield
         return
     place = folder.resolve()
@@ -248,7 +221,7 @@ class CheckpointRecord(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         require_begun(self.folder)
-        process = PartialState()
+        process = launch.process()
         process.wait_for_everyone()  # each writes its random state
         if process.is_main_process:
             write_checksums(self.folder / f"checkpoint-{state.global_step}", run=self.run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import EarlyStoppingCallback, SchedulerType, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from hf_histo import launch
 from hf_histo.config import CenterOptions, Config
 from hf_histo.data.readers.streaming import Stream
 from hf_histo.data.schema import ImageTable, Sample
@@ -299,9 +299,9 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
     are in the environment, or from options.
     """
     options = config.training
-    precision = run_folder.mixed_precision(config)
-    os.environ["ACCELERATE_MIXED_PRECISION"] = precision  # where transformers, which can't be told "no", leaves it, too
-    steps = options.gradient_accumulation_steps or int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
+    precision = launch.mixed_precision(config.speed.mixed_precision)
+    launch.set_mixed_precision(precision)
+    steps = options.gradient_accumulation_steps or launch.gradient_accumulation_steps()
     grows = options.metric_for_best_model != "loss"
     plateau = options.lr_scheduler_type == "reduce_lr_on_plateau"
     updates = options.max_steps
@@ -342,7 +342,7 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
             dataloader_persistent_workers=config.data.num_workers > 0,
             dataloader_pin_memory=torch.cuda.is_available(),
             ddp_find_unused_parameters=False,
-            use_cpu=run_folder.use_cpu(),
+            use_cpu=launch.use_cpu(),
             bf16=precision == "bf16",
             fp16=precision == "fp16",
             torch_compile=config.speed.torch_compile,
@@ -371,7 +371,7 @@ def build(
     options = config.training
     optimizer, settings = OPTIMIZERS[options.optimizer]
     settings = {**settings, "lr": options.learning_rate, "weight_decay": options.weight_decay}
-    if not run_folder.use_cpu():  # on a CPU, the update is a hundredth of a step, and fused it would round otherwise
+    if not launch.use_cpu():  # on a CPU, the update is a hundredth of a step, and fused it would round otherwise
         settings["fused"] = True
     if config.speed.activation_checkpointing:
         _checkpoint_activations(model)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from miniature import write_backbone
 
-from hf_histo.errors import run
+from hf_histo.launch import run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

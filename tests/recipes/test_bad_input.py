@@ -14,7 +14,7 @@ import pytest
 from fixtures import damage_chunk, truncate
 from miniature import write_data
 
-from hf_histo.errors import run
+from hf_histo.launch import run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -17,10 +17,10 @@ from miniature import SIZE, divide_training, write_data
 
 from hf_histo.config import Config, parse
 from hf_histo.data.load import load
-from hf_histo.errors import run
 from hf_histo.evaluation import predictions, thresholds
 from hf_histo.evaluation.metrics import classification
 from hf_histo.inference import Classifier
+from hf_histo.launch import run
 from hf_histo.transforms.augmentation import TestTimeViews
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compare.py"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from miniature import SIZE, divide_training, write_data
 
-from hf_histo.errors import run
 from hf_histo.evaluation import predictions
+from hf_histo.launch import run
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "leave_one_center_out.py"
 Call = Callable[..., None]

@@ -17,7 +17,7 @@ import yaml
 from miniature import SIZE, write_data
 
 from hf_histo.config import parse
-from hf_histo.errors import run
+from hf_histo.launch import run
 
 optuna = pytest.importorskip("optuna")
 

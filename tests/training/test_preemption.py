@@ -16,10 +16,11 @@ import torch
 from miniature import config, write_data
 from transformers import TrainerCallback
 
-from hf_histo import errors, finetune
+from hf_histo import finetune, launch
 from hf_histo.data.load import load
-from hf_histo.errors import HistoError, Interrupted
+from hf_histo.errors import HistoError
 from hf_histo.files import read_checksums, write_checksums
+from hf_histo.launch import Interrupted
 from hf_histo.training import trainer
 
 QUICK = ["--target_modules=last-conv", "--lora_dropout=0.1", "--logging_steps=2"]
@@ -89,7 +90,7 @@ def test_a_recipe_names_the_command_that_goes_on(
     monkeypatch.setattr("sys.argv", ["recipe.py", "--data", "a folder"])
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
-        errors.run(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        launch.run(lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert signal.getsignal(signal.SIGTERM) == before
     assert end.value.code == 128 + signal.SIGTERM
     said = capsys.readouterr().err

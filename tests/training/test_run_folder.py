@@ -190,7 +190,7 @@ def test_a_killed_reader_is_one_line(tmp_path: Path) -> None:
 )
 def test_the_command_that_resumes_does_not_overwrite(tmp_path: Path, given: list[str], resumes: list[str]) -> None:
     script = tmp_path / "recipe.py"
-    script.write_text("from hf_histo.errors import command\nprint(command())\n")
+    script.write_text("from hf_histo.launch import command\nprint(command())\n")
     shown = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, check=True).stdout
     assert shlex.split(shown) == [sys.executable, str(script), *resumes]
 

@@ -15,14 +15,14 @@ import torch
 from miniature import config, divide_training, write_backbone, write_data
 from transformers import TrainerCallback
 
-from hf_histo import finetune
+from hf_histo import finetune, launch
 from hf_histo.config import parse
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.metrics import classification
 from hf_histo.models import adapters, backbones, batchnorm
-from hf_histo.training import domain_loss, feature_cache, losses, run_folder, trainer
+from hf_histo.training import domain_loss, feature_cache, losses, trainer
 from hf_histo.transforms import augmentation, preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
 
@@ -223,7 +223,7 @@ def test_a_compiled_model_gives_the_same_curve(tmp_path: Path, source: tuple[Pat
 def test_precision_is_the_options_then_the_launchers_then_the_devices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: str | None, option: str, expected: str
 ) -> None:
-    monkeypatch.setattr(run_folder, "use_cpu", lambda: True)
+    monkeypatch.setattr(launch, "use_cpu", lambda: True)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launched:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
@@ -234,11 +234,11 @@ def test_precision_is_the_options_then_the_launchers_then_the_devices(
 
 def test_a_gpu_that_has_bf16_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    monkeypatch.setattr(run_folder, "use_cpu", lambda: False)
+    monkeypatch.setattr(launch, "use_cpu", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for has, expected in ((True, "bf16"), (False, "no")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
-        assert run_folder.mixed_precision(parse(None, [])) == expected
+        assert launch.mixed_precision("auto") == expected
 
 
 def batch(session: trainer.Trainer, rows: int = 8) -> dict[str, Any]:

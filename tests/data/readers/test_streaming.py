@@ -21,7 +21,8 @@ from hf_histo.config import parse
 from hf_histo.data.load import load
 from hf_histo.data.readers import streaming
 from hf_histo.data.readers.hub import train_stream
-from hf_histo.errors import HistoError, Interrupted
+from hf_histo.errors import HistoError
+from hf_histo.launch import Interrupted
 from hf_histo.training import trainer
 
 SHARDS, EACH = 4, 12

@@ -1,0 +1,123 @@
+"""The process of a run: entry point and signals, device and precision, and which process of a launch writes.
+
+Environment variables are read and written here alone: `RANK` and `ACCELERATE_*` are those of torchrun and accelerate;
+`HF_HISTO_TRACEBACK=1` shows the traceback of an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+import psutil
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from hf_histo.errors import HistoError
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked for the end: `number`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a recipe's `main`; end in one clear line on standard error and a non-zero exit where it fails.
+
+    `HistoError` and `OSError` (a full disk, a read-only folder) exit with 1; SIGTERM and Ctrl-C with 128 and their
+    number (143, 130), and a line with the command that resumes. A traceback is shown only where the environment
+    variable `HF_HISTO_TRACEBACK` is 1, and for any other exception, which is a bug.
+    """
+    if os.environ.get("HF_HISTO_TRACEBACK") == "1":
+        return main()
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        main()
+    except (HistoError, OSError) as error:
+        # A bare print would go on the line of a progress bar that the error cut off.
+        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt as interrupt:
+        number = getattr(interrupt, "number", signal.SIGINT)
+        if os.environ.get("RANK", "0") == "0":
+            end = f"interrupted by {signal.Signals(number).name}"
+            tqdm.write(f"{end}: this command resumes from the last checkpoint: {command()}", file=sys.stderr)
+        raise SystemExit(128 + number) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def command() -> str:
+    """The line that resumes this program: the one that started it, with its launcher (accelerate, torchrun, nice, ...).
+
+    Without `--overwrite_output_dir`, by which it would start anew.
+    """
+    started = [process.cmdline() for process in (psutil.Process(), *psutil.Process().parents())]
+    line = ([sys.argv] + [line for line in started if sys.argv[0] in line])[-1]
+    kept = re.sub(r"\0--overwrite[_-]output[_-]dir(=[^\0]*|\0[^-\0][^\0]*)?(?=\0|$)", "", "\0".join(line))
+    return shlex.join(kept.split("\0"))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted(number)
+
+
+def use_cpu() -> bool:
+    """Whether the launcher asks for the CPU, or there is no accelerator."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return asked or not torch.accelerator.is_available()
+
+
+def process() -> PartialState:
+    """This process among those of the launch.
+
+    accelerate needs `cpu`: without it, each of the processes that torchrun starts on a machine without a GPU takes
+    itself for the only one.
+    """
+    return PartialState(cpu=use_cpu())
+
+
+def is_main_process() -> bool:
+    """Whether this process writes files and prints: the first of the launch."""
+    return bool(process().is_main_process)
+
+
+def mixed_precision(wanted: str) -> str:
+    """ "no", "bf16" or "fp16": `wanted`, where "auto" is the launcher's setting, else by the device.
+
+    On a GPU that computes in bf16, that is bf16. A CPU stays in float32, where a run gives the same bits on every
+    machine of its kind; where it has bf16, the log mentions it.
+    """
+    if wanted != "auto":
+        return wanted
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no":
+        return launched
+    if not use_cpu():
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        logger.info("this CPU computes in bf16, too, which --mixed_precision bf16 makes use of")
+    return "no"
+
+
+def set_mixed_precision(precision: str) -> None:
+    """Make "no", "bf16" or "fp16" what transformers and accelerate use: `TrainingArguments` has no value for "no"."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+
+
+def gradient_accumulation_steps() -> int:
+    """Steps per update that the launcher asks for; 1 where it does not."""
+    return int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
