@@ -6,8 +6,8 @@ from __future__ import annotations
 class HistoError(Exception):
     """Bad input or an impossible request.
 
-    The message is one line that names the argument or file, the value found, what was expected, and the remedy. What a
-    terminal would obey in it is escaped, since files bring their own names.
+    The message is one line that names the argument or file, the value found, what was expected, and the remedy. Control
+    characters in it are escaped, since it may quote names from files.
     """
 
     def __init__(self, message: str) -> None:
@@ -15,6 +15,6 @@ class HistoError(Exception):
 
 
 def printable(text: str) -> str:
-    """`text` in one line, with what isn't printable (escape sequences, say) as `repr` writes it."""
+    """`text` in one line, with characters that aren't printable (e.g. escape sequences) written as `repr` does."""
     line = " ".join(text.splitlines())
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from pydantic import ConfigDict
 from hf_histo.errors import HistoError
 
 CHECKSUMS = "checksums.json"
-# How pydantic reads a dataclass from JSON: types as they are declared, no other keys, finite numbers. Each class that a
-# file holds has it as `__pydantic_config__`; not all versions of pydantic hand it on to its parts.
+# How pydantic parses a dataclass from JSON: declared types only, no unknown keys, finite numbers. Each class that is
+# parsed from a file sets it as `__pydantic_config__`, since not all versions of pydantic pass it on to nested classes.
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -28,17 +28,17 @@ def require_output(path: str | Path, inputs: Iterable[str | Path | None] = (), *
     """Raise `HistoError` unless a file, or a `folder`, may be written at `path`.
 
     That is: nothing is there, or a regular file (a folder); it is no link; and it is not, and does not lie in, one of
-    `inputs`, the files and folders that the same command reads. Names of the Hub among them are no places here.
+    `inputs`, the files and folders that the same command reads. Names on the Hub among them are ignored.
     """
     path = Path(path)
     if path.is_symlink():
-        raise HistoError(f"output {path}: is a link, expected a place of its own; choose another, or remove the link")
+        raise HistoError(f"output {path}: is a link, expected a regular path; choose another, or remove the link")
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
         kind = "folder" if folder else "regular file"
-        raise HistoError(f"output {path}: is no {kind}, expected a new place or a {kind}; choose another")
+        raise HistoError(f"output {path}: is no {kind}, expected a new path or a {kind}; choose another")
     for source in inputs:
         if source and Path(source).exists() and path.resolve().is_relative_to(Path(source).resolve()):
-            raise HistoError(f"output {path}: is or lies in the input {source}, expected another place; choose one")
+            raise HistoError(f"output {path}: is or lies in the input {source}, expected another path; choose one")
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 def regular(path: str | Path) -> Path:
     """`path`, once it is known to be a regular file, or a link to one: opening a pipe or a device could never return.
 
-    Raises HistoError for what is none, and OSError where there is nothing.
+    Raises HistoError for any other kind of file, and OSError where there is none.
     """
     path = Path(path)
     mode = path.stat().st_mode
@@ -99,7 +99,7 @@ def regular(path: str | Path) -> Path:
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file. Raises OSError, and ValueError for no JSON, or one too large or nested too deeply."""
+    """Parsed content of a JSON file. Raises OSError, and ValueError for JSON that is invalid, too large or too deep."""
     try:
         return json.loads(read_text(path))
     except RecursionError:
@@ -107,7 +107,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file that people write, or this package.
+    """Text of a UTF-8 file of at most 16 MiB, such as a config or a record.
 
     Raises OSError, ValueError above 16 MiB, and HistoError as `regular` does.
     """
@@ -131,24 +131,36 @@ def checksum(path: str | Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
-def write_checksums(folder: Path, **facts: Any) -> None:
-    """Write `CHECKSUMS` into a complete folder: the hash of each file in and below it, and `facts`, ready for JSON."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    files = {name: checksum(folder / name) for name in names if name != CHECKSUMS}
-    write_json(folder / CHECKSUMS, {**facts, "files": files})
+def checksums(files: Mapping[str, Path | bytes]) -> dict[str, str]:
+    """`checksum` of each file, or of its content, by name."""
+    return {
+        name: xxhash.xxh3_128_hexdigest(content) if isinstance(content, bytes) else checksum(content)
+        for name, content in files.items()
+    }
 
 
-def read_checksums(folder: Path) -> dict[str, Any]:
-    """The content of `CHECKSUMS` in a folder, all of whose listed files were read and are as they were written.
+def write_checksums(folder: Path, names: Iterable[str] | None = None, **facts: Any) -> None:
+    """Write `CHECKSUMS` into a complete folder: the hash of each file by name, and `facts`, ready for JSON.
 
-    Files that are not listed are not looked at. Raises OSError where it or a file can't be read, and ValueError, naming
-    the file, where one was changed or the list is damaged.
+    `names` are relative to `folder`; by default all files in and below it.
+    """
+    if names is None:
+        found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        names = (name for name in found if name != CHECKSUMS)
+    write_json(folder / CHECKSUMS, {**facts, "files": checksums({name: folder / name for name in names})})
+
+
+def read_checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """The content of `CHECKSUMS` in a folder, once the files `names`, by default all listed ones, were verified.
+
+    Other files are ignored. Raises OSError where it or a file can't be read, and ValueError, naming the file, where one
+    was changed or is not listed, or the list is damaged.
     """
     content = read_json(folder / CHECKSUMS)
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise ValueError(f"{CHECKSUMS} is damaged")
-    for name, expected in content["files"].items():
-        if checksum(folder / name) != expected:
+    for name in content["files"] if names is None else names:
+        if checksum(folder / name) != content["files"].get(name):
             raise ValueError(f"{name} is not as it was written")
     return content
 

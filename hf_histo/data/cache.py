@@ -1,4 +1,4 @@
-"""Converted data sets on disk: whether they are as they were written, and what their files were when they were read."""
+"""Cache of converted data sets: checksums of what was written, and fingerprints of the source files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def discard_damaged(folder: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write the checksums of converted data for `discard_damaged`, where some of its files have none."""
+    """Write the checksums that `discard_damaged` compares, unless all files have one."""
     try:
         listed = {*read_json(folder / CHECKSUMS)["files"], CHECKSUMS}
     except FileNotFoundError:
@@ -43,7 +43,7 @@ def seal(folder: Path) -> None:
 
 
 def state_of(directory: Path, names: Sequence[str]) -> str:
-    """A hash, 32 hexadecimal digits, of which files these are and when each was last touched; none is opened.
+    """Hash (32 hexadecimal digits) of the paths, sizes, inodes and modification times of files; none is opened.
 
     Raises HistoError for what is no regular file, and FileNotFoundError for a missing one.
     """
@@ -58,9 +58,9 @@ def state_of(directory: Path, names: Sequence[str]) -> str:
 
 
 def content_of(directory: Path, names: Sequence[str], state: str, memos: Path) -> str:
-    """The hash, 32 hexadecimal digits, of names and contents of files, kept in `memos` while `state` is theirs.
+    """Hash (32 hexadecimal digits) of the names and contents of files, stored in `memos` under their `state`.
 
-    A memo that is damaged is made anew. Raises HistoError for a file that changes meanwhile.
+    A damaged entry of `memos` is computed again. Raises HistoError for a file that changes meanwhile.
     """
     memo = memos / state
     text = memo.read_text(encoding="ascii", errors="replace") if memo.is_file() else ""
@@ -77,7 +77,7 @@ def content_of(directory: Path, names: Sequence[str], state: str, memos: Path) -
 
 
 def check_unchanged(where: str | Path, directory: Path, names: Sequence[str], state: str) -> None:
-    """Raise HistoError, starting with `where`, unless the files are those of `state`, untouched since."""
+    """Raise HistoError, starting with `where`, unless the files still have the `state` that was recorded."""
     try:
         unchanged = state_of(directory, names) == state
     except FileNotFoundError:

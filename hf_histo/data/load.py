@@ -45,7 +45,7 @@ LAYOUTS: tuple[type[FolderBuilder], ...] = (
 def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = None) -> datasets.DatasetDict:
     """Load a folder in any known layout as splits `train`, `val` and, where present, `test` and others.
 
-    `source` is that folder, or the options that name it and say how to read it. Class folders may come without `val`,
+    `source` is that folder, or the options that name it and how it is read. Class folders may come without `val`,
     or as the single split `full`: callers that need a split must look for it.
 
     The name "synthetic" stands for the built-in data set, generated below `cache_dir` the first time. A single file in
@@ -117,7 +117,7 @@ def _refuse_idle(options: DataOptions, kind: str, acting: Sequence[str]) -> None
 
 
 def _reported(builder: FolderBuilder) -> datasets.DatasetDict:
-    """The converted data, saying what was left out of it; HistoError where too little remains."""
+    """The converted data, after logging what was left out; HistoError where too little remains."""
     directory, info = builder.config.directory, builder.info
     lines = [line.removeprefix(LEFT_OUT) for line in info.description.splitlines() if line.startswith(LEFT_OUT)]
     remedy = "replace some of the images that were left out"

@@ -48,7 +48,7 @@ class Sample(TypedDict):
 
 
 def features(label_names: Sequence[str]) -> datasets.Features:
-    """The columns of every data set.
+    """Columns of every data set, as `datasets.Features`.
 
     `id` is the key as the source spells it; `image` is stored as bytes inside the table; `label` is an index into
     `label_names`, -1 where the source hides it; `center` is the acquisition center, -1 where unknown; `group` is the
@@ -115,11 +115,11 @@ def decode(
         data: the whole file.
         source: names the image in errors.
         gray_bits: of 16-bit gray values, see `rgb`.
-        strict: decode a JPEG by libjpeg-turbo as well, which reports what PIL passes over: data that is missing, zeroed
+        strict: decode a JPEG by libjpeg-turbo as well, which reports what PIL ignores: data that is missing, zeroed
             or out of step with the image's size. Without it, for bytes that were checked before.
         max_pixels: that an image may have, by its header, before anything else of it is read.
 
-    Raises HistoError, starting with `source`, for bytes in none of `FORMATS` (the name of a file says nothing), a
+    Raises HistoError, starting with `source`, for bytes in none of `FORMATS` (a file's name is not looked at), a
     damaged file, an image larger than `max_pixels`, or one that `rgb` refuses.
     """
     with _refusing(source, f"{len(data)} bytes starting with {bytes(data[:8])!r}"):
@@ -175,7 +175,7 @@ def bits_for(peaks: Iterable[int | None], gray_bits: int | None = None) -> int |
 
     Args:
         peaks: `brightest` of every image.
-        gray_bits: what the user states.
+        gray_bits: the option of that name, or None.
 
     Returns None where no image is 16-bit gray.
     """
@@ -286,7 +286,7 @@ def _undecoded(image: PIL.Image.Image) -> bytes | None:
 
 
 def size(data: bytes | memoryview) -> tuple[int, int]:
-    """Height and width that `decode` will give, from the header wherever that tells them; raises whatever PIL does."""
+    """Height and width in pixels that `decode` will give, from the header where possible; raises what PIL raises."""
     if header := _PPM.match(data):
         return int(header[2]), int(header[1])
     with _opened(io.BytesIO(data)) as image:
@@ -305,7 +305,7 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
 
     Args:
         dataset: of the one schema.
-        prepare: from uint8 (3, H, W) to uint8 (3, H, W) of another size, say; applied to every image that is read.
+        prepare: function from uint8 (3, H, W) to uint8 (3, H', W'), applied to every image that is read.
     """
 
     def __init__(
@@ -329,12 +329,12 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
 
     @property
     def centers(self) -> list[int]:
-        """Of every row."""
+        """Acquisition center of each row, -1 where unknown."""
         return self._table["center"][:].to_pylist()
 
     @property
     def labels(self) -> list[int]:
-        """Of every row."""
+        """Class index of each row, -1 where hidden."""
         return self._table["label"][:].to_pylist()
 
     def select(self, rows: Sequence[int]) -> ImageTable:
@@ -342,7 +342,7 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
         return ImageTable(self._rows.select(rows), self._prepare)
 
     def ids(self, rows: Sequence[int]) -> list[str]:
-        """Of these rows, in this order."""
+        """Ids of these rows, in this order."""
         return self._rows.select_columns("id")[list(rows)]["id"]
 
     def is_of_one_size(self) -> bool:
@@ -352,7 +352,7 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
             try:
                 sizes.add(size(image))
             except Exception:
-                decode(image, f"image {row}")  # tells what is wrong with it
+                decode(image, f"image {row}")  # raises the error that names the fault
                 raise
             if len(sizes) > 1:
                 return False

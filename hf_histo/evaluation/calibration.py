@@ -20,7 +20,7 @@ from scipy.optimize import brentq
 from scipy.special import softmax
 
 from hf_histo.errors import HistoError
-from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing, say
+from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing, write_message
 from hf_histo.evaluation.predictions import array, label_names, positive_probability, with_logits
 
 BINS = 15  # Guo et al. 2017, table 1
@@ -190,7 +190,7 @@ def reliability_diagram(predictions: pd.DataFrame, path: str | Path, *, bins: in
     rows = -(-len(panels) // columns)
     with drawing(path, 3.8 * columns + 0.4, 5.0 * rows) as figure:
         if panels["overall"].empty:
-            return say(figure, "No label is known.")
+            return write_message(figure, "No label is known.")
         grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[4, 1] * rows)
         for axes in grid.ravel():
             axes.set_axis_off()

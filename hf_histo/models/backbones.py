@@ -30,15 +30,15 @@ from hf_histo.errors import HistoError
 from hf_histo.models import clip, heads, registry
 from hf_histo.transforms.preprocessing import MAX_SIZE
 
-# In a config.json: code to run or fetch, and files to read.
+# Keys of config.json that name code to run or fetch, or files to read.
 REFUSED = (
     *("auto_map", "quantization_config", "_attn_implementation", "attn_implementation", "use_pretrained_backbone"),
     *("transformers_weights", "checkpoint_path", "cache_dir"),
 )
-MAX_NUMBER, MAX_LAYERS = 1_000_000, 1000  # the largest numbers in it: a vocabulary may be the former
+MAX_NUMBER, MAX_LAYERS = 1_000_000, 1000  # bounds of numbers in config.json; a vocabulary size may reach the first
 SPARE = 2**24  # weights that a backbone may lack, of its output layer
-# In a model's configuration: of its classes, of the libraries, of the images.
-NOT_OF_THE_FUNCTION = {
+# Settings of a model's configuration that do not change its function: classes, library versions, preprocessing.
+IRRELEVANT_SETTINGS = {
     *("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "initializer_range"),
     *("id2label", "label2id", "label_names", "num_labels", "num_classes", "problem_type", "pretrained_cfg"),
 }
@@ -46,7 +46,7 @@ BUILTIN = Path(__file__).parent / "builtin"
 
 
 def locate(name: str) -> str:
-    """Where `from_pretrained` finds the backbone `name`: a folder's absolute path, or a Hub name (owner/name).
+    """Resolve a backbone's `name` for `from_pretrained`: a folder's absolute path, or a Hub name (owner/name).
 
     'builtin' is the one in this package. An existing folder is taken before a name; a name without an owner is looked
     up in the registry, then among timm's. Raises `HistoError` for a folder without config.json or open_clip_config.json
@@ -97,12 +97,12 @@ def load(
         head_dropout: probability of dropout before the head's linear layers while training.
         keep_head: take the head's weights as well, for a model that was trained whole.
 
-    Raises `HistoError` if the backbone can't be had, if weights other than the head's are missing from it, and if it
+    Raises `HistoError` if the backbone can't be loaded, if weights other than the head's are missing from it, and if it
     does not take images of that size.
     """
     source = locate(name)
-    design = head or heads.HeadConfig()
-    on_logits = design.on == "logits"
+    head = head or heads.HeadConfig()
+    on_logits = head.on == "logits"
     folder = None if random_weights else _open_clip_folder(name, source, revision)
     config = _config(name, source, None if on_logits else num_outputs, revision, random_weights, folder)
     resized = _allow_image_size(name, config, image_size)
@@ -132,7 +132,7 @@ def load(
     if resized:
         _try_image_size(name, model, image_size)
     if not keep_head:
-        heads.attach(model, design, num_outputs)
+        heads.attach(model, head, num_outputs)
     if head_dropout:
         heads.add_dropout(model, head_dropout)
     return model
@@ -166,17 +166,17 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def configuration(model: PreTrainedModel) -> dict[str, Any]:
-    """What a backbone's configuration says of its function, ready for JSON: no classes, no versions, no preprocessing.
+    """The settings of a backbone's configuration that define its function, as JSON values: no classes or versions.
 
-    Without timm's `dynamic_img_size`, which goes by the images' size.
+    Without timm's `dynamic_img_size`, which follows from the image size.
     """
     declared = json.loads(json.dumps(model.config.to_diff_dict(), default=str))
     declared["model_args"] = {k: v for k, v in (declared.get("model_args") or {}).items() if k != "dynamic_img_size"}
-    return {key: value for key, value in declared.items() if key not in NOT_OF_THE_FUNCTION}
+    return {key: value for key, value in declared.items() if key not in IRRELEVANT_SETTINGS}
 
 
 def identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What a backbone is known by: the "fingerprint" of its weights, and its "configuration"."""
+    """Identity of a backbone: the "fingerprint" of its weights, and its "configuration"."""
     return {"fingerprint": fingerprint(model), "configuration": configuration(model)}
 
 
@@ -274,18 +274,16 @@ def _check_declaration(name: str, declaration: dict[str, Any]) -> None:
     """
     architecture = str(declaration.get("architecture", ""))
     if "architecture" in declaration and not timm.is_model(architecture.split(".")[0]):  # timm takes a path here, too
-        raise HistoError(
-            f"--backbone {name}: timm knows no {architecture[:100]!r}, the architecture in its config.json"
-        )
+        raise HistoError(f"--backbone {name}: timm has no {architecture[:100]!r}, the architecture in its config.json")
     parts: list[tuple[str, Any]] = [("", declaration)]
     while parts:
         key, value = parts.pop()
         if value and key in REFUSED:
             found = f"{key}: {str(value)[:100]}"
-            raise HistoError(f"--backbone {name}: its config.json says {found}, expected none of {', '.join(REFUSED)}")
+            raise HistoError(f"--backbone {name}: its config.json sets {found}, expected none of {', '.join(REFUSED)}")
         limit = MAX_LAYERS if re.search("layer|depth|block|stage", key) else MAX_NUMBER
         if isinstance(value, int) and abs(value) > limit:
-            raise HistoError(f"--backbone {name}: its config.json says {key}: {value}, expected at most {limit}")
+            raise HistoError(f"--backbone {name}: its config.json sets {key}: {value}, expected at most {limit}")
         if isinstance(value, dict):
             parts += [(str(inner), part) for inner, part in value.items()]
         if isinstance(value, list):
@@ -348,13 +346,13 @@ def _check_complete(name: str, loaded: dict[str, Any], except_for: str | None, r
     absent = sorted(key for key in changed if not (except_for and key.startswith(except_for + ".")))
     if absent:
         raise HistoError(
-            f"--backbone {name}: {len(absent)} of its weights are missing or of another shape than config.json says, "
-            f"the first {absent[0]}{remedy}"
+            f"--backbone {name}: {len(absent)} of its weights are missing or of another shape than in "
+            f"config.json, the first {absent[0]}{remedy}"
         )
 
 
 def unavailable(name: str, source: str, error: Exception) -> str:
-    """Why a backbone can't be had, and the steps to get it."""
+    """Error message for a backbone that can't be loaded, with the steps to get it."""
     reason = " ".join(str(error).split())[:300]
     if Path(source).is_dir():
         return f"--backbone {name}: the folder can't be loaded as an image classifier ({reason})"
@@ -362,12 +360,12 @@ def unavailable(name: str, source: str, error: Exception) -> str:
     gate = f"accept its terms on https://huggingface.co/{source} and log in with `hf auth login`"
     if entry and entry.terms:
         return (
-            f"--backbone {name}: {source} can't be had from the Hub ({reason}); it is gated ({entry.license}): {gate}, "
-            f"then `python recipes/import_backbone.py --backbone {name} --output_dir DIR` and pass --backbone DIR; "
-            "--random_weights builds it untrained"
+            f"--backbone {name}: {source} can't be loaded from the Hub ({reason}); it is gated ({entry.license}): "
+            f"{gate}, then `python recipes/import_backbone.py --backbone {name} --output_dir DIR` and pass "
+            "--backbone DIR; --random_weights builds it untrained"
         )
     return (
-        f"--backbone {name}: {source} can't be had from the Hub ({reason}); where there is a network, "
+        f"--backbone {name}: {source} can't be loaded from the Hub ({reason}); where there is a network, "
         f"`hf download {source} --local-dir DIR` and pass --backbone DIR (recipes/import_backbone.py for one "
         f"with pickled weights only); for a gated model, {gate}; --random_weights builds it untrained"
     )

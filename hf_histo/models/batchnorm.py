@@ -1,4 +1,4 @@
-"""Batch norm in a model that is adapted: frozen, or followed and saved.
+"""Batch norm under adaptation: frozen, or tracked and saved with the adapter.
 
 Even with nothing trainable in it, a batch-norm layer in training mode moves its running statistics, and they are not
 part of a saved adapter: the reloaded model would give other logits.
@@ -30,7 +30,7 @@ def freeze(model: nn.Module) -> None:
     """Keep every batch-norm layer in evaluation mode and its scale and shift fixed, whatever `model.train()` does."""
     for layer in layers(model).values():
         layer.requires_grad_(False)
-        layer.register_forward_pre_hook(_evaluate)
+        layer.register_forward_pre_hook(_eval_mode)
 
 
 def require(model: nn.Module) -> None:
@@ -50,7 +50,7 @@ def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def adapted(model: nn.Module, batches: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Within the block, batch norm uses the statistics of `batches` (B, 3, H, W); afterwards its own again.
+    """Within the block, batch norm uses the statistics of `batches` (B, 3, H, W); its own are restored afterwards.
 
     The statistics are the mean over the batches' (cumulative average), each measured behind layers that normalize with
     the batch's own: Li et al. 2017, "Revisiting batch normalization for practical domain adaptation" (AdaBN), without
@@ -61,7 +61,7 @@ def adapted(model: nn.Module, batches: Iterable[torch.Tensor]) -> Iterator[None]
     require(model)
     found, before = layers(model), statistics(model)
     momenta = {name: layer.momentum for name, layer in found.items()}
-    hooks = [layer.register_forward_pre_hook(_follow) for layer in found.values()]
+    hooks = [layer.register_forward_pre_hook(_train_mode) for layer in found.values()]
     try:
         for layer in found.values():
             layer.reset_running_stats()
@@ -82,9 +82,9 @@ def adapted(model: nn.Module, batches: Iterable[torch.Tensor]) -> Iterator[None]
         model.eval()
 
 
-def _follow(layer: nn.Module, inputs: Any) -> None:
+def _train_mode(layer: nn.Module, inputs: Any) -> None:
     layer.training = True
 
 
-def _evaluate(layer: nn.Module, inputs: Any) -> None:
+def _eval_mode(layer: nn.Module, inputs: Any) -> None:
     layer.training = False

@@ -1,4 +1,4 @@
-"""CLIP models of open_clip: the image tower as a classifier of transformers, the text tower as its first guess.
+"""CLIP models of open_clip: the image tower as a transformers classifier, the text tower for zero-shot weights.
 
 open_clip is an extra (`pip install -e ".[open_clip]"`). A folder of its format holds `open_clip_config.json`,
 `open_clip_model.safetensors` and the files of the tokenizer.
@@ -39,7 +39,7 @@ class OpenClipConfig(PreTrainedConfig):
 class OpenClipForImageClassification(PreTrainedModel):
     """A linear layer on the embedding that open_clip's image tower gives, (B, `embed_dim`), not normalized.
 
-    The fused attention of the tower (`nn.MultiheadAttention`) is taken apart when it is built, see `SelfAttention`.
+    The tower's fused attention (`nn.MultiheadAttention`) is split when it is built, see `SelfAttention`.
     """
 
     config_class = OpenClipConfig
@@ -57,7 +57,7 @@ class OpenClipForImageClassification(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: open_clip's own modules start themselves."""
+        """No-op: open_clip initializes its own modules."""
 
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
@@ -82,7 +82,7 @@ class SelfAttention(nn.Module):
         for name in SLICES:
             self.add_module(name, nn.Linear(fused.embed_dim, fused.embed_dim, bias=fused.in_proj_bias is not None))
         self.out_proj = nn.Linear(fused.embed_dim, fused.embed_dim, bias=fused.out_proj.bias is not None)
-        self.load_state_dict(taken_apart(fused.state_dict()))
+        self.load_state_dict(split_attention(fused.state_dict()))
 
     def forward(self, query: torch.Tensor, *others: torch.Tensor, **options: Any) -> tuple[torch.Tensor, None]:
         """(B, n, d) to (B, n, d) and None; key and value are the query, and there is no mask, as in an image tower."""
@@ -93,20 +93,20 @@ class SelfAttention(nn.Module):
         return self.out_proj(attended.transpose(1, 2).flatten(2)), None
 
 
-def taken_apart(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of open_clip as `SelfAttention` names them."""
-    apart: dict[str, torch.Tensor] = {}
+def split_attention(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """State dict of open_clip with the names and tensors that `SelfAttention` has."""
+    separate: dict[str, torch.Tensor] = {}
     for key, tensor in state.items():
         place, fused, part = key.rpartition("in_proj_")
         if fused:
-            apart |= {f"{place}{name}.{part}": piece for name, piece in zip(SLICES, tensor.chunk(3), strict=True)}
+            separate |= {f"{place}{name}.{part}": piece for name, piece in zip(SLICES, tensor.chunk(3), strict=True)}
         else:
-            apart[key] = tensor
-    return apart
+            separate[key] = tensor
+    return separate
 
 
 def put_together(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of `taken_apart`: what open_clip reads, after an adapter was merged into it."""
+    """The inverse of `split_attention`: what open_clip reads, after an adapter was merged into it."""
     together = {}
     for key, tensor in state.items():
         place, query, part = key.rpartition("q_proj.")
@@ -147,7 +147,7 @@ def config_of(folder: Path, pretrained_cfg: Mapping[str, Any] | None, num_output
 
 
 def load(folder: Path, config: PreTrainedConfig) -> OpenClipForImageClassification:
-    """The image tower in a folder of open_clip's format, with a new classifier.
+    """Load the image tower from a folder of open_clip's format, with a new classifier.
 
     Raises `ValueError` for weights that are missing, of another shape, or unreadable.
     """
@@ -159,7 +159,7 @@ def load(folder: Path, config: PreTrainedConfig) -> OpenClipForImageClassificati
         raise ValueError(f"{WEIGHTS}: {error}") from None
     tower = {key.removeprefix("visual."): value.float() for key, value in whole.items() if key.startswith("visual.")}
     try:
-        model.visual.load_state_dict(taken_apart(tower))
+        model.visual.load_state_dict(split_attention(tower))
     except RuntimeError as error:
         raise ValueError(str(error)) from None
     return model
@@ -176,7 +176,7 @@ def text_embeddings(folder: Path, names: Sequence[str], prompt: str) -> torch.Te
         names: of the K classes; underscores are read as spaces.
         prompt: a sentence with {} where the name goes.
 
-    Raises `HistoError` for a prompt without {}, and a folder whose text tower can't be had.
+    Raises `HistoError` for a prompt without {}, and a folder whose text tower can't be loaded.
     """
     open_clip = _open_clip()
     if "{}" not in prompt:

@@ -1,4 +1,4 @@
-"""The classifier on top of a backbone: what it is made of, where it is, how it starts, and its dropout."""
+"""The classification head: its configuration, its place in the model, its initialization and its dropout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_histo.files import STRICT
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What a classifier is made of; the default is one linear layer in place of the backbone's output layer.
+    """Configuration of a classification head; by default one linear layer in place of the backbone's output layer.
 
     Attributes:
         widths: outputs of the hidden layers, with a ReLU after each; empty for a linear classifier.
@@ -30,7 +30,7 @@ class HeadConfig:
             loss stays above 1.46, and the gradient vanishes where the classifier is sure, and wrong. For comparison
             with publications that did so; else leave the softmax to the loss.
 
-    Raises `HistoError` for parts that do not go together.
+    Raises `HistoError` for values that contradict each other.
     """
 
     __pydantic_config__ = STRICT
@@ -52,7 +52,7 @@ class HeadConfig:
 
     @classmethod
     def of(cls, options: ModelOptions) -> HeadConfig:
-        """The one that the options ask for. Raises `HistoError` for a list of widths that is none."""
+        """Configuration from options. Raises `HistoError` for `--head_widths` that can't be parsed."""
         widths: tuple[int, ...] = ()
         if options.head == "mlp":
             try:
@@ -79,30 +79,30 @@ class HeadConfig:
 class Head(nn.Sequential):
     """A classifier that is not plain: features (B, d) to logits (B, num_outputs).
 
-    Its parts are `output`, the backbone's own output layer where the design keeps it, and `layers`, which are new.
+    Its parts are `output`, the backbone's own output layer where the config keeps it, and `layers`, which are new.
     """
 
-    def __init__(self, design: HeadConfig, replaced: nn.Linear, num_outputs: int) -> None:
+    def __init__(self, config: HeadConfig, replaced: nn.Linear, num_outputs: int) -> None:
         super().__init__()
-        if design.on == "logits":
+        if config.on == "logits":
             self.add_module("output", replaced)
-        width = replaced.out_features if design.on == "logits" else replaced.in_features
+        width = replaced.out_features if config.on == "logits" else replaced.in_features
         layers: list[nn.Module] = []
-        for inputs, outputs in itertools.pairwise((width, *design.widths)):
+        for inputs, outputs in itertools.pairwise((width, *config.widths)):
             hidden = nn.Linear(inputs, outputs)
             nn.init.kaiming_normal_(hidden.weight, nonlinearity="relu")
             nn.init.zeros_(hidden.bias)
             layers += [hidden, nn.ReLU()]
             width = outputs
-        layers.append(_started(nn.Linear(width, num_outputs)))
-        if design.softmax:
+        layers.append(_initialized(nn.Linear(width, num_outputs)))
+        if config.softmax:
             layers.append(nn.Softmax(dim=-1))
         self.add_module("layers", nn.Sequential(*layers))
-        self.trained = ("output", "layers") if design.train_output_layer else ("layers",)
+        self.trained = ("output", "layers") if config.train_output_layer else ("layers",)
 
 
 def name_of(model: PreTrainedModel) -> str:
-    """Full name of what gives the logits, e.g. 'timm_model.fc' or 'classifier': a linear layer or a `Head`."""
+    """Full name of the module that computes the logits, e.g. 'timm_model.fc': a linear layer or a `Head`."""
     modules = dict(model.named_modules())
     whole = [name for name, module in modules.items() if isinstance(module, Head)]
     labels = model.config.num_labels
@@ -120,34 +120,34 @@ def trained(model: PreTrainedModel) -> list[str]:
 
 
 def module_of(model: nn.Module) -> nn.Module:
-    """What the backbone calls as its head: the layer, or peft's wrapper that holds the frozen and the trained copy."""
+    """The head as the backbone calls it: the layer, or peft's wrapper that holds the frozen and the trained copy."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
     return base.get_submodule(name_of(base).split(".modules_to_save.")[0])
 
 
-def attach(model: PreTrainedModel, design: HeadConfig, num_outputs: int) -> None:
+def attach(model: PreTrainedModel, config: HeadConfig, num_outputs: int) -> None:
     """Give the backbone a new classifier of `num_outputs` logits in place of its output layer, or on top of it.
 
-    The last layer starts with weights normal with deviation 0.01 and bias zero, so that training starts from even odds;
+    The last layer starts with weights normal with deviation 0.01 and bias zero, for equal probabilities at the start;
     hidden ones as He et al. 2015, "Delving deep into rectifiers".
 
     Args:
-        model: with an output layer of `num_outputs`, or its own one where the design stands on it.
-        design: of the classifier.
+        model: with an output layer of `num_outputs`, or its own one where the config stands on it.
+        config: of the classifier.
         num_outputs: 1 for a binary task.
 
     Raises `HistoError` for a softmax over a single output, which would be 1 whatever the image.
     """
-    if design.softmax and num_outputs == 1:
+    if config.softmax and num_outputs == 1:
         raise HistoError("--head_softmax is True for one logit, expected three classes or more; leave it out")
     name = name_of(model)
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    if design.is_plain:
-        _started(layer)
+    if config.is_plain:
+        _initialized(layer)
     else:
-        model.set_submodule(name, Head(design, layer, num_outputs))
+        model.set_submodule(name, Head(config, layer, num_outputs))
         model.config.num_labels = num_outputs
 
 
@@ -187,7 +187,7 @@ def add_dropout(model: PreTrainedModel, probability: float) -> None:
             module.register_forward_pre_hook(drop)
 
 
-def _started(layer: nn.Linear) -> nn.Linear:
+def _initialized(layer: nn.Linear) -> nn.Linear:
     nn.init.normal_(layer.weight, std=0.01)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

@@ -1,6 +1,6 @@
-"""Attention whose query, key and value are one layer (timm's `attn.qkv`), taken apart so that LoRA adapts just some.
+"""Fused query-key-value layers (timm's `attn.qkv`), split so that LoRA can adapt query, key or value alone.
 
-Put together again, a merged model is of the architecture that it was loaded as.
+Fused again, a merged model has the architecture that it was loaded with.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SLICES = ("q", "k", "v")
 
 
 class SplitLinear(nn.Module):
-    """A linear layer to 3 x d outputs as three to d, whose outputs it joins: the same numbers.
+    """A linear layer with 3 x d outputs as three layers with d, concatenated: the same numbers.
 
     Their names are q, k and v, so that `blocks.0.attn.qkv.q` is the query's layer.
     """
@@ -38,7 +38,7 @@ class SplitLinear(nn.Module):
         return torch.cat([self.get_submodule(name)(features) for name in SLICES], dim=-1)
 
     def fused(self) -> nn.Linear:
-        """The one layer again."""
+        """One layer with the weights of all three."""
         weights, biases = ([getattr(self.get_submodule(n), kind) for n in SLICES] for kind in ("weight", "bias"))
         layer = nn.Linear(weights[0].shape[1], 3 * len(weights[0]), bias=biases[0] is not None, device="meta")
         layer.weight = nn.Parameter(torch.cat(weights).detach())
@@ -48,12 +48,12 @@ class SplitLinear(nn.Module):
 
 
 def split(model: nn.Module, target_modules: str | Iterable[str]) -> list[str]:
-    """Take apart the fused layers of which a slice is a target, in place; the names of these slices.
+    """Split the fused layers of which a slice is a target, in place; return the names of these slices.
 
     Args:
         model: any.
-        target_modules: as peft takes it, a regex that must match a whole name, or names or their ends. One that matches
-            the fused layer as well means that.
+        target_modules: as peft takes it, a regex that must match a whole name, or names or their ends. If it
+            matches the fused layer as well, that one is adapted whole.
 
     Raises `HistoError` for a layer that the model reads without calling it, which LoRA would not reach.
     """
@@ -71,12 +71,12 @@ def split(model: nn.Module, target_modules: str | Iterable[str]) -> list[str]:
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether a fused layer of the model was taken apart."""
+    """Whether a fused layer of the model was split."""
     return any(isinstance(module, SplitLinear) for module in model.modules())
 
 
 def fuse(model: nn.Module) -> None:
-    """Put every layer together that was taken apart, in place. Adapters must have been merged before."""
+    """Fuse every split layer, in place. Adapters must have been merged before."""
     for name, module in list(model.named_modules()):
         if isinstance(module, SplitLinear):
             model.set_submodule(name, module.fused())

@@ -1,4 +1,4 @@
-"""Foundation models by short name: where their weights are, what they expect, and under which terms.
+"""Foundation models by short name: location of the weights, expected input, and license.
 
 An entry holds the configuration, as far as it matters for the shape of the model, so that it is built without a
 network. Names, sizes and arguments are those of the model cards and configurations on the Hub; where transformers and
@@ -24,7 +24,7 @@ CLIP: tuple[Triple, Triple] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954,
 # H-optimus was trained with statistics of its own slides.
 OPTIMUS: tuple[Triple, Triple] = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 
-# A ViT whose MLP is SwiGLU cannot be said in JSON but by an architecture of timm that has it; the rest is overridden.
+# A ViT with a SwiGLU MLP can't be declared in JSON, except by a timm architecture that has it; the rest is overridden.
 SWIGLU = "vit_giant_patch14_reg4_dinov2"
 
 

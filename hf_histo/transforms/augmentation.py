@@ -77,7 +77,7 @@ class Augmentation:
 PRESETS = {
     "none": Augmentation(),
     "flips": Augmentation(horizontal_flip=0.5, vertical_flip=0.5),
-    # The report's list: random resized crop, flips, color jitter. It gives no strengths; these keep at least half of
+    # Random resized crop, flips and color jitter, as in an unpublished report without strengths; these keep half of
     # the tissue in view and move color about as much as one scanner differs from the next.
     "crop-jitter": Augmentation(
         scale=(0.5, 1.0),
@@ -92,7 +92,7 @@ PRESETS = {
     # What CLIP is adapted with, e.g. by Zanella & Ben Ayed 2024 (arXiv 2405.18541) and Dausort et al. 2024 (arXiv
     # 2411.14975, their main.py).
     "resized-crop": Augmentation(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), horizontal_flip=0.5),
-    # The lab session's list: flip, rotation, affine.
+    # Flip, rotation and affine map, with strengths of our own.
     "affine": Augmentation(
         scale=(0.8, 1.0), horizontal_flip=0.5, vertical_flip=0.5, rotation=180.0, shear=10.0, translation=0.1
     ),

@@ -1,4 +1,4 @@
-"""How far an image's color is from that of the training centers: a warning before a prediction is believed."""
+"""Distance of an image's color from that of the training centers, as a warning beside a prediction."""
 
 from __future__ import annotations
 

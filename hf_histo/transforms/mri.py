@@ -1,4 +1,4 @@
-"""What a slice of an MRI volume needs before it is resized: applied to each image when it is read, in this order."""
+"""Preparation of MRI slices before the resize, applied to each image when it is read, in this order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a uint8 batch to what the backbone expects, as the backbone itself declares it."""
+"""Evaluation preprocessing: resize, crop and normalization as the backbone declares them."""
 
 from __future__ import annotations
 

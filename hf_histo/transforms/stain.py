@@ -1,4 +1,4 @@
-"""What one center's scanner and stain do to color, measured per center and taken out.
+"""Color normalization of acquisition centers: the effect of scanner and stain, measured per center and removed.
 
 A center's color is described by statistics in one of three spaces, and normalization is an affine map there, from the
 center's statistics to a reference:
@@ -12,7 +12,7 @@ center's statistics to a reference:
 Sources: Reinhard et al. 2001, "Color transfer between images", equations 10-11; Macenko et al. 2009, "A method for
 normalizing histology slides for quantitative analysis".
 
-The reference is the mean over the training centers, so every center is moved, and none is moved far. Labels are never
+The reference is the mean over the training centers, so every center moves, and none far. Labels are never
 used: the statistics of a center that training did not see come from its unlabeled images.
 """
 
@@ -80,7 +80,7 @@ class CenterNormalizer:
         return cls(method, reference, centers, tuple(centers))
 
     def extended(self, images: ImageTable) -> CenterNormalizer:
-        """Also knowing the centers of `images` that it does not know yet, measured from them alone."""
+        """A normalizer that also has the centers of `images` without statistics so far, measured on these images."""
         unknown = sorted(set(images.centers) - set(self.centers))
         if not unknown:
             return self
@@ -127,14 +127,14 @@ class CenterNormalizer:
         return flat[:, :3], flat[:, 3:].reshape(-1, 3, 3)
 
     def as_json(self) -> dict[str, Any]:
-        """For the sidecar, with the training centers only: the others are measured where they are predicted."""
+        """JSON for the sidecar, with the training centers only: others are measured where they are predicted."""
         every = {"reference": self.reference} | {str(center): self.centers[center] for center in self.training}
         numbers = {key: [list(found.location), *map(list, found.scale)] for key, found in every.items()}
         return {"method": self.method, **numbers}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> CenterNormalizer:
-        """From `as_json`. Raises ValueError, KeyError or TypeError for anything else."""
+        """Parse the output of `as_json`. Raises ValueError, KeyError or TypeError for anything else."""
         content = dict(content)
         method = content.pop("method")
         if method not in METHODS[1:]:
@@ -201,11 +201,11 @@ def _stains(center: int, pixels: list[NDArray[np.uint8]]) -> Statistics:
         maxima = estimator.maxCRef.double().numpy()
     except (RuntimeError, IndexError) as error:
         raise HistoError(
-            f"center {center}: no stains can be told in its images ({error}); use another method"
+            f"center {center}: no stains were found in its images ({error}), expected two; use another method"
         ) from None
     normal = np.cross(stains[:, 0], stains[:, 1])
     if not np.isfinite(maxima).all() or maxima.min() <= 0 or np.linalg.norm(normal) < MIN_STD:
-        raise HistoError(f"center {center}: no two stains can be told in its images; use another method")
+        raise HistoError(f"center {center}: no two stains were found in its images, expected two; use another method")
     columns = np.stack([stains[:, 0] * maxima[0], stains[:, 1] * maxima[1], normal / np.linalg.norm(normal)], axis=1)
     return Statistics((0.0, 0.0, 0.0), tuple(map(tuple, columns.tolist())))
 

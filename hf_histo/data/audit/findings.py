@@ -1,4 +1,4 @@
-"""What is wrong with a data set, before anything is trained: its composition, and a list of findings."""
+"""Audit of a data set before training: its composition, and a list of findings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HIDDEN = "(hidden)"  # stands for the label -1
 
 @dataclass(frozen=True)
 class Image:
-    """Which image: `id` as in the schema, `label` the name of its class, or "(hidden)"; `center` -1 if unknown."""
+    """Reference to an image: `id` as in the schema, `label` its class name or "(hidden)"; `center` -1 if unknown."""
 
     split: str
     id: str
@@ -30,7 +30,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong: a `kind` from the list in `audit`, the split it is in and, where two are involved, the
+    """One problem: a `kind` from the list in `audit`, the split it is in and, where two are involved, the
     `other` one, a sentence, and the images, those that belong together in one group."""
 
     kind: str
@@ -77,7 +77,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Audit:
-    """The composition of a data set, and what is wrong with it, gravest first."""
+    """Composition of a data set, and its findings, the most serious first."""
 
     classes: list[str]
     splits: list[Split]
@@ -104,7 +104,7 @@ class Audit:
 
 
 def audit(table: pd.DataFrame, classes: Sequence[str]) -> Audit:
-    """Judge a data set by its `inventory` and the names of its classes.
+    """Audit a data set from its `inventory` and the names of its classes.
 
     Kinds of findings, in this order:
 
@@ -117,7 +117,7 @@ def audit(table: pd.DataFrame, classes: Sequence[str]) -> Audit:
     - `blank`: images without any structure; `tiny`: with a side below 32 pixels
     - `size_shift`: two splits without one image size in common
     - `missing_class`: a class that other splits have; `imbalance`: a class 10 times as frequent as another
-    - `one_class_center`: a center of which a labeled split has one class only, so that its look gives the label away
+    - `one_class_center`: a center of which a labeled split has one class only: its appearance predicts the label
 
     Hidden labels conflict with none.
     """

@@ -1,4 +1,4 @@
-"""One pass over the pixels of a data set: a table of its images, and which of them are copies of each other."""
+"""Inventory of a data set in one pass over its pixels: statistics of each image, copies, and near images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIMILARITY = 0.95
 """Correlation of details from which on two images count as copies. Measured on 150 images of each of four data sets
 (brain MRI, H&E, two of cervical cytology): of the copies that were halved, doubled, or had their gamma changed to 0.7,
 all reach it, of those saved as JPEG of quality 30, 99%. Different images of the last three data sets stay below 0.85.
-Neighboring slices of one MRI volume reach it where one can hardly tell them apart; 0.8 relates more of them."""
+Neighboring slices of one MRI volume reach it where they look the same to a person; 0.8 relates more of them."""
 
 NEAR = 0.7
 """Correlation of details from which on two images, both upright, are taken for near ones, such as neighboring slices of
@@ -89,9 +89,7 @@ def inventory(data: datasets.DatasetDict, *, similarity: float = SIMILARITY, nea
     digests: list[bytes] = []
     measures = np.empty((total, 2 + 2 * len(CHANNELS)))
     hashes, details = np.empty((total, _TURNS), np.uint64), np.empty((total, _SIDE, _SIDE), np.float16)
-    for i, image in enumerate(
-        datasets.utils.tqdm(_images(data), total=total, desc="Looking at images", unit=" images")
-    ):
+    for i, image in enumerate(datasets.utils.tqdm(_images(data), total=total, desc="Measuring images", unit=" images")):
         digests.append(xxhash.xxh3_128_digest(np.array(image.shape).tobytes() + np.ascontiguousarray(image).tobytes()))
         measures[i] = *image.shape[:2], *image.mean((0, 1)), *image.std((0, 1))
         thumbnail = _thumbnail(image)
@@ -162,7 +160,7 @@ def _near(details: NDArray[np.float16], correlation: float) -> NDArray[np.int64]
     """The pairs (m, 2) of rows whose details correlate so much, the smaller row first."""
     flat = details.reshape(len(details), -1)
     pairs = [np.empty((0, 2), np.int64)]
-    for start in datasets.utils.tqdm(range(0, len(flat), 8 * _BLOCK), desc="Looking for near images"):
+    for start in datasets.utils.tqdm(range(0, len(flat), 8 * _BLOCK), desc="Comparing details"):
         rows = flat[start : start + 8 * _BLOCK].astype(np.float32)
         for other in range(start, len(flat), 8 * _BLOCK):
             found = np.argwhere(rows @ flat[other : other + 8 * _BLOCK].astype(np.float32).T >= correlation)
@@ -177,7 +175,7 @@ def _copies(hashes: NDArray[np.uint64], details: NDArray[np.float16], similarity
     Counting the bits that differ takes a few nanoseconds per pair and turn, so all pairs need no index of the hashes.
     """
     pairs = [np.empty((0, 2), np.int64)]
-    progress = datasets.utils.tqdm(total=len(hashes), desc="Looking for copies", unit=" images")
+    progress = datasets.utils.tqdm(total=len(hashes), desc="Searching for copies", unit=" images")
     for start in range(0, len(hashes), _BLOCK):
         for turn in range(_TURNS):
             turned = hashes[start : start + _BLOCK, turn]

@@ -1,4 +1,4 @@
-"""Figures of a data set and of what its audit found; in the style of `figures`."""
+"""Figures of a data set and of the findings of its audit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hf_histo.data.audit.findings import HIDDEN, Audit, Image
 from hf_histo.data.audit.near_duplicates import CHANNELS
 from hf_histo.data.schema import ImageTable
-from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing, say, short
+from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing, short, write_message
 
 # The palette, then a lighter shade of each; hidden labels are gray.
 SHADES = (*(to_rgb(color) for color in COLORS), *(tuple((x + 1) / 2 for x in to_rgb(color)) for color in COLORS))
@@ -132,7 +132,7 @@ def duplicates(audit: Audit, image_of: ImageOf, path: str | Path, n: int = 4) ->
     findings = [finding for finding in audit.findings if finding.kind in kinds]
     with drawing(path, 3.3 * n, max(1.5, 2.4 * len(findings))) as figure:
         if not findings:
-            return say(figure, "No image is a copy of another.")
+            return write_message(figure, "No image is a copy of another.")
         parts = np.atleast_1d(np.array(figure.subfigures(len(findings), 1, hspace=0.02)))
         for part, finding in zip(parts, findings, strict=True):
             part.suptitle(finding.message, x=0.01, ha="left", weight="bold", fontsize=11)

@@ -1,4 +1,4 @@
-"""How every figure looks, and how one is written; no display and none of pyplot's global state needed."""
+"""Style of all figures, and how one is written; needs neither a display nor pyplot's global state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from hf_histo.files import atomic_file
 
-# Told apart by colorblind readers too: Okabe & Ito 2008, "Color Universal Design", fig. 16, without black and yellow.
+# Distinguishable for colorblind readers: Okabe & Ito 2008, "Color Universal Design", fig. 16, without black and yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = tuple(product(("-", "--", "-."), COLORS))
 GRAY = "#666666"
@@ -46,10 +46,10 @@ def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def short(text: str, most: int = 22) -> str:
-    """The end of a long text, which is what tells names of files apart."""
+    """The end of a long text: names of files differ there."""
     return text if len(text) <= most else f"…{text[1 - most :]}"
 
 
-def say(figure: Figure, message: str) -> None:
+def write_message(figure: Figure, message: str) -> None:
     """Write `message` where there is nothing to draw."""
     figure.text(0.5, 0.5, message, ha="center", va="center", fontsize=14, color=GRAY)

@@ -15,7 +15,7 @@ from sklearn.metrics import confusion_matrix as count_confusions
 from sklearn.metrics import roc_curve as rates
 
 from hf_histo.errors import printable
-from hf_histo.evaluation.figures.style import COLORS, GRAY, LINES, drawing, say, short
+from hf_histo.evaluation.figures.style import COLORS, GRAY, LINES, drawing, short, write_message
 from hf_histo.evaluation.metrics.classification import SPECIFICITIES
 from hf_histo.evaluation.predictions import array, label_names, log_odds, predicted
 
@@ -39,7 +39,7 @@ def training_curve(log_history: Sequence[Mapping[str, float]], path: str | Path)
     shown = {title: series for title, series in panels.items() if logged & set(series)}
     with drawing(path, 7, 0.8 + 2.3 * max(1, len(shown))) as figure:
         if not shown:
-            return say(figure, "Nothing was logged.")
+            return write_message(figure, "Nothing was logged.")
         all_axes = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
         for axes, (title, series) in zip(all_axes, shown.items(), strict=True):
             for color, (key, name) in zip(COLORS, series.items(), strict=False):
@@ -69,7 +69,7 @@ def roc_curve(predictions_by_split: Mapping[str, pd.DataFrame], path: str | Path
             panels.setdefault(panel, {})[curve] = (labeled["label"] == c).to_numpy(), score
     with drawing(path, 5.2 * max(1, len(panels)), 5.2) as figure:
         if not panels:
-            return say(figure, "There are no predictions.")
+            return write_message(figure, "There are no predictions.")
         all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
             axes.plot([0, 1], [0, 1], color=GRAY, linestyle=":", linewidth=1)
@@ -97,7 +97,7 @@ def confusion_matrix(predictions: pd.DataFrame, path: str | Path, *, threshold: 
     side = 2.6 + 0.65 * max(3, len(names))
     with drawing(path, side + 0.8, side) as figure:
         if labeled.empty:
-            return say(figure, "No label is known.")
+            return write_message(figure, "No label is known.")
         truth, answer = labeled["label"].to_numpy(), predicted(labeled, threshold)
         counts = count_confusions(truth, answer, labels=range(len(names)))
         shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
@@ -145,7 +145,7 @@ def worst_errors(
     rows = max(1, -(-len(worst) // columns))
     with drawing(path, 2.0 * columns, 0.5 + 2.5 * rows) as figure:
         if worst.empty:
-            return say(figure, f"No error among {(labels >= 0).sum():,} labeled images.")
+            return write_message(figure, f"No error among {(labels >= 0).sum():,} labeled images.")
         total = f"{len(wrong):,} errors among {(labels >= 0).sum():,} images"
         figure.suptitle(
             f"The {len(worst)} most confident of {total}: true class, and the probability that it was given"

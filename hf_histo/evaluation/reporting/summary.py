@@ -1,4 +1,4 @@
-"""Several runs as one result: the mean and the deviation over seeds, and the worst of the held-out centers."""
+"""Summary of several runs: mean and deviation over seeds, and the worst of the held-out centers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def spread(values: Iterable[float | None]) -> Spread:
 
 
 def held_out(values: Mapping[int, Mapping[int, float | None]]) -> HeldOut:
-    """Sum up the values of a metric (None: undefined) by held-out center, then by seed; every center has every seed.
+    """Summarize the values of a metric (None: undefined) by held-out center, then by seed; every center has every seed.
 
     Raises HistoError where there is no center, or the seeds differ between centers.
     """

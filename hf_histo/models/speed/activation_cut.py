@@ -1,7 +1,7 @@
 """The frozen part of a model below its first trained layer, run once: its activations, on disk, memory-mapped.
 
 A model is not taken apart. It runs as it is, with every module that comes before the cut replaced by one that does
-nothing, and the stored activation put in at the cut. The replacements answer NaN: whatever goes around the cut, such as
+nothing, and the stored activation put in at the cut. The replacements return NaN: whatever bypasses the cut, such as
 a residual connection, makes the output NaN, and the cut is moved outwards until nothing does.
 """
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Call:
-    """Of a module in a forward pass: its name, the first tensor it was given, what it returned, and when."""
+    """A module's call in a forward pass: its name, first input tensor, output, and the order of start and end."""
 
     name: str
     module: nn.Module
@@ -69,7 +69,7 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a model can be entered with a stored activation instead of pixels.
+    """A point at which a model can take a stored activation instead of pixels.
 
     Attributes:
         module: name of the module whose input is stored.
@@ -102,7 +102,7 @@ class Cut:
 
     @contextmanager
     def entered(self, model: nn.Module) -> Iterator[None]:
-        """Within the block, `model(pixel_values=activations)` goes on from the cut."""
+        """Within the block, `model(pixel_values=activations)` continues from the cut."""
         stored: list[torch.Tensor] = []
 
         def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -142,8 +142,8 @@ def find(model: nn.Module, pixels: torch.Tensor) -> Cut | None:
 
     Args:
         model: called as `model(pixel_values=...)`, returns an object with `logits`.
-        pixels: a sample batch, float (B, 3, H, W), on the model's device. B is how a batch is known in shapes, so it
-            should be one that no layer has: 5, say.
+        pixels: a sample batch, float (B, 3, H, W), on the model's device. B identifies the batch dimension, so it
+            should be a size that no layer has, such as 5.
     """
     training = model.training
     with torch.random.fork_rng(), torch.no_grad():
@@ -263,7 +263,7 @@ class Store:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the activation of one image."""
+        """Shape of one image's activation."""
         return self.like.shape[1:]
 
     @property
