@@ -12,7 +12,20 @@ import pytest
 import hf_histo
 
 # `finetune` is the whole way once through, for the recipes: no stage may lean on it.
-STAGES = ("data", "transforms", "models", "training", "evaluation", "hub", "export", "inference", "finetune")
+STAGES = (
+    "data",
+    "transforms",
+    "models",
+    "training",
+    "evaluation",
+    "adapter",
+    "hub",
+    "export",
+    "inference",
+    "app",
+    "finetune",
+    "experiments",
+)
 BASE = ("config", "errors", "files", "launch")
 
 PACKAGE = Path(hf_histo.__file__).parent

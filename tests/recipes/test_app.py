@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import runpy
 import shutil
 import socket
 import subprocess
@@ -21,6 +20,7 @@ import pytest
 import yaml
 from miniature import write_adapter
 
+from hf_histo import app
 from hf_histo.inference import Classifier
 from hf_histo.transforms.color_shift import ColorRange
 
@@ -178,9 +178,8 @@ def test_an_answer_takes_bounded_memory(adapter: Path, tmp_path: Path) -> None:
     for name, side in (("large", 4000), ("larger", 10_000)):
         PIL.Image.new("1", (side, side)).save(tmp_path / f"{name}.png")
     code = (
-        "import resource, runpy, sys; from hf_histo.inference import Classifier\n"
-        "recipe, adapter, large, larger = sys.argv[1:]\n"
-        "answer = runpy.run_path(recipe, run_name='recipe')['answer']\n"
+        "import resource, sys; from hf_histo.app import answer; from hf_histo.inference import Classifier\n"
+        "adapter, large, larger = sys.argv[1:]\n"
         "classifier = Classifier.from_pretrained(adapter)\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak()\n"
@@ -190,7 +189,7 @@ def test_an_answer_takes_bounded_memory(adapter: Path, tmp_path: Path) -> None:
         "print(image.shape == heat.shape == (1024, 1024, 3), 'training centers' in remark)\n"
         "print(peak() - before)\n"
     )
-    command = [sys.executable, "-c", code, str(RECIPE), str(adapter)]
+    command = [sys.executable, "-c", code, str(adapter)]
     command += [str(tmp_path / f"{name}.png") for name in ("large", "larger")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     refusal, first, shown, second = done.stdout.splitlines()
@@ -203,13 +202,12 @@ def test_an_answer_takes_bounded_memory(adapter: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif("captum" in MISSING, reason="captum is not installed")
 def test_no_text_of_an_adapter_is_markdown(tmp_path: Path, backbone: Path) -> None:
     """Names of classes and the card are shown as text: nothing in them makes a browser fetch something."""
-    app = runpy.run_path(str(RECIPE), run_name="recipe")
     name = "![](http://example.org/a.png)<img src=x>"
     folder = write_adapter(tmp_path / "adapter", backbone, label_names=[name, f"{name}2"], colors=COLORS)
     data = picture(tmp_path / "patch.png", (0.7, 0.5, 0.7)).read_bytes()
-    *_, remark = app["answer"](Classifier.from_pretrained(folder), data)
+    *_, remark = app.answer(Classifier.from_pretrained(folder), data)
     (folder / "README.md").write_text(f"---\n---\n# Title\n{name}\n<details><summary>More</summary></details>\n")
-    card = app["card_of"](folder)
+    card = app.card_of(folder)
     for text in (remark, card):
         assert "example.org" in text
         assert "![" not in text
@@ -244,5 +242,5 @@ def test_a_space_holds_all_that_it_needs(space: Path) -> None:
 def test_the_card_of_the_page_has_no_broken_figures(tmp_path: Path) -> None:
     figure = "![Confusion matrix of val](figures/confusion_val.png)"
     (tmp_path / "README.md").write_text(f"---\nlicense: mit\n---\n\n# Title\n\n{figure}\n\nText.\n")
-    card = runpy.run_path(str(RECIPE), run_name="recipe")["card_of"](tmp_path)
+    card = app.card_of(tmp_path)
     assert card.split() == ["#", "Title", "Text."]

@@ -30,8 +30,8 @@ def inputs(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "predict.py --adapter adapter --data data --output data/train.h5",
         "predict.py --adapter adapter --data data --output adapter/metrics.json",
         "predict.py --adapter adapter --data data --output out.csv --explain data/val.h5",
-        "evaluate.py --predictions out/predictions/test.parquet --output_dir out",
-        "evaluate.py --predictions out/predictions/test.parquet --output_dir report --submission "
+        "evaluate_predictions.py --predictions out/predictions/test.parquet --output_dir out",
+        "evaluate_predictions.py --predictions out/predictions/test.parquet --output_dir report --submission "
         "out/predictions/test.parquet",
         "audit.py --data data --output_dir data",
         "audit.py --data data --adapter adapter --output_dir adapter --overwrite",

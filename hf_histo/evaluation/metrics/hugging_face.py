@@ -1,7 +1,7 @@
 """The metrics as Hugging Face evaluate knows them.
 
-Nothing else in the package imports this module: `import evaluate` takes seconds, and where a script in `recipes/` runs,
-it would find `recipes/evaluate.py`. A Trainer takes `hf_histo.evaluation.metrics.classification.for_trainer` instead.
+Nothing else in the package imports this module: `import evaluate` takes seconds. A Trainer takes
+`hf_histo.evaluation.metrics.classification.for_trainer` instead.
 """
 
 from __future__ import annotations

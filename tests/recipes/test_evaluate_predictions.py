@@ -15,7 +15,7 @@ from hf_histo.evaluation import predictions as tables
 from hf_histo.evaluation.ensembling import average
 from hf_histo.evaluation.metrics import classification
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate.py"
+RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate_predictions.py"
 
 
 def evaluate(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -1,24 +1,4 @@
-"""Evaluate predictions: metrics with 95% intervals, calibration, per acquisition center, and figures.
-
-    python recipes/evaluate.py --predictions output/predictions/test.parquet --output_dir report
-    python recipes/evaluate.py --predictions a/val.parquet a/test.parquet --output_dir report --threshold 0.4
-    python recipes/evaluate.py --predictions a/test.parquet --calibrate_on a/val.parquet --threshold_on a/val.parquet \\
-        --output_dir report
-    python recipes/evaluate.py --predictions a/test.parquet b/test.parquet --ensemble --balanced --output_dir report \\
-        --calibrate_on a/val.parquet b/val.parquet --submission preds.csv
-
-A predictions file is what a training recipe writes, one for each split; its name, without the suffix, is the name of
-the split here. With `--ensemble`, all files are predictions of one split by different models, and so are those of
-`--calibrate_on` and `--threshold_on`. First the temperature is fitted and applied, then the threshold is chosen. All
-files must have the same classes in the same order. `--balanced` is transductive: its threshold is found on the
-evaluated images themselves, without their labels, and is none for other images; the results are marked so.
-
-Into the output folder go `metrics.json`, `roc.png`, and for each split `confusion_<split>.png`,
-`reliability_<split>.png` and `predictions/<split>.parquet`, the predictions as evaluated. For each split,
-`metrics.json` has the values of `classification.report`, "transductive" with "threshold" among them where
-that is so, and "threshold_choice": how the threshold was chosen and from which files. Neither a GPU nor the images are
-needed.
-"""
+"""Files of predictions as a command: metrics, calibration, thresholds, ensembles, figures."""
 
 from __future__ import annotations
 
@@ -36,11 +16,10 @@ from hf_histo.evaluation.ensembling import average
 from hf_histo.evaluation.metrics.classification import report
 from hf_histo.evaluation.reporting.report import center_table, confusion_matrix, roc_curve, table, transductive
 from hf_histo.files import require_output, write_json
-from hf_histo.launch import run
 
 
-def parse() -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+def parse(usage: str | None) -> Namespace:
+    parser = ArgumentParser(description=usage, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--predictions", nargs="+", required=True, help="predictions files, one for each split")
     parser.add_argument("--output_dir", required=True, type=Path, help="folder for metrics.json and the figures")
     parser.add_argument("--ensemble", action="store_true", help="average the files, of one split by several models")
@@ -90,8 +69,8 @@ def check_classes(where: str, predictions: pd.DataFrame, names: list[str]) -> No
         )
 
 
-def main() -> None:
-    options = parse()
+def main(usage: str | None) -> None:
+    options = parse(usage)
     output = options.output_dir
     if (output / "metrics.json").exists() and not options.overwrite:
         raise HistoError(f"--output_dir {output} already holds a metrics.json: pass another folder or --overwrite")
@@ -173,7 +152,3 @@ def main() -> None:
     roc_curve(splits, output / "roc.png")
     write_json(output / "metrics.json", metrics)  # last, so that its presence means that all is there
     print(f"\nwrote {output / 'metrics.json'} and {2 * len(splits) + 1} figures")
-
-
-if __name__ == "__main__":
-    run(main)

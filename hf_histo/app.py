@@ -1,0 +1,209 @@
+"""The page of `recipes/app.py`: what it shows of an image, and the Space of the Hub that runs it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shutil
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from torchvision.transforms.v2 import functional
+
+import hf_histo
+from hf_histo import hub
+from hf_histo.adapter.sidecar import SIDECAR, Sidecar
+from hf_histo.data.schema import decode
+from hf_histo.errors import HistoError
+from hf_histo.evaluation.figures.explanation import blend
+from hf_histo.evaluation.predictions import array
+from hf_histo.evaluation.reporting.documents import plain
+from hf_histo.files import atomic_folder, require_output
+from hf_histo.inference import Classifier
+
+MAX_BYTES = 64 * 2**20  # of an uploaded file
+MAX_PIXELS = 16_000_000  # of an image in it; an answer then takes less than 2 GiB
+SHOWN = 1024  # pixels on a side of what the page shows, at most
+# The program of a Space, beside its adapter and this package.
+SPACE_APP = '''"""A page for the adapter in this folder."""
+
+from pathlib import Path
+
+from hf_histo import app
+from hf_histo.launch import run
+
+
+def main() -> None:
+    app.main(__doc__, Path(__file__).parent / "adapter")
+
+
+if __name__ == "__main__":
+    run(main)
+'''
+STYLE = """
+.gradio-container {max-width: 1080px !important; margin: auto}
+.image-frame img, .image-container img {width: 100%; height: 100%; object-fit: contain}
+"""
+
+
+def main(usage: str | None, beside: Path) -> None:
+    """Show the page, or write a Space; `beside` is the adapter that is shown by default, where it exists."""
+    parser = ArgumentParser(description=usage, formatter_class=RawDescriptionHelpFormatter)
+    default = str(beside) if (beside / SIDECAR).is_file() else None
+    parser.add_argument(
+        "--adapter", required=not default, default=default, help="adapter folder, or its name on the Hub"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of an adapter on the Hub")
+    parser.add_argument("--backbone", help="the base model, where it is no longer where the adapter was trained")
+    parser.add_argument("--port", type=int, help="of the page (default: the first free one from 7860 on)")
+    parser.add_argument(
+        "--space_dir", type=Path, help="write a Space of the Hub into this folder, which must not exist"
+    )
+    options = parser.parse_args()
+
+    folder = hub.fetch(options.adapter, options.revision)
+    if options.space_dir:
+        return write_space(options.space_dir, folder)
+    try:
+        import gradio
+    except ImportError:
+        raise HistoError("the page needs gradio: pip install hf_histo[app]") from None
+    classifier = Classifier.from_pretrained(folder, backbone=options.backbone)
+    page(gradio, classifier, card_of(folder)).launch(server_port=options.port, css=STYLE, max_file_size=MAX_BYTES)
+
+
+def card_of(folder: Path) -> str:
+    """The model card without its metadata, and without images, whose files the page does not serve.
+
+    Other images and HTML are shown as text: a page must not fetch what somebody's card names.
+    """
+    text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[-1]
+    text = re.sub(r"^!\[.*\]\(figures/.*\)$", "", text, flags=re.MULTILINE)
+    return re.sub(r"<(?!/?(details|summary)>)", "&lt;", text.replace("![", "!\\["))
+
+
+def answer(
+    classifier: Classifier, data: bytes | None
+) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None, dict[str, float] | None, str]:
+    """What the page shows of an image file: the image, where the model looks, the probabilities, a remark in Markdown.
+
+    The file is read by this package's decoder and by no other. The images are uint8 (H, W, 3), at most `SHOWN` pixels
+    on a side. Of a file that can't be read or has more than `MAX_PIXELS`, there is only the remark that says so.
+    """
+    if data is None:
+        return None, None, None, ""
+    sidecar = classifier.sidecar
+    names = sidecar.label_names
+    try:
+        image = decode(data, "the file", sidecar.preprocessing.gray_bits, max_pixels=MAX_PIXELS)
+        table = classifier(image)
+        chosen = str(table["predicted"][0])
+        heat = torch.from_numpy(classifier.explain(image, [names.index(chosen)])[0])
+    except HistoError as error:
+        return None, None, None, f"**No answer.** {plain(error)}"
+    calibrated = np.atleast_1d(np.array(table["calibrated"].tolist()[0]))
+    probabilities = calibrated if len(calibrated) > 1 else np.array([1 - calibrated[0], calibrated[0]])
+    decision = f"**{plain(chosen)}**"
+    if len(array(table, "logit").shape) == 1:
+        decision += f" at a threshold of {sidecar.threshold:.2f} on the probability of {plain(names[1])}"
+    shown = small(image).permute(1, 2, 0).numpy()
+    return (
+        shown,
+        blend(shown, small(heat[None])[0].numpy()),
+        dict(zip(names, probabilities.tolist(), strict=True)),
+        f"{decision}\n\n{color_warning(classifier, image)}",
+    )
+
+
+def small(image: torch.Tensor) -> torch.Tensor:
+    """The image (C, H, W) with its longer side at most `SHOWN` pixels."""
+    height, width = image.shape[-2:]
+    scale = min(1, SHOWN / max(height, width))
+    size = [max(1, round(side * scale)) for side in (height, width)]
+    return functional.resize(image, size, antialias=True)
+
+
+def page(gradio: Any, classifier: Classifier, card: str) -> Any:
+    """The page, not yet started. What is uploaded is deleted within two hours."""
+    names = classifier.sidecar.label_names
+    with gradio.Blocks(title=" / ".join(names), delete_cache=(3600, 3600)) as blocks:
+        gradio.Markdown(
+            f"# {plain(' / '.join(names))}\nDrop an image of at most {MAX_PIXELS // 10**6} megapixels and "
+            f"{MAX_BYTES // 2**20} MiB. For research; not a medical device."
+        )
+        with gradio.Row():
+            with gradio.Column():
+                # Not gradio.Image: its decoder opens whatever PIL knows, some of it by other programs.
+                file = gradio.File(label="Image file", type="binary")
+                image = gradio.Image(label="Image", interactive=False, height=360)
+            with gradio.Column():
+                probabilities = gradio.Label(label="Calibrated probability")
+                remark = gradio.Markdown(elem_id="remark")
+                heat = gradio.Image(label="What speaks for the predicted class", interactive=False, height=360)
+        with gradio.Accordion("Model card", open=False):
+            gradio.Markdown(card)
+        # One at a time, which bounds the memory.
+        shown = [image, heat, probabilities, remark]
+        file.change(partial(answer, classifier), file, shown, concurrency_limit=1, api_name="answer")
+    return blocks
+
+
+def color_warning(classifier: Classifier, image: torch.Tensor) -> str:
+    """A line of Markdown on the distance of the color of a uint8 image (3, H, W) from the training centers'."""
+    colors = classifier.sidecar.colors
+    if colors is None:
+        return "The adapter does not hold the color of its training images: no check of the color."
+    distance = colors.distance(image)
+    measured = f"(distance {distance:.1f}; 99% of the training images are within {colors.limit:.1f})"
+    if distance > colors.limit:
+        return (
+            f"\u26a0\ufe0f **The color is unlike that of the training centers** {measured}. The answer may be "
+            "wrong: look at the scanner, the stain and the white balance."
+        )
+    return f"The color is like that of the training centers {measured}."
+
+
+def write_space(target: Path, adapter: Path) -> None:
+    """Write a folder that runs as a Space: app.py, the adapter, the package, what to install, and a README."""
+    require_output(target, [adapter], folder=True)
+    sidecar = Sidecar.read(adapter)
+    if Path(sidecar.backbone["name"]).is_absolute() and sidecar.method != "full":
+        raise HistoError(
+            f"--space_dir {target}: the backbone is the local folder {sidecar.backbone['name']}, which a Space does "
+            "not have; expected 'builtin' or a name on the Hub: push.py --hub_base_model tells one, then give what was "
+            "pushed as --adapter"
+        )
+    if target.exists():
+        raise HistoError(f"--space_dir {target} exists already; choose another one, or remove it")
+    import gradio
+
+    title = " or ".join(sidecar.label_names)
+    settings = {"title": title, "sdk": "gradio", "sdk_version": gradio.__version__}
+    settings |= {"python_version": "{}.{}".format(*sys.version_info), "app_file": "app.py"}
+    needs = [
+        text
+        for text in importlib.metadata.requires("hf_histo") or []
+        if "extra ==" not in text or "extra == 'app'" in text or 'extra == "app"' in text
+    ]
+    with atomic_folder(target) as folder:
+        for name, content in hub.in_public(adapter, "adapter").items():
+            file = folder / "adapter" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        shutil.copytree(
+            Path(hf_histo.__file__).parent, folder / "hf_histo", ignore=shutil.ignore_patterns("__pycache__")
+        )
+        (folder / "app.py").write_text(SPACE_APP, encoding="utf-8")
+        (folder / "requirements.txt").write_text("\n".join(text.split(";")[0].strip() for text in needs) + "\n")
+        (folder / "README.md").write_text(
+            f"---\n{yaml.safe_dump(settings, sort_keys=False)}---\n\n# {title}\n\n"
+            "A page for an adapter of hf_histo, in `adapter/`. For research; not a medical device.\n"
+        )
+    print(f"Space: {target}")

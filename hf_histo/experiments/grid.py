@@ -1,0 +1,233 @@
+"""Many runs as one result: cells (config × seed × fold), each trained once, by as many processes as there are.
+
+Whoever trains a cell holds a lock on a file beside its folder, which the system releases when the process dies. So the
+same command resumes where an earlier one was stopped, several launches on one folder divide its cells, and the cell of
+a process that was killed is taken up by another one. Workers and jobs of a cluster do the same from one command.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import yaml
+from filelock import FileLock, Timeout
+
+from hf_histo import launch
+from hf_histo.config import Config, option
+from hf_histo.errors import HistoError
+from hf_histo.files import atomic_file, write_json
+from hf_histo.finetune import Result, fine_tune
+from hf_histo.training import run_folder
+
+POLL = 1.0  # seconds between two looks at cells that other processes train
+
+
+@dataclass(kw_only=True)
+class Sharing:
+    """Options of every experiment: which processes train its cells."""
+
+    workers: int = option(1, "processes, or jobs of --cluster, that share the runs; 1: this process, in order")
+    cluster: Literal["slurm", "local"] | None = option(
+        None, "run the workers as jobs of SLURM, or as processes of submitit: pip install hf_histo[slurm]"
+    )
+    job_parameters: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "of the jobs, NAME=VALUE as submitit names them: timeout_min=240 slurm_partition=gpu "
+            "gpus_per_node=1 cpus_per_task=8 (default: submitit's)"
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of an experiment: its options, with the folder that it is trained in, and its data."""
+
+    name: str
+    config: Config
+    data: datasets.DatasetDict
+
+
+def cell(config: Config, data: datasets.DatasetDict, folder: Path, seed: int) -> Cell:
+    """A run of `config` in `folder`, by the name of which it is reported."""
+    return Cell(folder.name, config.at(folder, seed), data)
+
+
+def train(
+    cells: Sequence[Cell],
+    folder: Path,
+    sharing: Sharing,
+    *,
+    describe: Callable[[Cell, Result], str] | None = None,
+) -> list[Result]:
+    """Train the cells, those that are finished excepted, and return their results in order.
+
+    Args:
+        cells: with folders of their own.
+        folder: of the experiment, for the logs of jobs.
+        sharing: the processes that train; by default this one alone does, in the order of the cells.
+        describe: the line that is printed when a cell is done.
+
+    Raises HistoError as `fine_tune` does, for impossible `sharing`, and where a worker ended without finishing.
+    """
+    _check(cells, sharing)
+    if sharing.workers > 1 or sharing.cluster:
+        (_submit if sharing.cluster else _start)(cells, folder, sharing)
+        if missing := [cell.name for cell in cells if not run_folder.is_finished(run_folder.folder_of(cell.config))]:
+            raise HistoError(
+                f"{len(missing)} of {len(cells)} runs did not finish, the first is {missing[0]}: its worker's error is "
+                f"{f'in {_logs(folder)}' if sharing.cluster else 'above'}; the same command resumes"
+            )
+    return _train(cells, describe)
+
+
+def seeds(config: Config, count: int) -> range:
+    """`count` seeds from `--seed`. Raises HistoError for fewer than one."""
+    if count < 1:
+        raise HistoError(f"--seeds is {count}, expected at least 1")
+    return range(config.training.seed, config.training.seed + count)
+
+
+def write(folder: Path, name: str, content: Mapping[str, Any], text: str) -> None:
+    """Print `text`, a table in Markdown, and write it and `content` into NAME.md and NAME.json."""
+    print("\n" + text)
+    with atomic_file(folder / f"{name}.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    write_json(folder / f"{name}.json", content)
+
+
+def _train(cells: Sequence[Cell], describe: Callable[[Cell, Result], str] | None = None) -> list[Result]:
+    """Train the cells that no other process does, in order, until all of them are finished."""
+    results: dict[int, Result] = {}
+    while len(results) < len(cells):
+        before = len(results)
+        for place, cell in enumerate(cells):
+            if place in results:
+                continue
+            with _claimed(cell) as is_ours:
+                if not is_ours:
+                    continue
+                results[place] = fine_tune(cell.config, cell.data)
+            if describe and launch.is_main_process():
+                print(describe(cell, results[place]), flush=True)
+        if len(results) == before:
+            time.sleep(POLL)
+    return [results[place] for place in range(len(cells))]
+
+
+@contextmanager
+def _claimed(cell: Cell) -> Iterator[bool]:
+    """Whether this process may train the cell, until the end of the block.
+
+    The processes of one launch train together; they do not share with other launches, which `fine_tune` refuses.
+    """
+    if launch.process().num_processes > 1:
+        yield True
+        return
+    folder = run_folder.folder_of(cell.config).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f".{folder.name}.cell.lock", blocking=False)  # .NAME.lock is the run's own
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _check(cells: Sequence[Cell], sharing: Sharing) -> None:
+    if sharing.workers < 1:
+        raise HistoError(f"--workers is {sharing.workers}, expected at least 1")
+    if sharing.job_parameters and not sharing.cluster:
+        raise HistoError("--job_parameters is for --cluster, which is missing: add it, or leave them out")
+    if sharing.workers == 1 and not sharing.cluster:
+        return
+    if launch.process().num_processes > 1:
+        raise HistoError("--workers and --cluster start processes of one run each, found a launch of several; use one")
+    if any(cell.config.output.overwrite_output_dir for cell in cells):
+        raise HistoError("--overwrite_output_dir would delete what other workers finished; delete the folder instead")
+
+
+def _start(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
+    """Train the cells in processes of this machine, and wait for these. The GPUs are divided among them."""
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_work, args=(cells, number)) for number in range(sharing.workers)]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()  # it writes a checkpoint
+                worker.join()
+
+
+def _work(cells: Sequence[Cell], number: int = 0) -> None:
+    """Be a worker of `_start` or of a job."""
+    launch.use_gpu(number)
+    launch.run(lambda: _train(cells) and None)
+
+
+def _submit(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
+    """Train the cells in jobs, and wait for these."""
+    try:
+        from submitit import AutoExecutor
+        from submitit.core.utils import UncompletedJobError
+    except ImportError:
+        raise HistoError("--cluster needs submitit: pip install hf_histo[slurm]") from None
+    try:
+        executor = AutoExecutor(_logs(folder), cluster=sharing.cluster)
+        executor.update_parameters(**_parameters(sharing.job_parameters))
+    except (RuntimeError, NameError, TypeError, ValueError) as error:
+        raise HistoError(f"--cluster {sharing.cluster}: {' '.join(str(error).split())}") from None
+    jobs = [executor.submit(Job(cells)) for _ in range(sharing.workers)]
+    print(f"jobs {', '.join(job.job_id for job in jobs)}, logs in {_logs(folder)}", flush=True)
+    try:
+        for job in jobs:
+            try:
+                job.wait()
+            except UncompletedJobError:
+                continue  # killed: another job takes its cells, or the caller reports them
+    except BaseException:
+        for job in jobs:
+            job.cancel(check=False)
+        raise
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job of a cluster calls: a worker, queued again where its time is up or it is preempted."""
+
+    cells: Sequence[Cell]
+
+    def __call__(self) -> None:
+        _work(self.cells)
+
+    def checkpoint(self) -> Any:
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def _logs(folder: Path) -> Path:
+    return folder / ".jobs"
+
+
+def _parameters(given: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE by name, the values as YAML reads them."""
+    found = dict(parameter.partition("=")[::2] for parameter in given)
+    if wrong := [parameter for parameter in given if "=" not in parameter]:
+        raise HistoError(f"--job_parameters {wrong[0]}: expected NAME=VALUE, such as timeout_min=240")
+    return {name: yaml.safe_load(value) for name, value in found.items()}

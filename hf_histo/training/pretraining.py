@@ -1,0 +1,160 @@
+"""Pretraining of the packaged backbone on procedural patterns."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import (
+    AutoModelForImageClassification,
+    EvalPrediction,
+    TimmWrapperConfig,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_histo.data.synthetic.patterns import CLASSES, PROCESSES, pattern
+from hf_histo.errors import HistoError
+from hf_histo.files import atomic_folder
+
+SIZE, BATCH = 96, 128
+
+
+def main(usage: str | None) -> None:
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="new folder for the backbone")
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps, 128 images each")
+    parser.add_argument("--images", type=int, default=8000, help="training patterns; a tenth more are held out")
+    parser.add_argument("--learning_rate", type=float, default=3e-3, help="the peak of AdamW's cosine schedule")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.output_dir.exists():
+        raise HistoError(f"--output_dir={args.output_dir}: exists, expected a new folder; remove it or choose another")
+    if args.steps < 1 or args.images < 10:
+        raise HistoError(f"--steps={args.steps} --images={args.images}: expected at least 1 and 10; raise them")
+
+    set_seed(args.seed)
+    model = AutoModelForImageClassification.from_config(config())
+    model.to(memory_format=torch.channels_last)
+    patterns = draw(args.seed, args.images + args.images // 10)
+    with atomic_folder(args.output_dir) as folder:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=str(folder),
+                max_steps=args.steps,
+                per_device_train_batch_size=BATCH,
+                per_device_eval_batch_size=BATCH,
+                learning_rate=args.learning_rate,
+                weight_decay=0.02,
+                lr_scheduler_type="cosine",
+                warmup_steps=0.1,
+                bf16=True,
+                use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU has to be asked for
+                seed=args.seed,
+                logging_steps=100,
+                save_strategy="no",
+                remove_unused_columns=False,
+            ),
+            data_collator=colored,
+            train_dataset=patterns[: args.images],
+            eval_dataset=patterns[args.images :],
+            compute_metrics=accuracy,
+        )
+        trainer.train()
+        estimate_batch_norm(model, trainer)
+        measured = trainer.evaluate()["eval_accuracy"]
+        model.config.pretrained_cfg["made_by"] = {
+            "command": f"python recipes/pretrain_backbone.py --steps {args.steps} --images {args.images} "
+            f"--learning_rate {args.learning_rate} --seed {args.seed}",
+            "pretext": f"{CLASSES} classes of procedural patterns",
+            "pretext_accuracy": round(measured, 4),
+            "versions": {
+                "python": platform.python_version(),
+                **{m.__name__: m.__version__ for m in (torch, timm, transformers, np)},
+            },
+        }
+        model.config.problem_type = None  # what the loss inferred here would refuse num_labels=1 on loading
+        model.half().save_pretrained(folder)
+    print(f"held-out accuracy {measured:.3f} on {CLASSES} classes (chance {1 / CLASSES:.3f}): {args.output_dir}")
+
+
+def config() -> TimmWrapperConfig:
+    """The architecture, and the preprocessing that the backbone declares."""
+    names = [f"{process.__name__[1:]}_{level}" for process in PROCESSES for level in range(4)]
+    return TimmWrapperConfig.from_dict(
+        {
+            "architecture": "resnet10t",
+            "model_args": {"channels": [32, 64, 128, 256]},
+            "num_classes": CLASSES,
+            "label_names": names,
+            "num_features": 256,
+            "pretrained_cfg": {
+                "tag": "procedural",
+                "input_size": [3, SIZE, SIZE],
+                "fixed_input_size": False,
+                "interpolation": "bilinear",
+                "crop_pct": 1.0,
+                "crop_mode": "center",
+                "mean": [0.5, 0.5, 0.5],
+                "std": [0.5, 0.5, 0.5],
+                "pool_size": [3, 3],
+                "first_conv": "conv1.0",
+                "classifier": "fc",
+                "license": "apache-2.0",
+            },
+        }
+    )
+
+
+def draw(seed: int, count: int) -> list[dict[str, Any]]:
+    """Gray patterns, uint8 (112, 112), the classes in turn."""
+    return [
+        {
+            "gray": torch.from_numpy(pattern(np.random.default_rng([seed, index]), index % CLASSES)),
+            "labels": index % CLASSES,
+        }
+        for index in tqdm(range(count), desc="patterns", unit="image")
+    ]
+
+
+def colored(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch under random crops, flips and colors: `pixel_values` float32 (n, 3, 96, 96) in -1..1, and `labels`."""
+    gray = torch.stack([crop(row["gray"]) for row in rows]).unsqueeze(1) / 255
+    dark, middle, bright = torch.rand(3, len(rows), 3, 1, 1)
+    image = dark * (1 - gray) ** 2 + middle * 2 * gray * (1 - gray) + bright * gray**2
+    image += 0.03 * torch.rand(len(rows), 1, 1, 1) * torch.randn_like(image)
+    return {
+        "pixel_values": (2 * image.clamp(0, 1) - 1).contiguous(memory_format=torch.channels_last),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }
+
+
+def crop(gray: torch.Tensor) -> torch.Tensor:
+    top, left = torch.randint(gray.shape[-1] - SIZE + 1, (2,)).tolist()
+    turned = torch.rot90(gray[top : top + SIZE, left : left + SIZE], int(torch.randint(4, ())))
+    return turned.T if torch.rand(()) < 0.5 else turned
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((np.argmax(prediction.predictions, axis=1) == prediction.label_ids).mean())}
+
+
+@torch.no_grad()
+def estimate_batch_norm(model: torch.nn.Module, trainer: Trainer, batches: int = 50) -> None:
+    """Replace the running statistics, which lag behind the weights, by their mean over some batches in fp32."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # a plain average
+    model.train()
+    for _, batch in zip(range(batches), trainer.get_train_dataloader(), strict=False):
+        model(batch["pixel_values"])
