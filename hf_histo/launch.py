@@ -34,7 +34,7 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], object]) -> None:
     """Run a recipe's `main`; end in one clear line on standard error and a non-zero exit where it fails.
 
     `HistoError` and `OSError` (a full disk, a read-only folder) exit with 1; SIGTERM and Ctrl-C with 128 and their
@@ -42,7 +42,8 @@ def run(main: Callable[[], None]) -> None:
     variable `HF_HISTO_TRACEBACK` is 1, and for any other exception, which is a bug.
     """
     if os.environ.get("HF_HISTO_TRACEBACK") == "1":
-        return main()
+        main()
+        return
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         main()
@@ -79,6 +80,17 @@ def use_cpu() -> bool:
     """Whether the launcher asks for the CPU, or there is no accelerator."""
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return asked or not torch.accelerator.is_available()
+
+
+def use_gpu(number: int) -> None:
+    """Let this process see one GPU alone where there are several: the one of this number, counted round.
+
+    To be called before anything uses a GPU.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(gpu) for gpu in range(torch.cuda.device_count())] if visible is None else visible.split(",")
+    if len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
 
 
 def process() -> PartialState:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +23,12 @@ from filelock import FileLock, Timeout
 from hf_histo import launch
 from hf_histo.config import Config, option
 from hf_histo.errors import HistoError
+from hf_histo.evaluation.reporting.summary import METRICS
 from hf_histo.files import atomic_file, write_json
 from hf_histo.finetune import Result, fine_tune
 from hf_histo.training import run_folder
 
+MINUTES = 24 * 60  # of a job, where nothing else is asked for: submitit's default is 5
 POLL = 1.0  # seconds between two looks at cells that other processes train
 
 
@@ -41,7 +44,7 @@ class Sharing:
         default_factory=list,
         metadata={
             "help": "of the jobs, NAME=VALUE as submitit names them: timeout_min=240 slurm_partition=gpu "
-            "gpus_per_node=1 cpus_per_task=8 (default: submitit's)"
+            "gpus_per_node=1 cpus_per_task=8 (default: a day, and else submitit's)"
         },
     )
 
@@ -93,6 +96,12 @@ def seeds(config: Config, count: int) -> range:
     if count < 1:
         raise HistoError(f"--seeds is {count}, expected at least 1")
     return range(config.training.seed, config.training.seed + count)
+
+
+def on_test(result: Result) -> dict[str, float | None]:
+    """The metrics of `summary.METRICS` on `test`; None where one is undefined."""
+    overall = result.metrics["splits"]["test"]["overall"]
+    return {metric: overall[metric]["value"] for metric in METRICS}
 
 
 def write(folder: Path, name: str, content: Mapping[str, Any], text: str) -> None:
@@ -177,29 +186,25 @@ def _start(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
 def _work(cells: Sequence[Cell], number: int = 0) -> None:
     """Be a worker of `_start` or of a job."""
     launch.use_gpu(number)
-    launch.run(lambda: _train(cells) and None)
+    launch.run(partial(_train, cells))
 
 
 def _submit(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
     """Train the cells in jobs, and wait for these."""
     try:
         from submitit import AutoExecutor
-        from submitit.core.utils import UncompletedJobError
     except ImportError:
         raise HistoError("--cluster needs submitit: pip install hf_histo[slurm]") from None
     try:
         executor = AutoExecutor(_logs(folder), cluster=sharing.cluster)
-        executor.update_parameters(**_parameters(sharing.job_parameters))
-    except (RuntimeError, NameError, TypeError, ValueError) as error:
+        executor.update_parameters(**{"timeout_min": MINUTES} | _parameters(sharing.job_parameters))
+    except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
         raise HistoError(f"--cluster {sharing.cluster}: {' '.join(str(error).split())}") from None
     jobs = [executor.submit(Job(cells)) for _ in range(sharing.workers)]
     print(f"jobs {', '.join(job.job_id for job in jobs)}, logs in {_logs(folder)}", flush=True)
     try:
         for job in jobs:
-            try:
-                job.wait()
-            except UncompletedJobError:
-                continue  # killed: another job takes its cells, or the caller reports them
+            job.wait()
     except BaseException:
         for job in jobs:
             job.cancel(check=False)

@@ -1,0 +1,104 @@
+"""Each of k folds held out in turn, no copy of an image on two sides, and how good the result is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hf_histo import launch
+from hf_histo.config import Config, option
+from hf_histo.data.load import fingerprint, load
+from hf_histo.data.protocol import refuse
+from hf_histo.data.splits.folds import k_folds
+from hf_histo.data.splits.leakage import grouped
+from hf_histo.evaluation import predictions
+from hf_histo.evaluation.metrics import classification
+from hf_histo.evaluation.reporting import report
+from hf_histo.evaluation.reporting.summary import METRICS, spread
+from hf_histo.experiments import grid
+from hf_histo.experiments.grid import Cell
+from hf_histo.files import write_json
+from hf_histo.finetune import Result
+
+
+@dataclass(kw_only=True)
+class Options(grid.Sharing):
+    _argument_group_name = "cross-validation"
+
+    folds: int = option(5, "number of folds")
+    seeds: int = option(1, "number of seeds, each with folds and runs of its own, counted up from --seed")
+
+
+def cross_validate(config: Config, options: Options) -> None:
+    """Train a run for each fold and seed; print tables, and write cross_validate.json, predictions and figures.
+
+    Raises HistoError for options that can't act here, folds that can't be made, and as `grid.train` does.
+    """
+    folder = config.parent_folder()
+    seeds = grid.seeds(config, options.seeds)
+    refuse(config, {"pool_centers": "all splits are put together"})
+    files = load(config.data)
+    split, family = config.data.split, config.data.family or "near"
+    if split == "files":
+        refuse(config, {"family": "--split files searches for none"})
+    data = files if split == "files" else grouped(files, family, only_one=split == "clean")
+    units = {"files": "groups of the files", "near": "families of near images"}
+    unit = units.get(split, units.get(family, "families of copies"))
+    cells = {
+        (seed, fold): grid.cell(config, splits, folder / f"fold-{fold}-seed-{seed}", seed)
+        for seed in seeds
+        for fold, splits in k_folds(data, folds=options.folds, seed=seed).items()
+    }
+    results = dict(zip(cells, grid.train(list(cells.values()), folder, options, describe=_done), strict=True))
+    if not launch.is_main_process():
+        return
+
+    runs = {cells[key].name: grid.on_test(result) for key, result in results.items()}
+    pooled = {
+        seed: _pooled([result for (of, _), result in results.items() if of == seed], config, folder, seed)
+        for seed in seeds
+    }
+    names = data[next(iter(data))].features["label"].names
+    spreads = {metric: spread(values[metric] for values in runs.values()) for metric in METRICS}
+    print(f"\nHeld-out folds of {config.data.data}: mean ± sample deviation (folds: {options.folds})\n")
+    rows = [[name, *values.values()] for name, values in runs.items()]
+    print(report.table([["held out", *METRICS.values()], *rows, ["mean", *spreads.values()]]))
+    for seed, of_seed in pooled.items():
+        print(f"\nAll folds together, seed {seed}, 95% intervals over {unit}\n")
+        print(report.center_table(of_seed))
+        if len(names) > 2:
+            print("\n" + report.table(report.class_rows(of_seed, names)))
+        print("\n" + report.screening(of_seed, names))
+    write_json(
+        folder / "cross_validate.json",
+        {
+            "data": {"name": config.data.data, "fingerprint": fingerprint(files)},
+            "options": config.flat(),
+            "folds": options.folds,
+            "held_out_together": unit,
+            "seeds": options.seeds,
+            "metrics": {metric: asdict(value) for metric, value in spreads.items()},
+            "runs": runs,
+            "pooled": pooled,
+        },
+    )
+    print(f"\nwrote {folder / 'cross_validate.json'}")
+
+
+def _done(cell: Cell, result: Result) -> str:
+    overall = result.metrics["splits"]["test"]["overall"]
+    return f"{cell.name}: balanced accuracy {overall['balanced_accuracy']['value']:.3f}"
+
+
+def _pooled(results: list[Result], config: Config, folder: Path, seed: int) -> dict[str, Any]:
+    """The report of all images of a seed, each as predicted by the run that never saw it; written as files, too."""
+    tables = [predictions.read(result.adapter / "predictions" / "test.parquet") for result in results]
+    names = predictions.label_names(tables[0])
+    every = pd.concat(tables, ignore_index=True)
+    every.attrs["label_names"] = names
+    predictions.write(folder / "predictions" / f"seed-{seed}.parquet", every, names)
+    report.confusion_matrix(every, folder / f"confusion-seed-{seed}.png")
+    return classification.report(every, negative=predictions.class_index(names, config.data.negative_class))

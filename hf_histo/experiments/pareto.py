@@ -1,0 +1,115 @@
+"""The rank of LoRA and the layers that it adapts: accuracy against trainable parameters, and the Pareto front."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from hf_histo import launch
+from hf_histo.config import Config, option
+from hf_histo.data.load import fingerprint
+from hf_histo.data.protocol import prepare
+from hf_histo.errors import HistoError
+from hf_histo.evaluation.figures.pareto import Point, chart, front
+from hf_histo.evaluation.reporting.report import table
+from hf_histo.evaluation.reporting.summary import Spread, spread
+from hf_histo.experiments import grid
+from hf_histo.finetune import Result
+
+HEAD_ALONE = "classifier-alone"
+
+
+@dataclass(kw_only=True)
+class Options(grid.Sharing):
+    _argument_group_name = "Pareto sweep"
+
+    layers: list[str] = field(metadata={"help": "presets or regexes of the layers with LoRA, each one of a series"})
+    ranks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "of the update"})
+    seeds: int = option(1, "number of seeds for each combination, counted up from --seed")
+    front_split: Literal["val", "test"] = option("val", "whose accuracy is drawn")
+
+
+def pareto(config: Config, options: Options) -> None:
+    """Train a run for each combination and seed; print a table, and write pareto.md, .json and .png.
+
+    Raises HistoError for impossible options, and as `grid.train` does.
+    """
+    folder = config.parent_folder()
+    if options.seeds < 1 or not all(rank > 0 for rank in options.ranks):
+        raise HistoError(f"--seeds is {options.seeds} and --ranks {options.ranks}, expected numbers from 1 on")
+    chosen = combinations(config, options)
+
+    data = prepare(config)
+    if options.front_split not in data or max(data[options.front_split]["label"]) < 0:
+        raise HistoError(
+            f"--front_split is {options.front_split}, expected a split with labels; {config.data.data} has none there"
+        )
+    cells = {
+        (name, seed): grid.Cell(f"{name}: seed {seed}", own.at(folder / name / f"seed-{seed}", seed), data)
+        for name, own in chosen.items()
+        for seed in grid.seeds(config, options.seeds)
+    }
+    trained = grid.train(list(cells.values()), folder, options, describe=lambda cell, _: f"{cell.name} is done")
+    if not launch.is_main_process():
+        return
+    results: dict[str, list[Result]] = {}
+    for (name, _), result in zip(cells, trained, strict=True):
+        results.setdefault(name, []).append(result)
+
+    points = {
+        name: Point(
+            "classifier alone" if name == HEAD_ALONE else str(chosen[name].adapter.target_modules),
+            "" if name == HEAD_ALONE else f"r = {chosen[name].adapter.lora_rank}",
+            of_seeds[0].metrics["parameters"]["trainable"],
+            accuracy(of_seeds, options.front_split).mean or 0.0,
+            accuracy(of_seeds, options.front_split).deviation,
+        )
+        for name, of_seeds in results.items()
+    }
+    best = front(points)
+    splits = list(next(iter(results.values()))[0].metrics["splits"])
+    rows: list[list[object]] = [["run", "trainable", "MiB as fp16", *(f"{s} accuracy" for s in splits), "front"]]
+    for name in sorted(points, key=lambda name: points[name].trainable):
+        measured = [accuracy(results[name], split) for split in splits]
+        size = results[name][0].metrics["bytes"]["adapter_fp16"] / 2**20
+        rows.append([name, f"{points[name].trainable:,}", f"{size:.2f}", *measured, "yes" if name in best else ""])
+    text = (
+        f"{table(rows)}\n\nAccuracy on {config.data.data} (content fingerprint {fingerprint(data)}): mean ± sample "
+        f"deviation (seeds: {options.seeds}). Front: no other run has a higher accuracy on {options.front_split} with "
+        "as few trainable parameters."
+    )
+    axis = f"{options.front_split} accuracy on {Path(config.data.data).name} (seeds: {options.seeds})"
+    chart(points, folder / "pareto.png", axis=axis)
+    content = {
+        "data": {"name": config.data.data, "fingerprint": fingerprint(data)},
+        "options": config.flat(),
+        "split": options.front_split,
+        "front": best,
+        "points": {name: asdict(point) for name, point in points.items()},
+        "accuracy": {
+            name: {split: asdict(accuracy(of_seeds, split)) for split in splits} for name, of_seeds in results.items()
+        },
+    }
+    grid.write(folder, "pareto", content, text)
+    print(f"\nwrote pareto.md, .json and .png in {folder}")
+
+
+def combinations(config: Config, options: Options) -> dict[str, Config]:
+    """The options of each combination, by the name of its folder."""
+    found = {HEAD_ALONE: replace(config, adapter=replace(config.adapter, method="linear"))}
+    for layers in options.layers:
+        for rank in options.ranks:
+            name = f"{re.sub(r'[^A-Za-z0-9]+', '-', layers).strip('-')}-rank-{rank}"
+            if name in found:
+                raise HistoError(f"--layers and --ranks give {name} twice, expected different ones; leave one out")
+            alpha = config.adapter.lora_alpha / config.adapter.lora_rank * rank
+            adapter = replace(config.adapter, method="lora", target_modules=layers, lora_rank=rank, lora_alpha=alpha)
+            found[name] = replace(config, adapter=adapter)
+    return found
+
+
+def accuracy(results: list[Result], split: str) -> Spread:
+    """Over seeds; undefined where the split has no labels."""
+    return spread(result.metrics["splits"][split]["overall"]["accuracy"]["value"] for result in results)
