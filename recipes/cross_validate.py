@@ -9,8 +9,9 @@ a tenth of the others `val`, which chooses the checkpoint. Families stand in for
 slices of one head that look different are still on two sides. With `--family copies` only copies are kept together,
 with `--split clean` one image of each family of copies is kept, and with `--split files` nothing is searched for: the
 folds are divided by class and the groups that the files give. Each fold and seed is a run of its own, in
-OUT/fold-F-seed-S, so the same command goes on where an earlier one was stopped. Into OUT go cross_validate.json, and,
-with every image predicted by the run that never saw it, predictions/seed-S.parquet and confusion-seed-S.png.
+OUT/fold-F-seed-S, so the same command resumes where an earlier one was stopped; --workers and --cluster share the runs.
+Into OUT go cross_validate.json, and, with every image predicted by the run that never saw it,
+predictions/seed-S.parquet and confusion-seed-S.png.
 """
 
 from hf_histo.config import parse_with

@@ -5,8 +5,8 @@
 
 Takes every option of recipes/histo_lora.py, and the same data, whose train and val are put together and split anew: one
 center is `test`, the others give `train` and `val`. Each held-out center and seed is a run of its own, in
-OUT/center-C-seed-S, so the same command goes on where an earlier one was stopped. Into OUT goes
-leave_one_center_out.json.
+OUT/center-C-seed-S, so the same command resumes where an earlier one was stopped; --workers and --cluster share the
+runs. Into OUT goes leave_one_center_out.json.
 """
 
 from hf_histo.config import parse_with

@@ -6,9 +6,9 @@
 Takes every option of recipes/histo_lora.py, and the same data. `--layers` are presets or regexes, as for
 `--target_modules`; `--lora_alpha` grows with the rank, so that their ratio stays what it is. Besides each combination,
 the classifier is trained alone. Each combination and seed is a run of its own in OUT/LAYERS-rank-R/seed-S, so the same
-command goes on where an earlier one was stopped. Into OUT go pareto.md, .json and .png: accuracy against trainable
-parameters, and the runs that no other one beats in both. The front is drawn on val; one on test (`--front_split test`)
-shows what was reached, and must not choose.
+command resumes where an earlier one was stopped; --workers and --cluster share the runs. Into OUT go pareto.md, .json
+and .png: accuracy against trainable parameters, and the runs that no other one beats in both. The front is drawn on
+val; one on test (`--front_split test`) shows what was reached, and must not choose.
 """
 
 from hf_histo.config import parse_with

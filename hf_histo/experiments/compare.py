@@ -1,0 +1,284 @@
+"""Rows of a table, each a config, trained and set beside what was published."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import pandas as pd
+import yaml
+
+from hf_histo import launch
+from hf_histo.config import Config, PredictionOptions, option, parse, parse_each, refuse
+from hf_histo.data.load import fingerprint, load
+from hf_histo.data.splits import folds
+from hf_histo.data.splits.leakage import arrange
+from hf_histo.errors import HistoError
+from hf_histo.evaluation import predictions, thresholds
+from hf_histo.evaluation.metrics import classification
+from hf_histo.evaluation.reporting.report import marked, table
+from hf_histo.evaluation.reporting.summary import METRICS, Spread, bar_chart, best, held_out, spread
+from hf_histo.experiments import grid
+from hf_histo.inference import Classifier
+from hf_histo.training import run_folder
+from hf_histo.transforms.augmentation import TestTimeViews
+
+REPORTED = "reported.yaml"
+
+
+@dataclass(kw_only=True)
+class Options(grid.Sharing):
+    _argument_group_name = "comparison"
+
+    rows: list[str] = field(metadata={"help": f"configs to compare; a {REPORTED} among them is no row"})
+    seeds: int = option(2, "number of seeds for each row, counted up from --seed")
+    protocol: Literal["validation", "leave_one_center_out"] = option("validation", "what rows are evaluated on")
+    select: Literal["worst", "mean"] | None = option(None, "recommend a row by its worst or its mean held-out center")
+
+
+@dataclass(frozen=True)
+class PublishedResult:
+    """What `reported.yaml` declares of a row: its name, the published test accuracy, and whether it is balanced."""
+
+    name: str
+    reported: float | None = None
+    source: str | None = None
+    balanced: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row, and the backbone that its file names, whatever the command line sets."""
+
+    config: Config
+    published: PublishedResult
+    own_backbone: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a row: its seed, the held-out center (None: none), and its data."""
+
+    seed: int
+    center: int | None
+    data: datasets.DatasetDict
+
+    @property
+    def name(self) -> str:
+        return f"seed-{self.seed}" if self.center is None else f"center-{self.center}-seed-{self.seed}"
+
+
+# Of a row, by split or held-out center, then metric, then seed.
+Values = dict[str, dict[str, dict[int, float | None]]]
+
+
+def compare(base: Config, options: Options) -> None:
+    """Train the runs of all rows; print a table, and write PROTOCOL.md, .json and .png.
+
+    Args:
+        base: the options of the command line, which hold for every row.
+        options: rows and protocol.
+
+    Raises HistoError for impossible options and rows, and as `grid.train` does.
+    """
+    folder = base.parent_folder()
+    grid.seeds(base, options.seeds)
+    if options.select and options.protocol == "validation":
+        raise HistoError("--select on validation misleads, expected --protocol leave_one_center_out; add it")
+    rows = read_rows(options)
+
+    shared = next(iter(rows.values())).config.data
+    data = arrange(load(shared), shared.split, shared.family)
+    runs = {stem: list(runs_of(row.config, data, options)) for stem, row in rows.items()}
+    cells = [
+        grid.Cell(f"{row.published.name}: {run.name}", row.config.at(folder / stem / run.name, run.seed), run.data)
+        for stem, row in rows.items()
+        if trainer_of(stem, rows) == stem
+        for run in runs[stem]
+    ]
+    grid.train(cells, folder, options, describe=lambda cell, _: f"{cell.name} is done")
+    values = {stem: measure(stem, rows, runs[stem], folder) for stem in rows}
+    if not launch.is_main_process():
+        return
+
+    results = {stem: summed_up(values[stem], options.protocol) for stem in rows}
+    source = f"{shared.data} (content fingerprint {fingerprint(data)})"
+    text = markdown(rows, results, source, options)
+    chosen = None
+    if options.select:
+        by_row = {stem: found[f"held-out centers, {options.select}"]["accuracy"] for stem, found in results.items()}
+        chosen = best(by_row)
+        text += f"\nRecommended, by {options.select} accuracy over held-out centers: {rows[chosen].published.name}."
+    bar_chart(
+        {row.published.name: {s: of["accuracy"] for s, of in results[stem].items()} for stem, row in rows.items()},
+        folder / f"{options.protocol}.png",
+        reported={
+            row.published.name: row.published.reported for row in rows.values() if row.published.reported is not None
+        },
+        axis=f"accuracy on {Path(shared.data).name}: mean ± sample deviation (seeds: {options.seeds})",
+    )
+    content = {
+        stem: {
+            "published": asdict(row.published),
+            "options": row.config.flat(),
+            "results": {s: {m: asdict(x) for m, x in found.items()} for s, found in results[stem].items()},
+            "values": values[stem],
+        }
+        for stem, row in rows.items()
+    }
+    about = {"data": source, "protocol": options.protocol, "seeds": options.seeds, "recommended": chosen}
+    grid.write(folder, options.protocol, {**about, "rows": content}, text)
+    print(f"\nwrote {options.protocol}.md, .json and .png in {folder}")
+
+
+def read_published(paths: Sequence[Path]) -> dict[str, PublishedResult]:
+    """What was published of each row, by stem. Raises HistoError for a file that is unreadable or has other keys."""
+    every = {path.stem: PublishedResult(path.stem) for path in paths}
+    for file in sorted({path.parent / REPORTED for path in paths}):
+        if not file.is_file():
+            continue
+        for stem in every:
+            try:
+                content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+                row = PublishedResult(**(asdict(every[stem]) | content.get(stem, {})))
+            except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
+                raise HistoError(
+                    f"{file}: {stem} can't be read ({' '.join(str(error).split())}), expected a mapping of name, "
+                    "reported, source and balanced"
+                ) from None
+            if row.reported is not None and not (
+                isinstance(row.reported, int | float) and 0 <= row.reported <= 1 and row.source
+            ):
+                raise HistoError(
+                    f"{file}: {stem} reports {row.reported!r}, expected a number from 0 to 1 and its source"
+                )
+            every[stem] = row
+    return every
+
+
+def read_rows(options: Options) -> dict[str, Row]:
+    """The rows by their files' names; raises HistoError where they have the same name or differ in their data."""
+    rows: dict[str, Row] = {}
+    paths = [Path(name) for name in options.rows if Path(name).name != REPORTED]
+    published = read_published(paths)
+    for path, config in zip(paths, parse_each(Options, [str(path) for path in paths]), strict=True):
+        if options.protocol == "leave_one_center_out":
+            refuse(config, {"pool_centers": "with --protocol leave_one_center_out a center is held out of training"})
+        row = Row(config, published[path.stem], parse(None, ["--config", str(path)]).model.backbone)
+        if path.stem in rows or row.published.name in [other.published.name for other in rows.values()]:
+            raise HistoError(f"--rows {path}: {row.published.name!r} is the name of two rows; rename one")
+        for one in rows.values():
+            if config.data != one.config.data:
+                raise HistoError(
+                    f"--rows {path}: its data is {config.data}, expected that of all rows, {one.config.data}; give it"
+                )
+        rows[path.stem] = row
+    if not rows:
+        raise HistoError(f"--rows {' '.join(options.rows)}: no config among them, expected at least one")
+    return rows
+
+
+def trainer_of(stem: str, rows: dict[str, Row]) -> str:
+    """Whose adapters a row predicts with: of the rows with its training, the first that is plain at prediction."""
+
+    def training(row: Row) -> Config:
+        return replace(row.config, prediction=PredictionOptions())
+
+    alike = {other: row for other, row in rows.items() if training(row) == training(rows[stem])}
+    return min(
+        alike,
+        key=lambda other: (alike[other].config.prediction != PredictionOptions(), alike[other].published.balanced),
+    )
+
+
+def runs_of(config: Config, data: datasets.DatasetDict, options: Options) -> Iterator[Run]:
+    """The runs of a row, by seed and, with `leave_one_center_out`, by held-out center."""
+    for seed in grid.seeds(config, options.seeds):
+        if options.protocol == "leave_one_center_out":
+            for center, fold in folds.leave_one_center_out(data, seed=seed).items():
+                yield Run(seed, center, fold)
+        else:
+            yield Run(seed, None, folds.pool_centers(data, seed=seed) if config.centers.pool_centers else data)
+
+
+def measure(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) -> Values:
+    """The metrics of a row, whose adapters, or those of the row that it shares a training with, are finished."""
+    values: Values = {}
+    row, trainer = rows[stem], trainer_of(stem, rows)
+    for run in runs:
+        adapter = folder / trainer / run.name / run_folder.ADAPTER
+        tables = adapter / "predictions"
+        if row.config.prediction != rows[trainer].config.prediction:
+            tables = predict(adapter, row.config.at(folder / stem / run.name, run.seed), run.data)
+        for split in ["test"] if run.center is not None else [split for split in run.data if split != "train"]:
+            table = predictions.read(tables / f"{split}.parquet")
+            threshold = thresholds.for_share(table, 0.5).value if row.published.balanced else 0.5
+            found = classification.compute(table, threshold=threshold)
+            if found["n"]:
+                name = title(split, table) if run.center is None else str(run.center)
+                for metric in METRICS:
+                    values.setdefault(name, {}).setdefault(metric, {})[run.seed] = found[metric]
+    return values
+
+
+def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
+    """The folder with an adapter's predictions by the prediction options of `config`, in the folder of its run."""
+    folder = run_folder.begin(config, fingerprint(fold)) / run_folder.PREDICTIONS
+    missing = [split for split in fold if split != "train" and not (folder / f"{split}.parquet").is_file()]
+    launch.process().wait_for_everyone()
+    if missing:
+        classifier = Classifier.from_pretrained(adapter)
+        for split in missing:
+            table = classifier.predict(
+                fold[split],
+                views=TestTimeViews.of(config),
+                adapt_batch_norm=config.prediction.adapt_batch_norm,
+                batch_size=config.training.per_device_eval_batch_size,
+            )
+            if launch.is_main_process():
+                predictions.write(folder / f"{split}.parquet", table, classifier.sidecar.label_names)
+        launch.process().wait_for_everyone()
+    return folder
+
+
+def title(split: str, table: pd.DataFrame) -> str:
+    """A split with its centers, where these are known."""
+    centers = ", ".join(map(str, sorted(set(table["center"]) - {-1})))
+    return f"{split} (center{'s' if ',' in centers else ''} {centers})" if centers else split
+
+
+def summed_up(values: Values, protocol: str) -> dict[str, dict[str, Spread]]:
+    """By what the table calls a split, then by metric, over seeds."""
+    if protocol == "validation":
+        return {split: {m: spread(of.values()) for m, of in by_metric.items()} for split, by_metric in values.items()}
+    summaries = {m: held_out({int(center): by_metric[m] for center, by_metric in values.items()}) for m in METRICS}
+    return {
+        "held-out centers, mean": {metric: summary.mean for metric, summary in summaries.items()},
+        "held-out centers, worst": {metric: summary.worst for metric, summary in summaries.items()},
+    }
+
+
+def markdown(
+    rows: dict[str, Row], results: dict[str, dict[str, dict[str, Spread]]], data: str, options: Options
+) -> str:
+    """The table, and what has to be known to read it."""
+    lines: list[list[object]] = [["", "backbone", "reported test accuracy", "split", *METRICS.values(), "seeds"]]
+    for stem, row in rows.items():
+        for split, found in results[stem].items():
+            backbone = Path(row.config.model.backbone).name
+            reported = "" if row.published.reported is None else f"{row.published.reported:.4f}"
+            shown = marked(split, {"transductive": row.published.balanced})
+            lines.append([row.published.name, backbone, reported, shown, *(found[m] for m in METRICS), options.seeds])
+    notes = [f"Obtained on {data}: mean ± sample deviation (seeds: {options.seeds})."]
+    if options.protocol == "validation":
+        notes.append("Checkpoints were chosen on val.")
+    if moved := [row.published.name for row in rows.values() if row.config.model.backbone != row.own_backbone]:
+        notes.append(f"On another backbone than its config names: {'; '.join(moved)}.")
+    if any(row.published.balanced for row in rows.values()):
+        notes.append("Balanced: class 1 for half of the images of the split, found on them as a whole, without labels.")
+    published = [row.published for row in rows.values() if row.published.reported is not None]
+    sources = [f"Reported {of.reported:.4f}, on the publication's test split: {of.source}." for of in published]
+    return "\n".join([table(lines), "", *notes, *sources])

@@ -1,0 +1,229 @@
+"""A handful of labels: methods × shots × seeds × backbones × data sets, all learning from the same images of a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from hf_histo import launch
+from hf_histo.config import Config, option, parse_each, refuse
+from hf_histo.data.protocol import prepare
+from hf_histo.data.splits.few_shot import complete, select
+from hf_histo.errors import HistoError
+from hf_histo.evaluation import predictions, probes
+from hf_histo.evaluation.figures import few_labels
+from hf_histo.evaluation.metrics import classification, hierarchical_metrics
+from hf_histo.evaluation.reporting.report import table
+from hf_histo.evaluation.reporting.summary import Spread, spread
+from hf_histo.experiments import grid
+from hf_histo.experiments.frozen_features import FrozenFeatures
+from hf_histo.finetune import Result
+
+ALL = "all"
+
+
+@dataclass(kw_only=True)
+class Options(grid.Sharing):
+    _argument_group_name = "grid"
+
+    methods: list[str] = field(metadata={"help": f"probes ({', '.join(probes.PROBES)}) and configs"})
+    data_sets: list[str] = field(
+        default_factory=list, metadata={"help": "folders of data sets (default: the one of --data)"}
+    )
+    backbones: list[str] = field(
+        default_factory=list, metadata={"help": "their names or folders (default: --backbone)"}
+    )
+    shot_counts: list[str] = field(
+        default_factory=lambda: ["1", "2", "4", "8", "16"], metadata={"help": f"images of each class, or '{ALL}'"}
+    )
+    seeds: int = option(3, "number of seeds, counted up from --seed")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A method on the images of a draw: what decides it, and its folder."""
+
+    data: str
+    backbone: str
+    method: str
+    shots: int  # `few_labels.ALL` for all
+    seed: int
+
+    def folder(self, parent: Path) -> Path:
+        shots = ALL if self.shots == few_labels.ALL else f"{self.shots:02}"
+        names = (Path(self.data).resolve().name, Path(self.backbone).name, Path(self.method).stem)
+        return parent.joinpath(*names, f"{shots}-seed-{self.seed}")
+
+
+Results = dict[Trial, dict[str, Any]]
+
+
+def few_shot(base: Config, options: Options) -> None:
+    """Fit the probes, train the runs; print tables, and write few_shot.md, .json and a figure for each data set.
+
+    Args:
+        base: the options of the command line, which hold for every method.
+        options: methods, and what they learn from.
+
+    Raises HistoError for impossible options, and as `grid.train` does.
+    """
+    folder = base.parent_folder()
+    shots = read_shots(options)
+    configs = read_methods(options)
+    refuse(base, dict.fromkeys(("shots", "percentage"), "--shot_counts draws the images"))
+    launch.process()
+    seeds = grid.seeds(base, options.seeds)
+
+    measured: Results = {}
+    cells: dict[Trial, grid.Cell] = {}
+    trials: list[Trial] = []
+    for name in options.data_sets or [base.data.data]:
+        data = complete(prepare(replace(base, data=replace(base.data, data=name))))
+        for backbone in options.backbones or [base.model.backbone]:
+            own = [Trial(name, backbone, m, n, seed) for m in options.methods for n in shots for seed in seeds]
+            trials += own
+            probing = [trial for trial in own if trial.method in probes.PROBES]
+            if probing:
+                config = replace(base, model=replace(base.model, backbone=backbone))
+                features = FrozenFeatures(config, data, probing[0].folder(folder).parents[1] / "features.npz")
+                for trial in probing:
+                    drawn = select(data, seed=trial.seed, shots=trial.shots or None, level=base.protocol.level)
+                    measured[trial] = fit_probe(trial, drawn, features)
+                    if launch.is_main_process():
+                        print(_line(str(trial.folder(folder).relative_to(folder)), measured[trial]), flush=True)
+            for trial in own:
+                if trial.method in configs:
+                    place = trial.folder(folder)
+                    config = config_of(trial, configs[trial.method]).at(place, trial.seed)
+                    cells[trial] = grid.Cell(str(place.relative_to(folder)), config, data)
+    trained = grid.train(
+        list(cells.values()), folder, options, describe=lambda cell, result: _line(cell.name, of_run(result))
+    )
+    if not launch.is_main_process():
+        return
+
+    measured |= {trial: of_run(result) for trial, result in zip(cells, trained, strict=True)}
+    results = {trial: measured[trial] for trial in trials}
+    draw(results, options, folder)
+    content = {"options": base.flat(), "cells": [{**vars(trial), **of} for trial, of in results.items()]}
+    grid.write(folder, "few_shot", content, markdown(results, options))
+    print(f"\nwrote few_shot.md, .json and a figure for each data set in {folder}")
+
+
+def read_shots(options: Options) -> list[int]:
+    """The numbers of images of each class, `few_labels.ALL` for all; raises HistoError for anything else."""
+    try:
+        shots = [few_labels.ALL if count == ALL else int(count) for count in options.shot_counts]
+    except ValueError:
+        raise HistoError(f"--shot_counts is {' '.join(options.shot_counts)}, expected numbers or {ALL!r}") from None
+    if options.seeds < 1 or min(shots) < 0 or len({Path(m).stem for m in options.methods}) < len(options.methods):
+        raise HistoError("--seeds and --shot_counts are numbers from 1 on, --methods of different names; correct them")
+    return shots
+
+
+def read_methods(options: Options) -> dict[str, Config]:
+    """The configs among the methods, by their files; raises HistoError for what is neither a probe nor a file."""
+    files = [method for method in options.methods if method not in probes.PROBES]
+    for file in files:
+        if not Path(file).is_file():
+            raise HistoError(f"--methods {file}: no such file, and none of {', '.join(probes.PROBES)}")
+    return dict(zip(files, parse_each(Options, files), strict=True))
+
+
+def config_of(trial: Trial, config: Config) -> Config:
+    """The options of a training."""
+    return replace(
+        config,
+        data=replace(config.data, data=trial.data),
+        model=replace(config.model, backbone=trial.backbone),
+        protocol=replace(config.protocol, shots=trial.shots or None),
+    )
+
+
+def fit_probe(trial: Trial, drawn: datasets.DatasetDict, known: FrozenFeatures) -> dict[str, Any]:
+    """Fit a probe on the drawn images and measure it on `test`."""
+    parts = known.of(datasets.DatasetDict({split: drawn[split] for split in ("train", "val", "test")}))
+    labels = {split: np.array(drawn[split]["label"]) for split in parts}
+    scores = probes.PROBES[trial.method](parts["train"], labels["train"], parts["val"], labels["val"], parts["test"])
+    test = drawn["test"]
+    found = predictions.make(test["id"], test["center"], test["group"], labels["test"], scores)
+    found.attrs["label_names"] = test.features["label"].names
+    count = probes.trainable(trial.method, parts["train"].shape[1], len(found.attrs["label_names"]))
+    return measured(found, count)
+
+
+def of_run(result: Result) -> dict[str, Any]:
+    """What is kept of a training."""
+    test = predictions.read(result.adapter / "predictions" / "test.parquet")
+    return measured(test, result.metrics["parameters"]["trainable"])
+
+
+def measured(test: Any, trainable: int) -> dict[str, Any]:
+    """What is kept of a trial: metrics on the predictions of `test`, and the number of trainable parameters."""
+    values = classification.compute(test)
+    by_level = hierarchical_metrics.scores(test) if hierarchical_metrics.are_in(test) else None
+    return {
+        "accuracy": values["accuracy"],
+        "balanced_accuracy": values["balanced_accuracy"],
+        "levels": by_level,
+        "trainable": trainable,
+    }
+
+
+def _line(name: str, of: Mapping[str, Any]) -> str:
+    return f"{name}: accuracy {of['accuracy']:.3f}"
+
+
+def over_seeds(results: Results, metric: str, **wanted: object) -> Spread:
+    """A metric over the trials with these attributes."""
+    chosen = [of for trial, of in results.items() if all(getattr(trial, key) == value for key, value in wanted.items())]
+    return spread(of[metric] for of in chosen)
+
+
+def markdown(results: Results, options: Options) -> str:
+    """For each data set, methods by shots; then methods by data sets, with all that they may learn from."""
+    shots = list(dict.fromkeys(trial.shots for trial in results))
+    rows_of = list(dict.fromkeys((trial.backbone, trial.method) for trial in results))
+    data_sets = list(dict.fromkeys(trial.data for trial in results))
+    titles = {count: ALL if count == few_labels.ALL else f"{count} per class" for count in shots}
+    parts = []
+    for data in data_sets:
+        lines: list[list[object]] = [["backbone", "method", "trained", *titles.values()]]
+        for backbone, method in rows_of:
+            wanted = {"data": data, "backbone": backbone, "method": method}
+            means = [over_seeds(results, "accuracy", **wanted, shots=count) for count in shots]
+            trained = next(of["trainable"] for trial, of in results.items() if vars(trial).items() >= wanted.items())
+            lines.append([Path(backbone).name, Path(method).stem, f"{trained:,}", *means])
+        parts += [f"Accuracy on the test images of {Path(data).resolve().name}:", table(lines)]
+    most = few_labels.ALL if few_labels.ALL in shots else max(shots)
+    lines = [["backbone", "method", *(Path(data).resolve().name for data in data_sets)]]
+    for backbone, method in rows_of:
+        means = [
+            over_seeds(results, "accuracy", data=data, backbone=backbone, method=method, shots=most)
+            for data in data_sets
+        ]
+        lines.append([Path(backbone).name, Path(method).stem, *means])
+    if len(data_sets) > 1:
+        parts += [f"Accuracy with {titles[most]}:", table(lines)]
+    parts.append(f"Mean ± sample deviation (seeds: {options.seeds}). All methods learn from the same images of a seed.")
+    return "\n\n".join(parts)
+
+
+def draw(results: Results, options: Options, folder: Path) -> None:
+    """A figure of accuracy by shots for each data set."""
+    several = len(options.backbones) > 1
+    for data in dict.fromkeys(trial.data for trial in results):
+        series: dict[str, dict[int, Spread]] = {}
+        for trial in results:
+            if trial.data == data:
+                name = Path(trial.method).stem + (f", {Path(trial.backbone).name}" if several else "")
+                wanted = {"data": data, "backbone": trial.backbone, "method": trial.method, "shots": trial.shots}
+                series.setdefault(name, {})[trial.shots] = over_seeds(results, "accuracy", **wanted)
+        title = Path(data).resolve().name
+        axis = f"test accuracy (seeds: {options.seeds})"
+        few_labels.curves(series, folder / f"few_shot-{title}.png", title=title, axis=axis)
