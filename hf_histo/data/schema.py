@@ -280,7 +280,7 @@ def _undecoded(image: PIL.Image.Image) -> bytes | None:
         return None
     place = file.tell()
     file.seek(0)
-    data = file.read()
+    data: bytes = file.read()
     file.seek(place)
     return data
 
@@ -330,12 +330,14 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
     @property
     def centers(self) -> list[int]:
         """Acquisition center of each row, -1 where unknown."""
-        return self._table["center"][:].to_pylist()
+        centers: list[int] = self._table["center"][:].to_pylist()
+        return centers
 
     @property
     def labels(self) -> list[int]:
         """Class index of each row, -1 where hidden."""
-        return self._table["label"][:].to_pylist()
+        labels: list[int] = self._table["label"][:].to_pylist()
+        return labels
 
     def select(self, rows: Sequence[int]) -> ImageTable:
         """The images of these rows, in this order."""
@@ -343,7 +345,8 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
 
     def ids(self, rows: Sequence[int]) -> list[str]:
         """Ids of these rows, in this order."""
-        return self._rows.select_columns("id")[list(rows)]["id"]
+        ids: list[str] = self._rows.select_columns("id")[list(rows)]["id"]
+        return ids
 
     def is_of_one_size(self) -> bool:
         """Whether all images are stored with the same height and width, by their headers."""

@@ -1,4 +1,4 @@
-"""LoRA on a backbone: which layers, by named regexes, and what can go wrong told before training.
+"""LoRA on a backbone: built, saved, restored, averaged and merged; `lora_targets` chooses the layers.
 
 Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models"; the layers and updates are peft's.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from hf_histo.config import AdapterOptions
 from hf_histo.errors import HistoError
 from hf_histo.files import read_json
-from hf_histo.models import batchnorm, heads, qkv
+from hf_histo.models import batchnorm, heads, lora_targets, qkv
 
 # Initializers that peft implements for linear layers only.
 LINEAR_ONLY_INITIALIZERS = {"pissa", "olora", "eva", "corda", "orthogonal"}
@@ -39,217 +39,15 @@ SETTINGS |= {"base_model_name_or_path"}
 PREFIX = "base_model.model."  # of peft's names
 
 
-@dataclass(frozen=True)
-class Family:
-    """Architectures whose layers are named alike, known by a layer name, and the presets that make sense for them.
-
-    Attributes:
-        known_by: regex that fully matches the name of at least one layer of each member. The first family that matches
-            counts: a ResNet-D has all the names of a ResNet.
-        presets: name to regex. A preset takes the convolutions without groups and the linear layers among the modules
-            that its regex fully matches, and never the head.
-        default: the preset that is used when none is asked for.
-    """
-
-    known_by: str
-    presets: dict[str, str]
-    default: str
-
-
-# `all-conv` and `all-linear` are presets of every architecture.
-EVERY = {"all-conv": r".*", "all-linear": r".*"}
-
-FAMILIES = {
-    # timm ResNet-D, -T, -RS: a deep stem (conv1.0, conv1.3, conv1.6; for -RS maxpool.0 is a convolution), downsample
-    # with a pooling before its convolution
-    "resnet-d": Family(
-        r".*layer2\.0\.downsample\.2",
-        {
-            "all-conv": r".*\.(conv1\.[036]|maxpool\.0|layer\d\.\d+\.(conv\d|downsample\.1|se\.fc\d))",
-            "last-conv": r".*\.layer4\.\d+\.(conv\d|downsample\.1)",
-        },
-        "all-conv",
-    ),
-    # timm ResNet, ResNeXt, Wide ResNet, SE-ResNet: stem conv1, stages layer1 to layer4 of blocks with conv1, conv2(,
-    # conv3); the squeeze-and-excitation of SE-ResNet is of pointwise convolutions, too
-    "resnet": Family(
-        r".*layer1\.0\.conv1",
-        {
-            "all-conv": r".*\.(conv\d|downsample\.0|se\.fc\d)",
-            "last-conv": r".*\.layer4\.\d+\.(conv\d|downsample\.0)",
-        },
-        "all-conv",
-    ),
-    # transformers ResNet
-    "hf-resnet": Family(
-        r"resnet\.embedder\.embedder\.convolution",
-        {"all-conv": r"resnet\..*\.convolution", "last-conv": r"resnet\.encoder\.stages\.3\..*\.convolution"},
-        "all-conv",
-    ),
-    # timm MobileNet, EfficientNet: pointwise convolutions conv_pw (expand) and conv_pwl (project), depthwise conv_dw;
-    # conv_exp where the two former are fused (EfficientNetV2)
-    "mobilenet": Family(
-        r".*blocks\.\d\.\d\.conv_pw",
-        {
-            "all-conv": r".*\.(conv_stem|conv_head|conv_pwl?|conv|conv_exp|conv_reduce|conv_expand)",
-            "pointwise": r".*\.blocks\.\d+\.\d+\.conv_pwl?",
-            "last-conv": r".*\.(blocks\.[56]\.\d+\.conv_pwl?|conv_head)",
-        },
-        "all-conv",
-    ),
-    # timm VGG: its "fully connected" layers are the convolutions pre_logits.fc1 and fc2
-    "vgg": Family(
-        r".*pre_logits\.fc1",
-        {"fc": r".*\.pre_logits\.fc[12]", "all-conv": r".*\.(features\.\d+|pre_logits\.fc[12])"},
-        "fc",
-    ),
-    # timm DenseNet
-    "densenet": Family(
-        r".*denseblock1\.denselayer1\.conv1",
-        {
-            "all-conv": r".*\.features\.(conv0|denseblock\d\.denselayer\d+\.conv\d|transition\d\.conv)",
-            "last-conv": r".*\.features\.denseblock4\.denselayer\d+\.conv\d",
-        },
-        "all-conv",
-    ),
-    # timm ViT, DeiT, EVA, DINOv2, DINOv3, UNI: q, k and v are one layer, which is taken apart for its slices
-    # (`qkv.split`) and adapted as one by -qkv and -qkvo
-    "timm-vit": Family(
-        r".*blocks\.0\.attn\.qkv",
-        {
-            "attention-qv": r".*\.blocks\.\d+\.attn\.qkv\.[qv]",
-            "attention-q-k-v-o": r".*\.blocks\.\d+\.attn\.(qkv\.[qkv]|proj)",
-            "attention-qkv": r".*\.blocks\.\d+\.attn\.qkv",
-            "attention-qkvo": r".*\.blocks\.\d+\.attn\.(qkv|proj)",
-            "mlp": r".*\.blocks\.\d+\.mlp\.fc\d",
-            "attention-mlp": r".*\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc\d)",
-        },
-        "attention-qkvo",
-    ),
-    # transformers ViT, DINOv2 (with and without registers); the longer names are DINOv2's in older versions
-    "hf-vit": Family(
-        r".*layers?\.0\.attention\.(q_proj|attention\.query)",
-        {
-            "attention-qv": r".*\.attention\.([qv]_proj|attention\.(query|value))",
-            "attention-q-k-v-o": r".*\.attention\.([qkvo]_proj|attention\.(query|key|value)|output\.dense)",
-            "attention-qkvo": r".*\.attention\.([qkvo]_proj|attention\.(query|key|value)|output\.dense)",
-            "mlp": r".*\.mlp\.fc\d",
-            "attention-mlp": r".*\.(attention\.([qkvo]_proj|attention\.(query|key|value)|output\.dense)|mlp\.fc\d)",
-        },
-        "attention-qkvo",
-    ),
-    # transformers CLIP, SigLIP
-    "hf-clip": Family(
-        r".*vision_model\.encoder\.layers\.0\.self_attn\.q_proj",
-        {
-            "attention-qv": r".*vision_model\..*\.self_attn\.[qv]_proj",
-            "attention-q-k-v-o": r".*vision_model\..*\.self_attn\.([qkv]|out)_proj",
-            "attention-qkvo": r".*vision_model\..*\.self_attn\.([qkv]|out)_proj",
-            "mlp": r".*vision_model\..*\.mlp\.fc\d",
-        },
-        "attention-qkvo",
-    ),
-    # open_clip's image tower, its attention taken apart (`clip.SelfAttention`)
-    "open-clip": Family(
-        r".*resblocks\.0\.attn\.q_proj",
-        {
-            "attention-qv": r".*\.resblocks\.\d+\.attn\.[qv]_proj",
-            "attention-q-k-v-o": r".*\.resblocks\.\d+\.attn\.([qkv]|out)_proj",
-            "attention-qkvo": r".*\.resblocks\.\d+\.attn\.([qkv]|out)_proj",
-            "mlp": r".*\.resblocks\.\d+\.mlp\.c_(fc|proj)",
-        },
-        "attention-qkvo",
-    ),
-    # timm ConvNeXt: its MLP is pointwise convolutions or linear layers, by version
-    "convnext": Family(
-        r".*stages\.0\.blocks\.0\.conv_dw",
-        {"mlp": r".*\.stages\.\d\.blocks\.\d+\.mlp\.fc\d"},
-        "mlp",
-    ),
-}
-
-
-# Where LoRA goes along the depth: from and to, as shares of the blocks; `top3` is the last three. Zanella & Ben Ayed
-# 2024, "Low-rank few-shot adaptation of vision-language models", whose code lists the blocks for depths 12 and 24.
-BLOCKS = {
-    "all": (0, 1),
-    "bottom": (0, 1 / 3),
-    "mid": (1 / 3, 2 / 3),
-    "up": (2 / 3, 1),
-    "half-bottom": (0, 1 / 2),
-    "half-up": (1 / 2, 1),
-}
-BLOCK = re.compile(r"(.*\.)?(blocks|layers?|resblocks)\.(?P<index>\d+)\.(?!\d).*")
-
-
-def family_of(model: nn.Module) -> Family:
-    """The family that a model's layer names show, or one with the presets of every architecture."""
-    names = [name for name, _ in model.named_modules()]
-    for family in FAMILIES.values():
-        if any(re.fullmatch(family.known_by, name) for name in names):
-            return Family(family.known_by, {**EVERY, **family.presets}, family.default)
-    has_convolutions = any(type(module) is nn.Conv2d and module.groups == 1 for module in _adaptable(model).values())
-    return Family("", EVERY, "all-conv" if has_convolutions else "all-linear")
-
-
-def targets(model: PreTrainedModel, target_modules: str | None, rank: int, blocks: str = "all") -> str | list[str]:
-    """What peft's `target_modules` must be: a regex where it says exactly what is adapted, else a list of names.
-
-    Where slices of a fused layer are asked for, `model` gets that layer taken apart (`qkv.split`).
-
-    Args:
-        model: a backbone with its head.
-        target_modules: a preset's name, a regex that is matched against full layer names (as by `re.fullmatch`, which
-            is also peft's rule), or None for the default preset of the architecture.
-        rank: of the update; a grouped convolution takes only a multiple of its groups.
-        blocks: of a transformer, a key of `BLOCKS` or "top3".
-
-    Raises `HistoError` for a regex that does not compile, that matches nothing, the head, or a module that LoRA does
-    not fit, and for blocks of a model that has none.
-    """
-    family = family_of(model)
-    wanted = target_modules or family.default
-    is_preset = wanted in family.presets
-    regex = family.presets[wanted] if is_preset else wanted
-    try:
-        pattern = re.compile(regex)
-    except re.error as error:
-        raise HistoError(f"--target_modules {wanted!r} is not a regex ({error})") from None
-    qkv.split(model, regex)
-    head = heads.name_of(model)
-    adaptable = _adaptable(model)
-    matches = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
-    if is_preset:
-        kinds = {"all-conv": nn.Conv2d, "all-linear": nn.Linear}
-        chosen = [
-            name
-            for name in matches
-            if name in adaptable
-            and not _is_within(name, head)
-            and getattr(adaptable[name], "groups", 1) == 1
-            and isinstance(adaptable[name], kinds.get(wanted, nn.Module))
-        ]
-    else:
-        chosen = matches
-        _check(wanted, chosen, adaptable, head, rank)
-    if not chosen:
-        raise HistoError(
-            f"--target_modules {wanted!r} matches no layer; presets here: {', '.join(family.presets)}; layers: "
-            f"{_examples(name for name in adaptable if not _is_within(name, head))}"
-        )
-    chosen = _within_blocks(chosen, adaptable, blocks)
-    return regex if chosen == matches else chosen
-
-
 def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel:
     """Wrap `model` for training: base frozen, head trainable, and LoRA where `options.method` is 'lora'.
 
-    Raises `HistoError` as `targets` does, and for an initializer that the targeted layers do not have.
+    Raises `HistoError` as `lora_targets.targets` does, and for an initializer that the targeted layers do not have.
     """
     lora = options.method == "lora"
     modules: str | list[str] = DUMMY_TARGET_MODULES
     if lora:
-        modules = targets(model, options.target_modules, options.lora_rank, options.lora_blocks)
+        modules = lora_targets.targets(model, options.target_modules, options.lora_rank, options.lora_blocks)
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # peft's division takes a float as well
@@ -268,7 +66,7 @@ def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel:
 
 
 def weights(model: PeftModel, *, batch_norm: str) -> dict[str, torch.Tensor]:
-    """What `adapter_model.safetensors` holds: LoRA and head, and batch-norm statistics if they are 'track'ed.
+    """Content of `adapter_model.safetensors`: LoRA and head, and batch-norm statistics if they are 'track'ed.
 
     Of a model whose weights are divided among processes (FSDP2), every process calls it and gets the whole.
     """
@@ -307,8 +105,8 @@ def save(model: PeftModel, folder: Path, *, batch_norm: str, writes: bool = True
 def restore(model: PreTrainedModel, folder: Path, *, batch_norm: str) -> PeftModel:
     """Put the adapter in `folder` on `model`, for prediction.
 
-    Of `adapter_config.json` only the plain numbers of LoRA count: which layers it is on and its rank are what the
-    weights say, so that nothing in that file can run a regex, import a module or make a layer of another size.
+    Of `adapter_config.json` only the plain numbers of LoRA count; its layers and rank are taken from the weights, so
+    that nothing in that file can run a regex, import a module or make a layer of another size.
 
     Raises `HistoError` for files that are missing or unreadable, settings that this package never writes, weights that
     are not finite, and weights that do not fit the model to the last key and shape.
@@ -322,9 +120,11 @@ def restore(model: PreTrainedModel, folder: Path, *, batch_norm: str) -> PeftMod
         reason = " ".join(str(error).split())[:300]
         raise HistoError(f"{folder}: the adapter can't be put on {type(model).__name__} ({reason})") from None
     expected = weights(adapted, batch_norm=batch_norm)
-    strange = sorted(expected.keys() ^ saved.keys())
-    if strange:
-        raise HistoError(f"{folder}: {len(strange)} weights are missing or unknown to the model, first {strange[0]}")
+    differing = sorted(expected.keys() ^ saved.keys())
+    if differing:
+        raise HistoError(
+            f"{folder}: {len(differing)} weights are missing or unknown to the model, first {differing[0]}"
+        )
     for key, tensor in saved.items():
         if not torch.isfinite(tensor).all():
             raise HistoError(f"{folder}: {key} holds NaN or infinite values; the training that made it diverged")
@@ -351,12 +151,12 @@ def start_from(model: PeftModel, folder: Path) -> None:
     lora = {key: tensor for key, tensor in saved.items() if ".lora_" in key}
     present = weights(model, batch_norm="frozen")
     expected = {key: value.shape for key, value in present.items() if ".lora_" in key}
-    strange = sorted(expected.items() ^ {key: tensor.shape for key, tensor in lora.items()}.items())
-    if strange or not lora:
+    differing = sorted(expected.items() ^ {key: tensor.shape for key, tensor in lora.items()}.items())
+    if differing or not lora:
         raise HistoError(
-            f"--init_adapter {folder}: its {len(lora)} LoRA matrices differ from those to be trained in {len(strange)} "
-            f"names or shapes, first {strange[0][0] if strange else 'none'}; expected its own --target_modules, "
-            "--lora_blocks and --lora_rank"
+            f"--init_adapter {folder}: its {len(lora)} LoRA matrices differ from those to be trained in "
+            f"{len(differing)} names or shapes, first {differing[0][0] if differing else 'none'}; expected its own "
+            "--target_modules, --lora_blocks and --lora_rank"
         )
     for name in ("lora_alpha", "use_rslora", "use_dora"):
         if given.get(name) != getattr(own, name):
@@ -368,7 +168,7 @@ def start_from(model: PeftModel, folder: Path) -> None:
 
 
 def join(model: PeftModel, other: PeftModel, name: str) -> None:
-    """Put the adapter of `other`, which is of the same backbone, on `model` as well, and let it act there.
+    """Put the adapter of `other`, which is of the same backbone, on `model` as well, and activate it there.
 
     Raises `HistoError` if it is on layers that `model` does not have.
     """
@@ -378,7 +178,7 @@ def join(model: PeftModel, other: PeftModel, name: str) -> None:
 
 
 def average(model: PeftModel, names: Sequence[str], name: str) -> None:
-    """Add the mean of adapters that are on `model`, and let it act: of their updates, and of their heads.
+    """Add the mean of adapters that are on `model`, and activate it: of their updates, and of their heads.
 
     It is exact: the model is the one whose weights are the mean of the merged models'. The updates B A are put side by
     side, as peft's `add_weighted_adapter(combination_type="cat")` does, which takes no adapters with a head; the rank
@@ -391,8 +191,8 @@ def average(model: PeftModel, names: Sequence[str], name: str) -> None:
     if any(config.use_dora for config in configs):
         raise HistoError(f"adapters {', '.join(names)}: DoRA among them, whose mean is not exact; expected plain LoRA")
     for each, state in zip(names, states, strict=True):
-        if strange := sorted(state.keys() ^ states[0].keys()):
-            raise HistoError(f"adapters {names[0]} and {each} are on different layers, first {strange[0]}; no mean")
+        if differing := sorted(state.keys() ^ states[0].keys()):
+            raise HistoError(f"adapters {names[0]} and {each} are on different layers, first {differing[0]}; no mean")
     scales = [config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r) for config in configs]
     mean = {}
     for key in states[0]:
@@ -438,14 +238,14 @@ def merged(model: PeftModel) -> PreTrainedModel:
 
 
 def _saved_config(model: PreTrainedModel, folder: Path, saved: dict[str, torch.Tensor]) -> LoraConfig:
-    """What the adapter in `folder` needs; fused layers of `model` are taken apart for it."""
+    """Configuration of the adapter in `folder`; fused layers of `model` are split for it."""
     content, default = read_json(folder / "adapter_config.json"), LoraConfig().to_dict()
     for key in default.keys() & content.keys() - {*SETTINGS, "target_modules", "modules_to_save", "peft_version"}:
         if content[key] != default[key] and key != "inference_mode":
             raise ValueError(f"adapter_config.json: {key} is {str(content[key])[:100]}, expected {default[key]}")
     found = {key.removeprefix(PREFIX).split(".lora_A.")[0]: len(saved[key]) for key in saved if ".lora_A." in key}
     qkv.split(model, found)
-    if set(found.values()) - {content["r"]} or found.keys() - _adaptable(model).keys():
+    if set(found.values()) - {content["r"]} or found.keys() - lora_targets.adaptable_layers(model).keys():
         raise ValueError(f"adapter_config.json: r is {str(content['r'])[:100]}, or the layers are not of this model")
     return LoraConfig(
         **{key: content[key] for key in SETTINGS & content.keys()},
@@ -462,58 +262,13 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     return {"trainable": trainable, "total": sum(p.numel() for p in model.parameters()) - unused}
 
 
-def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
-
-
-def _check(wanted: str, chosen: list[str], adaptable: dict[str, nn.Module], head: str, rank: int) -> None:
-    if any(_is_within(name, head) for name in chosen):
-        raise HistoError(
-            f"--target_modules {wanted!r} matches the head, {head}, which is trained whole; it would also match: "
-            f"{_examples(name for name in chosen if not _is_within(name, head))}"
-        )
-    for name in chosen:
-        if name not in adaptable:
-            raise HistoError(
-                f"--target_modules {wanted!r} matches {name}, which is neither Conv2d nor Linear; those below it: "
-                f"{_examples(other for other in adaptable if other.startswith(name + '.'))}"
-            )
-        groups = getattr(adaptable[name], "groups", 1)
-        if rank % groups:
-            fitting = (other for other in chosen if rank % getattr(adaptable.get(other), "groups", 1) == 0)
-            raise HistoError(
-                f"--target_modules {wanted!r} matches {name}, a convolution in {groups} groups, and --lora_rank "
-                f"{rank} is no multiple of {groups}; leave it out; these fit: {_examples(fitting)}"
-            )
-
-
-def _within_blocks(chosen: list[str], adaptable: dict[str, nn.Module], blocks: str) -> list[str]:
-    """Those of the layers that lie in the blocks that are asked for."""
-    if blocks == "all":
-        return chosen
-    index = {name: int(match["index"]) for name in adaptable if (match := BLOCK.fullmatch(name))}
-    if not index:
-        raise HistoError(f"--lora_blocks is {blocks}, expected all: the backbone is no sequence of transformer blocks")
-    depth = max(index.values()) + 1
-    start, end = (max(0, 1 - 3 / depth), 1) if blocks == "top3" else BLOCKS[blocks]
-    wanted = range(round(start * depth), round(end * depth))
-    kept = [name for name in chosen if index.get(name) in wanted]
-    if not kept:
-        raise HistoError(f"--lora_blocks {blocks}: none of the {len(chosen)} targets is in blocks {list(wanted)}")
-    return kept
-
-
-def _is_within(name: str, module: str) -> bool:
-    return f"{name}.".startswith(f"{module}.")
-
-
 def _initializer(model: nn.Module, modules: str | list[str], name: str) -> bool | str:
     if name == "default":
         return True
     convolution = next(
         (
             layer
-            for layer, module in _adaptable(model).items()
+            for layer, module in lora_targets.adaptable_layers(model).items()
             if isinstance(module, nn.Conv2d)
             and (re.fullmatch(modules, layer) if isinstance(modules, str) else layer in modules)
         ),
@@ -525,9 +280,3 @@ def _initializer(model: nn.Module, modules: str | list[str], name: str) -> bool 
             "or gaussian"
         )
     return name
-
-
-def _examples(names: Iterable[str], count: int = 8) -> str:
-    """The first names, with numbers folded into N so that a deep network takes one line."""
-    folded = dict.fromkeys(re.sub(r"\d+", "N", name) for name in names)
-    return ", ".join(list(folded)[:count]) + (", ..." if len(folded) > count else "") if folded else "none"

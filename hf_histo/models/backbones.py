@@ -108,6 +108,7 @@ def load(
     resized = _allow_image_size(name, config, image_size)
     if Path(source).is_dir() and not (random_weights or folder):
         _check_size(name, Path(source), config)
+    model: PreTrainedModel
     try:
         with _quiet():
             if random_weights:
@@ -242,6 +243,7 @@ def _config(
             raise HistoError(unavailable(name, source, error)) from None
     if entry and bare:
         return entry.config(num_outputs or 0)
+    config: PreTrainedConfig
     architecture = source.removeprefix("timm/").split(".")[0]
     if random_weights and source.startswith("timm/") and timm.is_model(architecture):
         try:
@@ -251,7 +253,8 @@ def _config(
         if declared is None:
             raise HistoError(f"--backbone {name}: timm knows no such weights of {architecture}")
         declaration = {"architecture": architecture, "pretrained_cfg": declared.to_dict()}
-        return TimmWrapperConfig.from_dict(declaration, num_labels=num_outputs or declared.num_classes)
+        config = TimmWrapperConfig.from_dict(declaration, num_labels=num_outputs or declared.num_classes)
+        return config
     own = {} if num_outputs is None else {"num_labels": num_outputs}
     try:
         declaration, _ = PreTrainedConfig.get_config_dict(source, revision=revision or "main")

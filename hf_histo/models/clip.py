@@ -190,7 +190,8 @@ def text_embeddings(folder: Path, names: Sequence[str], prompt: str) -> torch.Te
     words = [name.replace("_", " ") for name in names]
     with torch.no_grad():
         classes: torch.Tensor = open_clip.build_zero_shot_classifier(model.eval(), tokenizer, words, [prompt]).T
-        return (model.logit_scale.exp() * classes).float()
+        scale: torch.Tensor = model.logit_scale.exp()
+        return (scale * classes).float()
 
 
 def _tower(config: OpenClipConfig) -> nn.Module:

@@ -103,7 +103,7 @@ class Head(nn.Sequential):
 
 def name_of(model: PreTrainedModel) -> str:
     """Full name of the module that computes the logits, e.g. 'timm_model.fc': a linear layer or a `Head`."""
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     whole = [name for name, module in modules.items() if isinstance(module, Head)]
     labels = model.config.num_labels
     linear = [name for name, part in modules.items() if isinstance(part, nn.Linear) and part.out_features == labels]

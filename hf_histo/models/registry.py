@@ -75,7 +75,8 @@ class Entry:
         """The configuration of an image classifier of `num_outputs` logits, with its preprocessing in it."""
         arguments = {**copy.deepcopy(self.model), "pretrained_cfg": self.preprocessing}
         if self.library == "timm":
-            return TimmWrapperConfig.from_dict(arguments, num_labels=num_outputs)
+            config: PreTrainedConfig = TimmWrapperConfig.from_dict(arguments, num_labels=num_outputs)
+            return config
         if self.library == "open_clip":
             return OpenClipConfig(**arguments, num_labels=num_outputs)  # type: ignore[call-arg]  # of every one
         return AutoConfig.for_model(**arguments, num_labels=num_outputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, get_args
 
 import kornia.enhance
 import numpy as np
@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy import ndimage
 
-from hf_histo.config import PreparationOptions
+from hf_histo.config import Contrast, PreparationOptions
 from hf_histo.files import STRICT
 
-CONTRASTS = ("none", "clahe", "stretch")
+CONTRASTS = get_args(Contrast)
 MARGIN = 0.02  # of the box's longer side, around the head on each side
 SMALLEST = 0.1  # share of the image's area; a component below is no head, and the image stays whole
 WINDOW = 1 / 3  # of the mean that estimates the field, as a share of the shorter side
@@ -106,7 +106,8 @@ def _evened(luma: NDArray[np.float32]) -> NDArray[np.float32]:
     # A mean over the tissue alone, so that the head's rim does not count as dark.
     total, weight = (ndimage.uniform_filter(x, window) for x in (luma * tissue, tissue.astype(np.float32)))
     mean = luma[tissue].mean()
-    return luma * mean / np.maximum(total / np.maximum(weight, 1e-3), FAINTEST * mean)
+    even: NDArray[np.float32] = luma * mean / np.maximum(total / np.maximum(weight, 1e-3), FAINTEST * mean)
+    return even
 
 
 def _stretched(luma: NDArray[np.float32]) -> NDArray[np.float32]:

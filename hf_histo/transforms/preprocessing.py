@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import datasets
 import PIL.Image
@@ -16,12 +16,13 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 from transformers import AutoImageProcessor, CLIPImageProcessor, PreTrainedConfig
 
+from hf_histo.config import Fit
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 from hf_histo.files import STRICT
 from hf_histo.transforms.mri import Preparation
 
-FITS = ("crop", "squash", "pad")
+FITS = get_args(Fit)
 MAX_SIZE = 1024  # pixels on a side of what a model sees: more than pretrained ones do, and a batch fits into memory
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Deviation = Annotated[float, Field(gt=0)]
@@ -98,8 +99,12 @@ class Preprocessing:
         top, left = (self._crop_start(x) - self._crop_start(side) for x in (height, width))
         if self.fit == "pad":
             fill = [round(255 * x) for x in self.mean] if images.dtype == torch.uint8 else list(self.mean)
-            return functional.pad(resized, [-left, -top, side - width + left, side - height + top], fill=fill)
-        return functional.crop(resized, top, left, side, side)
+            square: torch.Tensor = functional.pad(
+                resized, [-left, -top, side - width + left, side - height + top], fill=fill
+            )
+        else:
+            square = functional.crop(resized, top, left, side, side)
+        return square
 
     def _crop_start(self, extent: int) -> int:
         """Where the center crop starts in `extent` pixels, before them if it is larger; timm rounds like this."""
@@ -126,7 +131,8 @@ class Preprocessing:
         if self.fit != "squash":
             size = [max(1, round(x * side / (shorter if self.fit == "crop" else longer))) for x in kept]
         resized = functional.resize(functional.center_crop(maps, size), kept, antialias=True)
-        return functional.center_crop(resized, [height, width]).clamp(0, 1)
+        laid: torch.Tensor = functional.center_crop(resized, [height, width])
+        return laid.clamp(0, 1)
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Float (B, 3, H, W) in [0, 1] to zero mean and unit deviation of the backbone's training data."""

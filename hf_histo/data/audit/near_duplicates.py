@@ -78,7 +78,7 @@ def inventory(data: datasets.DatasetDict, *, similarity: float = SIMILARITY, nea
     total = sum(map(len, data.values()))
     if not total:
         raise HistoError("no images in any split, expected at least one; choose another data set")
-    table = pd.concat(
+    table: pd.DataFrame = pd.concat(
         [
             split.select_columns(columns).to_pandas().assign(split=name, row=range(len(split)))
             for name, split in data.items()
@@ -119,7 +119,8 @@ def components(labels: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[n
     one = np.concatenate([np.arange(len(labels)), pairs[:, 0]])
     other = np.concatenate([leader, pairs[:, 1]])
     graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(labels), len(labels)))
-    return pd.factorize(connected_components(graph, directed=False)[1])[0].astype(np.int64)
+    numbers: NDArray[np.int64] = pd.factorize(connected_components(graph, directed=False)[1])[0].astype(np.int64)
+    return numbers
 
 
 def _images(data: datasets.DatasetDict) -> Iterator[NDArray[np.uint8]]:
@@ -151,7 +152,7 @@ def _hashes(thumbnail: NDArray[np.float32]) -> NDArray[np.uint64]:
 
 def _details(thumbnail: NDArray[np.float32]) -> NDArray[np.float32]:
     """The fine structure of the thumbnail, of zero mean and unit norm (zero where there is none), float32 (64, 64)."""
-    details = thumbnail - gaussian_filter(thumbnail, _SIGMA)
+    details: NDArray[np.float32] = thumbnail - gaussian_filter(thumbnail, _SIGMA)
     details -= details.mean()
     return details / max(float(np.linalg.norm(details)), 1e-6)
 

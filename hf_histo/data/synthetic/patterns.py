@@ -187,7 +187,8 @@ def _plane(rng: np.random.Generator, size: int, warp: float) -> Array:
     angle = rng.uniform(0, np.pi)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     noise = np.stack([_noise(rng, size, 14.0), _noise(rng, size, 14.0)])
-    return np.einsum("ij,jyx->iyx", turn, np.mgrid[:size, :size] + warp * noise)
+    turned: Array = np.einsum("ij,jyx->iyx", turn, np.mgrid[:size, :size] + warp * noise)
+    return turned
 
 
 def _grid(size: int) -> Array:
@@ -195,5 +196,5 @@ def _grid(size: int) -> Array:
 
 
 def _noise(rng: np.random.Generator, size: int, scale: float) -> Array:
-    noise = ndimage.gaussian_filter(rng.normal(size=(size, size)), scale, mode="wrap")
+    noise: Array = ndimage.gaussian_filter(rng.normal(size=(size, size)), scale, mode="wrap")
     return noise / noise.std()

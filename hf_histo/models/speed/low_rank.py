@@ -63,7 +63,8 @@ def forward(
         with torch.autocast(kind, enabled=False):
             x, offset = x.to(dtype), bias if bias is None else bias.to(dtype)
             if weight[0].numel() < len(x) * _positions(x, weight, stride, padding):
-                return _LowRank.apply(x, down, up, weight, offset, stride, padding)
+                outputs: torch.Tensor = _LowRank.apply(x, down, up, weight, offset, stride, padding)
+                return outputs
             if dtype not in frozen:
                 frozen[dtype] = weight.to(dtype, memory_format=torch.channels_last)
             inner = F.conv2d(x, down.to(dtype), None, stride, padding)
