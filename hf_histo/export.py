@@ -18,9 +18,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.errors import HistoError
 from hf_histo.files import atomic_folder, write_json
-from hf_histo.hub import Sidecar
 from hf_histo.models import adapters, clip
 
 logger = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import nn
 
+from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.data import schema
 from hf_histo.data.load import load as load_data
 from hf_histo.data.schema import ImageTable
@@ -24,7 +25,7 @@ from hf_histo.evaluation.figures.explanation import explanations, heat_map
 from hf_histo.evaluation.figures.style import short
 from hf_histo.evaluation.forward import forward
 from hf_histo.files import regular
-from hf_histo.hub import Sidecar, load
+from hf_histo.hub import load
 from hf_histo.models import adapters, backbones
 from hf_histo.transforms.augmentation import TestTimeViews
 
@@ -52,7 +53,7 @@ class Classifier:
         cls, source: str | Path, *, revision: str | None = None, backbone: str | None = None
     ) -> Classifier:
         """From an adapter folder or a Hub name; see `hf_histo.hub.load`."""
-        model, sidecar, _ = load(source, revision=revision, backbone=backbone)
+        model, sidecar = load(source, revision=revision, backbone=backbone)
         return cls(model, sidecar)
 
     def load_adapter(
@@ -64,7 +65,7 @@ class Classifier:
         two moved the batch-norm statistics, which are the backbone's.
         """
         # By way of a model of its own, so that an adapter passes the same checks however it comes.
-        other, sidecar, _ = load(source, revision=revision, backbone=backbone)
+        other, sidecar = load(source, revision=revision, backbone=backbone)
         if not (isinstance(self.model, PeftModel) and isinstance(other, PeftModel)):
             raise HistoError(f"{source}: method full has no adapter to share a backbone; expected linear or lora")
         if difference := backbones.difference(self.sidecar.backbone, sidecar.backbone):

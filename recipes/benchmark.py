@@ -60,7 +60,7 @@ from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.reporting.report import table
 from hf_histo.files import atomic_file, write_json
 from hf_histo.launch import run
-from hf_histo.models import adapters, backbones, batchnorm, heads
+from hf_histo.models import adapters, backbones, batchnorm, heads, lora_targets
 from hf_histo.models.speed import folding
 from hf_histo.training import feature_cache, losses, trainer
 from hf_histo.transforms import augmentation, preprocessing
@@ -177,7 +177,7 @@ class Bench:
         lora = peft.LoraConfig(
             r=o.lora_rank,
             lora_alpha=o.lora_alpha,  # type: ignore[arg-type]
-            target_modules=adapters.targets(model, o.target_modules, o.lora_rank),
+            target_modules=lora_targets.targets(model, o.target_modules, o.lora_rank),
             lora_dropout=o.lora_dropout,
             bias="none",
             modules_to_save=[heads.name_of(model)],

@@ -30,7 +30,7 @@ def main() -> None:
 
     require_output(options.output_dir, [options.adapter, options.backbone], folder=True)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    model, sidecar, _ = load(options.adapter, revision=options.revision, backbone=options.backbone)
+    model, sidecar = load(options.adapter, revision=options.revision, backbone=options.backbone)
     export(model, sidecar, options.output_dir, options.format)
     print(f"{options.format}: {options.output_dir}")
 

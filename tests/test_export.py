@@ -42,7 +42,7 @@ def logits(model: torch.nn.Module) -> np.ndarray:
 
 def exported(adapter: Path, folder: Path, format: str) -> tuple[np.ndarray, dict[str, object]]:
     """The logits that the adapter gives, and the statement of its export in `folder`."""
-    model, sidecar, _ = load(adapter)
+    model, sidecar = load(adapter)
     expected = logits(model)
     assert np.ptp(expected) > 0.1
     export(model, sidecar, folder, format)
@@ -98,7 +98,7 @@ def test_onnx_gives_the_logits_for_any_batch(name: str, tmp_path: Path) -> None:
 
 def test_a_head_of_several_layers_goes_to_onnx_only(backbone: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", backbone, outputs=3, head=heads.HeadConfig(widths=(7,)))
-    model, sidecar, _ = load(adapter)
+    model, sidecar = load(adapter)
     with pytest.raises(HistoError, match=r"hidden layers of 7 .*--format onnx"):
         export(model, sidecar, tmp_path / "merged", "merged")
     expected, _ = exported(adapter, tmp_path / "onnx", "onnx")
@@ -111,7 +111,7 @@ def test_a_head_of_several_layers_goes_to_onnx_only(backbone: Path, tmp_path: Pa
 def test_a_grouped_convolution_can_not_be_merged(tmp_path: Path) -> None:
     backbone = write_backbone(tmp_path / "backbone", "test_efficientnet.r160_in1k")
     lora = AdapterOptions(target_modules=r".*blocks\.4\.0\.conv_dw", lora_rank=192)
-    model, sidecar, _ = load(write_adapter(tmp_path / "adapter", backbone, lora=lora))
+    model, sidecar = load(write_adapter(tmp_path / "adapter", backbone, lora=lora))
     with pytest.raises(HistoError, match=r"can't be merged.*without groups"):
         export(model, sidecar, tmp_path / "out", "merged")
     assert not (tmp_path / "out").exists()
@@ -120,7 +120,7 @@ def test_a_grouped_convolution_can_not_be_merged(tmp_path: Path) -> None:
 def test_an_onnx_file_with_other_logits_is_not_written(
     backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, sidecar, _ = load(write_adapter(tmp_path / "adapter", backbone))
+    model, sidecar = load(write_adapter(tmp_path / "adapter", backbone))
     monkeypatch.setattr(module, "TOLERANCE", -1.0)
     with pytest.raises(HistoError, match=r"differ from PyTorch's by .*nothing was written"):
         export(model, sidecar, tmp_path / "out", "onnx")
@@ -135,6 +135,6 @@ def test_what_is_left_out_is_said(backbone: Path, tmp_path: Path, caplog: pytest
 
 
 def test_a_folder_that_exists_is_kept(backbone: Path, tmp_path: Path) -> None:
-    model, sidecar, _ = load(write_adapter(tmp_path / "adapter", backbone))
+    model, sidecar = load(write_adapter(tmp_path / "adapter", backbone))
     with pytest.raises(HistoError, match="exists already"):
         export(model, sidecar, tmp_path / "adapter", "merged")

@@ -31,7 +31,7 @@ from hf_histo.data.readers import hub
 from hf_histo.data.schema import decode, encode_ppm
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import predictions
-from hf_histo.hub import SIDECAR, Sidecar
+from hf_histo.adapter.sidecar import SIDECAR, Sidecar
 
 CORPUS = Path(__file__).parent / "corpus"
 BATCH = 250

@@ -14,6 +14,7 @@ import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,9 @@ from miniature import config, write_backbone
 from safetensors.torch import load_file, save_file
 
 from hf_histo import hub
+from hf_histo.adapter import folder as adapter_folder
+from hf_histo.adapter import model_card
+from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.config import parse
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
@@ -124,7 +128,7 @@ def test_the_lines_of_the_card_give_the_same_logits(
     bare = next(block for block in blocks if "PeftModel" in block).replace("THIS_FOLDER", str(folder))
     images = ImageTable(load(source[1])["test"])
     batch = torch.stack([images[i]["image"] for i in range(len(images))])
-    names: dict[str, Any] = {"pixel_values": hub.Sidecar.read(folder).preprocessing(batch)}
+    names: dict[str, Any] = {"pixel_values": Sidecar.read(folder).preprocessing(batch)}
     with torch.no_grad():
         exec(bare, names)
     np.testing.assert_allclose(names["logits"][:, 0].numpy(), logits(folder, "test"), rtol=0, atol=1e-5)
@@ -146,11 +150,11 @@ def test_the_card_has_no_lines_that_give_other_logits(
     results: dict[str, Result], change: dict[str, Any], reason: str
 ) -> None:
     """Without this package, that is, for an adapter that does more than its model and preprocessing."""
-    sidecar = hub.Sidecar.read(results["frozen"].adapter)
-    assert "PeftModel" in hub.card(sidecar, results["frozen"].metrics).text
+    sidecar = Sidecar.read(results["frozen"].adapter)
+    assert "PeftModel" in model_card.card(sidecar, results["frozen"].metrics).text
     if "preparation" in change:
         change = {"preprocessing": dataclasses.replace(sidecar.preprocessing, **change)}
-    text = hub.card(dataclasses.replace(sidecar, **change), results["frozen"].metrics).text
+    text = model_card.card(dataclasses.replace(sidecar, **change), results["frozen"].metrics).text
     assert "PeftModel" not in text
     assert "pipeline(" not in text
     assert f"Needs this package: bare transformers and peft give other logits, without {reason}." in text
@@ -207,20 +211,20 @@ def test_the_options_that_are_told_make_the_same_run(results: dict[str, Result],
 
 @pytest.mark.parametrize("on_hub", [True, False])
 def test_the_card_names_a_base_model_that_the_hub_has(results: dict[str, Result], on_hub: bool) -> None:
-    sidecar = hub.Sidecar.read(results["frozen"].adapter)
+    sidecar = Sidecar.read(results["frozen"].adapter)
     if on_hub:
         sidecar = dataclasses.replace(sidecar, backbone={**sidecar.backbone, "name": "timm/resnet18.a1_in1k"})
-    card = hub.card(sidecar, results["frozen"].metrics)
+    card = model_card.card(sidecar, results["frozen"].metrics)
     assert card.data.base_model == ("timm/resnet18.a1_in1k" if on_hub else None)
     if on_hub:
         assert "from_pretrained('timm/resnet18.a1_in1k', num_labels=1" in card.text
 
 
 def test_leaks_are_told(results: dict[str, Result]) -> None:
-    sidecar = hub.Sidecar.read(results["frozen"].adapter)
+    sidecar = Sidecar.read(results["frozen"].adapter)
     test = {**sidecar.data["splits"]["test"], "copies_of_train": 3, "groups_of_train": 2, "centers": {}}
     sidecar.data["splits"]["test"] = test
-    text = hub.card(sidecar, results["frozen"].metrics).text
+    text = model_card.card(sidecar, results["frozen"].metrics).text
     assert (
         "- test: 3 of 7 images are byte for byte also in train, 2 of 4 groups are also in train, centers are unknown."
     ) in text
@@ -230,11 +234,11 @@ def test_any_name_of_a_class_is_shown_as_it_is(results: dict[str, Result], tmp_p
     """In the card as Markdown and in the report as HTML, and not as what it would mean there."""
     strange = ["<script>alert(1)</script>", "a|b *c* `d`\n# e \"'&"]
     folder = results["frozen"].adapter
-    sidecar = dataclasses.replace(hub.Sidecar.read(folder), label_names=strange)
+    sidecar = dataclasses.replace(Sidecar.read(folder), label_names=strange)
     for held in sidecar.data["splits"].values():
         held["classes"] = dict(zip(strange, held["classes"].values(), strict=True))
-    model, _, _ = hub.load(folder)
-    hub.save(tmp_path / "adapter", model, sidecar, metrics=results["frozen"].metrics, tables={})
+    model, _ = hub.load(folder)
+    adapter_folder.save(tmp_path / "adapter", model, sidecar, metrics=results["frozen"].metrics, tables={})
 
     page = Page.read(tmp_path / "adapter" / "report.html")
     assert "script" not in page.tags
@@ -405,11 +409,11 @@ def test_a_sidecar_older_than_an_option(adapter: Path) -> None:
     file = adapter / "hf_histo.json"
     content = json.loads(file.read_text())
     assert content["views"] == {"count": 1, "augmentation": "square", "seed": 0}
-    newer = hub.Sidecar.read(adapter)
+    newer = Sidecar.read(adapter)
     content["views"] = 8
     del content["preprocessing"]["fit"], content["preprocessing"]["preparation"], content["adapt_batch_norm"]
     file.write_text(json.dumps(content), encoding="utf-8")
-    sidecar = hub.Sidecar.read(adapter)
+    sidecar = Sidecar.read(adapter)
     assert sidecar.preprocessing == newer.preprocessing
     assert sidecar.views == TestTimeViews(8)
     assert not sidecar.adapt_batch_norm
@@ -610,7 +614,7 @@ def test_files_of_two_runs_in_a_folder_are_refused(whole: Path, results: dict[st
 def test_a_folder_without_what_a_prediction_needs_is_refused(whole: Path, name: str) -> None:
     (whole / name).unlink()
     with pytest.raises(HistoError, match=f"holds no {name}"):
-        hub.verify(whole)
+        adapter_folder.verify(whole)
     assert name in refusal(whole)
 
 
@@ -657,26 +661,26 @@ def test_a_backbone_with_another_configuration_is_refused(
     assert str(moved) in message
 
 
-@pytest.mark.parametrize("part", ["card", "write_json"])
+@pytest.mark.parametrize(("module", "part"), [(model_card, "card"), (adapter_folder, "write_json")])
 def test_a_save_that_fails_leaves_the_old_folder(
-    adapter: Path, monkeypatch: pytest.MonkeyPatch, results: dict[str, Result], part: str
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, results: dict[str, Result], module: ModuleType, part: str
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("disk full")
 
-    model, sidecar, _ = hub.load(adapter)
+    model, sidecar = hub.load(adapter)
     before = {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()}
-    monkeypatch.setattr(hub, part, fail)
+    monkeypatch.setattr(module, part, fail)
     with pytest.raises(OSError, match="disk full"):
-        hub.save(adapter, model, sidecar, metrics=results["frozen"].metrics, tables={})
+        adapter_folder.save(adapter, model, sidecar, metrics=results["frozen"].metrics, tables={})
     assert {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()} == before
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
 
 
 def test_a_save_replaces_an_older_folder(adapter: Path, results: dict[str, Result]) -> None:
     (adapter / "old.txt").touch()
-    model, sidecar, _ = hub.load(adapter)
-    hub.save(adapter, model, sidecar, metrics=results["frozen"].metrics, tables={})
+    model, sidecar = hub.load(adapter)
+    adapter_folder.save(adapter, model, sidecar, metrics=results["frozen"].metrics, tables={})
     assert not (adapter / "old.txt").exists()
     assert hub.load(adapter)[1] == sidecar
 
@@ -692,4 +696,4 @@ def test_an_adapter_that_lost_its_checksums_is_refused(results: dict[str, Result
     folder = shutil.copytree(results["frozen"].adapter, tmp_path / "adapter")
     (folder / "checksums.json").unlink()
     with pytest.raises(HistoError, match=r"holds no checksums\.json, expected it beside hf_histo\.json"):
-        hub.verify(folder)
+        adapter_folder.verify(folder)

@@ -31,7 +31,7 @@ from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, predictions, thresholds
 from hf_histo.evaluation.metrics import classification
 from hf_histo.finetune import fine_tune
-from hf_histo.hub import Sidecar
+from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.hub import load as load_adapter
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters

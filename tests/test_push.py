@@ -23,6 +23,7 @@ from hub_server import CUT, LOST, READ_TOKEN, TOKEN, Hub
 from miniature import SIZE, config
 
 from hf_histo import hub
+from hf_histo.adapter.folder import verify
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import predictions
@@ -220,12 +221,12 @@ def test_nothing_but_the_files_of_a_run_is_pushed(server: Hub, adapter: Path, tm
 def test_what_was_pulled_is_verified_and_can_be_pushed_again(server: Hub, adapter: Path) -> None:
     hub.push(adapter, NAME)
     pulled = hub.fetch(NAME)
-    assert hub.verify(pulled) is not None
+    assert verify(pulled) is not None
     hub.push(pulled, "ana/again")
     assert server.files("ana/again") == server.files(NAME)
     weights = (pulled / "adapter_model.safetensors").resolve()
     weights.write_bytes(bytes(weights.stat().st_size))
-    with pytest.raises(HistoError, match="is not as the run wrote it"):
+    with pytest.raises(HistoError, match="is not as it was written"):
         hub.load(NAME)
 
 
@@ -345,7 +346,7 @@ def test_a_card_that_the_hub_refuses(server: Hub, adapter: Path) -> None:
 def test_what_goes_on_is_the_same_push(server: Hub, adapter: Path) -> None:
     server.fail("create", 500)
     options = "--hub_private --hub_revision v2 --hub_base_model clinic/base"
-    assert f"{options} goes on" in refusal(adapter, private=True, revision="v2", base_model="clinic/base")
+    assert f"{options} resumes it" in refusal(adapter, private=True, revision="v2", base_model="clinic/base")
 
 
 def test_a_folder_of_no_adapter(server: Hub, tmp_path: Path) -> None:

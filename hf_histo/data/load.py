@@ -17,9 +17,10 @@ from hf_histo.data.readers import hub
 from hf_histo.data.readers.builder import LEFT_OUT, FolderBuilder
 from hf_histo.data.readers.class_folders import ClassFolders
 from hf_histo.data.readers.cytology import HiCervix, NamedImages, SplitLists, check_known
-from hf_histo.data.readers.hdf5 import Challenge, ChallengeFile, PatchCamelyon
 from hf_histo.data.readers.idx import Idx
+from hf_histo.data.readers.multicenter_hdf5 import MulticenterHdf5, MulticenterHdf5File
 from hf_histo.data.readers.nifti import VolumeFolders
+from hf_histo.data.readers.patch_camelyon import PatchCamelyon
 from hf_histo.data.readers.pixel_tables import SUFFIXES, PixelTables
 from hf_histo.data.readers.wilds_camelyon17 import WildsCamelyon17
 from hf_histo.data.synthetic import tissue
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 SYNTHETIC = "synthetic"
 LAYOUTS: tuple[type[FolderBuilder], ...] = (
-    Challenge,
+    MulticenterHdf5,
     PatchCamelyon,
     WildsCamelyon17,
     Idx,
@@ -170,7 +171,7 @@ def _synthetic(cache_dir: Path) -> Path:
 
 def _layout(directory: Path) -> type[FolderBuilder]:
     if directory.is_file():
-        return PixelTables if directory.suffix.lower() in SUFFIXES else ChallengeFile
+        return PixelTables if directory.suffix.lower() in SUFFIXES else MulticenterHdf5File
     if not directory.is_dir():
         raise HistoError(f"{directory}: no such folder; give the folder that holds the data set")
     for layout in LAYOUTS:

@@ -18,7 +18,7 @@ from fixtures import write_challenge, write_pcam, write_wilds
 from hf_histo.config import DataOptions
 from hf_histo.data import cache
 from hf_histo.data.load import check_trainable, fingerprint, load
-from hf_histo.data.readers.hdf5 import Challenge, PixelFormat
+from hf_histo.data.readers.multicenter_hdf5 import MulticenterHdf5, PixelFormat
 from hf_histo.data.splits.checks import shared_groups
 from hf_histo.data.synthetic import tissue
 from hf_histo.errors import HistoError
@@ -28,13 +28,13 @@ from hf_histo.errors import HistoError
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The splits of the challenge that were converted, as they are converted."""
     converted: list[str] = []
-    original = Challenge._generate_examples
+    original = MulticenterHdf5._generate_examples
 
-    def counted(self: Challenge, path: Path, **arguments: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    def counted(self: MulticenterHdf5, path: Path, **arguments: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         converted.append(path.stem)
         return original(self, path, **arguments)
 
-    monkeypatch.setattr(Challenge, "_generate_examples", counted)
+    monkeypatch.setattr(MulticenterHdf5, "_generate_examples", counted)
     return converted
 
 
@@ -144,17 +144,17 @@ def test_a_file_that_changes_while_another_is_read_is_refused(
     write_challenge(tmp_path / "data")
     shutil.copytree(tmp_path / "data", tmp_path / "original")
     write_challenge(tmp_path / "other", counts={"train": 12, "val": 6, "test": 4}, metadata=1)
-    whole = Challenge._generate_examples
+    whole = MulticenterHdf5._generate_examples
 
-    def interfere(self: Challenge, path: Path, **arguments: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    def interfere(self: MulticenterHdf5, path: Path, **arguments: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         if path.stem == "val":
             replace(tmp_path / "other" / f"{split}.h5", tmp_path / "data" / f"{split}.h5")
         yield from whole(self, path, **arguments)
 
-    monkeypatch.setattr(Challenge, "_generate_examples", interfere)
+    monkeypatch.setattr(MulticenterHdf5, "_generate_examples", interfere)
     with pytest.raises(HistoError, match=r"data: a file changed while it was read, expected none to; run the command"):
         load(tmp_path / "data", cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(Challenge, "_generate_examples", whole)
+    monkeypatch.setattr(MulticenterHdf5, "_generate_examples", whole)
     assert not list((tmp_path / "cache").rglob("*.arrow"))
     fresh = load(tmp_path / "original", cache_dir=tmp_path / "elsewhere")
     found = load(tmp_path / "original", cache_dir=tmp_path / "cache")

@@ -26,7 +26,7 @@ from transformers import (
 
 from hf_histo.config import AdapterOptions, parse
 from hf_histo.errors import HistoError
-from hf_histo.models import adapters, backbones, batchnorm, heads
+from hf_histo.models import adapters, backbones, batchnorm, heads, lora_targets
 
 WEIGHTS = "adapter_model.safetensors"
 TIMM = {
@@ -72,7 +72,7 @@ def build(name: str) -> PreTrainedModel:
 
 def adapted_layers(model: PreTrainedModel, preset: str | None) -> set[str]:
     """Names that peft will adapt, by its own rule."""
-    found = adapters.targets(model, preset, 8)
+    found = lora_targets.targets(model, preset, 8)
     return {n for n, _ in model.named_modules() if (re.fullmatch(found, n) if isinstance(found, str) else n in found)}
 
 
@@ -98,7 +98,7 @@ def test_published_parameter_counts(name: str, outputs: int, options: AdapterOpt
 @pytest.mark.parametrize(("name", "family"), (TIMM | HUGGING_FACE).items())
 def test_presets_of_a_family_fit_its_members(name: str, family: str) -> None:
     model = build(name)
-    found, declared = adapters.family_of(model), adapters.FAMILIES[family]
+    found, declared = lora_targets.family_of(model), lora_targets.FAMILIES[family]
     assert found.known_by == declared.known_by
     assert found.default in found.presets
     for preset in {*declared.presets, None}:
@@ -125,12 +125,12 @@ def test_all_conv_is_every_convolution_without_groups(name: str) -> None:
 
 def test_every_family_is_tested() -> None:
     in_test_registry = {"open-clip"}  # which needs the extra
-    assert {*TIMM.values(), *HUGGING_FACE.values()} | in_test_registry == set(adapters.FAMILIES)
+    assert {*TIMM.values(), *HUGGING_FACE.values()} | in_test_registry == set(lora_targets.FAMILIES)
 
 
 def test_an_architecture_of_no_family_has_the_presets_of_every_one() -> None:
     model = build("regnetx_002")
-    assert set(adapters.family_of(model).presets) == {"all-conv", "all-linear"}
+    assert set(lora_targets.family_of(model).presets) == {"all-conv", "all-linear"}
     assert adapted_layers(model, None)
 
 

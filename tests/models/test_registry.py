@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from hf_histo.config import AdapterOptions
 from hf_histo.errors import HistoError
-from hf_histo.models import adapters, backbones, heads, qkv, registry
+from hf_histo.models import adapters, backbones, heads, lora_targets, qkv, registry
 from hf_histo.transforms import preprocessing
 
 pytest.importorskip("open_clip")
@@ -159,23 +159,23 @@ def test_blocks_are_those_of_the_publication(name: str, blocks: str, wanted: ran
     """Zanella & Ben Ayed 2024 list them for twelve blocks."""
     with torch.device("meta"):
         model = AutoModelForImageClassification.from_config(registry.ENTRIES[name].config(3))
-        chosen = adapters.targets(model, "attention-q-k-v-o", 16, blocks)
+        chosen = lora_targets.targets(model, "attention-q-k-v-o", 16, blocks)
     names = [key for key, _ in model.named_modules() if qkv.is_target(key, chosen)]
-    assert {int(adapters.BLOCK.fullmatch(key)["index"]) for key in names} == set(wanted)  # type: ignore[index]
+    assert {int(lora_targets.BLOCK.fullmatch(key)["index"]) for key in names} == set(wanted)  # type: ignore[index]
     assert len(names) == 4 * len(wanted)
 
 
 def test_blocks_of_a_model_that_has_none() -> None:
     model = backbones.load("test_resnet", 2, random_weights=True)
     with pytest.raises(HistoError, match="--lora_blocks is mid, expected all"):
-        adapters.targets(model, None, 2, "mid")
+        lora_targets.targets(model, None, 2, "mid")
 
 
 def test_a_layer_that_is_read_without_being_called_is_refused() -> None:
     """timm's EVA with a bias beside the weights computes with `qkv.weight` itself, past any adapter."""
     model = backbones.load("vit_tiny_patch16_dinov3_qkvb", 2, random_weights=True)
     with pytest.raises(HistoError, match="read with a bias kept elsewhere"):
-        adapters.targets(model, "attention-qv", 2)
+        lora_targets.targets(model, "attention-qv", 2)
 
 
 def test_names_are_looked_up_both_ways() -> None:

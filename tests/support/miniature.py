@@ -13,7 +13,8 @@ import torch
 from fixtures import write_challenge
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from hf_histo import hub
+from hf_histo.adapter import folder as adapter_folder
+from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.config import AdapterOptions, Config, parse
 from hf_histo.models import adapters, backbones, batchnorm
 from hf_histo.models.model_size import account
@@ -50,7 +51,7 @@ def write_hf_vit(folder: Path) -> Path:
 def write_adapter(folder: Path, backbone: Path, *, seed: int = 0, outputs: int = 1, **options: Any) -> Path:
     """Save an adapter folder as a run leaves it, with random LoRA weights in place of trained ones.
 
-    `options` are those of `hub.Sidecar`, and of `AdapterOptions` as `lora`.
+    `options` are those of `Sidecar`, and of `AdapterOptions` as `lora`.
     """
     torch.manual_seed(seed)
     names = ["normal", "tumor", "other"][: max(2, outputs)]
@@ -60,7 +61,7 @@ def write_adapter(folder: Path, backbone: Path, *, seed: int = 0, outputs: int =
     views = preprocessing.resolve(model.config, str(backbone), SIZE, SIZE)
     held = {"images": 0, "hidden": 0, "groups": 0, "classes": dict.fromkeys(names, 0), "centers": {}}
     held |= {"copies_of_train": 0, "groups_of_train": 0}
-    sidecar = hub.Sidecar(
+    sidecar = Sidecar(
         **{
             "method": lora.method,
             "label_names": names,
@@ -79,7 +80,7 @@ def write_adapter(folder: Path, backbone: Path, *, seed: int = 0, outputs: int =
     selection = {"split": "val", "metric": "auroc", "value": 1.0, "step": 1}
     metrics = {"selection": selection, "splits": {}, "options": {"hub_license": "unknown", "split": "files"}}
     metrics |= account(adapted, batch_norm=sidecar.batch_norm)
-    hub.save(folder, adapted, sidecar, metrics=metrics, tables={})
+    adapter_folder.save(folder, adapted, sidecar, metrics=metrics, tables={})
     return folder
 
 

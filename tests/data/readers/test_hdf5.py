@@ -10,7 +10,7 @@ from fixtures import CENTERS, COUNTS, damage_chunk, truncate, write_challenge, w
 
 from hf_histo.config import DataOptions
 from hf_histo.data.load import load
-from hf_histo.data.readers import hdf5
+from hf_histo.data.readers import multicenter_hdf5
 from hf_histo.data.schema import ImageTable
 from hf_histo.data.splits.checks import shared_groups
 from hf_histo.errors import HistoError
@@ -265,8 +265,8 @@ def test_refuses_a_chunk_that_unpacks_to_more_than_memory_holds(tmp_path: Path) 
 
 
 def test_refuses_one_image_linked_many_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hdf5, "EXPANSION", 10)
-    monkeypatch.setattr(hdf5, "SMALL", 0)
+    monkeypatch.setattr(multicenter_hdf5, "EXPANSION", 10)
+    monkeypatch.setattr(multicenter_hdf5, "SMALL", 0)
     write_challenge(tmp_path, size=40)
     with h5py.File(tmp_path / "val.h5", "r+") as file:
         for i in range(500):
