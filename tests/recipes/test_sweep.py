@@ -20,6 +20,7 @@ from hf_histo.config import parse
 from hf_histo.launch import run
 
 optuna = pytest.importorskip("optuna")
+sweep = pytest.importorskip("hf_histo.experiments.sweep")
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "sweep.py"
 STUDIES = sorted((RECIPE.parent / "configs" / "sweep").glob("*.yaml"))
@@ -185,13 +186,12 @@ def test_a_bad_study_is_one_line(call: Call, capsys: pytest.CaptureFixture[str],
 def test_settings_that_no_run_takes_are_told(call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         call("grid: {target_modules: [nothing]}", "--method=lora")
-    assert "came to its end; the first error: --target_modules 'nothing'" in capsys.readouterr().err
+    assert "finished; the first error: --target_modules 'nothing'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_studies_in_the_tree(path: Path) -> None:
-    recipe = runpy.run_path(str(RECIPE), run_name="recipe")
-    plan = recipe["read_plan"](str(path), parse(None, []))
+    plan = sweep.read_plan(str(path), parse(None, []))
     assert len(plan.points) == {"mri_report_grid": 8, "mri_search": 24}[path.stem]
     assert len(STUDIES) == 2
     assert "ours" in path.read_text() and yaml.safe_load(path.read_text())
