@@ -20,7 +20,9 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 
 from hf_histo import hub, launch
-from hf_histo.config import Config
+from hf_histo.adapter import folder as adapter_folder
+from hf_histo.adapter.sidecar import Sidecar
+from hf_histo.config import Config, with_role
 from hf_histo.data import hierarchy
 from hf_histo.data.load import check_trainable, fingerprint
 from hf_histo.data.readers.hub import train_stream
@@ -47,8 +49,6 @@ from hf_histo.transforms.stain import CenterNormalizer
 logger = logging.getLogger(__name__)
 
 COMPONENTS = "components.png"
-
-TOLD = {"data", "backbone", "revision"}  # options that the sidecar tells, without where they lie on this machine
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ def _fine_tune(
 ) -> Result:
     adapter = folder / run_folder.ADAPTER
     if run_folder.is_finished(folder) and not config.output.overwrite_output_dir:
-        hub.verify(adapter)
-        return Result(adapter, hub.read_metrics(adapter), None)
+        adapter_folder.verify(adapter)
+        return Result(adapter, adapter_folder.read_metrics(adapter), None)
 
     set_seed(config.training.seed)
     names = next(iter(data.values())).features["label"].names
@@ -172,7 +172,7 @@ def _fine_tune(
     validation = views.read(data["val"])
     color = config.centers.normalization
     normalizer = None if color == "none" or isinstance(train, Stream) else CenterNormalizer.fit(train, color)
-    sidecar = hub.Sidecar(
+    sidecar = Sidecar(
         method=config.adapter.method,
         label_names=names,
         num_outputs=num_outputs,
@@ -208,7 +208,7 @@ def _fine_tune(
         batchnorm.freeze(model)
     trained: nn.Module = model if config.adapter.method == "full" else adapters.add(model, config.adapter)
     if config.adapter.init_adapter:
-        hub.start_from(trained, config.adapter.init_adapter, sidecar)
+        adapter_folder.start_from(trained, hub.fetch(config.adapter.init_adapter), sidecar)
     sidecar = dataclasses.replace(sidecar, bare=not qkv.is_split(trained) and backbones.is_bare(options.backbone))
     sizes = account(trained, batch_norm=options.batch_norm)
 
@@ -257,7 +257,7 @@ def _fine_tune(
         "calibration": {"split": "val", **dataclasses.asdict(temperature)},
         "splits": {split: classification.report(table, negative=negative) for split, table in tables.items()},
         **sizes,
-        "options": _told(config),
+        "options": _recorded(config),
     }
     if by_level := {
         split: hierarchical_metrics.scores(table)
@@ -290,7 +290,7 @@ def _fine_tune(
         }
         run_folder.require_begun(folder)
         write_json(folder / run_folder.COST, cost)
-        hub.save(
+        adapter_folder.save(
             adapter, final, sidecar, metrics=measured, tables=tables, figures=figures, cost=report.cost_sentence(cost)
         )
     launch.process().wait_for_everyone()
@@ -333,7 +333,7 @@ def _stream(config: Config, total: int, views: preprocessing.Preprocessing) -> S
 
 
 def _fit_components(
-    config: Config, model: nn.Module, data: datasets.DatasetDict, sidecar: hub.Sidecar, figure: Path
+    config: Config, model: nn.Module, data: datasets.DatasetDict, sidecar: Sidecar, figure: Path
 ) -> dict[str, Any]:
     """Set the head to the regression on principal components that is best on `val`, and draw the first two."""
     normalizer, wanted = sidecar.normalizer, config.training.metric_for_best_model
@@ -371,13 +371,13 @@ def _fit_components(
     return {"value": abs(probe.value), "step": None, "components": probe.components}
 
 
-def _told(config: Config) -> dict[str, Any]:
+def _recorded(config: Config) -> dict[str, Any]:
     """The options that decided the result and are not in the sidecar, without a path of this machine."""
-    told = {key: value for key, value in config.flat().items() if key not in run_folder.INDIFFERENT | TOLD}
-    start = told["init_adapter"]
+    recorded = {key: value for key, value in config.flat().items() if key in with_role("result")}
+    start = recorded["init_adapter"]
     if start and (folder := Path(start).expanduser()).is_dir():
-        told["init_adapter"] = "/".join(folder.resolve().parts[-2:])  # RUN/adapter
-    return told
+        recorded["init_adapter"] = "/".join(folder.resolve().parts[-2:])  # RUN/adapter
+    return recorded
 
 
 def _thresholds(tables: dict[str, pd.DataFrame]) -> dict[str, float]:

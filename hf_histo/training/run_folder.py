@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_histo import launch
-from hf_histo.config import Config
+from hf_histo.config import NON_RESULT_OPTIONS, Config, effective
 from hf_histo.errors import HistoError
 from hf_histo.files import atomic_file, read_checksums, read_text, write_checksums
 
@@ -36,25 +36,6 @@ PREDICTIONS = "predictions"
 # All that a run writes into its folder beside checkpoints, and all that overwriting it deletes.
 WRITTEN = (RECORD, DATA, ADAPTER, FIGURES, COST, PREVIEW, NAN_BATCH, PREDICTIONS)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# Options that decide where and how fast a run goes, not what comes out of it.
-INDIFFERENT = {
-    "cache_dir",
-    "activation_checkpointing",
-    "cache_features",
-    "num_workers",
-    "per_device_eval_batch_size",
-    "resume_from_checkpoint",
-    "output_dir",
-    "overwrite_output_dir",
-    "preview",
-    "explain",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_base_model",
-    "hub_private",
-    "hub_revision",
-    "hub_create_pr",
-}
 
 
 def folder_of(config: Config) -> Path:
@@ -67,7 +48,7 @@ def folder_of(config: Config) -> Path:
 
 def identity(config: Config, data: str) -> dict[str, Any]:
     """What decides the result of a run, ready for JSON: its options, and the fingerprint of its data."""
-    options = {key: value for key, value in config.flat().items() if key not in INDIFFERENT}
+    options = {key: value for key, value in config.flat().items() if key not in NON_RESULT_OPTIONS}
     return {**options, "data fingerprint": data}
 
 
@@ -204,7 +185,7 @@ def system_failures(folder: Path) -> Iterator[None]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in `folder` has written its adapter; `hub.save` does so whole and last."""
+    """Whether the run in `folder` has written its adapter; `adapter.folder.save` does so whole and last."""
     return (folder / ADAPTER).is_dir()
 
 
@@ -276,7 +257,7 @@ def _fault(checkpoint: Path, run: Mapping[str, Any]) -> str | None:
         return f"no complete checkpoint ({error.strerror}: {Path(error.filename or checkpoint).name})"
     except ValueError as error:
         return f"damaged checkpoint ({error})"
-    differing = _differences(found, run, "there", "here")
+    differing = _differences(effective(found), effective(run), "there", "here")
     return f"is of another run: {differing}" if differing else None
 
 
@@ -325,9 +306,10 @@ def _other_run(folder: Path, config: Config, data: str) -> str | None:
         before = None
     if not isinstance(before, dict):
         return f"its {RECORD} is damaged, expected the options of a run"
-    before = Config().flat() | before  # an option that is newer than the run: its default is what the run did
-    now = config.flat()
-    changed = [key for key in now if key not in INDIFFERENT and before.get(key) != now[key]]
+    # An option that is newer than the run: its default is what the run did.
+    before = effective(Config().flat() | before)
+    now = effective(config.flat())
+    changed = [key for key in now if key not in NON_RESULT_OPTIONS and before.get(key) != now[key]]
     if changed:
         return f"holds another run: {', '.join(f'{key} {before.get(key)!r} (now {now[key]!r})' for key in changed)}"
     recorded = (folder / DATA).read_text(encoding="utf-8") if (folder / DATA).is_file() else data

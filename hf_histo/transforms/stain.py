@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import kornia.color
 import numpy as np
@@ -30,10 +30,11 @@ import torchstain
 from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter
 
+from hf_histo.config import Normalization
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 
-METHODS = ("none", "rgb", "reinhard", "macenko")
+METHODS = get_args(Normalization)
 PIXELS_PER_IMAGE = 256  # that stand for an image in a stain estimate: 400 images give 100,000 pixels
 WHITE = 240.0  # intensity of unstained glass, the value of Macenko's published code
 ROWS = TypeAdapter(list[list[float]], config=ConfigDict(strict=True))  # of statistics in JSON

@@ -16,7 +16,7 @@ from hf_histo.errors import HistoError
 logger = logging.getLogger(__name__)
 
 SEARCHED = "near copies were searched for"  # in the description of data on which `grouped` did so
-TOLD = ("overlap", "similar_overlap", "shared_groups", "label_conflict", "similar_label_conflict", "repeats")
+LOGGED = ("overlap", "similar_overlap", "shared_groups", "label_conflict", "similar_label_conflict", "repeats")
 
 
 def arrange(data: datasets.DatasetDict, split: str, family: str | None = None) -> datasets.DatasetDict:
@@ -56,7 +56,7 @@ def grouped(data: datasets.DatasetDict, family: str = "copies", *, only_one: boo
     """
     table = inventory(data, near=NEAR if family == "near" else None)
     for finding in audit(table, next(iter(data.values())).features["label"].names).findings:
-        if finding.kind in TOLD:
+        if finding.kind in LOGGED:
             logger.warning(finding.message)
     families = with_families(data, table, "near" if family == "near" else "family")
     found = clean(families, table) if only_one else families

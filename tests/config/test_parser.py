@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import os
 import re
@@ -10,10 +11,24 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_histo.config import Config, parse, with_options
+from hf_histo.config import (
+    NON_RESULT_OPTIONS,
+    OPTIONS,
+    Config,
+    effective,
+    option,
+    parse,
+    parse_each,
+    parse_with,
+    with_options,
+    with_role,
+)
+from hf_histo.config.options import RULES
 from hf_histo.errors import HistoError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").rglob("*.yaml"))
+CONFIGS = [file for file in CONFIGS if file.name != "reported.yaml" and file.parent.name != "sweep"]
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def write(folder: Path, text: str) -> str:
@@ -36,9 +51,9 @@ def test_nothing_given_is_the_defaults() -> None:
 
 
 def test_yaml_sets_and_the_command_line_wins(tmp_path: Path) -> None:
-    file = write(tmp_path, "lora_rank: 4\nseed: 7\nmethod: linear\n")
+    file = write(tmp_path, "learning_rate: 0.5\nseed: 7\nmethod: linear\n")
     config = parse(None, ["--seed", "9", "--config", file])
-    assert (config.adapter.lora_rank, config.adapter.method, config.training.seed) == (4, "linear", 9)
+    assert (config.training.learning_rate, config.adapter.method, config.training.seed) == (0.5, "linear", 9)
     assert parse(None, [f"--config={file}", "--method=lora"]).adapter.method == "lora"
 
 
@@ -125,9 +140,9 @@ def test_a_value_of_the_wrong_type(tmp_path: Path, key: str, value: str) -> None
         ("num_workers", "-1", "at least 0"),
         ("seed", "-1", "at least 0"),
         ("seed", "4294967296", "at most"),
-        ("head_dropout", "1", "in [0, 1)"),
-        ("lora_dropout", "-0.1", "in [0, 1)"),
-        ("lora_dropout", "1.0", "in [0, 1)"),
+        ("head_dropout", "1", "at least 0 and below 1"),
+        ("lora_dropout", "-0.1", "at least 0 and below 1"),
+        ("lora_dropout", "1.0", "at least 0 and below 1"),
     ],
 )
 def test_a_value_out_of_range(key: str, value: str, expected: str) -> None:
@@ -178,26 +193,44 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
 def test_pushing_needs_a_name() -> None:
     assert "--hub_model_id" in refusal("--push_to_hub")
     assert "expected owner/name" in refusal("--push_to_hub", "--hub_model_id", "model")
-    assert "exclude each other" in refusal("--hub_create_pr", "--hub_revision", "v2")
+    push = ("--push_to_hub", "--hub_model_id", "me/model")
+    assert "exclude each other" in refusal(*push, "--hub_create_pr", "--hub_revision", "v2")
     for backbone, name in (("builtin", "timm/resnet18.a1_in1k"), (".", "resnet18")):
-        assert "--hub_base_model is" in refusal("--backbone", backbone, "--hub_base_model", name)
+        assert "--hub_base_model is" in refusal(*push, "--backbone", backbone, "--hub_base_model", name)
     assert parse(None, ["--push_to_hub", "--hub_model_id", "me/model"]).output.push_to_hub
 
 
 def test_help_is_grouped_and_mentions_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse("What it does.\n\n    how to call it", ["--help"])
+        parse("What it does.\n\n    how to call it", ["--help_all"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "What it does.\n\n    how to call it" in text
     for group in dataclasses.fields(Config):
         assert re.search(rf"^{group.name}:", text, re.MULTILINE), group.name
     listed = re.findall(r"^  (?:-h, )?--(\w+)", text, re.MULTILINE)
-    assert sorted(listed) == sorted([*Config().flat(), "config", "help"])
+    assert sorted(listed) == sorted([*Config().flat(), "config", "help", "help_all"])
+
+
+@pytest.mark.parametrize("recipe", ["histo_lora", "mri_lora", "digits_lora", "cytology_lora"])
+def test_help_is_one_screen_of_what_matters_first(
+    recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    usage = ast.get_docstring(ast.parse((RECIPES / f"{recipe}.py").read_text(encoding="utf-8")))
+    with pytest.raises(SystemExit) as caught:
+        parse(usage, ["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert usage is not None and usage in text
+    assert len(text.splitlines()) <= 50
+    assert "rank of the update (default: 8)" in text
+    assert "--hub_private" not in text
+    assert "--help_all" in text
 
 
 def test_every_published_config_parses() -> None:
-    assert len(CONFIGS) >= 4, CONFIGS
+    assert len(CONFIGS) >= 40, CONFIGS
     for file in CONFIGS:
         assert parse(None, ["--config", str(file)]) != Config(), file
 
@@ -217,3 +250,96 @@ def test_other_options_are_checked_as_on_the_command_line() -> None:
     for options, message in (({"lora_rank": 0}, "--lora_rank is 0"), ({"lora_rnk": 1}, "did you mean '--lora_rank'")):
         with pytest.raises(HistoError, match=message):
             with_options(config, options)
+
+
+@pytest.mark.parametrize(
+    ("given", "needed"),
+    [
+        ("--method=linear --lora_rank=4", "with --method lora"),
+        ("--method=full --use_dora", "with --method lora"),
+        ("--method=pca --target_modules=all-conv", "with --method lora"),
+        ("--method=pca --learning_rate=0.1", "with --method linear, lora or full"),
+        ("--domain_weight=2", "with --domain_loss other than none"),
+        ("--stain_mixing=0.5", "with --normalization other than none"),
+        ("--head_widths=8", "with --head mlp"),
+        ("--train_output_layer", "with --head_on logits"),
+        ("--lr_scheduler_patience=2", "with --lr_scheduler_type reduce_lr_on_plateau"),
+        ("--iterations_per_shot=5", "with --shots"),
+        ("--test_time_augmentation=flips", "with --test_time_views other than 1"),
+        ("--hub_private", "with --push_to_hub"),
+        ("--family=near", "with --split published or clean"),
+        ("--max_steps=4 --num_train_epochs=2", "without --max_steps"),
+        ("--revision=v1", "on a backbone from the Hub"),
+    ],
+)
+def test_an_option_that_can_not_act_is_refused(tmp_path: Path, given: str, needed: str) -> None:
+    message = refusal(*given.split())
+    assert f"which acts only {needed}" in message
+    assert message.startswith("--") and message.endswith("leave it out")
+
+
+def test_each_default_is_within_its_bounds_and_each_need_names_an_option() -> None:
+    for name, rule in RULES.items():
+        assert rule.allows(OPTIONS[name].default), name
+        assert rule.needs.keys() <= OPTIONS.keys(), name
+        assert not rule.common or OPTIONS[name].metadata["help"], name
+
+
+def test_an_option_of_a_file_that_can_not_act(tmp_path: Path) -> None:
+    """It is refused, unless the command line made the difference: then it takes its default."""
+    file = write(tmp_path, "lora_rank: 4\nhub_private: true\nmethod: linear\n")
+    message = refusal(f"--config={file}")
+    assert message.startswith(f"--config {file}: --lora_rank is 4, which acts only with --method lora")
+    push = ["--push_to_hub", "--hub_model_id=me/model"]
+    config = parse(None, [f"--config={file}", "--method=lora", *push])
+    assert (config.adapter.lora_rank, config.output.hub_private) == (4, True)
+
+    lora = write(tmp_path, "lora_rank: 4\nnum_train_epochs: 3\n")
+    config = parse(None, [f"--config={lora}", "--method=linear", "--max_steps=2"])
+    assert config == parse(None, ["--method=linear", "--max_steps=2"])
+    assert "--lora_rank is 2" in refusal(f"--config={lora}", "--method=linear", "--lora_rank=2")
+
+
+def test_a_file_may_hold_iterations_for_runs_with_shots(tmp_path: Path) -> None:
+    file = write(tmp_path, "iterations_per_shot: 50\n")
+    assert parse(None, [f"--config={file}"]).protocol.iterations_per_shot == 50
+    assert "--max_steps is 3" in refusal(f"--config={file}", "--shots=1", "--max_steps=3")
+
+
+def test_options_that_cannot_act_make_no_other_run() -> None:
+    linear = parse(None, ["--method=linear"])
+    before = linear.flat() | {"lora_rank": 4, "test_time_augmentation": "flips"}
+    assert effective(before) == linear.flat()
+    assert with_options(linear, {"lora_rank": 4}) == linear
+
+
+def test_one_command_line_for_several_configs(tmp_path: Path) -> None:
+    files = []
+    for method in ("linear", "lora"):
+        files.append(str(tmp_path / f"{method}.yaml"))
+        Path(files[-1]).write_text(f"method: {method}\n", encoding="utf-8")
+    linear, lora = parse_each(Own, files, ["--lora_rank=4", "--seed=3", "--count=2"])
+    assert (linear.adapter.lora_rank, lora.adapter.lora_rank, linear.training.seed) == (8, 4, 3)
+    with pytest.raises(HistoError, match="--head_widths is '8', which acts only with --head mlp"):
+        parse_each(Own, files, ["--head_widths=8"])
+    config, own = parse_with(Own, None, ["--head_widths=8", "--count=2"], is_shared=True)
+    assert (config, own) == (Config(), Own(2))
+    with pytest.raises(HistoError, match="--count is 0, expected at least 1"):
+        parse_with(Own, None, ["--count=0"])
+
+
+@dataclasses.dataclass
+class Own:
+    _argument_group_name = "own"
+
+    count: int = option(1, "a number", at_least=1)
+
+
+def test_what_changes_no_result() -> None:
+    """These names are the identity of runs on disk: another set would make old runs other ones."""
+    assert {
+        *("cache_dir", "activation_checkpointing", "cache_features", "num_workers", "per_device_eval_batch_size"),
+        *("resume_from_checkpoint", "output_dir", "overwrite_output_dir", "preview", "explain", "push_to_hub"),
+        *("hub_model_id", "hub_base_model", "hub_private", "hub_revision", "hub_create_pr"),
+    } == NON_RESULT_OPTIONS
+    assert with_role("source") == {"data", "backbone", "revision"}

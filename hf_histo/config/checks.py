@@ -1,0 +1,116 @@
+"""What is wrong with a set of options: values out of bounds, options that cannot act, and pairs that contradict."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_histo.config.options import OPTIONS, RULES, SET, CenterOptions, Config, ProtocolOptions, rule_of
+from hf_histo.errors import HistoError
+
+
+def check_bounds(group: Any) -> None:
+    """Raise `HistoError` for a value of an options dataclass that is outside its bounds, or not finite."""
+    for option in dataclasses.fields(group):
+        rule, value = rule_of(option), getattr(group, option.name)
+        if not rule.allows(value):
+            infinite = isinstance(value, float) and not abs(value) < float("inf")
+            expected = " ".join(filter(None, ["a finite number" if infinite else "", rule.expected()]))
+            raise HistoError(f"--{option.name} is {value}, expected {expected}")
+
+
+def ineffective(values: Mapping[str, Any]) -> dict[str, str]:
+    """The options that are not at their default and cannot act beside the others, with the reason.
+
+    Args:
+        values: options by name; those that are absent are at their default.
+    """
+    found = {}
+    for name in values.keys() & RULES.keys():
+        if values[name] != OPTIONS[name].default:
+            for other, wanted in RULES[name].needs.items():
+                if not _holds(other, values.get(other, OPTIONS[other].default), wanted):
+                    found[name] = f"acts only {needed(other, wanted)}"
+    return {name: found[name] for name in OPTIONS if name in found}
+
+
+def effective(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same options, with the default in place of each value that cannot act: equal where runs are the same."""
+    return {**values, **{name: OPTIONS[name].default for name in ineffective(values)}}
+
+
+def _holds(other: str, value: Any, wanted: Any) -> bool:
+    if wanted == SET:
+        return bool(value != OPTIONS[other].default)
+    return value in wanted if isinstance(wanted, tuple) else bool(value == wanted)
+
+
+def needed(other: str, wanted: Any) -> str:
+    """An entry of `Rule.needs` in words, e.g. "with --method lora"."""
+    if wanted is None:
+        return f"without --{other}"
+    if wanted == SET:
+        return f"with --{other} other than {OPTIONS[other].default}"
+    if isinstance(wanted, tuple):
+        return f"with --{other} {', '.join(wanted[:-1])} or {wanted[-1]}"
+    return f"with --{other}" if wanted is True else f"with --{other} {wanted}"
+
+
+def check_pairs(config: Config, given: Collection[str] = ()) -> None:
+    """Raise `HistoError` for options that contradict each other; `given` are the names on the command line."""
+    if config.data.streaming:
+        _check_streaming(config)
+    _check_updates(config, given)
+    _check_revision(config, given)
+    _check_hub(config)
+
+
+def _check_streaming(config: Config) -> None:
+    if not config.data.data.startswith("hub:"):
+        raise HistoError(f"--streaming needs --data hub:..., the name or folder of shards, not {config.data.data}")
+    if config.data.num_workers > 1 or config.model.text_prompt or config.output.preview:
+        raise HistoError("--streaming goes with --num_workers 0 or 1, and without --text_prompt and --preview")
+    if (config.centers, config.protocol) != (CenterOptions(), ProtocolOptions()):
+        raise HistoError("--streaming knows no centers and takes all images: leave out the options of both")
+    if config.data.split != "files" or config.training.class_balance == "sampling" or config.adapter.method == "pca":
+        raise HistoError("--streaming sees an image once: leave out --split, --class_balance sampling and --method pca")
+
+
+def _check_updates(config: Config, given: Collection[str]) -> None:
+    """A config may hold `iterations_per_shot` for the runs with `--shots` alone; the command line may not."""
+    protocol = config.protocol
+    if protocol.shots is None and "iterations_per_shot" in given and protocol.iterations_per_shot:
+        raise HistoError(
+            f"--iterations_per_shot is {protocol.iterations_per_shot}, which acts only with --shots; leave it out"
+        )
+    if protocol.shots and protocol.iterations_per_shot and config.training.max_steps:
+        raise HistoError(
+            f"--max_steps is {config.training.max_steps} and --iterations_per_shot is {protocol.iterations_per_shot}, "
+            "which both set the number of updates; leave one out"
+        )
+
+
+def _check_revision(config: Config, given: Collection[str]) -> None:
+    model = config.model
+    is_local = model.backbone == "builtin" or Path(model.backbone).expanduser().is_dir()
+    if model.revision and "revision" in given and is_local:
+        raise HistoError(
+            f"--revision is {model.revision!r}, which acts only on a backbone from the Hub, and {model.backbone} is on "
+            "this machine; leave it out"
+        )
+
+
+def _check_hub(config: Config) -> None:
+    output = config.output
+    if not output.push_to_hub:
+        return
+    if (output.hub_model_id or "").count("/") != 1:
+        raise HistoError(f"--push_to_hub: --hub_model_id is {output.hub_model_id!r}, expected owner/name")
+    if (base := output.hub_base_model) and (
+        base.count("/") != 1 or not Path(config.model.backbone).expanduser().is_dir()
+    ):
+        raise HistoError(f"--hub_base_model is {base!r}, expected owner/name, with a --backbone that is a local folder")
+    if output.hub_revision and output.hub_create_pr:
+        raise HistoError("--hub_revision and --hub_create_pr exclude each other: a pull request has its own branch")

@@ -1,0 +1,445 @@
+"""The options of a run, one dataclass per group; an option's bounds, choices and role stand at its definition."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from hf_histo.errors import HistoError
+
+Method = Literal["linear", "lora", "full", "pca"]
+BatchNorm = Literal["frozen", "track"]
+Fit = Literal["crop", "squash", "pad"]
+Contrast = Literal["none", "clahe", "stretch"]
+Normalization = Literal["none", "rgb", "reinhard", "macenko"]
+
+Role = Literal["result", "source", "place", "speed", "output"]
+SET = "set"  # in `needs`: anything but the default
+LORA = {"method": "lora"}
+GRADIENT = {"method": ("linear", "lora", "full")}  # training in steps, which pca has none of
+PUSHED = {"push_to_hub": True}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an option allows and what it is for.
+
+    Attributes:
+        above: its values are larger.
+        at_least: they are this or larger.
+        below: they are smaller.
+        at_most: they are this or smaller.
+        role: "result": decides what comes out of a run; "source": that, too, and is recorded elsewhere, without its
+            place on this machine (data, backbone); "place": where something lies; "speed": how fast a run goes;
+            "output": what is written besides the result.
+        needs: the values that other options must have for this one to act: one value, a tuple of them, or `SET`.
+        common: whether `--help` shows it; `--help_all` shows every option.
+        details: what `--help_all` adds to the help text.
+    """
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    role: Role = "result"
+    needs: Mapping[str, Any] = field(default_factory=dict)
+    common: bool = False
+    details: str = ""
+
+    def expected(self) -> str:
+        """The bounds in words, e.g. "at least 0 and below 1"."""
+        bounds = {"more than": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
+        return " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value, perhaps None, is within the bounds; a number must be finite."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        return value is None or (
+            (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
+        )
+
+
+def option(default: Any, help: str, **rule: Any) -> Any:
+    """A dataclass field with its default, its line in `--help`, and the fields of its `Rule`."""
+    return field(default=default, metadata={"help": help, "rule": Rule(**rule)})
+
+
+def rule_of(of: dataclasses.Field[Any]) -> Rule:
+    """The rule of an option; that of a plain field with a help text allows everything."""
+    found: Rule = of.metadata.get("rule", Rule())
+    return found
+
+
+@dataclass
+class DataOptions:
+    _argument_group_name = "data"
+
+    data: str = option(
+        "synthetic",
+        "folder or hub:OWNER/NAME",
+        role="source",
+        common=True,
+    )
+    split: Literal["files", "published", "clean"] = option(
+        "files",
+        "splits of the files, searched for copies, or made anew",
+        details="'files': as they are; 'published': searched for copies, val cut from train if there is none, and "
+        "test_clean, the test images with no copy in training; 'clean': one image of each family of copies, split anew",
+        common=True,
+    )
+    family: Literal["copies", "near"] | None = option(
+        None,
+        "images that stay on one side: copies, or near images as well, such as "
+        "neighboring slices of a volume (default: copies; near in cross_validate.py)",
+        needs={"split": ("published", "clean")},
+    )
+    negative_class: str | None = option(None, "class that means 'nothing found', for sensitivity at a specificity")
+    cache_dir: str | None = option(
+        None, "folder of the converted data (default: the datasets library's cache)", role="place"
+    )
+    on_bad_image: Literal["error", "skip"] = option(
+        "error", "stop at an image file that can't be read, or leave it out"
+    )
+    gray_bits: int | None = option(
+        None,
+        "bits of 16-bit gray image files, 8 to 16 (default: the fewest of 8, 10, 12, 14, 16 that hold all images)",
+        at_least=8,
+        at_most=16,
+    )
+    slice_plane: Literal["axial", "coronal", "sagittal"] = option("axial", "how volumes (NIfTI) are cut into slices")
+    slices: int | None = option(
+        None, "of a volume, evenly spaced (default: all that the head fills well enough)", above=0
+    )
+    streaming: bool = option(False, "with hub:..., read training images as they are needed, and keep none")
+    pixel_order: Literal["detect", "hwc", "chw"] = option("detect", "order of the columns in a table of pixels")
+    pixel_range: Literal["detect", "1", "255"] = option("detect", "largest value in a table of pixels")
+    num_workers: int = option(0, "processes that read batches beside each training process", at_least=0, role="speed")
+
+
+@dataclass
+class ProtocolOptions:
+    _argument_group_name = "protocol"
+
+    shots: int | None = option(
+        None,
+        "training images of each class (default: all)",
+        details="and at most 4 to validate on",
+        above=0,
+        common=True,
+    )
+    percentage: float | None = option(
+        None, "train and validate on that share of each class, above 0 up to 100", above=0, at_most=100
+    )
+    level: int | None = option(
+        None, "level of a hierarchy of classes, 1 for the coarsest (default: the deepest given)", above=0
+    )
+    iterations_per_shot: int | None = option(
+        None, "with --shots: so many updates for each shot, and those of the warm-up, instead of passes", above=0
+    )
+
+
+@dataclass
+class ModelOptions:
+    _argument_group_name = "model"
+
+    backbone: str = option(
+        "builtin", "'builtin', a local folder, a timm name, or OWNER/NAME", role="source", common=True
+    )
+    revision: str | None = option(None, "branch, tag or commit of a backbone from the Hub", role="source")
+    random_weights: bool = option(False, "build the backbone without its weights, for checks without a network")
+    head: Literal["linear", "mlp"] = option("linear", "classifier: a linear layer, or hidden ones with ReLU before it")
+    head_widths: str = option("512,256", "outputs of the hidden layers of an mlp", needs={"head": "mlp"})
+    head_on: Literal["features", "logits"] = option("features", "replace the backbone's output layer, or keep it below")
+    train_output_layer: bool = option(False, "train the backbone's output layer as well", needs={"head_on": "logits"})
+    head_softmax: bool = option(False, "end the classifier in a softmax before the loss, which has its own: to compare")
+    text_prompt: str | None = option(
+        None, "CLIP: start the classifier from this sentence about each class, e.g. 'a slide showing a {} cell'"
+    )
+    head_dropout: float = option(
+        0.0, "dropout before each linear layer of the classifier, in [0, 1)", at_least=0, below=1, needs=GRADIENT
+    )
+    batch_norm: BatchNorm = option("frozen", "keep batch-norm statistics, or let them follow the data")
+    image_size: int | None = option(None, "pixels on a side (default: the backbone's)", above=0, common=True)
+    resize_size: int | None = option(
+        None, "pixels of the resize before the center crop (default: the backbone's)", above=0
+    )
+    fit: Fit | None = option(None, "how images become square (default: the backbone's)")
+
+
+@dataclass
+class AdapterOptions:
+    _argument_group_name = "adapter"
+
+    method: Method = option(
+        "lora",
+        "what is trained",
+        details="the classifier, LoRA as well, or all; pca: logistic regression on principal components",
+        common=True,
+    )
+    target_modules: str | None = option(
+        None, "layers with LoRA: a preset or regex (default: by architecture)", needs=LORA, common=True
+    )
+    lora_blocks: Literal["all", "bottom", "mid", "up", "half-bottom", "half-up", "top3"] = option(
+        "all", "transformer blocks with LoRA: a third, a half, or the last three", needs=LORA
+    )
+    lora_rank: int = option(8, "rank of the update", above=0, needs=LORA, common=True)
+    lora_alpha: float = option(
+        16.0, "scale of the update: alpha / rank, or alpha / sqrt(rank) with rsLoRA", above=0, needs=LORA
+    )
+    lora_dropout: float = option(0.0, "dropout on the input of the update, in [0, 1)", at_least=0, below=1, needs=LORA)
+    use_rslora: bool = option(False, "rank-stabilized scale", needs=LORA)
+    use_dora: bool = option(False, "weight-decomposed update", needs=LORA)
+    init_adapter: str | None = option(
+        None, "adapter of another data set whose LoRA weights to start from: folder or Hub", needs=LORA
+    )
+    init_lora_weights: str = option(
+        "default", "initializer: default (A Kaiming, B zero), gaussian, pissa, ...", needs=LORA
+    )
+
+
+@dataclass
+class PreparationOptions:
+    """Of each image when it is read, in training and prediction alike: see `hf_histo.transforms.mri.Preparation`."""
+
+    _argument_group_name = "preparation"
+
+    gray: bool = option(False, "take out color")
+    crop_to_brain: bool = option(False, "cut off the background around the head")
+    even_field: bool = option(False, "divide out slow changes of brightness (bias field)")
+    contrast: Contrast = option("none", "equalize locally, or stretch the histogram")
+
+
+@dataclass
+class AugmentationOptions:
+    _argument_group_name = "augmentation"
+
+    augmentation: str = option(
+        "crop-jitter", "a preset", details="none, flips, resized-crop, crop-jitter, affine, strong, mri", common=True
+    )
+    training_views: int | None = option(
+        None, "views of an image that epochs take in turn (default: always a new one)", above=0, needs=GRADIENT
+    )
+
+
+@dataclass
+class CenterOptions:
+    _argument_group_name = "centers"
+
+    normalization: Normalization = option("none", "take out each center's color", common=True)
+    stain_mixing: float = option(
+        0.0,
+        "probability of training on a mixture of the centers' colors, in [0, 1]",
+        at_least=0,
+        at_most=1,
+        needs=GRADIENT | {"normalization": SET},
+    )
+    pool_centers: bool = option(False, "train on all labeled centers, validate on a tenth of their groups")
+    balance_centers: bool = option(False, "draw every training center equally often", needs=GRADIENT)
+    domain_loss: Literal["none", "group_dro", "coral", "dann"] = option(
+        "none", "raise hard centers, or make their features alike", needs=GRADIENT
+    )
+    domain_weight: float = option(
+        1.0,
+        "weight of the CORAL or DANN penalty; for GroupDRO, hundredths of a step of its weights",
+        at_least=0,
+        needs={"domain_loss": SET},
+    )
+
+
+@dataclass
+class PredictionOptions:
+    """What changes nothing of the training: runs that differ in these alone could share an adapter."""
+
+    _argument_group_name = "prediction"
+
+    test_time_views: int = option(
+        1, "views whose mean logit is a prediction: 1, or 8 of the square, or any number drawn"
+    )
+    test_time_augmentation: str = option(
+        "square", "every turn and flip of the square, or a preset of --augmentation", needs={"test_time_views": SET}
+    )
+    adapt_batch_norm: bool = option(False, "predict with batch-norm statistics of the images that are predicted")
+
+
+@dataclass
+class TrainingOptions:
+    _argument_group_name = "training"
+
+    seed: int = option(
+        0,
+        "of all that is random",
+        details="the head, the adapter, the order and the augmentation",
+        at_least=0,
+        at_most=2**32 - 1,
+        common=True,
+    )
+    num_train_epochs: float = option(
+        10.0, "passes over the training set", above=0, needs=GRADIENT | {"max_steps": None}, common=True
+    )
+    max_steps: int | None = option(None, "updates, instead of passes", above=0, needs=GRADIENT)
+    eval_steps: float | None = option(
+        None, "updates between evaluations, or their share if below 1 (default: a pass)", above=0, needs=GRADIENT
+    )
+    per_device_train_batch_size: int = option(
+        32, "training images per device and step", above=0, needs=GRADIENT, common=True
+    )
+    per_device_eval_batch_size: int = option(64, "evaluation images per device and step", above=0, role="speed")
+    gradient_accumulation_steps: int | None = option(
+        None, "steps per update (default: the launcher's setting, or 1)", above=0, needs=GRADIENT
+    )
+    optimizer: Literal["adam", "adamw", "sgd"] = option(
+        "adam", "adam couples weight decay to the gradient", needs=GRADIENT
+    )
+    learning_rate: float = option(1e-3, "initial learning rate", above=0, needs=GRADIENT, common=True)
+    weight_decay: float = option(1e-4, "weight decay", at_least=0, needs=GRADIENT)
+    lr_scheduler_type: str = option(
+        "cosine", "any scheduler name of transformers, e.g. reduce_lr_on_plateau", needs=GRADIENT
+    )
+    lr_scheduler_patience: int = option(
+        5,
+        "epochs without progress before the plateau scheduler divides by 10",
+        at_least=0,
+        needs=GRADIENT | {"lr_scheduler_type": "reduce_lr_on_plateau"},
+    )
+    warmup_steps: float = option(
+        0.1, "steps of warm-up, or a share of all steps if below 1", at_least=0, needs=GRADIENT
+    )
+    early_stopping_patience: int = option(
+        10, "epochs without progress before training stops; 0: never", at_least=0, needs=GRADIENT
+    )
+    metric_for_best_model: str = option("auroc", "validation metric that chooses the checkpoint: auroc, accuracy, loss")
+    class_balance: Literal["weights", "sampling", "none"] = option(
+        "weights", "against class imbalance: weight the loss, or draw every class equally often"
+    )
+    resume_from_checkpoint: str | None = option(
+        None, "folder of a checkpoint, or 'last' (the default in a begun run)", role="place"
+    )
+    logging_steps: int = option(10, "updates between two lines of the training log", above=0, needs=GRADIENT)
+
+
+@dataclass
+class SpeedOptions:
+    _argument_group_name = "speed"
+
+    cache_features: Literal["auto", "on", "off"] = option(
+        "auto",
+        "run what is frozen below the first trained layer once per view, and train on what it gave; auto: if "
+        "that is half of the work or more, and changes no result",
+        role="speed",
+        needs=GRADIENT,
+    )
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "auto", "arithmetic of training; auto: what the launcher says, else bf16 on a GPU that has it, else float32"
+    )
+    activation_checkpointing: bool = option(
+        False, "compute activations again for the gradient: less memory, more time", role="speed", needs=GRADIENT
+    )
+    torch_compile: bool = option(False, "compile the model, for minutes, into faster steps")
+
+
+@dataclass
+class OutputOptions:
+    _argument_group_name = "output"
+
+    output_dir: str | None = option(
+        None, "folder of the run", details="(default: runs/DATA-BACKBONE-METHOD-seedN)", role="place", common=True
+    )
+    overwrite_output_dir: bool = option(
+        False, "delete a finished run in the folder, or one with other options", role="output"
+    )
+    preview: bool = option(
+        False, "before training, draw preview.png: what training makes of some images", role="output"
+    )
+    explain: bool = option(
+        False, "draw explanations.png: where the model sees the class it predicts on val", role="output"
+    )
+    push_to_hub: bool = option(False, "upload the adapter folder at the end", role="output", common=True)
+    hub_model_id: str | None = option(None, "repository on the Hub: owner/name", role="output", needs=PUSHED)
+    hub_base_model: str | None = option(
+        None, "name there (owner/name) of a backbone that was a local folder", role="output", needs=PUSHED
+    )
+    hub_license: str = option("unknown", "license in the model card, by its identifier on the Hub, e.g. apache-2.0")
+    hub_private: bool = option(False, "create the repository as private", role="output", needs=PUSHED)
+    hub_revision: str | None = option(
+        None, "branch of it to write to, made where it is missing (default: main)", role="output", needs=PUSHED
+    )
+    hub_create_pr: bool = option(False, "open a pull request there instead of writing", role="output", needs=PUSHED)
+
+
+@dataclass
+class Config:
+    """Everything that decides a run's result. `dataclasses.asdict` of it is what a run records."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    protocol: ProtocolOptions = field(default_factory=ProtocolOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    preparation: PreparationOptions = field(default_factory=PreparationOptions)
+    augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
+    centers: CenterOptions = field(default_factory=CenterOptions)
+    prediction: PredictionOptions = field(default_factory=PredictionOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    speed: SpeedOptions = field(default_factory=SpeedOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+
+    def flat(self) -> dict[str, Any]:
+        """All options in one mapping: what a YAML file for `--config` holds."""
+        return {key: value for group in dataclasses.asdict(self).values() for key, value in group.items()}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Config:
+        """The config whose `flat` is `values`."""
+        groups = get_type_hints(cls)
+        return cls(
+            **{
+                group: kind(**{option.name: values[option.name] for option in dataclasses.fields(kind)})
+                for group, kind in groups.items()
+            }
+        )
+
+    def at(self, output_dir: str | Path, seed: int) -> Config:
+        """The same options for a run of its own: another folder and seed."""
+        return dataclasses.replace(
+            self,
+            training=dataclasses.replace(self.training, seed=seed),
+            output=dataclasses.replace(self.output, output_dir=str(output_dir)),
+        )
+
+    def parent_folder(self) -> Path:
+        """`--output_dir`, where it is to hold several runs; raises `HistoError` for options that are of one run."""
+        if self.output.output_dir is None:
+            raise HistoError("--output_dir is not given, expected a folder for the runs")
+        for name, value in (
+            ("push_to_hub", self.output.push_to_hub),
+            ("resume_from_checkpoint", self.training.resume_from_checkpoint),
+        ):
+            if value:
+                raise HistoError(
+                    f"--{name} is {value!r}, which is for one run and not for several; leave it out (begun runs resume "
+                    "by themselves)"
+                )
+        return Path(self.output.output_dir)
+
+
+# Every option of `Config` by its name, which is that of its flag as well.
+OPTIONS: Mapping[str, dataclasses.Field[Any]] = {
+    option.name: option for group in get_type_hints(Config).values() for option in dataclasses.fields(group)
+}
+RULES: Mapping[str, Rule] = {name: rule_of(option) for name, option in OPTIONS.items()}
+
+
+def with_role(*roles: Role) -> frozenset[str]:
+    """The names of the options with one of these roles."""
+    return frozenset(name for name, rule in RULES.items() if rule.role in roles)
+
+
+# Runs that differ in these alone have the same result.
+NON_RESULT_OPTIONS = with_role("place", "speed", "output")

@@ -1,0 +1,238 @@
+"""The parser of options: from a YAML file and the command line to a `Config`.
+
+A YAML file (`--config`) sets values, the command line wins over it, and an unknown key is an error that names the
+nearest known one. Both go through the same parser, so a value is checked the same way wherever it comes from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeVar, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_histo.config.checks import check_bounds, check_pairs, effective, ineffective, needed
+from hf_histo.config.options import OPTIONS, RULES, Config
+from hf_histo.errors import HistoError
+from hf_histo.files import read_text
+
+Extra = TypeVar("Extra")
+
+
+def parse(usage: str | None, arguments: Sequence[str] | None = None, **defaults: Any) -> Config:
+    """Parse `arguments` (default: the command line) into a `Config`.
+
+    `usage` is the recipe's docstring, shown by `--help`; `defaults` are options for which it has values of its
+    own. YAML values go through the parser as if they stood first on the command line. Where an option of the file
+    cannot act because the command line chose otherwise (`lora_rank` with `--method linear`), it takes its default.
+
+    Raises `HistoError` for an unknown option or YAML key (with the nearest known one), a value of the wrong type or
+    out of bounds, an option that was given and cannot act, and a file that is missing or not a mapping.
+    """
+    return _parse(usage, arguments, [], defaults)[0]
+
+
+def parse_with(
+    extra: type[Extra],
+    usage: str | None,
+    arguments: Sequence[str] | None = None,
+    *,
+    is_shared: bool = False,
+    **defaults: Any,
+) -> tuple[Config, Extra]:
+    """`parse` for a recipe with options of its own: `extra` is a dataclass like the groups of `Config`.
+
+    A YAML file can't set these, so that it means the same to every recipe. With `is_shared`, the command line holds
+    for several configs, of which none is its `--config`: an option that cannot act with this one takes its default.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if is_shared and "config" in _given(arguments):
+        raise HistoError("--config is one config, expected the option that takes several; give it there")
+    config, (own,) = _parse(usage, arguments, [extra], defaults, is_shared)
+    return config, own
+
+
+def parse_each(extra: type[Any], files: Sequence[str], arguments: Sequence[str] | None = None) -> list[Config]:
+    """The config in each of `files`, with the options of the command line, which hold for all of them.
+
+    An option that cannot act with one of them takes its default there. Raises `HistoError` as `parse` does, and for an
+    option that acts with none of them.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    configs = [_read(None, ["--config", file, *arguments], [extra], {})[0] for file in files]
+    idle = [ineffective(config.flat()) for config in configs]
+    for name in _given(arguments):
+        if idle and all(name in of_one for of_one in idle):
+            raise HistoError(f"--{name} is {configs[0].flat()[name]!r}, which {idle[0][name]}; leave it out")
+    return [_parse(None, ["--config", file, *arguments], [extra], {}, is_shared=True)[0] for file in files]
+
+
+def with_options(config: Config, options: Mapping[str, Any]) -> Config:
+    """The same options but for some, with bounds checked as on the command line; raises `HistoError` as `parse` does.
+
+    An option that cannot act beside the others takes its default.
+    """
+    values = config.flat() | dict(options)
+    arguments = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    return _parse(None, arguments, [], {}, is_shared=True)[0]
+
+
+class _Refusing(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise HistoError(f"{message}; --help lists the options")
+
+
+class _Help(argparse.Action):
+    """Print the common options, or, as `--help_all`, every option, and exit."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        shows_all = "--help_all" in self.option_strings
+        for action in parser._actions:
+            if action.dest in RULES:
+                action.help = _every_help(action.dest) if shows_all else _common_help(action.dest)
+        about, options, groups = parser.format_help().partition("\noptions:\n")
+        print(about + options + (groups if shows_all else groups.replace("\n\n", "\n")), end="")  # one screen
+        parser.exit()
+
+
+def _common_help(name: str) -> str:
+    return str(OPTIONS[name].metadata["help"]) if RULES[name].common else argparse.SUPPRESS
+
+
+def _every_help(name: str) -> str:
+    """The help text of an option, with the bounds of its values and what it acts with."""
+    rule = RULES[name]
+    notes = [rule.details, rule.expected(), *(needed(other, wanted) for other, wanted in rule.needs.items())]
+    return "; ".join([OPTIONS[name].metadata["help"], *filter(None, notes)])
+
+
+class _Parser(_Refusing, HfArgumentParser):
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
+        bare = copy.copy(field)
+        bare.metadata = MappingProxyType({"help": field.metadata["help"]})  # argparse takes no other entries
+        HfArgumentParser._parse_dataclass_field(parser, bare)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The recipe's docstring as it is written; a default only where there is one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """One spelling of an option, not also the one with hyphens; its choices, or what kind of value it takes."""
+        spellings = [s for s in action.option_strings if "_" in s or "-" not in s.lstrip("-")]
+        kind = "" if action.nargs == 0 or action.const else f" {_kind(action)}"
+        return ", ".join(spellings) + kind + (" ..." if action.nargs == "+" else "")
+
+
+def _kind(action: argparse.Action) -> str:
+    if action.choices:
+        return "{" + ",".join(map(str, action.choices)) + "}"
+    return {int: "N", float: "X"}.get(action.type, action.metavar or "TEXT")  # type: ignore[call-overload,no-any-return]
+
+
+def _read(
+    usage: str | None, arguments: Sequence[str], extra: list[type], defaults: Mapping[str, Any]
+) -> tuple[Config, list[Any], str | None]:
+    """The options as they are given, the recipe's own ones, and the file; values are within their bounds."""
+    groups = [*get_type_hints(Config).values(), *extra]
+    parser = _Parser(
+        groups,
+        usage="%(prog)s [--config YAML] [--OPTION VALUE ...]",
+        description=usage,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.set_defaults(**defaults)
+    parser.add_argument("--config", metavar="YAML", help="file with options; the command line wins")
+    parser.add_argument("-h", "--help", action=_Help, help="show the main options")
+    parser.add_argument("--help_all", action=_Help, help="show every option")
+
+    config_only = _Refusing(add_help=False, allow_abbrev=False)
+    config_only.add_argument("--config")
+    file = config_only.parse_known_args(list(arguments))[0].config
+    *options, _, unknown = parser.parse_args_into_dataclasses(
+        [*(_yaml_arguments(file) if file else []), *arguments],
+        return_remaining_strings=True,
+        look_for_args_file=False,
+    )
+    if unknown:
+        known = [option.name for group in groups for option in dataclasses.fields(group)]
+        raise HistoError(_unknown("option", unknown[0], [f"--{name}" for name in known]))
+    for group in options:
+        check_bounds(group)
+    shared = len(options) - len(extra)
+    return Config(*options[:shared]), options[shared:], file
+
+
+def _parse(
+    usage: str | None,
+    arguments: Sequence[str] | None,
+    extra: list[type],
+    defaults: Mapping[str, Any],
+    is_shared: bool = False,
+) -> tuple[Config, list[Any]]:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    given = set() if is_shared else _given(arguments)
+    config, own, file = _read(usage, arguments, extra, defaults)
+    values = config.flat()
+    if idle := ineffective(values):
+        in_file = ineffective(_read(None, [f"--config={file}"], [], defaults)[0].flat()) if file else {}
+        for name, reason in idle.items():
+            if name in given or name in in_file:
+                where = "" if name in given else f"--config {file}: "
+                raise HistoError(f"{where}--{name} is {values[name]!r}, which {reason}; leave it out")
+        config = Config.of(effective(values))
+    check_pairs(config, given)
+    return config, own
+
+
+def _given(arguments: Sequence[str]) -> set[str]:
+    """The names of the options on a command line."""
+    return {argument[2:].split("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
+
+
+def _yaml_arguments(file: str) -> list[str]:
+    try:
+        content = yaml.safe_load(read_text(file))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise HistoError(f"--config {file}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    if content is None:  # an empty file, or one of comments alone
+        return []
+    if not isinstance(content, dict):
+        raise HistoError(f"--config {file}: expected a mapping of options, found {type(content).__name__}")
+    arguments = []
+    if content.get("overwrite_output_dir"):
+        found = "overwrite_output_dir is true, by which each use of the file would delete a run"
+        raise HistoError(f"--config {file}: {found}; give it on the command line")
+    for key, value in content.items():
+        if key not in OPTIONS:
+            raise HistoError(f"--config {file}: " + _unknown("key", str(key), list(OPTIONS)))
+        if isinstance(value, dict | list):
+            # Not what it holds: a few lines of aliases can stand for more than fits into memory.
+            raise HistoError(f"--config {file}: {key} takes one value, found a {type(value).__name__} of {len(value)}")
+        if value is not None:
+            arguments.append(f"--{key}={value}")
+    return arguments
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> str:
+    name = name.split("=")[0]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"unknown {kind} {name!r}; " + (f"did you mean {near[0]!r}?" if near else "--help_all lists the options")
