@@ -127,7 +127,8 @@ def small(image: torch.Tensor) -> torch.Tensor:
     height, width = image.shape[-2:]
     scale = min(1, SHOWN / max(height, width))
     size = [max(1, round(side * scale)) for side in (height, width)]
-    return functional.resize(image, size, antialias=True)
+    shown: torch.Tensor = functional.resize(image, size, antialias=True)
+    return shown
 
 
 def page(gradio: Any, classifier: Classifier, card: str) -> Any:

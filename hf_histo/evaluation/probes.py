@@ -28,7 +28,8 @@ def prototype(train: Floats, labels: Labels, val: Floats, val_labels: Labels, te
     Snell et al. 2017, "Prototypical networks for few-shot learning", eq. 1 and 2. Nothing is chosen on `val`.
     """
     means = np.stack([unit(train)[labels == label].mean(axis=0) for label in np.unique(labels)])
-    return -np.square(unit(test)[:, None] - means[None]).sum(axis=-1)
+    scores: Floats = -np.square(unit(test)[:, None] - means[None]).sum(axis=-1)
+    return scores
 
 
 def knn(train: Floats, labels: Labels, val: Floats, val_labels: Labels, test: Floats) -> Floats:
@@ -38,7 +39,8 @@ def knn(train: Floats, labels: Labels, val: Floats, val_labels: Labels, test: Fl
     """
     allowed = [count for count in NEIGHBORS if count <= max(1, np.bincount(labels).min())]
     model = _best([KNeighborsClassifier(count).fit(unit(train), labels) for count in allowed], unit(val), val_labels)
-    return np.log(model.predict_proba(unit(test)) * model.n_neighbors + SOFTENED)
+    scores: Floats = np.log(model.predict_proba(unit(test)) * model.n_neighbors + SOFTENED)
+    return scores
 
 
 def linear(train: Floats, labels: Labels, val: Floats, val_labels: Labels, test: Floats) -> Floats:
@@ -65,7 +67,8 @@ def trainable(name: str, width: int, classes: int) -> int:
 
 def unit(features: Floats) -> Floats:
     """Rows (n, d) scaled to length 1."""
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    scaled: Floats = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    return scaled
 
 
 def _best(models: list[Any], val: Floats, labels: Labels) -> Any:

@@ -25,6 +25,7 @@ from hf_histo.evaluation.reporting.report import table as table_of
 from hf_histo.files import atomic_file, require_output, write_json
 from hf_histo.models import backbones
 from hf_histo.transforms import preprocessing
+from hf_histo.transforms.pipeline import Pipeline
 
 
 def main(usage: str | None) -> None:
@@ -99,13 +100,12 @@ def features_of(every: datasets.Dataset, adapter: str | None, backbone: str | No
     if adapter is None:
         assert backbone is not None
         frozen = backbones.load(backbone, 2)
-        views = preprocessing.resolve(frozen.config, backbones.locate(backbone))
-        return {"frozen features": embedding.features(frozen, every, views)}
+        declared = preprocessing.resolve(frozen.config, backbones.locate(backbone))
+        return {"frozen features": embedding.features(frozen, every, Pipeline(declared))}
     model, sidecar = hub.load(adapter, backbone=backbone)
     if not isinstance(model, PeftModel):
         raise HistoError(f"--adapter {adapter}: holds a whole model, so there is no 'before' to draw; pass an adapter")
-    color = sidecar.normalizer and sidecar.normalizer.extended(sidecar.preprocessing.read(every))
     with model.disable_adapter():
-        before = embedding.features(model, every, sidecar.preprocessing)
-    after = embedding.features(model, every, sidecar.preprocessing, normalizer=color)
+        before = embedding.features(model, every, Pipeline(sidecar.preprocessing))
+    after = embedding.features(model, every, sidecar.pipeline.single_view)
     return {"before adaptation": before, "after adaptation": after}

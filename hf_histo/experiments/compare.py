@@ -234,7 +234,7 @@ def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
         for split in missing:
             table = classifier.predict(
                 fold[split],
-                views=TestTimeViews.of(config),
+                test_time_views=TestTimeViews.of(config),
                 adapt_batch_norm=config.prediction.adapt_batch_norm,
                 batch_size=config.training.per_device_eval_batch_size,
             )

@@ -178,7 +178,7 @@ class Sweep:
         """By slot; of those that repeat one another the last."""
         return {slot(trial): trial for trial in self.study.get_trials()}
 
-    def next(self) -> tuple[Trial, AcquireReturnProxy] | None:
+    def next(self) -> tuple[Trial, AcquireReturnProxy[Any]] | None:
         """A trial that waits, and what holds its lock; None if all are run or running."""
         with self.lock:
             for running in self.study.get_trials(states=[TrialState.RUNNING]):

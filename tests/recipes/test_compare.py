@@ -19,6 +19,7 @@ from hf_histo.config import Config, parse
 from hf_histo.data.load import load
 from hf_histo.evaluation import predictions, thresholds
 from hf_histo.evaluation.metrics import classification
+from hf_histo.experiments.compare import read_published
 from hf_histo.inference import Classifier
 from hf_histo.launch import run
 from hf_histo.transforms.augmentation import TestTimeViews
@@ -162,7 +163,7 @@ def test_rows_that_differ_at_prediction_share_a_training(call: Call, rows: list[
     classifier = Classifier.from_pretrained(adapter(output, "a_linear", "seed-0"))
     validation = load(written["c_views"]["options"]["data"])["val"]
     assert (
-        tables["c_views"]["logit"].tolist() == classifier.predict(validation, views=TestTimeViews(8))["logit"].tolist()
+        tables["c_views"]["logit"].tolist() == classifier.predict(validation, test_time_views=TestTimeViews(8))["logit"].tolist()
     )
     stamp = files["c_views"].stat().st_mtime_ns
     call([views, base], output, "--seeds=1")
@@ -244,10 +245,9 @@ def test_the_brain_mri_backbones_differ_in_nothing_else() -> None:
 
 
 def test_what_is_told_in_the_folder_of_another_row(tmp_path: Path) -> None:
-    read_told = runpy.run_path(str(RECIPE), run_name="recipe")["read_told"]
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "reported.yaml").write_text("base: {name: the base, reported: 0.5, source: x}")
-    told = read_told([tmp_path / "base.yaml", tmp_path / "rows" / "one.yaml"])
+    told = read_published([tmp_path / "base.yaml", tmp_path / "rows" / "one.yaml"])
     assert (told["base"].name, told["base"].reported, told["one"].name) == ("the base", 0.5, "one")
 
 

@@ -1,0 +1,154 @@
+"""Cells of an experiment: trained once each, by several processes, also where one of them is killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from miniature import SIZE, divide_training, write_backbone, write_data
+
+from hf_histo.config import Config, parse_with
+from hf_histo.errors import HistoError
+from hf_histo.experiments import grid
+from hf_histo.experiments.leave_one_center_out import Options, leave_one_center_out
+from hf_histo.training import run_folder
+
+fork = multiprocessing.get_context("fork")
+
+
+def cells(folder: Path, count: int) -> list[grid.Cell]:
+    return [grid.cell(Config(), datasets.DatasetDict(), folder / f"cell-{seed}", seed) for seed in range(count)]
+
+
+def slow_training(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """In place of a training: each start, and its end, is a line of the cell's file `log`."""
+
+    def fine_tune(config: Config, data: datasets.DatasetDict) -> str:
+        folder = run_folder.folder_of(config)
+        if not run_folder.is_finished(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "log").open("a") as log:
+                log.write(f"{os.getpid()}\n")
+            time.sleep(seconds)
+            (folder / run_folder.ADAPTER).mkdir()
+        return folder.name
+
+    monkeypatch.setattr(grid, "fine_tune", fine_tune)
+    monkeypatch.setattr(grid, "POLL", 0.05)
+
+
+def starts(cell: grid.Cell) -> list[str]:
+    return (run_folder.folder_of(cell.config) / "log").read_text().split()
+
+
+def test_one_process_trains_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow_training(monkeypatch, 0)
+    every = cells(tmp_path, 3)
+    found = grid.train(every, tmp_path, grid.Sharing(), describe=lambda cell, result: f"{cell.name} {result}")
+    assert found == ["cell-0", "cell-1", "cell-2"]
+    assert capsys.readouterr().out.splitlines() == [f"cell-{n} cell-{n}" for n in range(3)]
+    assert grid.train(every[::-1], tmp_path, grid.Sharing()) == ["cell-2", "cell-1", "cell-0"]
+    assert all(len(starts(cell)) == 1 for cell in every)
+
+
+def test_launches_on_one_folder_divide_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_training(monkeypatch, 0.2)
+    every = cells(tmp_path, 8)
+    other = fork.Process(target=grid.train, args=(every, tmp_path, grid.Sharing()))
+    other.start()
+    assert len(grid.train(every, tmp_path, grid.Sharing())) == 8
+    other.join(60)
+    assert other.exitcode == 0
+    assert [len(starts(cell)) for cell in every] == [1] * 8
+    by_process = [start for cell in every for start in starts(cell)]
+    assert {str(os.getpid()), str(other.pid)} == set(by_process)
+
+
+def test_the_cell_of_a_killed_process_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = cells(tmp_path, 2)
+    slow_training(monkeypatch, 600)
+    killed = fork.Process(target=grid.train, args=(every, tmp_path, grid.Sharing()))
+    killed.start()
+    while not (tmp_path / "cell-0" / "log").is_file() or not starts(every[0]):
+        time.sleep(0.02)
+    slow_training(monkeypatch, 0)
+    other = fork.Process(target=grid.train, args=(every, tmp_path, grid.Sharing()))
+    other.start()
+    while not run_folder.is_finished(tmp_path / "cell-1"):
+        time.sleep(0.02)
+    time.sleep(0.3)
+    assert other.is_alive() and len(starts(every[0])) == 1  # waits for the first cell
+    assert killed.pid is not None
+    os.kill(killed.pid, signal.SIGKILL)
+    other.join(60)
+    assert other.exitcode == 0
+    assert starts(every[0]) == [str(killed.pid), str(other.pid)]
+    assert starts(every[1]) == [str(other.pid)]
+
+
+@pytest.mark.parametrize(
+    ("sharing", "message"),
+    [
+        (grid.Sharing(workers=0), "--workers is 0"),
+        (grid.Sharing(job_parameters=["timeout_min=1"]), "--job_parameters is for --cluster"),
+        (grid.Sharing(cluster="local", job_parameters=["timeout_min"]), "expected NAME=VALUE"),
+        (grid.Sharing(cluster="local", job_parameters=["speed=1"]), "--cluster local: .*speed"),
+        (grid.Sharing(cluster="slurm"), "--cluster slurm: .*srun"),
+    ],
+)
+def test_impossible_sharing_is_one_line(tmp_path: Path, sharing: grid.Sharing, message: str) -> None:
+    if sharing.cluster:
+        pytest.importorskip("submitit")
+    with pytest.raises(HistoError, match=message):
+        grid.train(cells(tmp_path, 1), tmp_path, sharing)
+
+
+def test_workers_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    config = Config.of({**Config().flat(), "overwrite_output_dir": True})
+    cell = grid.cell(config, datasets.DatasetDict(), tmp_path / "cell", 0)
+    with pytest.raises(HistoError, match="--overwrite_output_dir would delete"):
+        grid.train([cell], tmp_path, grid.Sharing(workers=2))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """Hold each of three centers out, by the options of the command line; bytes of the results by file."""
+    folder = tmp_path_factory.mktemp("study")
+    data = write_data(folder / "mini", {"train": 24, "val": 12})
+    divide_training(data)
+    backbone = write_backbone(folder / "model")
+
+    def study(name: str, *more: str) -> dict[str, Any]:
+        quick = f"--image_size={SIZE} --resize_size={SIZE} --num_train_epochs=1 --method=linear --seeds=1"
+        out = folder / name
+        places = [f"--data={data}", f"--backbone={backbone}", f"--output_dir={out}"]
+        leave_one_center_out(*parse_with(Options, None, [*quick.split(), *places, *more]))
+        files = [*out.glob("*/adapter/*.safetensors"), *out.glob("*/adapter/predictions/*"), *out.glob("*.json")]
+        return {str(file.relative_to(out)): file.read_bytes().replace(name.encode(), b"OUT") for file in files}
+
+    return study
+
+
+@pytest.fixture(scope="module")
+def alone(study: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return study("alone")
+
+
+@pytest.mark.parametrize("more", ["--workers=2", "--cluster=local --workers=2 --job_parameters timeout_min=10"])
+def test_workers_and_jobs_give_the_same_bytes(
+    study: Callable[..., dict[str, Any]], alone: dict[str, Any], more: str
+) -> None:
+    if "cluster" in more:
+        pytest.importorskip("submitit")
+    name = "jobs-" if "cluster" in more else "works"
+    assert len(alone) == 1 + 3 * 3
+    assert study(name, *more.split()) == alone
