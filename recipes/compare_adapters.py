@@ -11,11 +11,11 @@ groups (patients, slides).
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import Any
 
+from hf_histo import Classifier
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.reporting.report import overall_table
-from hf_histo.inference import Classifier
 from hf_histo.launch import run
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
+from hf_histo import Classifier
 from hf_histo.config import DataOptions
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import predictions, thresholds
 from hf_histo.files import require_output
-from hf_histo.inference import Classifier
 from hf_histo.launch import run
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     given = {key: value for key, value in views.items() if value is not None}
     table = classifier.predict(
         data[options.split],
-        views=replace(classifier.sidecar.views, **given),
+        test_time_views=replace(classifier.sidecar.views, **given),
         adapt_batch_norm=options.adapt_batch_norm,
         batch_size=options.batch_size,
     )

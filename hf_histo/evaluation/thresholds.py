@@ -65,12 +65,6 @@ def for_share(predictions: pd.DataFrame, share: float = 0.5) -> Threshold:
     return Threshold(float(cuts[best]), "share", float(above[best] / len(probability)), len(probability))
 
 
-def for_share_by_center(predictions: pd.DataFrame, share: float = 0.5) -> dict[int, Threshold]:
-    """Return `for_share` of each center's images; those of the unknown center (-1) are one center too."""
-    centers = sorted(set(predictions["center"]))
-    return {int(center): for_share(predictions[predictions["center"] == center], share) for center in centers}
-
-
 def choose(
     predictions: pd.DataFrame, criterion: Criterion = "balanced_accuracy", *, specificity: float = 0.95
 ) -> Threshold:

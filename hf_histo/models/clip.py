@@ -105,18 +105,6 @@ def split_attention(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
     return separate
 
 
-def put_together(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of `split_attention`: what open_clip reads, after an adapter was merged into it."""
-    together = {}
-    for key, tensor in state.items():
-        place, query, part = key.rpartition("q_proj.")
-        if query:
-            together[f"{place}in_proj_{part}"] = torch.cat([state[f"{place}{name}.{part}"] for name in SLICES])
-        elif not key.rpartition(".")[0].endswith(("k_proj", "v_proj")):
-            together[key] = tensor
-    return together
-
-
 def config_of(folder: Path, pretrained_cfg: Mapping[str, Any] | None, num_outputs: int) -> OpenClipConfig:
     """The configuration that a folder of open_clip's format declares.
 

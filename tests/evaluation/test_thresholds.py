@@ -81,15 +81,6 @@ def test_thresholds_keep_a_distance_from_the_probabilities() -> None:
     assert thresholds.for_share(predictions).value == pytest.approx(0.5)
 
 
-def test_share_by_center() -> None:
-    shifted = table([0.0, 1.0, 5.0, 6.0, -9.0], centers=[0, 0, 3, 3, -1])
-    found = thresholds.for_share_by_center(shifted)
-    assert list(found) == [-1, 0, 3]
-    assert found[3] == thresholds.for_share(shifted[2:4])
-    assert found[0].achieved == found[3].achieved == 0.5
-    assert {of.achieved for of in thresholds.for_share_by_center(shifted, 1.0).values()} == {1.0}
-
-
 SCORES: dict[str, Callable[..., float]] = {
     "balanced_accuracy": sk.balanced_accuracy_score,
     "f1": sk.f1_score,

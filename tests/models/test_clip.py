@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_clip_weights import fuse_attention
 from safetensors.torch import load_file, save_file
 
 from hf_histo.config import AdapterOptions
@@ -67,7 +68,7 @@ def test_a_merged_adapter_goes_back_to_open_clip(folder: Path, images: torch.Ten
             parameter.data.normal_(std=0.1)
     merged = adapters.merged(model).eval()
     again = open_clip.model.CLIP(**MODEL).eval()
-    again.visual.load_state_dict(clip.put_together(merged.visual.state_dict()))
+    again.visual.load_state_dict(fuse_attention(merged.visual.state_dict()))
     with torch.no_grad():
         assert torch.allclose(again.encode_image(images), merged.visual(images), atol=1e-5)
 
@@ -158,6 +159,6 @@ def test_a_registered_model_becomes_a_folder_once_its_pickle_is_converted(
     main()
     assert not list(output.glob("*.bin"))
     model = backbones.load(str(output), 2)
-    own = model.timm_model.state_dict() if name == "uni" else clip.put_together(model.visual.state_dict())
+    own = model.timm_model.state_dict() if name == "uni" else fuse_attention(model.visual.state_dict())
     expected = source.timm_model.state_dict() if name == "uni" else original.visual.state_dict()
     assert all(torch.equal(own[key], value) for key, value in expected.items() if "head." not in key)

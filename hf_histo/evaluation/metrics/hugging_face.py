@@ -1,7 +1,6 @@
-"""The metrics as Hugging Face evaluate knows them.
+"""The package's classification metrics as an `evaluate.Metric`, for use outside of it; model cards point here.
 
-Nothing else in the package imports this module: `import evaluate` takes seconds. A Trainer takes
-`hf_histo.evaluation.metrics.classification.for_trainer` instead.
+The package itself calls `hf_histo.evaluation.metrics.classification`, since `import evaluate` takes seconds.
 """
 
 from __future__ import annotations
