@@ -1,4 +1,4 @@
-"""The whole way through the house, for one run: what every recipe does with its data."""
+"""One run, from options and data to an adapter folder: check, build, train, evaluate, write."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from transformers import TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from hf_histo import hub, launch
 from hf_histo.adapter import folder as adapter_folder
@@ -31,79 +31,130 @@ from hf_histo.data.schema import ImageTable, recorded_bits
 from hf_histo.data.splits import few_shot, leakage
 from hf_histo.data.splits.checks import composition, shared_groups
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import calibration, predictions, thresholds
-from hf_histo.evaluation.figures.audit import image_reader
-from hf_histo.evaluation.figures.embedding import embedding_map, features
+from hf_histo.evaluation import calibration, pca_baseline, predictions, thresholds
+from hf_histo.evaluation.figures import run as run_figures
+from hf_histo.evaluation.figures.embedding import features
+from hf_histo.evaluation.figures.preview import preview
 from hf_histo.evaluation.metrics import classification, hierarchical_metrics
-from hf_histo.evaluation.reporting import report
+from hf_histo.evaluation.reporting import report, summary
 from hf_histo.files import write_json
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones, batchnorm, heads, qkv
 from hf_histo.models.model_size import account
-from hf_histo.training import feature_cache, losses, pca_probe, run_folder, trainer
-from hf_histo.transforms import augmentation, preprocessing
+from hf_histo.training import feature_cache, losses, run_folder, trainer
 from hf_histo.transforms.color_shift import ColorRange
-from hf_histo.transforms.mri import Preparation
-from hf_histo.transforms.stain import CenterNormalizer
+from hf_histo.transforms.pipeline import Pipeline
+from hf_histo.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 
-COMPONENTS = "components.png"
+COMPONENTS, EXPLANATIONS = "components.png", "explanations.png"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to.
+    """Outcome of a run.
 
     Attributes:
         adapter: its folder.
-        metrics: what classification.json holds.
-        seconds: that it took; None if it was done before.
+        metrics: content of metrics.json there.
+        seconds: that the run took; None if it was finished before.
         address: where it was uploaded, in the process that did so.
     """
 
     adapter: Path
-    metrics: dict[str, Any]
+    metrics: dict[str, Any]  # Any: JSON
     seconds: float | None
     address: str | None = None
 
     def summary(self) -> str:
         """A short table of the evaluated splits, then sizes, seconds and the folder."""
-        reports = {split: values["overall"] for split, values in self.metrics["splits"].items()}
-        named = {split: report.marked(split, values) for split, values in self.metrics["splits"].items()}
-        names = ["accuracy", "auroc", "loss"]
-        if "recall_0" in reports["val"]:  # of more than two classes
-            names[1:1] = ["balanced_accuracy"]
-            names += [name for name in reports["val"] if name.startswith("sensitivity_at")]
-        rows: list[list[object]] = [["split", "images", *names]]
-        for split, overall in reports.items():
-            rows.append([named[split], overall["n"], *(overall[name]["value"] for name in names)])
-        trained, total, share = (self.metrics["parameters"][key] for key in ("trainable", "total", "share"))
-        adapter, model = (self.metrics["bytes"][key] / 2**20 for key in ("adapter", "model"))
-        return "\n".join(
-            [
-                report.table(rows),
-                *(
-                    f"{split}:\n{hierarchical_metrics.summary(of)}"
-                    for split, of in self.metrics.get("levels", {}).items()
-                ),
-                f"trainable parameters: {trained:,} of {total:,} ({share:.2%})",
-                f"adapter: {adapter:.2f} MiB, beside {model:.2f} MiB for the whole model",
-                f"seconds: {self.seconds:.0f}" if self.seconds is not None else "finished before, nothing was trained",
-                f"adapter folder: {self.adapter}",
-                *([f"uploaded: {self.address}"] if self.address else []),
-            ]
-        )
+        return summary.of_run(self.metrics, self.adapter, self.seconds, self.address)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be learned.
+
+    Attributes:
+        label_names: classes in the order of their indices.
+        num_outputs: logits of the head: 1 for two classes, else one for each.
+        negative: index of the class that means "nothing found"; None if no class is declared to.
+        fingerprint: content hash of the data.
+    """
+
+    label_names: list[str]
+    num_outputs: int
+    negative: int | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model that is ready to be trained, and its view of the data.
+
+    Attributes:
+        model: backbone, head and adapter; a "full" run has no adapter.
+        pipeline: from stored pixels to model input, its color statistics those of the training images.
+        train: training images.
+        validation: images of the split `val`.
+        sizes: of model and adapter, see `model_size.account`.
+        sidecar: of the adapter folder; thresholds and temperature are still unknown.
+    """
+
+    model: nn.Module
+    pipeline: Pipeline
+    train: ImageTable | Stream
+    validation: ImageTable
+    sizes: dict[str, dict[str, Any]]  # Any: JSON
+    sidecar: Sidecar
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the weights that were best on `val`.
+
+    Attributes:
+        session: that trained it.
+        model: whole, in each process.
+        selection: "split" and "metric" that chose the weights, its "value" and the "step" of the checkpoint.
+        resumed: whether training started from a checkpoint.
+    """
+
+    session: trainer.Trainer
+    model: nn.Module
+    selection: dict[str, Any]  # Any: JSON
+    resumed: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measured on every split but `train`.
+
+    Attributes:
+        classifier: that predicted, without threshold and temperature.
+        tables: predictions by split.
+        metrics: content of metrics.json.
+        sidecar: with thresholds and temperature.
+    """
+
+    classifier: Classifier
+    tables: dict[str, pd.DataFrame]
+    metrics: dict[str, Any]  # Any: JSON
+    sidecar: Sidecar
 
 
 def fine_tune(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence[TrainerCallback] = ()) -> Result:
     """Train on the split `train`, choose the checkpoint on `val`, predict every other split, save the adapter folder.
 
-    `callbacks` are told of the training besides the package's own; one of them may end it by an exception.
+    `--shots`, `--percentage` and `--level` select from `data` (see `few_shot.select`). With `--push_to_hub`, the folder
+    is uploaded. Call it in every process of a launch. An interrupted run resumes from its last checkpoint; a finished
+    one is not trained again.
 
-    Of `data`, `--shots`, `--percentage` and `--level` leave what they say (`few_shot.select`).
-    With `--push_to_hub`, upload that. Call it in every process of a launch. A run that was interrupted goes on from its
-    last checkpoint; one that is finished is not trained again.
+    Args:
+        config: all options.
+        data: schema tables by split.
+        callbacks: of training, besides the package's own; one of them may end it by an exception.
 
     Raises `HistoError` for data or options that can't be trained on and a Hub that can't be written to, before anything
     is trained; and where the upload fails, after.
@@ -145,251 +196,26 @@ def _fine_tune(
     if run_folder.is_finished(folder) and not config.output.overwrite_output_dir:
         adapter_folder.verify(adapter)
         return Result(adapter, adapter_folder.read_metrics(adapter), None)
-
     set_seed(config.training.seed)
+    task = check(config, data)
+    setup = build(config, data, task)
+    trained = train(config, data, task, setup, folder, callbacks)
+    evaluation = evaluate(config, data, task, setup, trained)
+    if trained.session.is_world_process_zero():
+        write(config, data, trained, evaluation, folder, started)
+    launch.process().wait_for_everyone()
+    return Result(adapter, evaluation.metrics, time.monotonic() - started)
+
+
+def check(config: Config, data: datasets.DatasetDict) -> Task:
+    """The task that the data poses. Raises `HistoError` for options and data that can't be trained on."""
     names = next(iter(data.values())).features["label"].names
     num_outputs = 1 if len(names) == 2 else len(names)
     negative = predictions.class_index(names, config.data.negative_class)
-    _check(config, data, num_outputs, negative)
-
-    options = config.model
-    head = heads.HeadConfig.of(options)
-    model = backbones.load(
-        options.backbone,
-        num_outputs,
-        revision=options.revision,
-        random_weights=options.random_weights,
-        image_size=options.image_size,
-        head=head,
-        head_dropout=options.head_dropout,
-    )
-    source = backbones.locate(options.backbone)
-    views = preprocessing.resolve(model.config, source, options.image_size, options.resize_size, options.fit)
-    bits = recorded_bits(data["train"])
-    views = dataclasses.replace(views, preparation=Preparation.of(config.preparation), gray_bits=bits)
-    changes = augmentation.preset(config.augmentation.augmentation)
-    train = _stream(config, len(data["train"]), views) or views.read(data["train"], changes.side(views.image_size))
-    validation = views.read(data["val"])
-    color = config.centers.normalization
-    normalizer = None if color == "none" or isinstance(train, Stream) else CenterNormalizer.fit(train, color)
-    sidecar = Sidecar(
-        method=config.adapter.method,
-        label_names=names,
-        num_outputs=num_outputs,
-        backbone={
-            "name": "builtin" if options.backbone == "builtin" else source,
-            "revision": options.revision,
-            **backbones.identity(model),
-        },
-        batch_norm=options.batch_norm,
-        preprocessing=views,
-        head=head,
-        normalizer=normalizer,
-        colors=None if config.data.streaming else ColorRange.fit(ImageTable(data["train"])),
-        views=augmentation.TestTimeViews.of(config),
-        adapt_batch_norm=config.prediction.adapt_batch_norm,
-        data={
-            "name": Path(config.data.data).resolve().name,
-            "fingerprint": fingerprint(data),
-            "splits": composition(data),
-            "description": data["train"].info.description,
-            "near_copies_searched": leakage.were_searched(data),
-        },
-    )
-    if config.prediction.adapt_batch_norm:
-        batchnorm.require(model)
-    if options.text_prompt:
-        words = [hierarchy.path_of(name)[-1] for name in names]
-        classes = backbones.text_embeddings(options.backbone, words, options.text_prompt, options.revision)
-        some = data["train"].select(range(min(len(data["train"]), 64)))
-        length = float(np.linalg.norm(features(model, some, views), axis=1).mean())
-        heads.start_from(model, classes, length)
-    if options.batch_norm == "frozen":
-        batchnorm.freeze(model)
-    trained: nn.Module = model if config.adapter.method == "full" else adapters.add(model, config.adapter)
-    if config.adapter.init_adapter:
-        adapter_folder.start_from(trained, hub.fetch(config.adapter.init_adapter), sidecar)
-    sidecar = dataclasses.replace(sidecar, bare=not qkv.is_split(trained) and backbones.is_bare(options.backbone))
-    sizes = account(trained, batch_norm=options.batch_norm)
-
-    train_labels = data["train"]["label"]
-    balance = config.training.class_balance == "weights"
-    session = trainer.build(
-        config,
-        folder,
-        model=trained,
-        train=train,
-        validation=validation,
-        preprocessing=views,
-        augmentation=changes,
-        normalizer=normalizer and normalizer.extended(validation),
-        loss=losses.classification(num_outputs, losses.balancing_weights(train_labels, names) if balance else None),
-        compute_metrics=classification.for_trainer(negative=negative),
-        callbacks=[run_folder.CheckpointRecord(folder, run_folder.identity(config, fingerprint(data))), *callbacks],
-    )
-    resumed = run_folder.checkpoint(config, folder, fingerprint(data))
-    run_folder.begin(config, fingerprint(data))  # not before all options have been tried
-    if config.output.preview and isinstance(train, ImageTable) and session.is_world_process_zero():
-        _preview(session, data["train"], train, folder / run_folder.PREVIEW)
-    selection: dict[str, Any] = {"split": "val", "metric": config.training.metric_for_best_model}
-    if config.adapter.method == "pca":
-        selection |= _fit_components(config, trained, data, sidecar, folder / run_folder.FIGURES / COMPONENTS)
-    else:
-        with feature_cache.folded_layers(session), feature_cache.cached_prefix(session, config):
-            session.train(resume_from_checkpoint=resumed)
-        selection |= {"value": session.state.best_metric, "step": session.state.best_global_step}
-
-    final = session.whole_model()
-    classifier = Classifier(final, sidecar)
-    tables = {
-        split: classifier.predict(
-            rows,
-            batch_size=config.training.per_device_eval_batch_size,
-            num_workers=config.data.num_workers,
-            description=f"Predicting {split}",
-        )
-        for split, rows in data.items()
-        if split != "train"
-    }
-    temperature = calibration.fit_temperature(tables["val"])
-    measured = {
-        "selection": selection,
-        "calibration": {"split": "val", **dataclasses.asdict(temperature)},
-        "splits": {split: classification.report(table, negative=negative) for split, table in tables.items()},
-        **sizes,
-        "options": _recorded(config),
-    }
-    if by_level := {
-        split: hierarchical_metrics.scores(table)
-        for split, table in tables.items()
-        if hierarchical_metrics.are_in(table)
-    }:
-        measured["levels"] = by_level
-    for split, values in measured["splits"].items():
-        if values["constant"]:
-            logger.warning("%s: %s; the model may have learned nothing", split, values["constant"])
-    sidecar = dataclasses.replace(
-        sidecar, thresholds=_thresholds(tables) if num_outputs == 1 else {}, temperature=temperature.value
-    )
-    if session.is_world_process_zero():
-        figures = _draw(folder / run_folder.FIGURES, session.state.log_history, tables, data["val"])
-        if config.adapter.method == "pca":
-            figures["The first two principal components of the features"] = folder / run_folder.FIGURES / COMPONENTS
-        if config.output.explain:
-            explanations = folder / run_folder.FIGURES / "explanations.png"
-            classifier.draw(data["val"], tables["val"], explanations)
-            figures["Where the model sees the class that it predicts, on val"] = explanations
-        cost = {
-            "seconds": time.monotonic() - started,
-            "processes": session.args.world_size,
-            "device": torch.cuda.get_device_name() if session.args.device.type == "cuda" else session.args.device.type,
-            "threads": torch.get_num_threads(),
-            "precision": session.accelerator.mixed_precision,
-            "epochs": session.state.epoch or 0,
-            "resumed": resumed is not None,
-        }
-        run_folder.require_begun(folder)
-        write_json(folder / run_folder.COST, cost)
-        adapter_folder.save(
-            adapter, final, sidecar, metrics=measured, tables=tables, figures=figures, cost=report.cost_sentence(cost)
-        )
-    launch.process().wait_for_everyone()
-    return Result(adapter, measured, time.monotonic() - started)
-
-
-def _preview(
-    session: trainer.Trainer, rows: datasets.Dataset, images: ImageTable, path: Path, count: int = 8, epochs: int = 7
-) -> None:
-    """Some training images of every center as stored, as prepared, and as training sees them in its first epochs."""
-    centers = np.array(images.centers)
-    places = [np.flatnonzero(centers == center) for center in np.unique(centers)]
-    each = -(-count // len(places))
-    chosen = np.concatenate([found[np.linspace(0, len(found) - 1, each).astype(int)] for found in places]).tolist()
-    batch = trainer.collate(images.__getitems__(chosen))
-    columns = [[sample["image"] for sample in ImageTable(rows).__getitems__(chosen)]]
-    if not session.preprocessing.preparation.is_none:
-        columns.append([session.preprocessing.preparation(image) for image in columns[0]])
-    columns = [[image / 255 for image in column] for column in columns]
-    for epoch in range(epochs):
-        columns.append(list(session.training_views(batch["image"], batch["center"], batch["index"], epoch)))
-    report.views_sheet(
-        {
-            f"{rows[row]['id']}, center {centers[row]}": [column[place].permute(1, 2, 0).numpy() for column in columns]
-            for place, row in enumerate(chosen)
-        },
-        path,
-    )
-
-
-def _stream(config: Config, total: int, views: preprocessing.Preprocessing) -> Stream | None:
-    """The training images where they are streamed; all made squares of one size, since none is known before."""
-    if not config.data.streaming:
-        return None
-    state = launch.process()
-    square = partial(views.prepared, side=views.resize_size)
-    return train_stream(
-        config.data.data, total, config.training.seed, state.process_index, state.num_processes, square, views.gray_bits
-    )
-
-
-def _fit_components(
-    config: Config, model: nn.Module, data: datasets.DatasetDict, sidecar: Sidecar, figure: Path
-) -> dict[str, Any]:
-    """Set the head to the regression on principal components that is best on `val`, and draw the first two."""
-    normalizer, wanted = sidecar.normalizer, config.training.metric_for_best_model
-    found = {
-        split: features(model, rows, sidecar.preprocessing, normalizer=normalizer and normalizer.extended(rows))
-        for split, rows in data.items()
-        if not split.endswith("_clean")
-    }
-
-    def score(probe: pca_probe.Probe) -> float:
-        logits = found["val"] @ probe.weight.T + probe.bias
-        value = classification.of_logits(logits, data["val"]["label"], negative=negative)[wanted]
-        assert value is not None  # `_check` looked
-        return -value if wanted == "loss" else value
-
-    names = sidecar.label_names
-    negative = predictions.class_index(names, config.data.negative_class)
-    probe = pca_probe.fit(
-        found["train"],
-        np.array(data["train"]["label"]),
-        classes=len(names),
-        balanced=config.training.class_balance != "none",
-        score=score,
-    )
-    parts = heads.module_of(model).modules()  # the frozen original and the copy that is saved
-    (head,) = (part for part in parts if isinstance(part, nn.Linear) and part.weight.requires_grad)
-    with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(probe.weight))
-        head.bias.copy_(torch.from_numpy(probe.bias))
-    every = [(split, [*names, "hidden"][label]) for split in found for label in data[split]["label"]]
-    splits, classes = zip(*every, strict=True)
-    embedding_map(
-        {"frozen backbone": np.concatenate(list(found.values()))}, {"class": classes, "split": splits}, figure
-    )
-    return {"value": abs(probe.value), "step": None, "components": probe.components}
-
-
-def _recorded(config: Config) -> dict[str, Any]:
-    """The options that decided the result and are not in the sidecar, without a path of this machine."""
-    recorded = {key: value for key, value in config.flat().items() if key in with_role("result")}
-    start = recorded["init_adapter"]
-    if start and (folder := Path(start).expanduser()).is_dir():
-        recorded["init_adapter"] = "/".join(folder.resolve().parts[-2:])  # RUN/adapter
-    return recorded
-
-
-def _thresholds(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
-    """Thresholds to choose from by name, for new images: none that was found on unlabeled images of these splits."""
-    labels = tables["val"]["label"]
-    return {"validation": thresholds.choose(tables["val"]).value} if labels[labels >= 0].nunique() > 1 else {}
-
-
-def _check(config: Config, data: datasets.DatasetDict, num_outputs: int, negative: int | None) -> None:
-    if config.adapter.method == "pca" and not heads.HeadConfig.of(config.model).is_plain:
+    is_plain = heads.HeadConfig.of(config.model).is_plain
+    if config.adapter.method == "pca" and not is_plain:
         raise HistoError("--method pca fits one linear layer, expected --head linear on features; leave out the others")
-    if config.adapter.method == "full" and not heads.HeadConfig.of(config.model).is_plain:
+    if config.adapter.method == "full" and not is_plain:
         raise HistoError("--method full saves a model of transformers, expected --head linear on features; use lora")
     trainer.require_scheduler(config.training.lr_scheduler_type)
     if config.output.explain and find_spec("captum") is None:
@@ -412,22 +238,237 @@ def _check(config: Config, data: datasets.DatasetDict, num_outputs: int, negativ
             f"--metric_for_best_model {wanted} is undefined on val, where the labeled classes are {present}; choose "
             "another metric or another validation split"
         )
+    return Task(names, num_outputs, negative, fingerprint(data))
 
 
-def _draw(
-    folder: Path, history: list[dict[str, float]], tables: dict[str, pd.DataFrame], validation: datasets.Dataset
-) -> dict[str, Path]:
-    """The figures of a run by what they show, in the order of reading."""
-    labeled = {split: table for split, table in tables.items() if (table["label"] >= 0).any()}
-    report.training_curve(history, folder / "training_curve.png")
-    report.roc_curve(labeled, folder / "roc.png")
-    figures = {"Training: loss, validation metric and learning rate": folder / "training_curve.png"}
-    figures |= {"ROC curves": folder / "roc.png"}
-    for split, table in labeled.items():
-        confusion, reliability = folder / f"confusion_{split}.png", folder / f"reliability_{split}.png"
-        report.confusion_matrix(table, confusion)
-        calibration.reliability_diagram(table, reliability)
-        figures |= {f"Confusion matrix of {split}": confusion, f"Reliability of {split}": reliability}
-    image_of = image_reader(datasets.DatasetDict(val=validation))
-    report.worst_errors(tables["val"], partial(image_of, "val"), folder / "worst_errors.png")
-    return figures | {"The worst errors of val": folder / "worst_errors.png"}
+def build(config: Config, data: datasets.DatasetDict, task: Task) -> Setup:
+    """Load the backbone with a new head, fit color normalization on the training images, and add the adapter."""
+    options = config.model
+    head = heads.HeadConfig.of(options)
+    backbone = backbones.load(
+        options.backbone,
+        task.num_outputs,
+        revision=options.revision,
+        random_weights=options.random_weights,
+        image_size=options.image_size,
+        head=head,
+        head_dropout=options.head_dropout,
+    )
+    source = backbones.locate(options.backbone)
+    pipeline = Pipeline.of(config, backbone.config, source, recorded_bits(data["train"]))
+    train: ImageTable | Stream
+    if config.data.streaming:
+        train = _stream(config, len(data["train"]), pipeline.preprocessing)
+    else:
+        train = pipeline.read_training(data["train"])
+        pipeline = pipeline.fitted(train, config.centers.normalization)
+    sidecar = Sidecar(
+        method=config.adapter.method,
+        label_names=task.label_names,
+        num_outputs=task.num_outputs,
+        backbone={
+            "name": "builtin" if options.backbone == "builtin" else source,
+            "revision": options.revision,
+            **backbones.identity(backbone),
+        },
+        batch_norm=options.batch_norm,
+        preprocessing=pipeline.preprocessing,
+        head=head,
+        normalizer=pipeline.normalizer,
+        colors=None if config.data.streaming else ColorRange.fit(ImageTable(data["train"])),
+        views=pipeline.test_time_views,
+        adapt_batch_norm=config.prediction.adapt_batch_norm,
+        data={
+            "name": Path(config.data.data).resolve().name,
+            "fingerprint": task.fingerprint,
+            "splits": composition(data),
+            "description": data["train"].info.description,
+            "near_copies_searched": leakage.were_searched(data),
+        },
+    )
+    if config.prediction.adapt_batch_norm:
+        batchnorm.require(backbone)
+    if options.text_prompt:
+        _start_from_text(config, backbone, data["train"], task, pipeline)
+    if options.batch_norm == "frozen":
+        batchnorm.freeze(backbone)
+    model: nn.Module = backbone if config.adapter.method == "full" else adapters.add(backbone, config.adapter)
+    if config.adapter.init_adapter:
+        adapter_folder.start_from(model, hub.fetch(config.adapter.init_adapter), sidecar)
+    sidecar = dataclasses.replace(sidecar, bare=not qkv.is_split(model) and backbones.is_bare(options.backbone))
+    sizes = account(model, batch_norm=options.batch_norm)
+    return Setup(model, pipeline, train, pipeline.read(data["val"]), sizes, sidecar)
+
+
+def train(
+    config: Config,
+    data: datasets.DatasetDict,
+    task: Task,
+    setup: Setup,
+    folder: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trained:
+    """Train head and adapter, or fit the head with `--method pca`, and keep the weights that are best on `val`."""
+    labels, balanced = data["train"]["label"], config.training.class_balance == "weights"
+    weights = losses.balancing_weights(labels, task.label_names) if balanced else None
+    session = trainer.build(
+        config,
+        folder,
+        model=setup.model,
+        train=setup.train,
+        validation=setup.validation,
+        pipeline=setup.pipeline.extended(data["val"]),
+        loss=losses.classification(task.num_outputs, weights),
+        compute_metrics=classification.for_trainer(negative=task.negative),
+        callbacks=[
+            run_folder.CheckpointRecord(folder, run_folder.identity(config, task.fingerprint)),
+            *callbacks,
+        ],
+    )
+    checkpoint = run_folder.checkpoint(config, folder, task.fingerprint)
+    run_folder.begin(config, task.fingerprint)  # only now: all options were checked
+    if config.output.preview and isinstance(setup.train, ImageTable) and session.is_world_process_zero():
+        preview(session.pipeline, data["train"], folder / run_folder.PREVIEW)
+    selection: dict[str, Any] = {"split": "val", "metric": config.training.metric_for_best_model}
+    if config.adapter.method == "pca":
+        selection |= pca_baseline.fit(
+            setup.model,
+            data,
+            setup.pipeline,
+            metric=config.training.metric_for_best_model,
+            negative=task.negative,
+            balanced=config.training.class_balance != "none",
+            figure=folder / run_folder.FIGURES / COMPONENTS,
+        )
+    else:
+        caching = feature_cache.cached_prefix(session, config.speed.cache_features, config.data.cache_dir)
+        with feature_cache.folded_layers(session), caching:
+            session.train(resume_from_checkpoint=checkpoint)
+        selection |= {"value": session.state.best_metric, "step": session.state.best_global_step}
+    return Trained(session, session.whole_model(), selection, checkpoint is not None)
+
+
+def evaluate(config: Config, data: datasets.DatasetDict, task: Task, setup: Setup, trained: Trained) -> Evaluation:
+    """Predict every split but `train`, calibrate on `val`, and measure."""
+    classifier = Classifier(trained.model, setup.sidecar)
+    tables = {
+        split: classifier.predict(
+            rows,
+            batch_size=config.training.per_device_eval_batch_size,
+            num_workers=config.data.num_workers,
+            description=f"Predicting {split}",
+        )
+        for split, rows in data.items()
+        if split != "train"
+    }
+    temperature = calibration.fit_temperature(tables["val"])
+    metrics = {
+        "selection": trained.selection,
+        "calibration": {"split": "val", **dataclasses.asdict(temperature)},
+        "splits": {split: classification.report(table, negative=task.negative) for split, table in tables.items()},
+        **setup.sizes,
+        "options": _recorded_options(config),
+    }
+    by_level = {
+        split: hierarchical_metrics.scores(table)
+        for split, table in tables.items()
+        if hierarchical_metrics.are_in(table)
+    }
+    if by_level:
+        metrics["levels"] = by_level
+    for split, values in metrics["splits"].items():
+        if values["constant"]:
+            logger.warning("%s: %s; the model may have learned nothing", split, values["constant"])
+    sidecar = dataclasses.replace(
+        setup.sidecar,
+        thresholds=_thresholds(tables["val"]) if task.num_outputs == 1 else {},
+        temperature=temperature.value,
+    )
+    return Evaluation(classifier, tables, metrics, sidecar)
+
+
+def write(
+    config: Config,
+    data: datasets.DatasetDict,
+    trained: Trained,
+    evaluation: Evaluation,
+    folder: Path,
+    started: float,
+) -> None:
+    """Draw the figures and save the adapter folder, in the main process."""
+    place = folder / run_folder.FIGURES
+    history = trained.session.state.log_history
+    figures = run_figures.draw(place, history, evaluation.tables, data["val"])
+    if config.adapter.method == "pca":
+        figures["The first two principal components of the features"] = place / COMPONENTS
+    if config.output.explain:
+        evaluation.classifier.draw(data["val"], evaluation.tables["val"], place / EXPLANATIONS)
+        figures["Where the model sees the class that it predicts, on val"] = place / EXPLANATIONS
+    cost = _cost(trained, time.monotonic() - started)
+    run_folder.require_begun(folder)
+    write_json(folder / run_folder.COST, cost)
+    adapter_folder.save(
+        folder / run_folder.ADAPTER,
+        trained.model,
+        evaluation.sidecar,
+        metrics=evaluation.metrics,
+        tables=evaluation.tables,
+        figures=figures,
+        cost=report.cost_sentence(cost),
+    )
+
+
+def _stream(config: Config, total: int, preprocessing: Preprocessing) -> Stream:
+    """Streamed training images; all made squares of one size, since their sizes are not known before."""
+    state = launch.process()
+    square = partial(preprocessing.prepared, side=preprocessing.resize_size)
+    return train_stream(
+        config.data.data,
+        total,
+        config.training.seed,
+        state.process_index,
+        state.num_processes,
+        square,
+        preprocessing.gray_bits,
+    )
+
+
+def _start_from_text(
+    config: Config, model: PreTrainedModel, train: datasets.Dataset, task: Task, pipeline: Pipeline
+) -> None:
+    """Start the head from the embedding of each class's name in `--text_prompt`."""
+    options = config.model
+    words = [hierarchy.path_of(name)[-1] for name in task.label_names]
+    classes = backbones.text_embeddings(options.backbone, words, str(options.text_prompt), options.revision)
+    some = train.select(range(min(len(train), 64)))
+    length = float(np.linalg.norm(features(model, some, Pipeline(pipeline.preprocessing)), axis=1).mean())
+    heads.start_from(model, classes, length)
+
+
+def _thresholds(validation: pd.DataFrame) -> dict[str, float]:
+    """Named thresholds for new images: none that was found on unlabeled images."""
+    labels = validation["label"]
+    return {"validation": thresholds.choose(validation).value} if labels[labels >= 0].nunique() > 1 else {}
+
+
+def _recorded_options(config: Config) -> dict[str, Any]:
+    """The options that decided the result and are not in the sidecar, without a path of this machine."""
+    recorded = {key: value for key, value in config.flat().items() if key in with_role("result")}
+    start = recorded["init_adapter"]
+    if start and (folder := Path(start).expanduser()).is_dir():
+        recorded["init_adapter"] = "/".join(folder.resolve().parts[-2:])  # RUN/adapter
+    return recorded
+
+
+def _cost(trained: Trained, seconds: float) -> dict[str, Any]:
+    """What the run took, for cost.json and `report.cost_sentence`."""
+    session = trained.session
+    return {
+        "seconds": seconds,
+        "processes": session.args.world_size,
+        "device": torch.cuda.get_device_name() if session.args.device.type == "cuda" else session.args.device.type,
+        "threads": torch.get_num_threads(),
+        "precision": session.accelerator.mixed_precision,
+        "epochs": session.state.epoch or 0,
+        "resumed": trained.resumed,
+    }

@@ -28,6 +28,7 @@ from hf_histo.files import regular
 from hf_histo.hub import load
 from hf_histo.models import adapters, backbones
 from hf_histo.transforms.augmentation import TestTimeViews
+from hf_histo.transforms.pipeline import collate
 
 BATCH_PIXELS = 64 * 384 * 384  # that a model sees at a time: an adapter's image size must not decide over the memory
 
@@ -117,15 +118,11 @@ class Classifier:
         Of the plain view alone; images and center are those of a call. See `explanation.heat_map`.
         """
         dataset = images if isinstance(images, datasets.Dataset) else _table(images, center, self.sidecar)
-        views, normalizer = self.sidecar.preprocessing, self.sidecar.normalizer
-        color = normalizer and normalizer.extended(views.read(dataset))
-        table, maps = ImageTable(dataset), []
+        pipeline = self.sidecar.pipeline.extended(dataset)
+        stored, prepared, maps = ImageTable(dataset), pipeline.read(dataset), []
         for row, chosen in enumerate(classes):
-            sample = table[row]
-            image = sample["image"][None]
-            pixels = views(image if color is None else color(image, torch.tensor([sample["center"]])))
-            seen = heat_map(self.model.cpu(), pixels, chosen)
-            maps.append(views.back(seen[None, None], *image.shape[-2:])[0, 0].numpy())
+            heat = heat_map(self.model.cpu(), pipeline.evaluate(collate([prepared[row]])), chosen)
+            maps.append(pipeline.back(heat, stored[row]["image"]).numpy())
         return maps
 
     def draw(self, dataset: datasets.Dataset, table: pd.DataFrame, path: str | Path, n: int = 12) -> None:
@@ -194,7 +191,7 @@ class Classifier:
         dataset: datasets.Dataset,
         *,
         threshold: str | float | None = None,
-        views: TestTimeViews | None = None,
+        test_time_views: TestTimeViews | None = None,
         adapt_batch_norm: bool | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
@@ -208,8 +205,8 @@ class Classifier:
 
         Where the adapter normalizes color, a center that training did not see is measured on `dataset` as a whole:
         give all its images at once, not one by one; likewise where batch norm is adapted. `attrs["transductive"]` lists
-        which of the two were measured so. `views` and
-        `adapt_batch_norm` (take the batch-norm statistics from `dataset`) override what the adapter says of them.
+        which of the two were measured so. `test_time_views` and `adapt_batch_norm` (take the batch-norm statistics from
+        `dataset`) override those of the adapter.
 
         `label` is the adapter's index of the class that `dataset` names. Raises `HistoError` for a labeled class that
         the adapter does not know.
@@ -228,17 +225,16 @@ class Classifier:
                 f"16-bit gray images were read as of {bits} bits, expected {expected or 8} as in training; "
                 + (f"give --gray_bits {expected}" if expected else "convert them to 8 bits")
             )
-        labels, normalizer = self.sidecar.labels_of(dataset), self.sidecar.normalizer
-        color = normalizer and normalizer.extended(self.sidecar.preprocessing.read(dataset))
+        labels, pipeline = self.sidecar.labels_of(dataset), self.sidecar.pipeline.extended(dataset)
+        if test_time_views is not None:
+            pipeline = replace(pipeline, test_time_views=test_time_views)
         adapts = self.sidecar.adapt_batch_norm if adapt_batch_norm is None else adapt_batch_norm
         logits = forward(
             self.model,
             dataset,
-            self.sidecar.preprocessing,
-            normalizer=color,
-            views=views or self.sidecar.views,
+            pipeline,
             adapt_batch_norm=adapts,
-            batch_size=max(1, min(batch_size, BATCH_PIXELS // self.sidecar.preprocessing.image_size**2)),
+            batch_size=max(1, min(batch_size, BATCH_PIXELS // pipeline.preprocessing.image_size**2)),
             num_workers=num_workers,
             description=description,
             device=self._device,
@@ -246,7 +242,8 @@ class Classifier:
         columns = dataset.select_columns(["id", "center", "group"])[:]
         table = predictions.make(columns["id"], columns["center"], columns["group"], labels, logits)
         table.attrs["label_names"] = self.sidecar.label_names
-        measured = {"color statistics": color is not normalizer, "batch-norm statistics": adapts}
+        measures_color = pipeline.normalizer is not self.sidecar.normalizer
+        measured = {"color statistics": measures_color, "batch-norm statistics": adapts}
         table.attrs["transductive"] = [what for what, used in measured.items() if used]
         names = np.array(self.sidecar.label_names)
         return table.assign(

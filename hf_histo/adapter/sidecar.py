@@ -17,6 +17,7 @@ from hf_histo.files import STRICT, read_json
 from hf_histo.models import heads
 from hf_histo.transforms.augmentation import SINGLE_VIEW, TestTimeViews
 from hf_histo.transforms.color_shift import ColorRange
+from hf_histo.transforms.pipeline import Pipeline
 from hf_histo.transforms.preprocessing import Preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
 
@@ -74,6 +75,11 @@ class Sidecar:
     versions: dict[str, str] = dataclasses.field(
         default_factory=lambda: {name: importlib.metadata.version(name) for name in PACKAGES}
     )
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """From stored pixels to the model's input, for predictions."""
+        return Pipeline(self.preprocessing, normalizer=self.normalizer, test_time_views=self.views)
 
     @property
     def id2label(self) -> dict[int, str]:

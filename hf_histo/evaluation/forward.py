@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import datasets
 import numpy as np
@@ -15,21 +16,16 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_histo import launch
-from hf_histo.data.schema import Sample
 from hf_histo.models import batchnorm
-from hf_histo.transforms.augmentation import SINGLE_VIEW, TestTimeViews
-from hf_histo.transforms.preprocessing import Preprocessing
-from hf_histo.transforms.stain import CenterNormalizer
+from hf_histo.transforms.pipeline import Batch, Pipeline, collate
 
 
 @torch.no_grad()
 def forward(
     model: nn.Module,
     dataset: datasets.Dataset,
-    preprocessing: Preprocessing,
+    pipeline: Pipeline,
     *,
-    normalizer: CenterNormalizer | None = None,
-    views: TestTimeViews = SINGLE_VIEW,
     adapt_batch_norm: bool = False,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -38,15 +34,14 @@ def forward(
 ) -> NDArray[np.float64]:
     """Logits (n, outputs) of the schema table `dataset`, in its order, the same in every process.
 
-    Computed in float32 whatever the launcher's mixed precision, so that a saved prediction can be reproduced. `model`
-    is moved to the device and left in evaluation mode.
+    Each is the mean over the pipeline's test-time views. Computed in float32 whatever the launcher's mixed precision,
+    so that a saved prediction can be reproduced. `model` is moved to the device and left in evaluation mode.
 
     Args:
         model: takes `pixel_values` and returns an object with `logits` (B, outputs).
         dataset: of the one schema; images may differ in size.
-        preprocessing: of an evaluation view.
-        normalizer: of the centers' color, which must know the centers of `dataset`.
-        views: over which the logits are averaged.
+        pipeline: from stored pixels to `pixel_values`; color statistics of a center that it does not know are measured
+            on `dataset`.
         adapt_batch_norm: use batch-norm statistics of `dataset`'s own unlabeled images (see `batchnorm.adapted`); every
             process measures them on all images.
         batch_size, num_workers: of the loader in each process.
@@ -57,33 +52,28 @@ def forward(
     accelerator = Accelerator(cpu=launch.use_cpu())
     device = device or accelerator.device
     model = model.to(device).to(memory_format=torch.channels_last).eval()  # as it was trained
+    pipeline = pipeline.extended(dataset)
     loader = DataLoader(
-        preprocessing.read(dataset),
+        pipeline.read(dataset),
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=_stack,
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
     )
 
-    def batches(loader: DataLoader[Sample], description: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(loader: DataLoader[Any], description: str) -> Iterator[Batch]:  # Any: a loader of samples gives batches
         hidden = not accelerator.is_local_main_process
-        for images, centers, index in tqdm(loader, desc=description, disable=hidden, leave=False):
-            images = images.to(device)
-            yield images if normalizer is None else normalizer(images, centers), index.to(device)
+        for batch in tqdm(loader, desc=description, disable=hidden, leave=False):
+            yield {name: part.to(device) for name, part in batch.items()}
 
     gathered = []
-    adaptation = (preprocessing(images) for images, _ in batches(loader, "Adapting batch norm"))
+    adaptation = map(pipeline.evaluate, batches(loader, "Adapting batch norm"))
     with batchnorm.adapted(model, adaptation) if adapt_batch_norm else nullcontext():
-        for images, index in batches(accelerator.prepare(loader, device_placement=[False]), description):
-            every_view = views(images, preprocessing, index)
-            logits = torch.stack([model(pixel_values=view).logits.float() for view in every_view]).mean(0)
-            gathered.append([part.cpu() for part in accelerator.gather_for_metrics((logits, index))])
+        for batch in batches(accelerator.prepare(loader, device_placement=[False]), description):
+            views = pipeline.test_time(batch)
+            logits = torch.stack([model(pixel_values=view).logits.float() for view in views]).mean(0)
+            gathered.append([part.cpu() for part in accelerator.gather_for_metrics((logits, batch["index"]))])
     every, order = (torch.cat(parts).numpy() for parts in zip(*gathered, strict=True))
     if not np.array_equal(np.sort(order), np.arange(len(dataset))):
         raise RuntimeError(f"{len(order)} predictions for {len(dataset)} images: each must come once")
     return every[np.argsort(order)].astype(np.float64)
-
-
-def _stack(samples: list[Sample]) -> tuple[torch.Tensor, ...]:
-    images = torch.stack([sample["image"] for sample in samples])
-    return images, torch.tensor([s["center"] for s in samples]), torch.tensor([s["index"] for s in samples])

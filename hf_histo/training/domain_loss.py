@@ -1,22 +1,85 @@
-"""Training that treats acquisition centers as what must not matter: GroupDRO, CORAL and DANN.
+"""Losses over acquisition centers, for a model that does not depend on them: GroupDRO, CORAL and DANN.
 
-Each composes with any loss of `losses.py` and with LoRA; Gulrajani & Lopez-Paz 2021, "In search of lost domain
-generalization", is the reason to measure them against plain training before trusting any.
+Each is a `DomainLoss`, made by `build`, and composes with any loss of `losses.py` and with LoRA; Gulrajani & Lopez-Paz
+2021, "In search of lost domain generalization", is the reason to measure them against plain training before trusting
+any.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import reduce
 from torch import nn
 from transformers import TrainerCallback
+from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_callback import ExportableState
+
+from hf_histo.models import heads
+from hf_histo.training.losses import Loss
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step of one batch, as a domain loss sees it.
+
+    Attributes:
+        loss: of the batch as plain training takes it, a scalar that is `share` of an update's.
+        logits: (B, outputs).
+        labels, centers: int64 (B,).
+        share: of the update that spans accumulation steps and processes; 1 where it is this batch alone.
+        progress: share of training that is done, in [0, 1].
+        loss_of: the loss of plain training, as a mean over a batch where it is not given the number of items.
+    """
+
+    loss: torch.Tensor
+    logits: torch.Tensor
+    labels: torch.Tensor
+    centers: torch.Tensor
+    share: torch.Tensor | float
+    progress: float
+    loss_of: Loss
+
+
+class DomainLoss(Protocol):
+    """Changes the objective of a training step by the centers in its batch.
+
+    Attributes:
+        classifier: what it trains beside the model, a part of checkpoints but not of the adapter; or None.
+    """
+
+    @property
+    def classifier(self) -> nn.Module | None: ...
+
+    def objective(self, step: Step) -> torch.Tensor:
+        """The scalar that the step minimizes in place of `step.loss`."""
+
+
+def build(name: str, weight: float, model: nn.Module, centers: Sequence[int]) -> DomainLoss | None:
+    """The domain loss of that name ("group_dro", "coral" or "dann"); None for "none".
+
+    Args:
+        name: of the loss.
+        weight: of the CORAL or DANN penalty; for GroupDRO, hundredths of a step of its weights.
+        model: that is trained; the input of its head is what CORAL and DANN call features.
+        centers: of the training set, one per image.
+    """
+    if name == "none":
+        return None
+    if name == "group_dro":
+        return GroupDRO(centers, 0.01 * weight)
+    head = heads.module_of(model)
+    features = HeadInput(head)
+    if name == "coral":
+        return Coral(features, weight)
+    width = next(part.in_features for part in head.modules() if isinstance(part, nn.Linear))
+    return DomainAdversarial(features, DomainClassifier(width, centers), weight)
 
 
 class GroupDRO(TrainerCallback, ExportableState):
@@ -37,7 +100,18 @@ class GroupDRO(TrainerCallback, ExportableState):
         self.step = step
         self.weights = list(weights or [1 / len(self.centers)] * len(self.centers))
 
-    def state(self) -> dict[str, Any]:
+    @property
+    def classifier(self) -> None:
+        """It trains nothing beside the model."""
+
+    def objective(self, step: Step) -> torch.Tensor:
+        means = {}
+        for center in step.centers.unique().tolist():
+            chosen = step.centers == center
+            means[center] = step.loss_of(ImageClassifierOutput(logits=step.logits[chosen]), step.labels[chosen])
+        return step.share * self(means)
+
+    def state(self) -> dict[str, Any]:  # Any: what transformers writes to trainer_state.json
         return {
             "args": {"centers": self.centers, "step": self.step, "weights": self.weights},
             "attributes": {},
@@ -60,6 +134,19 @@ class GroupDRO(TrainerCallback, ExportableState):
         return torch.stack([self.weights[self.centers.index(c)] * loss for c, loss in losses.items()]).sum() * (
             len(self.centers) / len(losses)
         )
+
+
+class Coral:
+    """The loss plus `weight` times `coral` of the features."""
+
+    classifier = None
+
+    def __init__(self, features: HeadInput, weight: float) -> None:
+        self.features = features
+        self.weight = weight
+
+    def objective(self, step: Step) -> torch.Tensor:
+        return step.loss + step.share * self.weight * coral(self.features.last, step.centers)
 
 
 def coral(features: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
@@ -92,8 +179,21 @@ class _Reverse(torch.autograd.Function):
         return -context.strength * gradient, None
 
 
+class DomainAdversarial:
+    """The loss plus `weight` times that of a `DomainClassifier` on the features."""
+
+    def __init__(self, features: HeadInput, classifier: DomainClassifier, weight: float) -> None:
+        self.features = features
+        self.classifier = classifier
+        self.weight = weight
+
+    def objective(self, step: Step) -> torch.Tensor:
+        penalty = self.classifier(self.features.last, step.centers, step.progress)
+        return step.loss + step.share * self.weight * penalty
+
+
 class DomainClassifier(nn.Module):
-    """Learns to tell centers from features, while features learn to leave it no way.
+    """Learns to distinguish centers by their features, while the features learn to make that impossible.
 
     Ganin et al. 2016, "Domain-adversarial training of neural networks", JMLR 17(59): a gradient that is reversed below
     this classifier, by a strength of 2 / (1 + exp(-10 p)) - 1 at the share p of training (section 5.2.2). The hidden
@@ -121,11 +221,12 @@ class DomainClassifier(nn.Module):
 
 
 class HeadInput:
-    """Keeps what went into the classifier in the last forward pass, (B, d)."""
+    """Keeps the input of a head, the features (B, d), as `last` in every forward pass."""
+
+    last: torch.Tensor
 
     def __init__(self, head: nn.Module) -> None:
-        self.value: torch.Tensor | None = None
         head.register_forward_pre_hook(self._keep)
 
     def _keep(self, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        self.value = inputs[0]
+        self.last = inputs[0]

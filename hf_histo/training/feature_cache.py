@@ -1,4 +1,4 @@
-"""What a step need not compute because it is frozen: batch norm of its own, and all below the first trained layer."""
+"""Skips the frozen part of a training step: batch norm, folded, and all below the first trained layer, stored."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_histo.config import Config
+from hf_histo.data.readers.streaming import Stream
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 from hf_histo.models import batchnorm
 from hf_histo.models.speed import activation_cut, folding
-from hf_histo.training.trainer import Stored, Trainer, collate
+from hf_histo.training.trainer import Stored, Trainer
 from hf_histo.transforms.augmentation import Augmentation
+from hf_histo.transforms.pipeline import collate
 
 logger = logging.getLogger(__name__)
 
@@ -43,26 +44,30 @@ def folded_layers(session: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def cached_prefix(session: Trainer, config: Config) -> Iterator[None]:
-    """Within the block, `session` trains and validates on activations below `--cache_dir`, computing what is missing.
+def cached_prefix(session: Trainer, mode: str, cache_dir: str | None) -> Iterator[None]:
+    """Within the block, `session` trains and validates on stored activations, computing what is missing.
 
     They are kept, for the next run of the same backbone on the same data. Same results as without: in float32, to the
     last bit wherever an image's activation does not depend on the others in its batch.
 
-    Every process of a launch calls it. Raises `HistoError` with `--cache_features on` where it can't be done, which
-    "auto" says in the log.
+    Args:
+        session: that is about to be trained.
+        mode: of `--cache_features`: "on", "off", or "auto", which caches where that saves work.
+        cache_dir: folder of the activations; None is the one of the `datasets` library.
+
+    Every process of a launch calls it. Raises `HistoError` with "on" where it can't be done, which "auto" logs.
     """
     model = session.model
     assert model is not None
-    cut, stored, reason = None, None, _unwanted(session, config)
+    cut, stored, reason = None, None, _unwanted(session, mode)
     if not reason:
         with session.accelerator.autocast():
             cut = activation_cut.find(model, _sample(session))
-        reason = _unfit(cut, config)
+        reason = _unfit(cut, mode)
     if cut and not reason:
-        stored = _stores(session, config, cut)
+        stored = _stores(session, cache_dir, cut)
         reason = _without_space(session, stored)
-    if reason and config.speed.cache_features == "on":
+    if reason and mode == "on":
         raise HistoError(f"--cache_features on: {reason}")
     if cut is None or stored is None or reason:
         logger.log(logging.WARNING if stored else logging.INFO, "activations are not cached: %s", reason)
@@ -84,25 +89,26 @@ def _is_random(session: Trainer) -> bool:
     """Whether training views differ from one another. Without augmentation, that is where a square is cut out."""
     assert isinstance(session.train_dataset, ImageTable)
     height, width = session.train_dataset[0]["image"].shape[1:]
-    return session.augmentation != Augmentation() or session.options.stain_mixing > 0 or height != width
+    pipeline = session.pipeline
+    return pipeline.augmentation != Augmentation() or pipeline.stain_mixing > 0 or height != width
 
 
 def _views(session: Trainer) -> int | None:
     """Different views of a training image; None if there is a new one in every epoch."""
-    return session.views if _is_random(session) else 1
+    return session.training_views if _is_random(session) else 1
 
 
-def _unwanted(session: Trainer, config: Config) -> str | None:
+def _unwanted(session: Trainer, mode: str) -> str | None:
     """Why the options leave nothing to store."""
-    if config.data.streaming:
+    if isinstance(session.train_dataset, Stream):
         return "training images are streamed"
-    wanted, views = config.speed.cache_features, _views(session)
-    if wanted == "off":
+    views, epochs = _views(session), session.args.num_train_epochs
+    if mode == "off":
         return "switched off"
     if views is None:
         return "every epoch draws new views; give their number, --training_views, or --augmentation none"
-    if wanted == "auto" and views >= config.training.num_train_epochs:
-        return f"{config.training.num_train_epochs:g} epochs are no more than there are views, {views}"
+    if mode == "auto" and views >= epochs:
+        return f"{epochs:g} epochs are no more than there are views, {views}"
     assert session.model is not None
     if session.batch_norm == "track" and batchnorm.layers(session.model):
         return "batch norm follows the data; expected --batch_norm frozen"
@@ -117,35 +123,36 @@ def _is_sharded(session: Trainer) -> bool:
 
 
 def _sample(session: Trainer) -> torch.Tensor:
-    """Noise of the size that the model sees."""
-    size = session.preprocessing.image_size
+    """Noise of the model's input size."""
+    size = session.pipeline.preprocessing.image_size
     noise = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
     return noise.to(session.args.device).contiguous(memory_format=torch.channels_last)
 
 
-def _unfit(cut: activation_cut.Cut | None, config: Config) -> str | None:
+def _unfit(cut: activation_cut.Cut | None, mode: str) -> str | None:
     """Why the model leaves nothing to store."""
     if cut is None:
         return "no layer before the first trained one does the same in every pass; train fewer layers, or off"
-    if config.speed.cache_features == "auto" and cut.share < WORTH_IT:
+    if mode == "auto" and cut.share < WORTH_IT:
         return f"{cut.share:.0%} of a forward pass is before the first trained layer, expected at least {WORTH_IT:.0%}"
     return None
 
 
-def _stores(session: Trainer, config: Config, cut: activation_cut.Cut) -> Stored:
+def _stores(session: Trainer, cache_dir: str | None, cut: activation_cut.Cut) -> Stored:
     """Where the activations are, keyed by all that they depend on."""
     assert session.model is not None
     views = _views(session)
     assert views is not None
-    root = Path(config.data.cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_histo_features"
+    root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_histo_features"
+    pipeline = session.pipeline
     common = (
-        session.preprocessing,
-        session.normalizer,
+        pipeline.preprocessing,
+        pipeline.normalizer,
         session.accelerator.mixed_precision,
         session.args.device.type,
         *(module.__version__ for module in (torch, timm, transformers)),
     )
-    drawn = (session.augmentation, session.options.stain_mixing, session.args.seed) if _is_random(session) else ()
+    drawn = (pipeline.augmentation, pipeline.stain_mixing, pipeline.seed) if _is_random(session) else ()
     stores = []
     for table, kind, own in ((session.train_dataset, "training", drawn), (session.eval_dataset, "evaluation", ())):
         assert isinstance(table, ImageTable)

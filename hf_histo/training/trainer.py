@@ -1,4 +1,4 @@
-"""HF `Trainer` fed with uint8 batches that are augmented and normalized on the training device."""
+"""HF `Trainer` fed with uint8 batches, which a `Pipeline` turns into views on the training device."""
 
 from __future__ import annotations
 
@@ -18,23 +18,21 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import EarlyStoppingCallback, SchedulerType, TrainerCallback, TrainingArguments, get_scheduler
-from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_histo import launch
-from hf_histo.config import CenterOptions, Config
+from hf_histo.config import Config
 from hf_histo.data.readers.streaming import Stream
-from hf_histo.data.schema import ImageTable, Sample
+from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 from hf_histo.files import CHECKSUMS, write_json
-from hf_histo.models import adapters, heads
+from hf_histo.models import adapters
 from hf_histo.models.speed.activation_cut import Store
-from hf_histo.training import domain_loss, run_folder
+from hf_histo.training import domain_loss as domain_losses
+from hf_histo.training import run_folder
 from hf_histo.training.losses import Loss
 from hf_histo.training.preemption import StopAtCheckpoint
 from hf_histo.training.sampling import BalancedSampler
-from hf_histo.transforms.augmentation import Augmentation, augment, uniform
-from hf_histo.transforms.preprocessing import Preprocessing
-from hf_histo.transforms.stain import CenterNormalizer
+from hf_histo.transforms.pipeline import Batch, Pipeline, collate
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {}),
@@ -58,53 +56,54 @@ class Trainer(transformers.Trainer):
     Evaluation returns the label ids as (labels, index), so that a prediction is matched to its sample by `index`.
 
     Args:
-        preprocessing: of an evaluation view.
-        augmentation: of a training view.
-        normalizer: of the centers' color, knowing those of training and validation; None leaves color as it is.
-        options: of stain mixing and the loss over centers.
+        model: that is trained.
+        loss: of a batch, see `losses.classification`.
+        pipeline: from stored pixels to a view; its normalizer knows the centers of training and validation.
+        domain_loss: "none" or a name that `domain_loss.build` takes.
+        domain_weight: see `domain_loss.build`.
         balanced: "labels" or "centers" of the training table, or both, whose values are drawn equally often.
-        views: of a training image, which the epochs take in turn; None draws a new one in every epoch.
+        training_views: of an image, which the epochs take in turn; None draws a new one in every epoch.
         batch_norm: "frozen" or "track"; a tracked one is part of a checkpoint.
+        options: of `transformers.Trainer`.
     """
 
     def __init__(
         self,
-        *args: Any,
-        preprocessing: Preprocessing,
-        augmentation: Augmentation,
+        *,
+        model: nn.Module,
+        loss: Loss,
+        pipeline: Pipeline,
         batch_norm: str,
-        options: CenterOptions,
-        normalizer: CenterNormalizer | None = None,
+        domain_loss: str = "none",
+        domain_weight: float = 1.0,
         balanced: Sequence[str] = (),
-        views: int | None = None,
-        **kwargs: Any,
+        training_views: int | None = None,
+        **options: Any,  # Any: whatever transformers takes
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.preprocessing = preprocessing
-        self.augmentation = augmentation
-        self.normalizer = normalizer
-        self.options = options
+        super().__init__(model=model, compute_loss_func=loss, **options)
+        self.pipeline = pipeline
         self.balanced = balanced
-        self.views = views
+        self.training_views = training_views
         self.stored: Stored | None = None
-        self.loss: Loss = kwargs["compute_loss_func"]
+        self.loss = loss
         self.batch_norm = batch_norm
         self.stop = StopAtCheckpoint(self.accelerator)
         self.add_callback(self.stop)
-        if options.domain_loss == "group_dro":
-            self.add_callback(domain_loss.GroupDRO(self._training_table().centers, 0.01 * options.domain_weight))
-        if options.domain_loss in ("coral", "dann"):
-            head = heads.module_of(kwargs["model"])
-            self.features = domain_loss.HeadInput(head)
         # FSDP divides a model in place.
-        self._unsharded = copy.deepcopy(kwargs["model"]) if self.is_fsdp_enabled else None
-        self.domain_classifier: domain_loss.DomainClassifier | None = None
-        if options.domain_loss == "dann":
-            width = next(part.in_features for part in head.modules() if isinstance(part, nn.Linear))
-            classifier = domain_loss.DomainClassifier(width, self._training_table().centers)
-            self.domain_classifier = classifier.to(self.args.device)
+        self._unsharded = copy.deepcopy(model) if self.is_fsdp_enabled else None
+        # Only now: transformers has set the seed by which a domain classifier is initialized.
+        centers = self._training_table().centers if domain_loss != "none" else []
+        self.domain_loss = domain_losses.build(domain_loss, domain_weight, model, centers)
+        if isinstance(self.domain_loss, TrainerCallback):  # so that checkpoints hold its state
+            self.add_callback(self.domain_loss)
+        if self.domain_loss is not None and self.domain_loss.classifier is not None:
+            self.domain_loss.classifier.to(self.args.device)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def _domain_classifier(self) -> nn.Module | None:
+        return self.domain_loss and self.domain_loss.classifier
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:  # Any: as transformers declares it
         """As of transformers; SIGTERM and Ctrl-C end it at a checkpoint, as `Interrupted`.
 
         Raises `HistoError` where the loss is NaN or infinite, with the ids of that batch in `run_folder.NAN_BATCH`, and
@@ -120,7 +119,7 @@ class Trainer(transformers.Trainer):
             ) from None
 
     def _load_best_model(self) -> None:
-        """As of transformers, which would go on with the last weights where the best ones are gone."""
+        """As of transformers, which would continue with the last weights where the best ones are gone."""
         # By its step: the recorded path is another one where the folder of the run was moved.
         best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
         if not best.is_dir() or (best / CHECKSUMS).is_file():
@@ -128,78 +127,49 @@ class Trainer(transformers.Trainer):
         self.state.best_model_checkpoint = str(best)
         super()._load_best_model()
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _load_callback_state(self) -> None:
+        """As of transformers, which puts a new callback with the stored state in the place of each."""
+        super()._load_callback_state()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, domain_losses.GroupDRO):
+                self.domain_loss = callback
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
         inputs = super()._prepare_inputs(inputs)
         epoch = int(self.state.epoch or 0)
-        view = epoch % self.views if self.views else epoch
+        view = epoch % self.training_views if self.training_views else epoch
         training = self.model is not None and self.model.training
         if self.stored is None:
             return {"pixel_values": self.pixel_values(inputs, view if training else None), **inputs}
         store = self.stored.training if training else self.stored.validation
         return {"pixel_values": store.read(view % store.views, inputs["index"]), **inputs}
 
-    def pixel_values(self, inputs: dict[str, Any], view: int | None) -> torch.Tensor:
-        """What the model sees of a batch of `collate`, in the training view of that number or the evaluation view."""
-        images, centers = inputs["image"], inputs["center"]
-        if view is not None:
-            return self.training_views(images, centers, inputs["index"], view, self.preprocessing.normalize)
-        return self.preprocessing(images if self.normalizer is None else self.normalizer(images, centers))
-
-    def training_views(
-        self,
-        images: torch.Tensor,
-        centers: torch.Tensor,
-        index: torch.Tensor,
-        epoch: int,
-        normalize: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """What training makes of uint8 (B, 3, H, W) in an epoch: float32 (B, 3, image_size, image_size).
-
-        In [0, 1], or normalized.
-        """
-        if self.normalizer is not None:
-            images = self.normalizer(images, centers, self._stains(index, epoch) if self.options.stain_mixing else None)
-        size = self.preprocessing.image_size
-        return augment(
-            images, self.augmentation, size, seed=self.args.seed, epoch=epoch, index=index, normalize=normalize
-        )
-
-    def _stains(self, index: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Where the color of each training view goes: the reference, or a mixture of the training centers."""
-        assert self.normalizer is not None
-        # Epochs beyond any real one: a stream of its own beside the other parameters'.
-        draws = torch.from_numpy(uniform(self.args.seed, 2**32 + epoch, index, 1 + len(self.normalizer.training)))
-        return self.normalizer.targets(mixed=draws[:, 0] < self.options.stain_mixing, draws=draws[:, 1:])
+    def pixel_values(self, batch: Batch, view: int | None) -> torch.Tensor:
+        """Input of the model: the training view of that number, or the evaluation view."""
+        return self.pipeline.evaluate(batch) if view is None else self.pipeline.train(batch, view)
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    ) -> Any:  # a loss, or also the outputs, as of transformers
         centers, labels, index = inputs["center"], inputs["labels"], inputs["index"]
         inputs = {name: inputs[name] for name in ("pixel_values", "labels")}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.options.domain_loss != "none" and model.training:
-            # Scaled as the loss is: its batch's share of an update that spans steps and processes.
-            share: Any = 1.0
-            if num_items_in_batch is not None:
-                share = len(labels) * self.accelerator.num_processes / num_items_in_batch
-            if self.options.domain_loss == "coral":
-                assert self.features.value is not None
-                loss = loss + share * self.options.domain_weight * domain_loss.coral(self.features.value, centers)
-            elif self.domain_classifier is not None:
-                progress = self.state.global_step / self.state.max_steps
-                told = self.domain_classifier(self.features.value, centers, progress)
-                loss = loss + share * self.options.domain_weight * told
-            else:
-                (weights,) = (c for c in self.callback_handler.callbacks if isinstance(c, domain_loss.GroupDRO))
-                means = {}
-                for center in centers.unique().tolist():
-                    part = ImageClassifierOutput(logits=outputs.logits[centers == center])
-                    means[center] = self.loss(part, labels[centers == center])
-                loss = share * weights(means)
+        if self.domain_loss is not None and model.training:
+            images = len(labels) * self.accelerator.num_processes
+            step = domain_losses.Step(
+                loss=loss,
+                logits=outputs.logits,
+                labels=labels,
+                centers=centers,
+                share=1.0 if num_items_in_batch is None else images / num_items_in_batch,
+                progress=self.state.global_step / max(1, self.state.max_steps),
+                loss_of=self.loss,
+            )
+            loss = self.domain_loss.objective(step)
         if model.training and not torch.isfinite(loss):
             self._refuse(loss.item(), index)
         return (loss, outputs) if return_outputs else loss
@@ -216,7 +186,7 @@ class Trainer(transformers.Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As of transformers; a stream is this process's part already."""
+        """As of transformers; a stream already is the part of this process."""
         if not isinstance(self.train_dataset, Stream):
             return super().get_train_dataloader()
         return DataLoaderShard(
@@ -235,8 +205,8 @@ class Trainer(transformers.Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        if self.domain_classifier is not None:
-            optimizer.add_param_group({"params": list(self.domain_classifier.parameters())})
+        if self._domain_classifier is not None:
+            optimizer.add_param_group({"params": list(self._domain_classifier.parameters())})
         return optimizer
 
     def _training_table(self) -> ImageTable:
@@ -244,7 +214,7 @@ class Trainer(transformers.Trainer):
         return self.train_dataset
 
     def whole_model(self) -> nn.Module:
-        """The model as it was given, with what it learned; every process calls it, and none trains after it."""
+        """The trained model in the form in which it was given; every process calls it, and none trains after it."""
         model: nn.Module = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return model if self._unsharded is None else adapters.gathered(model, self._unsharded)
 
@@ -255,31 +225,17 @@ class Trainer(transformers.Trainer):
             adapters.save(self.model, folder, batch_norm=self.batch_norm, writes=self.args.should_save)
         else:
             super()._save(output_dir, state_dict)
-        if self.domain_classifier is not None and self.args.should_save:
-            save_model(self.domain_classifier, str(folder / DOMAIN_CLASSIFIER))
+        if self._domain_classifier is not None and self.args.should_save:
+            save_model(self._domain_classifier, str(folder / DOMAIN_CLASSIFIER))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.domain_classifier is not None:
-            load_model(self.domain_classifier, Path(resume_from_checkpoint) / DOMAIN_CLASSIFIER)
-
-
-def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """Samples of an `ImageTable` to {"image": uint8 (B, 3, H, W), "labels", "center", "index": int64 (B,)}.
-
-    Images must share one size; without images there is no "image".
-    """
-    images = [sample["image"] for sample in samples if "image" in sample]
-    return {
-        **({"image": torch.stack(images)} if images else {}),
-        "labels": torch.tensor([sample["label"] for sample in samples]),
-        "center": torch.tensor([sample["center"] for sample in samples]),
-        "index": torch.tensor([sample["index"] for sample in samples]),
-    }
+        if self._domain_classifier is not None:
+            load_model(self._domain_classifier, Path(resume_from_checkpoint) / DOMAIN_CLASSIFIER)
 
 
 def require_scheduler(name: str) -> None:
-    """Raise `HistoError` for a learning-rate scheduler that transformers lacks, or that needs settings of its own."""
+    """Raise `HistoError` for a learning-rate scheduler that is not in transformers or needs settings of its own."""
     fits = []
     for scheduler in SchedulerType:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
@@ -293,7 +249,7 @@ def require_scheduler(name: str) -> None:
 
 
 def training_arguments(config: Config, folder: Path) -> TrainingArguments:
-    """`TrainingArguments` for `config`: evaluate and save now and then, keep the last and the best checkpoint.
+    """`TrainingArguments` of the options: evaluate and save at intervals, keep the last and the best checkpoint.
 
     Mixed precision and the number of accumulation steps come from the launcher (`accelerate launch`), whose settings
     are in the environment, or from options.
@@ -358,16 +314,14 @@ def build(
     folder: Path,
     *,
     model: nn.Module,
-    train: Dataset[Any],
-    validation: Dataset[Any],
-    preprocessing: Preprocessing,
-    augmentation: Augmentation,
-    normalizer: CenterNormalizer | None,
+    train: ImageTable | Stream,
+    validation: ImageTable,
+    pipeline: Pipeline,
     loss: Loss,
     compute_metrics: Callable[..., dict[str, float]],
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
-    """A `Trainer` that trains `model` as `config` says, with checkpoints under `folder`."""
+    """A `Trainer` of `model` with the values of the options, with checkpoints under `folder`."""
     options = config.training
     optimizer, settings = OPTIMIZERS[options.optimizer]
     settings = {**settings, "lr": options.learning_rate, "weight_decay": options.weight_decay}
@@ -379,21 +333,20 @@ def build(
     patience = options.early_stopping_patience
     stopping = [EarlyStoppingCallback(patience)] if patience else []
     return Trainer(
-        model=model.to(memory_format=torch.channels_last),
+        model=model.to(memory_format=torch.channels_last),  # type: ignore[call-overload]  # torch's stub lacks it
+        loss=loss,
         args=training_arguments(config, folder),
         train_dataset=train,
         eval_dataset=validation,
         data_collator=collate,
-        compute_loss_func=loss,
         compute_metrics=compute_metrics,
         optimizer_cls_and_kwargs=(optimizer, settings),
         callbacks=[*stopping, *callbacks],
-        preprocessing=preprocessing,
-        augmentation=augmentation,
-        normalizer=normalizer,
-        options=config.centers,
+        pipeline=pipeline,
+        domain_loss=config.centers.domain_loss,
+        domain_weight=config.centers.domain_weight,
         balanced=[column for column, wanted in balanced.items() if wanted],
-        views=config.augmentation.training_views,
+        training_views=config.augmentation.training_views,
         batch_norm=config.model.batch_norm,
     )
 

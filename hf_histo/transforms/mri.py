@@ -61,7 +61,7 @@ class Preparation:
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         if self.is_none:
             return image
-        luma = image.float().mul(torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0).numpy()
+        luma = _luma(image)
         if self.crop_to_brain:
             luma = luma[_brain(luma)]
         if self.even_field:
@@ -72,6 +72,15 @@ class Preparation:
         if self.contrast == "clahe" and min(gray.shape) >= 2 * TILES:  # a tile needs pixels to equalize
             gray = kornia.enhance.equalize_clahe(gray[None, None], CLIP_LIMIT, (TILES, TILES))[0, 0]
         return (gray * 255).round().to(torch.uint8).expand(3, -1, -1).contiguous()
+
+    def box(self, image: torch.Tensor) -> tuple[slice, slice]:
+        """Rows and columns of uint8 (3, H, W) that are kept."""
+        return _brain(_luma(image)) if self.crop_to_brain else (slice(0, image.shape[1]), slice(0, image.shape[2]))
+
+
+def _luma(image: torch.Tensor) -> NDArray[np.float32]:
+    luma: NDArray[np.float32] = image.float().mul(torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0).numpy()
+    return luma
 
 
 def _brain(luma: NDArray[np.float32]) -> tuple[slice, slice]:

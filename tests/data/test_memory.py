@@ -19,7 +19,8 @@ from hf_histo.data import schema
 from hf_histo.data.load import check_trainable
 from hf_histo.data.schema import ImageTable
 from hf_histo.data.splits.checks import shared_groups
-from hf_histo.training import losses, trainer
+from hf_histo.training import losses
+from hf_histo.transforms.pipeline import collate
 
 STATUS = Path("/proc/self/status")
 PATCHES, LIMIT = 200_000, 4 * 2**30
@@ -58,7 +59,7 @@ def test_a_hundred_times_the_images_take_no_more_memory(tmp_path: Path, few: int
         images.fingerprint()
         order = np.random.default_rng(0).permutation(len(images))[:200]
         for some in np.split(order, 10):
-            trainer.collate(images.__getitems__(some.tolist()))
+            collate(images.__getitems__(some.tolist()))
         return images
 
     begin_training(small)  # what is loaded and allocated once

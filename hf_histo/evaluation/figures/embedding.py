@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import datasets
 import numpy as np
@@ -18,11 +17,11 @@ from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing
 from hf_histo.evaluation.forward import forward
 from hf_histo.models import heads
 from hf_histo.training.domain_loss import HeadInput
-from hf_histo.transforms.preprocessing import Preprocessing
+from hf_histo.transforms.pipeline import Pipeline
 
 
 class _Features(nn.Module):
-    """A model that answers with what goes into its head."""
+    """A model whose logits are the input of its head."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -31,14 +30,19 @@ class _Features(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
         self.model(pixel_values=pixel_values)
-        return SimpleNamespace(logits=self.head_input.value)
+        return SimpleNamespace(logits=self.head_input.last)
 
 
 def features(
-    model: nn.Module, dataset: datasets.Dataset, preprocessing: Preprocessing, **options: Any
+    model: nn.Module,
+    dataset: datasets.Dataset,
+    pipeline: Pipeline,
+    *,
+    adapt_batch_norm: bool = False,
+    description: str = "Computing features",
 ) -> NDArray[np.float64]:
-    """The head's input for every image, (n, d), in the order of `dataset`; `options` are those of `forward`."""
-    return forward(_Features(model), dataset, preprocessing, **options)
+    """The head's input for every image of a schema table, (n, d), in its order; see `forward` for the arguments."""
+    return forward(_Features(model), dataset, pipeline, adapt_batch_norm=adapt_batch_norm, description=description)
 
 
 def embedding_map(

@@ -159,23 +159,6 @@ def worst_errors(
             axes.set_title(f"{short(row['id'])}\n{center}{names[row['label']]}, P = {row['of_truth']:.2g}", fontsize=9)
 
 
-def views_sheet(rows: Mapping[str, Sequence[NDArray[np.float32]]], path: str | Path) -> None:
-    """Draw images in rows, each with its name, as a PNG; the first column is headed "stored", the others are views.
-
-    Args:
-        rows: name to images (H, W, 3) in [0, 1], as many in each row.
-        path: of the PNG.
-    """
-    columns = max(map(len, rows.values()))
-    with drawing(path, 1.4 * columns, 0.5 + 1.4 * len(rows)) as figure:
-        panels = figure.subplots(len(rows), columns, squeeze=False)
-        for line, (name, images) in zip(panels, rows.items(), strict=True):
-            for place, (axes, image) in enumerate(zip(line, images, strict=True)):
-                axes.imshow(image)
-                axes.set_axis_off()
-                axes.set_title(name if place == 0 else "", fontsize=8)
-
-
 def cell(value: object) -> str:
     """A value as tables show it: floats to three decimals, None as a dash, control characters as their escapes."""
     return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else printable(str(value))

@@ -1,4 +1,4 @@
-"""Summary of several runs: mean and deviation over seeds, and the worst of the held-out centers."""
+"""Summary of a run, and of several: mean and deviation over seeds, and the worst of the held-out centers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,47 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.figures.style import COLORS, drawing
+from hf_histo.evaluation.metrics import hierarchical_metrics
+from hf_histo.evaluation.reporting import report
 
 METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
+
+
+def of_run(metrics: Mapping[str, Any], adapter: Path, seconds: float | None, address: str | None = None) -> str:
+    """Return a short table of the evaluated splits of a run, then sizes, seconds and the folder.
+
+    Args:
+        metrics: content of metrics.json.
+        adapter: its folder.
+        seconds: that the run took; None if it was finished before.
+        address: where it was uploaded, if it was.
+    """
+    reports = {split: values["overall"] for split, values in metrics["splits"].items()}
+    names = ["accuracy", "auroc", "loss"]
+    if "recall_0" in reports["val"]:  # of more than two classes
+        names[1:1] = ["balanced_accuracy"]
+        names += [name for name in reports["val"] if name.startswith("sensitivity_at")]
+    rows: list[list[object]] = [["split", "images", *names]]
+    for split, overall in reports.items():
+        title = report.marked(split, metrics["splits"][split])
+        rows.append([title, overall["n"], *(overall[name]["value"] for name in names)])
+    levels = metrics.get("levels", {})
+    parameters, size = metrics["parameters"], metrics["bytes"]
+    return "\n".join(
+        [
+            report.table(rows),
+            *(f"{split}:\n{hierarchical_metrics.summary(of)}" for split, of in levels.items()),
+            f"trainable parameters: {parameters['trainable']:,} of {parameters['total']:,} ({parameters['share']:.2%})",
+            f"adapter: {size['adapter'] / 2**20:.2f} MiB, beside {size['model'] / 2**20:.2f} MiB for the whole model",
+            f"seconds: {seconds:.0f}" if seconds is not None else "finished before, nothing was trained",
+            f"adapter folder: {adapter}",
+            *([f"uploaded: {address}"] if address else []),
+        ]
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,43 @@
+"""The figures of a run: its training, and its predictions of every split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import datasets
+import pandas as pd
+
+from hf_histo.evaluation import calibration
+from hf_histo.evaluation.figures.audit import image_reader
+from hf_histo.evaluation.reporting import report
+
+
+def draw(
+    folder: Path,
+    history: Sequence[Mapping[str, float]],
+    tables: Mapping[str, pd.DataFrame],
+    validation: datasets.Dataset,
+) -> dict[str, Path]:
+    """Draw all figures, as PNGs, and return them by what they show, in the order of reading.
+
+    Args:
+        folder: of the PNGs.
+        history: `trainer.state.log_history`.
+        tables: predictions by split, one of them "val".
+        validation: schema table of the split `val`.
+    """
+    labeled = {split: table for split, table in tables.items() if (table["label"] >= 0).any()}
+    report.training_curve(history, folder / "training_curve.png")
+    report.roc_curve(labeled, folder / "roc.png")
+    figures = {"Training: loss, validation metric and learning rate": folder / "training_curve.png"}
+    figures |= {"ROC curves": folder / "roc.png"}
+    for split, table in labeled.items():
+        confusion, reliability = folder / f"confusion_{split}.png", folder / f"reliability_{split}.png"
+        report.confusion_matrix(table, confusion)
+        calibration.reliability_diagram(table, reliability)
+        figures |= {f"Confusion matrix of {split}": confusion, f"Reliability of {split}": reliability}
+    image_of = image_reader(datasets.DatasetDict(val=validation))
+    report.worst_errors(tables["val"], partial(image_of, "val"), folder / "worst_errors.png")
+    return figures | {"The worst errors of val": folder / "worst_errors.png"}

@@ -1,0 +1,146 @@
+"""The one path from stored pixels to model input: training, evaluation, prediction, probes and explanations call it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import datasets
+import torch
+from transformers import PreTrainedConfig
+
+from hf_histo.config import Config
+from hf_histo.data.schema import ImageTable, Sample
+from hf_histo.transforms.augmentation import PRESETS, SINGLE_VIEW, Augmentation, TestTimeViews, augment, preset, uniform
+from hf_histo.transforms.mri import Preparation
+from hf_histo.transforms.preprocessing import Preprocessing, resolve
+from hf_histo.transforms.stain import CenterNormalizer
+
+Batch = dict[str, torch.Tensor]  # "image": uint8 (B, 3, H, W), "labels", "center", "index": int64 (B,)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Prepares each image when it is read, then turns a batch of `collate` into a view on the batch's device.
+
+    A view is normalized float32 (B, 3, image_size, image_size), laid out channels last.
+
+    Attributes:
+        preprocessing: resize, crop and normalization of an evaluation view, and the preparation of each image.
+        augmentation: of a training view.
+        normalizer: of each center's color; None leaves color as it is stored.
+        stain_mixing: probability in [0, 1] that a training view takes a mixture of the training centers' colors.
+        seed: of what is drawn for training views.
+        test_time_views: the views of an image whose mean logit is its prediction.
+    """
+
+    preprocessing: Preprocessing
+    augmentation: Augmentation = PRESETS["none"]
+    normalizer: CenterNormalizer | None = None
+    stain_mixing: float = 0.0
+    seed: int = 0
+    test_time_views: TestTimeViews = SINGLE_VIEW
+
+    @classmethod
+    def of(cls, config: Config, backbone: PreTrainedConfig, source: str, gray_bits: int | None = None) -> Pipeline:
+        """The pipeline that the options ask for, its color normalization not yet fitted (see `fitted`).
+
+        Args:
+            config: all options of a run.
+            backbone: configuration of the backbone, see `preprocessing.resolve`.
+            source: the backbone's local folder or Hub name.
+            gray_bits: of the 16-bit gray images among those of training; None where there are none.
+
+        Raises `HistoError` as `preprocessing.resolve` does, and for an unknown augmentation.
+        """
+        options = config.model
+        declared = resolve(backbone, source, options.image_size, options.resize_size, options.fit)
+        return cls(
+            replace(declared, preparation=Preparation.of(config.preparation), gray_bits=gray_bits),
+            preset(config.augmentation.augmentation),
+            stain_mixing=config.centers.stain_mixing,
+            seed=config.training.seed,
+            test_time_views=TestTimeViews.of(config),
+        )
+
+    def fitted(self, images: ImageTable, method: str) -> Pipeline:
+        """With the color normalization `method`, its statistics measured on training images; "none" leaves it out."""
+        return self if method == "none" else replace(self, normalizer=CenterNormalizer.fit(images, method))
+
+    @property
+    def single_view(self) -> Pipeline:
+        """With the evaluation view as the only test-time view."""
+        return replace(self, test_time_views=SINGLE_VIEW)
+
+    def extended(self, rows: datasets.Dataset) -> Pipeline:
+        """With color statistics of the centers of a schema table that are not known yet, measured on it alone."""
+        if self.normalizer is None or set(rows["center"][:]) <= self.normalizer.centers.keys():
+            return self
+        return replace(self, normalizer=self.normalizer.extended(self.read(rows)))
+
+    def read(self, rows: datasets.Dataset) -> ImageTable:
+        """Images of a schema table for evaluation views, prepared when they are read."""
+        return self.preprocessing.read(rows)
+
+    def read_training(self, rows: datasets.Dataset) -> ImageTable:
+        """As `read`, but of differently sized images it keeps enough pixels for the smallest training crop."""
+        return self.preprocessing.read(rows, self.augmentation.side(self.preprocessing.image_size))
+
+    def train(self, batch: Batch, epoch: int, *, normalize: bool = True) -> torch.Tensor:
+        """Training view of an epoch, drawn from (seed, epoch, index); in [0, 1] without `normalize`."""
+        return augment(
+            self._in_color(batch, self.stain_targets(batch["index"], epoch)),
+            self.augmentation,
+            self.preprocessing.image_size,
+            seed=self.seed,
+            epoch=epoch,
+            index=batch["index"],
+            normalize=self.preprocessing.normalize if normalize else None,
+        )
+
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        """Evaluation view: resized, center-cropped, nothing drawn."""
+        return self.preprocessing(self._in_color(batch))
+
+    def test_time(self, batch: Batch) -> Iterator[torch.Tensor]:
+        """Each of the test-time views; by default the evaluation view alone."""
+        return self.test_time_views(self._in_color(batch), self.preprocessing, batch["index"])
+
+    def stain_targets(self, index: torch.Tensor, epoch: int) -> torch.Tensor | None:
+        """Color (B, 12) that each training view is moved to: the reference, or a mixture of the training centers.
+
+        None where every view is moved to the reference, or color is not normalized.
+        """
+        if self.normalizer is None or not self.stain_mixing:
+            return None
+        # Epochs beyond any real one: a stream of its own beside the other parameters'.
+        draws = torch.from_numpy(uniform(self.seed, 2**32 + epoch, index, 1 + len(self.normalizer.training)))
+        return self.normalizer.targets(mixed=draws[:, 0] < self.stain_mixing, draws=draws[:, 1:])
+
+    def back(self, view: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """A map (image_size, image_size) of an evaluation view, laid on the stored image (3, H, W): (H, W).
+
+        What the preparation or the crop took away is 0 there.
+        """
+        placed = torch.zeros(image.shape[-2:])
+        kept = placed[self.preprocessing.preparation.box(image)]
+        kept.copy_(self.preprocessing.back(view[None, None], *kept.shape)[0, 0])
+        return placed
+
+    def _in_color(self, batch: Batch, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Images as stored, or moved to the reference color or `targets`: float32 in [0, 1]."""
+        return batch["image"] if self.normalizer is None else self.normalizer(batch["image"], batch["center"], targets)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Samples of an `ImageTable` to {"image": uint8 (B, 3, H, W), "labels", "center", "index": int64 (B,)}.
+
+    Images must share one size; without images there is no "image".
+    """
+    images = [sample["image"] for sample in samples if "image" in sample]
+    return {
+        **({"image": torch.stack(images)} if images else {}),
+        "labels": torch.tensor([sample["label"] for sample in samples]),
+        "center": torch.tensor([sample["center"] for sample in samples]),
+        "index": torch.tensor([sample["index"] for sample in samples]),
+    }
