@@ -28,7 +28,8 @@ from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 from hf_histo import launch
-from hf_histo.config import AdapterOptions, AugmentationOptions, Config, refuse
+from hf_histo.config import AdapterOptions, AugmentationOptions, Config
+from hf_histo.data.protocol import refuse
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing
 from hf_histo.evaluation.reporting.report import table

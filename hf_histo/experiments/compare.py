@@ -12,10 +12,10 @@ import pandas as pd
 import yaml
 
 from hf_histo import launch
-from hf_histo.config import Config, PredictionOptions, option, parse, parse_each, refuse
-from hf_histo.data.load import fingerprint, load
+from hf_histo.config import Config, PredictionOptions, option, parse, parse_each
+from hf_histo.data.load import fingerprint
+from hf_histo.data.protocol import arranged, refuse
 from hf_histo.data.splits import folds
-from hf_histo.data.splits.leakage import arrange
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import predictions, thresholds
 from hf_histo.evaluation.metrics import classification
@@ -91,7 +91,7 @@ def compare(base: Config, options: Options) -> None:
     rows = read_rows(options)
 
     shared = next(iter(rows.values())).config.data
-    data = arrange(load(shared), shared.split, shared.family)
+    data = arranged(shared)
     runs = {stem: list(runs_of(row.config, data, options)) for stem, row in rows.items()}
     cells = [
         grid.Cell(f"{row.published.name}: {run.name}", row.config.at(folder / stem / run.name, run.seed), run.data)

@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 
 from hf_histo import launch
-from hf_histo.config import Config, option, refuse
+from hf_histo.config import Config, option
 from hf_histo.data.load import fingerprint, load
+from hf_histo.data.protocol import refuse
 from hf_histo.data.splits.folds import k_folds
 from hf_histo.data.splits.leakage import grouped
 from hf_histo.evaluation import predictions

@@ -11,9 +11,9 @@ import datasets
 import numpy as np
 
 from hf_histo import launch
-from hf_histo.config import Config, option, parse_each, refuse
-from hf_histo.data.protocol import prepare
-from hf_histo.data.splits.few_shot import complete, select
+from hf_histo.config import Config, option, parse_each
+from hf_histo.data.protocol import prepare, refuse
+from hf_histo.data.splits.few_shot import select
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import predictions, probes
 from hf_histo.evaluation.figures import few_labels
@@ -83,7 +83,7 @@ def few_shot(base: Config, options: Options) -> None:
     cells: dict[Trial, grid.Cell] = {}
     trials: list[Trial] = []
     for name in options.data_sets or [base.data.data]:
-        data = complete(prepare(replace(base, data=replace(base.data, data=name))))
+        data = prepare(replace(base, data=replace(base.data, data=name)))
         for backbone in options.backbones or [base.model.backbone]:
             own = [Trial(name, backbone, m, n, seed) for m in options.methods for n in shots for seed in seeds]
             trials += own

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from hf_histo import launch
-from hf_histo.config import Config, option, refuse
+from hf_histo.config import Config, option
 from hf_histo.data.load import fingerprint
-from hf_histo.data.protocol import prepare
+from hf_histo.data.protocol import prepare, refuse
 from hf_histo.data.splits import folds
 from hf_histo.evaluation.reporting.report import table
 from hf_histo.evaluation.reporting.summary import METRICS, held_out

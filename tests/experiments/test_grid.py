@@ -151,4 +151,5 @@ def test_workers_and_jobs_give_the_same_bytes(
         pytest.importorskip("submitit")
     name = "jobs-" if "cluster" in more else "works"
     assert len(alone) == 1 + 3 * 3
-    assert study(name, *more.split()) == alone
+    found = study(name, *more.split())
+    assert [file for file in found | alone if found.get(file) != alone.get(file)] == []
