@@ -12,7 +12,7 @@ Takes every option of the training recipes, and the same data. A study is a YAML
 
 What counts is `--metric_for_best_model` on val, the best epoch's; no other split is looked at. Each trial is a run of
 its own in OUT/trial-N, and the study is kept in OUT/study.db (SQLite), or in the database at `--storage URL`, such as
-postgresql://USER@HOST/NAME. The same command resumes where an earlier one was stopped, a trial that was killed
+postgresql+psycopg2://USER@HOST/NAME. The same command resumes where an earlier one was stopped, a trial that was killed
 included; given several times at once, on machines that share OUT, the processes share the trials. Into OUT go sweep.md,
 sweep.json, best.yaml for `--config` (beside --data), and plots.
 """

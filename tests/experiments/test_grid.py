@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 from miniature import SIZE, divide_training, write_backbone, write_data
 
 from hf_histo.config import Config, parse_with
@@ -131,7 +132,13 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, A
         quick = f"--image_size={SIZE} --resize_size={SIZE} --num_train_epochs=1 --method=linear --seeds=1"
         out = folder / name
         places = [f"--data={data}", f"--backbone={backbone}", f"--output_dir={out}"]
-        leave_one_center_out(*parse_with(Options, None, [*quick.split(), *places, *more]))
+        config, options = parse_with(Options, None, [*quick.split(), *places, *more])
+        threads = torch.get_num_threads()
+        with pytest.MonkeyPatch.context() as patch:  # sums in another order differ in their last bits
+            patch.setenv("OMP_NUM_THREADS", "1")
+            torch.set_num_threads(1)
+            leave_one_center_out(config, options)
+            torch.set_num_threads(threads)
         files = [*out.glob("*/adapter/*.safetensors"), *out.glob("*/adapter/predictions/*"), *out.glob("*.json")]
         return {str(file.relative_to(out)): file.read_bytes().replace(name.encode(), b"OUT") for file in files}
 
