@@ -13,7 +13,6 @@ method. recipes/few_shot.py runs a grid.
 from hf_histo import launch
 from hf_histo.config import parse
 from hf_histo.data.protocol import prepare
-from hf_histo.data.splits.few_shot import complete
 from hf_histo.finetune import fine_tune
 from hf_histo.launch import run
 
@@ -21,7 +20,7 @@ from hf_histo.launch import run
 def main() -> None:
     config = parse(__doc__)
     state = launch.process()
-    data = complete(prepare(config))
+    data = prepare(config)
     result = fine_tune(config, data)
     if state.is_main_process:
         print(result.summary())

@@ -20,8 +20,9 @@ import numpy as np
 from hf_histo import Classifier
 from hf_histo.config import DataOptions
 from hf_histo.data.load import load
+from hf_histo.data.protocol import complete
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import predictions, thresholds
+from hf_histo.evaluation import thresholds
 from hf_histo.files import require_output
 from hf_histo.launch import run
 
@@ -64,6 +65,8 @@ def main() -> None:
     bits = classifier.sidecar.preprocessing.gray_bits
     data = load(DataOptions(data=options.data, cache_dir=options.cache_dir, gray_bits=bits))
     if options.split not in data:
+        data = complete(data)
+    if options.split not in data:
         raise HistoError(f"--split {options.split}: {options.data} has {', '.join(data)}")
     views = {"count": options.test_time_views, "augmentation": options.test_time_augmentation}
     given = {key: value for key, value in views.items() if value is not None}
@@ -80,8 +83,8 @@ def main() -> None:
     else:
         threshold = classifier.sidecar.threshold_named(options.threshold)
         origin = "the adapter's own" if options.threshold is None else f"--threshold {options.threshold}"
-    table["predicted"] = np.array(classifier.sidecar.label_names)[predictions.predicted(table, threshold)]
-    predictions.write_submission(options.output, table, threshold, details=options.details)
+    table["predicted"] = np.array(classifier.sidecar.label_names)[table.predicted_classes(threshold)]
+    table.write_submission(options.output, threshold, details=options.details)
     if options.explain:
         classifier.draw(data[options.split], table, options.explain)
     shown = f" at threshold {threshold:.4f} ({origin})" if classifier.sidecar.num_outputs == 1 else ""

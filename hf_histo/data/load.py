@@ -46,8 +46,8 @@ LAYOUTS: tuple[type[FolderBuilder], ...] = (
 def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = None) -> datasets.DatasetDict:
     """Load a folder in any known layout as splits `train`, `val` and, where present, `test` and others.
 
-    `source` is that folder, or the options that name it and how it is read. Class folders may come without `val`,
-    or as the single split `full`: callers that need a split must look for it.
+    `source` is that folder, or the options that name it and how it is read. Data may come without `val`,
+    or as the single split `full`: `protocol.prepare` makes what is missing.
 
     The name "synthetic" stands for the built-in data set, generated below `cache_dir` the first time. A single file in
     the challenge layout is loaded as the split `test` alone, a table of pixels as `full`. "hub:OWNER/NAME" is a data

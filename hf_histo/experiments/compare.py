@@ -17,8 +17,9 @@ from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import arranged, refuse
 from hf_histo.data.splits import folds
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import predictions, thresholds
+from hf_histo.evaluation import thresholds
 from hf_histo.evaluation.metrics import classification
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting.report import marked, table
 from hf_histo.evaluation.reporting.summary import METRICS, Spread, bar_chart, best, held_out, spread
 from hf_histo.experiments import grid
@@ -214,7 +215,7 @@ def measure(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) 
         if row.config.prediction != rows[trainer].config.prediction:
             tables = predict(adapter, row.config.at(folder / stem / run.name, run.seed), run.data)
         for split in ["test"] if run.center is not None else [split for split in run.data if split != "train"]:
-            table = predictions.read(tables / f"{split}.parquet")
+            table = Predictions.read(tables / f"{split}.parquet")
             threshold = thresholds.for_share(table, 0.5).value if row.published.balanced else 0.5
             found = classification.compute(table, threshold=threshold)
             if found["n"]:
@@ -239,7 +240,7 @@ def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
                 batch_size=config.training.per_device_eval_batch_size,
             )
             if launch.is_main_process():
-                predictions.write(folder / f"{split}.parquet", table, classifier.sidecar.label_names)
+                table.write(folder / f"{split}.parquet")
         launch.process().wait_for_everyone()
     return folder
 

@@ -15,9 +15,10 @@ from hf_histo.config import Config, option, parse_each
 from hf_histo.data.protocol import prepare, refuse
 from hf_histo.data.splits.few_shot import select
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import predictions, probes
+from hf_histo.evaluation import probes
 from hf_histo.evaluation.figures import few_labels
 from hf_histo.evaluation.metrics import classification, hierarchical_metrics
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting.report import table
 from hf_histo.evaluation.reporting.summary import Spread, spread
 from hf_histo.experiments import grid
@@ -151,15 +152,16 @@ def fit_probe(trial: Trial, drawn: datasets.DatasetDict, known: FrozenFeatures) 
     labels = {split: np.array(drawn[split]["label"]) for split in parts}
     scores = probes.PROBES[trial.method](parts["train"], labels["train"], parts["val"], labels["val"], parts["test"])
     test = drawn["test"]
-    found = predictions.make(test["id"], test["center"], test["group"], labels["test"], scores)
-    found.attrs["label_names"] = test.features["label"].names
-    count = probes.trainable(trial.method, parts["train"].shape[1], len(found.attrs["label_names"]))
+    found = Predictions.make(
+        test["id"], test["center"], test["group"], labels["test"], scores, label_names=test.features["label"].names
+    )
+    count = probes.trainable(trial.method, parts["train"].shape[1], found.num_classes)
     return measured(found, count)
 
 
 def of_run(result: Result) -> dict[str, Any]:
     """What is kept of a training."""
-    test = predictions.read(result.adapter / "predictions" / "test.parquet")
+    test = Predictions.read(result.adapter / "predictions" / "test.parquet")
     return measured(test, result.metrics["parameters"]["trainable"])
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
-import numpy as np
-from numpy.typing import NDArray
 
 from hf_histo.config import DataOptions
 from hf_histo.data import cache, schema
@@ -104,19 +102,3 @@ def split_generator(name: str, count: int, **arguments: Any) -> datasets.SplitGe
     generator = datasets.SplitGenerator(name=name, gen_kwargs=arguments)
     generator.split_info.num_examples = count
     return generator
-
-
-def hold_out(labels: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows (in order) to train on and those to validate on, for images without groups: a tenth of each class.
-
-    For data sets that come with a test split alone. The draw is always the same, so that runs of any seed are chosen on
-    the same images. A class with a single image keeps it for training; `labels` (N,) are classes, -1 where hidden, and
-    hidden ones stay where they are, too.
-    """
-    random = np.random.default_rng(0)
-    held_out = [
-        random.permutation(rows)[: (len(rows) + 8) // 10]  # a tenth, rounded up unless that leaves none
-        for rows in (np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0]))
-    ]
-    validation = np.sort(np.concatenate([np.empty(0, np.int64), *held_out]))
-    return np.setdiff1d(np.arange(len(labels)), validation), validation

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from hf_histo.data import cache, schema
 from hf_histo.data.readers import parquet
-from hf_histo.data.readers.builder import hold_out
 from hf_histo.data.readers.streaming import FAULTS, Prepare, Stream, readable
 from hf_histo.errors import HistoError
 from hf_histo.files import regular
@@ -44,10 +43,10 @@ def load(
     """Load "hub:OWNER/NAME", or "hub:OWNER/NAME@REVISION", into the schema.
 
     The data set must have one column of images and one of class labels. A split called validation, valid or dev
-    becomes `val`; without one, a tenth of each class of `train` does, see `builder.hold_out`. `id` is the row in the
-    split of the source; center and group are unknown: where the source knows patients, write them into one of the other
-    layouts. A local folder that `datasets` can load stands for a name, too, and needs no network. 16-bit gray images
-    are read as `schema.bits_for` says, by `gray_bits`. What is converted is compared with its checksums each time.
+    becomes `val`. `id` is the row in the split of the source; center and group are unknown: where the source knows
+    patients, write them into one of the other layouts. A local folder that `datasets` can load stands for a name, too,
+    and needs no network. 16-bit gray images are read as `schema.bits_for` says, by `gray_bits`. What is converted is
+    compared with its checksums each time.
 
     Raises `HistoError` for a name that can't be had, without a split `train`, and with other columns, for a label of
     no class, for shards that declare other classes than the rest or expand too far (see `parquet`), for a local file
@@ -71,13 +70,8 @@ def load(
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         cache.seal(folder)
-    if "val" not in data:
-        kept, held_out = hold_out(np.array(data["train"]["label"]))
-        data = datasets.DatasetDict(
-            {**data, "train": data["train"].select(kept), "val": data["train"].select(held_out)}
-        )
     schema.check_texts(f"--data {name}", data)
-    return _named(data)
+    return named(data)
 
 
 def _converted(name: str, builder: datasets.DatasetBuilder, root: Path) -> datasets.DatasetDict:
@@ -148,7 +142,7 @@ def load_streaming(name: str, *, gray_bits: int | None = None) -> datasets.Datas
             data[SPLITS.get(split, split)] = _as_schema(name, whole, bits=gray_bits)
     read = datasets.DatasetDict({split: rows for split, rows in data.items() if split != "train"})
     schema.check_texts(f"--data {name}", read)
-    return _named(datasets.DatasetDict(data))
+    return named(datasets.DatasetDict(data))
 
 
 def train_stream(
@@ -219,7 +213,7 @@ def _shards(address: str) -> dict[str, list[str]]:
     return {split: [storage.unstrip_protocol(file) for file in files] for split, files in found.items() if files}
 
 
-def _named(data: datasets.DatasetDict) -> datasets.DatasetDict:
+def named(data: datasets.DatasetDict) -> datasets.DatasetDict:
     """With the fingerprint of its content."""
     content = xxhash.xxh3_128()
     for split, rows in data.items():

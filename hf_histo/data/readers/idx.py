@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_histo.data.readers.builder import EXPANSION, FolderBuilder, hold_out, split_generator
+from hf_histo.data.readers.builder import EXPANSION, FolderBuilder, split_generator
 from hf_histo.data.schema import MAX_PIXELS, encode_ppm
 from hf_histo.errors import HistoError
 
@@ -32,10 +32,8 @@ class Idx(FolderBuilder):
     """MNIST, Fashion-MNIST, KMNIST: idx files of gray images and of labels 0 to 9, gzipped or not.
 
     `train-images-idx3-ubyte.gz`, `train-labels-idx1-ubyte.gz`, and the same with t10k or test for `test`, which may be
-    absent; letters and digits may follow the name of the split (`train10k-...`), and `.gz` may be missing. A tenth of
-    each class of the training file, drawn with a fixed seed, is `val`: no official one exists, a checkpoint must not be
-    chosen on `test`, and a draw that does not follow the seed of a run keeps runs comparable. `id` is the row in the
-    file, gray becomes RGB, and center and group are unknown.
+    absent; letters and digits may follow the name of the split (`train10k-...`), and `.gz` may be missing. No official
+    `val` exists. `id` is the row in the file, gray becomes RGB, and center and group are unknown.
 
     Raises HistoError, naming the file, for one that is missing, truncated or longer than its header says, of another
     kind than its name says, for images and labels of unequal number, and for a label above 9.
@@ -57,28 +55,22 @@ class Idx(FolderBuilder):
         directory = self.config.directory
         files = {role: directory / name for role, name in _files(directory).items()}
         labels = {role.split("-")[0]: _labels(files[role]) for role in files if role.endswith("labels")}
-        kept, held_out = hold_out(labels["train"])
-        parts = {"train": ("train", kept), "val": ("train", held_out)}
-        if "test" in labels:
-            parts["test"] = ("test", np.arange(len(labels["test"])))
-        counts = {split: len(rows) for split, (_, rows) in parts.items()}
-        self.info.description = f"idx files; val: a tenth of each class of train; group: unknown; {counts}"
+        counts = {split: len(found) for split, found in labels.items()}
+        self.info.description = f"idx files; group: unknown; {counts}"
         logger.info("%s: %s", directory, self.info.description)
         return [
-            split_generator(split, len(rows), path=files[f"{file}-images"], labels=labels[file], rows=rows)
-            for split, (file, rows) in parts.items()
+            split_generator(split, len(found), path=files[f"{split}-images"], labels=found)
+            for split, found in labels.items()
         ]
 
-    def _generate_examples(
-        self, path: Path, labels: NDArray[np.uint8], rows: NDArray[np.int64]
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, path: Path, labels: NDArray[np.uint8]) -> Iterator[tuple[int, dict[str, Any]]]:
         images = _read(path, "images")
         if len(images) != len(labels):
             raise HistoError(
                 f"{path}: {len(images)} images, but {len(labels)} labels in the file of labels, expected as many; "
                 "the two are not of one data set, download them again"
             )
-        for row in rows.tolist():
+        for row in range(len(labels)):
             image = encode_ppm(np.stack([images[row]] * 3, axis=-1))
             yield (
                 row,

@@ -14,6 +14,8 @@ from hf_histo.data.splits.checks import named
 from hf_histo.errors import HistoError
 
 POOLED = ("train", "val")
+FOLDS = 5  # of images that come without splits: one is `test`
+TEST = 2  # the number of that split in `drawn`; those of train and val are 0 and 1
 
 
 def leave_one_center_out(
@@ -104,17 +106,59 @@ def k_folds(
 
 
 def with_validation(data: datasets.DatasetDict, *, share: float = 0.1) -> datasets.DatasetDict:
-    """With a `val` cut from `train` where there is none: `share` of each class (about), whole groups.
+    """With a `val` cut from `train` where there is none: `share` of each class, about, and whole groups.
 
-    The draw is always the same, so that runs of any seed are chosen on the same images. Raises HistoError where
-    `train` is too small for it.
+    Where no group is known, it is a tenth of each class, see `hold_out`. The draw is always the same, so that runs of
+    any seed are chosen on the same images. Raises HistoError where `train` is too small for it.
     """
     if "val" in data:
         return data
     train = data["train"]
+    if not any(train.unique("group")):
+        kept, held_out = hold_out(np.array(train["label"]))
+        others = {name: rows for name, rows in data.items() if name != "train"}
+        pieces = {"train": train.select(kept), "val": train.select(held_out), **others}
+        return named(datasets.DatasetDict(pieces), data)
     rows = _parts(train, np.arange(len(train)), 0, share, "no val")
     parts = {name: train.select(part) for name, part in rows.items()}
     return named(datasets.DatasetDict({**data, **parts}), data)
+
+
+def with_test(data: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
+    """The single split `name` as `train` and `test`: a fifth of each class, always the same one.
+
+    Where groups are known they stay whole, and `val` is made as well: the first of five `k_folds`.
+    """
+    rows = data[name]
+    if any(rows.unique("group")):
+        return k_folds(data, folds=FOLDS)[0]
+    labels = np.array(rows["label"])
+    parts = [drawn(labels, label, TEST, 0) for label in np.unique(labels[labels >= 0])]
+    test = np.sort(np.concatenate([part[: len(part) // FOLDS] for part in parts]))
+    train = np.setdiff1d(np.arange(len(rows)), test)
+    return named(datasets.DatasetDict({"train": rows.select(train), "test": rows.select(test)}), data)
+
+
+def hold_out(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows (in order) to train on and those to validate on, for images without groups: a tenth of each class.
+
+    The draw is always the same, so that runs of any seed are chosen on
+    the same images. A class with a single image keeps it for training; `labels` (N,) are classes, -1 where hidden, and
+    hidden ones stay where they are, too.
+    """
+    random = np.random.default_rng(0)
+    held_out = [
+        random.permutation(rows)[: (len(rows) + 8) // 10]  # a tenth, rounded up unless that leaves none
+        for rows in (np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0]))
+    ]
+    validation = np.sort(np.concatenate([np.empty(0, np.int64), *held_out]))
+    return np.setdiff1d(np.arange(len(labels)), validation), validation
+
+
+def drawn(labels: NDArray[np.int64], label: int, split: int, seed: int) -> NDArray[np.int64]:
+    """All rows of a class in an order that depends on the seed, the split's number and the class."""
+    rows = np.flatnonzero(labels == label)
+    return np.random.default_rng([seed, split, int(label)]).permutation(rows)
 
 
 def _check_share(share: float) -> None:

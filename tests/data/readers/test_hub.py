@@ -17,6 +17,7 @@ import pytest
 
 from hf_histo.config import DataOptions
 from hf_histo.data.load import fingerprint, load
+from hf_histo.data.protocol import arranged
 from hf_histo.data.readers import hub
 from hf_histo.data.schema import ImageTable, recorded_bits
 from hf_histo.errors import HistoError
@@ -35,8 +36,10 @@ def write_parquet(folder: Path, *, splits: tuple[str, ...] = ("train", "test"), 
 
 def test_a_name_gives_the_schema(tmp_path: Path) -> None:
     test = write_parquet(tmp_path / "data")
-    data = load(f"hub:{tmp_path / 'data'}", cache_dir=tmp_path / "cache")
-    assert {split: len(rows) for split, rows in data.items()} == {"train": 18, "val": 2, "test": 20}
+    source = DataOptions(f"hub:{tmp_path / 'data'}", cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in load(source).items()} == {"train": 20, "test": 20}
+    data = arranged(source)
+    assert {split: len(rows) for split, rows in data.items()} == {"train": 18, "test": 20, "val": 2}
     assert data["test"].column_names == ["id", "image", "label", "center", "group"]
     assert data["val"].features["label"].names == ["a", "b"]
     assert sorted(data["val"]["label"]) == [0, 1]

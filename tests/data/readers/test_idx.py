@@ -12,8 +12,9 @@ import pytest
 from fixtures import truncate
 
 from hf_histo.data.load import fingerprint, load
-from hf_histo.data.readers.builder import hold_out
+from hf_histo.data.protocol import arrange
 from hf_histo.data.schema import ImageTable
+from hf_histo.data.splits.folds import hold_out
 from hf_histo.errors import HistoError
 
 REAL = Path(__file__).parents[4] / "shared" / "data" / "mnist"
@@ -41,7 +42,7 @@ def write_digits(directory: Path, *, packed: bool = True, test: bool = True) -> 
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_digits_come_out_as_they_went_in(tmp_path: Path, packed: bool) -> None:
     written = write_digits(tmp_path / "digits", packed=packed)
-    data = load(tmp_path / "digits")
+    data = arrange(load(tmp_path / "digits"))
     assert {split: len(rows) for split, rows in data.items()} == {"train": 30, "val": 10, "test": 10}
     assert data["train"].features["label"].names == [str(i) for i in range(10)]
     assert not set(data["train"]["id"]) & set(data["val"]["id"])
@@ -62,7 +63,7 @@ def test_other_spellings_of_the_names_and_no_test(tmp_path: Path) -> None:
     (tmp_path / TRAIN).rename(tmp_path / "train10k-images.idx3-ubyte")
     packed = gzip.compress((tmp_path / LABELS).read_bytes())
     (tmp_path / LABELS).write_bytes(packed)  # packed, whatever the suffix says
-    assert set(load(tmp_path)) == {"train", "val"}
+    assert set(load(tmp_path)) == {"train"}
 
 
 def cut_off(folder: Path) -> str:
@@ -179,7 +180,8 @@ def test_a_tenth_of_each_class_is_held_out() -> None:
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"real digits are not at {REAL}")
 def test_the_real_digits() -> None:
-    data = load(REAL)
+    data = arrange(load(REAL))
+    assert fingerprint(data) == fingerprint(load(REAL))
     assert {split: len(rows) for split, rows in data.items()} == {"train": 8997, "val": 1003, "test": 10000}
     # The first test digits, as anybody has seen them.
     assert data["test"]["label"][:5] == [7, 2, 1, 0, 4]

@@ -13,8 +13,8 @@ from fixtures import truncate
 
 from hf_histo.config import DataOptions
 from hf_histo.data.load import load
+from hf_histo.data.protocol import arrange
 from hf_histo.data.schema import ImageTable
-from hf_histo.data.splits.leakage import arrange
 from hf_histo.errors import HistoError
 
 SHAPE = (8, 10, 6)  # right, front, up

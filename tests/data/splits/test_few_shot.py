@@ -10,6 +10,7 @@ import pytest
 
 from hf_histo.data import schema
 from hf_histo.data.load import fingerprint
+from hf_histo.data.protocol import complete
 from hf_histo.data.splits import few_shot
 from hf_histo.errors import HistoError
 
@@ -96,7 +97,7 @@ def test_a_class_missing_from_validation(options: dict[str, float], data: datase
 
 
 def test_splits_that_are_missing_are_made_and_do_not_overlap(data: datasets.DatasetDict) -> None:
-    whole = few_shot.complete(datasets.DatasetDict(full=table([50, 20, 10], "f")))
+    whole = complete(datasets.DatasetDict(full=table([50, 20, 10], "f")))
     assert {split: counts(rows) for split, rows in whole.items()} == {
         "train": [36, 14, 7],
         "val": [4, 2, 1],
@@ -105,8 +106,8 @@ def test_splits_that_are_missing_are_made_and_do_not_overlap(data: datasets.Data
     ids = [key for rows in whole.values() for key in rows["id"]]
     assert len(ids) == len(set(ids)) == 80
 
-    without = few_shot.complete(datasets.DatasetDict(train=data["train"], test=data["test"]))
+    without = complete(datasets.DatasetDict(train=data["train"], test=data["test"]))
     assert set(without["train"]["id"]) | set(without["val"]["id"]) == set(data["train"]["id"])
     assert without["test"]["id"] == data["test"]["id"]
     assert min(counts(without["val"])) > 0
-    assert few_shot.complete(data) is data
+    assert complete(data) is data

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from hf_histo.data.load import fingerprint, load
+from hf_histo.data.protocol import arrange
 from hf_histo.data.splits.checks import shared_groups
-from hf_histo.data.splits.leakage import arrange, grouped
+from hf_histo.data.splits.leakage import grouped
 from hf_histo.errors import HistoError
 
 CLASSES = ("glioma", "none", "pituitary")
@@ -123,5 +124,3 @@ def test_near_images_stay_on_one_side(tmp_path: Path) -> None:
     assert volumes_of(copies["train"]) & volumes_of(copies["val"])  # what copies alone let through
     assert "near images as well" in near["train"].info.description
     assert "near images" not in copies["train"].info.description
-    with pytest.raises(HistoError, match="--family is near with --split files"):
-        arrange(data, "files", "near")
