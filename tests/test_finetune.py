@@ -1,4 +1,4 @@
-"""Through the whole house: images of different sizes, and a launcher that asks for half precision."""
+"""Whole runs: on images of different sizes, and under a launcher that asks for half precision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from miniature import config, write_backbone
 
 from hf_histo.data.load import load
-from hf_histo.evaluation.predictions import read
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.finetune import fine_tune
 from hf_histo.inference import Classifier
 from hf_histo.transforms.mri import Preparation
@@ -46,14 +46,14 @@ def test_images_of_different_sizes(folder: Path, tmp_path: Path, fit: str) -> No
     assert classifier.sidecar.preprocessing.fit == fit
     assert classifier.sidecar.preprocessing.preparation == Preparation.of(options.preparation)
     assert classifier.sidecar.preprocessing.preparation.is_none == (fit == "pad")
-    expected = read(result.adapter / "predictions/test.parquet")
+    expected = Predictions.read(result.adapter / "predictions/test.parquet")
     pd.testing.assert_series_equal(classifier.predict(data["test"])["logit"], expected["logit"], atol=1e-5)
     if fit != "pad":  # alone, an image is resized on the device; color is measured on what is predicted together
         alone = classifier(folder / "data" / expected["id"][1])["logit"]
         np.testing.assert_allclose(alone, expected["logit"][1], rtol=0, atol=1e-5)
 
 
-def test_predictions_are_in_float32_whatever_the_launcher_says(
+def test_predictions_are_in_float32_whatever_the_launcher_asks_for(
     source: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bfloat16, decisions would change: SECURITY.md."""
@@ -61,7 +61,7 @@ def test_predictions_are_in_float32_whatever_the_launcher_says(
     data = load(source[1])
     result = fine_tune(config(tmp_path / "run", *source, "--num_train_epochs=1", "--target_modules=last-conv"), data)
     assert json.loads((tmp_path / "run" / "cost.json").read_text())["precision"] == "bf16"
-    saved = read(result.adapter / "predictions" / "val.parquet")["logit"]
+    saved = Predictions.read(result.adapter / "predictions" / "val.parquet")["logit"]
 
     found = [Classifier.from_pretrained(result.adapter).predict(data["val"])["logit"]]
     AcceleratorState._reset_state()

@@ -54,4 +54,5 @@ def balancing_weights(labels: Sequence[int], label_names: Sequence[str]) -> list
         raise HistoError(f"class {missing!r} has no training image, so it can't be learned; counts: {counts.tolist()}")
     if len(counts) == 2:
         return [1.0, counts[0] / counts[1]]
-    return (counts.sum() / (len(counts) * counts)).tolist()
+    weights: list[float] = (counts.sum() / (len(counts) * counts)).tolist()
+    return weights

@@ -15,6 +15,7 @@ from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
 from hf_histo.evaluation.forward import forward
 from hf_histo.transforms.augmentation import TestTimeViews, augment, preset
+from hf_histo.transforms.pipeline import Pipeline
 from hf_histo.transforms.preprocessing import Preprocessing
 
 VIEW = Preprocessing(32, 32, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -50,9 +51,9 @@ def mean_logit(views: list[torch.Tensor]) -> np.ndarray:
 def test_the_eight_views_of_the_square(data: datasets.Dataset, images: torch.Tensor) -> None:
     plain = VIEW(images)
     turned = [torch.rot90(view, turns, (-2, -1)) for view in (plain, plain.flip(-1)) for turns in range(4)]
-    found = forward(Linear(), data, VIEW, views=TestTimeViews(8))
+    found = forward(Linear(), data, Pipeline(VIEW, test_time_views=TestTimeViews(8)))
     np.testing.assert_allclose(found, mean_logit(turned), rtol=0, atol=1e-4)
-    np.testing.assert_allclose(forward(Linear(), data, VIEW), mean_logit([plain]), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(forward(Linear(), data, Pipeline(VIEW)), mean_logit([plain]), rtol=0, atol=1e-4)
 
 
 def test_drawn_views_are_those_of_the_augmentation(data: datasets.Dataset, images: torch.Tensor) -> None:
@@ -60,9 +61,10 @@ def test_drawn_views_are_those_of_the_augmentation(data: datasets.Dataset, image
     drawn = [
         VIEW.normalize(augment(images, preset("crop-jitter"), 32, seed=7, epoch=view, index=index)) for view in range(3)
     ]
-    found = forward(Linear(), data, VIEW, views=TestTimeViews(3, "crop-jitter", seed=7))
+    pipeline = Pipeline(VIEW, test_time_views=TestTimeViews(3, "crop-jitter", seed=7))
+    found = forward(Linear(), data, pipeline)
     np.testing.assert_allclose(found, mean_logit(drawn), rtol=0, atol=1e-4)
-    batched = forward(Linear(), data, VIEW, views=TestTimeViews(3, "crop-jitter", seed=7), batch_size=4)
+    batched = forward(Linear(), data, pipeline, batch_size=4)
     np.testing.assert_allclose(batched, found, rtol=0, atol=1e-4)
     for other in (
         TestTimeViews(2, "crop-jitter", seed=7),
@@ -70,4 +72,4 @@ def test_drawn_views_are_those_of_the_augmentation(data: datasets.Dataset, image
         TestTimeViews(3, "flips", seed=7),
         TestTimeViews(),
     ):
-        assert np.abs(forward(Linear(), data, VIEW, views=other) - found).min() > 1e-3
+        assert np.abs(forward(Linear(), data, Pipeline(VIEW, test_time_views=other)) - found).min() > 1e-3

@@ -48,8 +48,8 @@ def test_the_domain_classifier_learns_and_features_unlearn() -> None:
     expected = torch.nn.functional.cross_entropy(classifier.layers(features), torch.tensor([2, 0, 1, 1, 2, 0]))
     straight = torch.autograd.grad(expected, [features, *classifier.parameters()])
     for progress, strength in ((0.0, 0.0), (0.5, 2 / (1 + np.exp(-5)) - 1)):
-        told = classifier(features, centers, progress)
-        assert told.item() == pytest.approx(expected.item())
-        reversed_, *learned = torch.autograd.grad(told, [features, *classifier.parameters()])
+        loss = classifier(features, centers, progress)
+        assert loss.item() == pytest.approx(expected.item())
+        reversed_, *learned = torch.autograd.grad(loss, [features, *classifier.parameters()])
         torch.testing.assert_close(reversed_, -strength * straight[0])
         torch.testing.assert_close(learned, list(straight[1:]))

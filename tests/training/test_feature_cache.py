@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from hf_histo.evaluation.metrics import classification
 from hf_histo.models import adapters, backbones, batchnorm
 from hf_histo.models.speed import activation_cut
 from hf_histo.training import feature_cache, losses, trainer
-from hf_histo.transforms import augmentation, preprocessing
 from hf_histo.transforms.mri import Preparation
-from hf_histo.transforms.stain import CenterNormalizer
+from hf_histo.transforms.pipeline import Pipeline
 
+GRAY = Preparation(gray=True)
 LINEAR = ["--method=linear", "--augmentation=crop-jitter", "--training_views=1"]
 LAST = ["--method=lora", "--target_modules=last-conv", "--augmentation=crop-jitter", "--training_views=2"]
 
@@ -41,19 +41,21 @@ def build(folder: Path, source: tuple[Path, Path], *more: str) -> tuple[trainer.
         model=adapters.add(model, options.adapter),
         train=ImageTable(data["train"]),
         validation=ImageTable(data["val"]),
-        preprocessing=preprocessing.resolve(model.config, str(source[0]), 32, 32),
-        augmentation=augmentation.preset(options.augmentation.augmentation),
-        normalizer=None,
+        pipeline=Pipeline.of(options, model.config, str(source[0])),
         loss=losses.classification(1),
         compute_metrics=classification.for_trainer(),
     )
     return session, options
 
 
+def cached(session: trainer.Trainer, options: Config) -> AbstractContextManager[None]:
+    return feature_cache.cached_prefix(session, options.speed.cache_features, options.data.cache_dir)
+
+
 def train(folder: Path, source: tuple[Path, Path], *more: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses of training and validation, and the trained weights."""
     session, options = build(folder, source, *more)
-    with feature_cache.cached_prefix(session, options):
+    with cached(session, options):
         session.train()
     assert session.model is not None
     curve = [line[key] for line in session.state.log_history for key in ("loss", "eval_loss") if key in line]
@@ -101,11 +103,11 @@ def test_a_kill_keeps_what_is_complete(
     session, options = build(tmp_path, source, *LINEAR, "--cache_features=on")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(activation_cut.Store, "write", killed)
-        with feature_cache.cached_prefix(session, options):
+        with cached(session, options):
             raise AssertionError
     before = {path: path.stat().st_mtime_ns for path in stored(tmp_path)}
     assert len(before) == 2
-    with feature_cache.cached_prefix(session, options):
+    with cached(session, options):
         assert session.stored is not None
     after = {path: path.stat().st_mtime_ns for path in stored(tmp_path)}
     assert len(after) == 5  # 24 rows for training, 13 for validation
@@ -115,7 +117,7 @@ def test_a_kill_keeps_what_is_complete(
 def test_another_seed_shares_them_only_where_it_draws_nothing(tmp_path: Path, source: tuple[Path, Path]) -> None:
     for seed, files in ((0, 2), (1, 3)):
         session, options = build(tmp_path, source, *LINEAR, f"--seed={seed}")
-        with feature_cache.cached_prefix(session, options):
+        with cached(session, options):
             assert len(stored(tmp_path)) == files
 
 
@@ -124,16 +126,14 @@ def test_other_pixels_have_activations_of_their_own(tmp_path: Path, source: tupl
     """What a later run finds must be what it would compute."""
     for other in (False, True):
         session, options = build(tmp_path, source, *LINEAR)
-        views = session.preprocessing
+        pipeline = session.pipeline
         if other and changed == "normalizer":
-            session.normalizer = CenterNormalizer.fit(ImageTable(load(source[1])["train"]), "rgb").extended(
-                ImageTable(load(source[1])["val"])
-            )
-        if other and changed == "preprocessing":
-            session.preprocessing = replace(views, mean=(0.1, 0.2, 0.3))
-        if other and changed == "preparation":
-            session.preprocessing = replace(views, preparation=Preparation(gray=True))
-        with feature_cache.cached_prefix(session, options):
+            data = load(source[1])
+            session.pipeline = pipeline.fitted(ImageTable(data["train"]), "rgb").extended(data["val"])
+        changes: dict[str, Any] = {"preprocessing": {"mean": (0.1, 0.2, 0.3)}, "preparation": {"preparation": GRAY}}
+        if other and changed in changes:
+            session.pipeline = replace(pipeline, preprocessing=replace(pipeline.preprocessing, **changes[changed]))
+        with cached(session, options):
             pass
     assert len(stored(tmp_path)) == (2 if changed == "nothing" else 4)
 
@@ -159,19 +159,21 @@ def test_a_flipped_bit_in_the_cache_does_not_reach_the_adapter(tmp_path: Path, s
 )
 def test_where_it_cannot_be_done(tmp_path: Path, source: tuple[Path, Path], more: list[str], message: str) -> None:
     session, options = build(tmp_path, source, *more, "--cache_features=on")
-    with pytest.raises(HistoError, match=message), feature_cache.cached_prefix(session, options):
+    with pytest.raises(HistoError, match=message), cached(session, options):
         raise AssertionError
     session, options = build(tmp_path, source, *more)
-    with feature_cache.cached_prefix(session, options):
+    with cached(session, options):
         assert session.stored is None
     assert not stored(tmp_path)
 
 
-def test_a_full_disk_is_told_before(tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before(
+    tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30 - 1000, 1000))
     session, options = build(tmp_path, source, *LINEAR, "--cache_features=on")
-    with pytest.raises(HistoError, match=r"MiB left.*--cache_dir"), feature_cache.cached_prefix(session, options):
+    with pytest.raises(HistoError, match=r"MiB left.*--cache_dir"), cached(session, options):
         raise AssertionError
     assert not stored(tmp_path)
 
@@ -180,7 +182,7 @@ def test_images_are_not_read_while_training(
     tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session, options = build(tmp_path, source, *LINEAR)
-    with feature_cache.cached_prefix(session, options):
+    with cached(session, options):
 
         def refuse(*args: Any) -> None:
             raise AssertionError

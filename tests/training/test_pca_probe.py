@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import predictions
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.finetune import fine_tune
 from hf_histo.inference import Classifier
 from hf_histo.training.pca_probe import Probe, fit
@@ -55,7 +55,7 @@ def test_copies_leave_no_component_of_rounding_errors() -> None:
     assert np.abs(probe.weight).max() < 10
 
 
-def test_a_class_without_images_is_told() -> None:
+def test_a_class_without_images_is_refused() -> None:
     features, labels = drawn(2)
     with pytest.raises(HistoError, match="expected images of all 3 classes"):
         fit(features, labels, classes=3, balanced=False, score=lambda probe: 0.0)
@@ -69,7 +69,7 @@ def test_a_run_leaves_an_adapter_that_predicts_the_same(tmp_path: Path) -> None:
     assert found["components"] in (2, 4, 8, 16) and found["metric"] == "loss"
     assert found["value"] == pytest.approx(result.metrics["splits"]["val"]["overall"]["loss"]["value"], abs=0.2)
     assert (result.adapter / "figures" / "components.png").stat().st_size > 5000
-    written = predictions.read(result.adapter / "predictions" / "test.parquet")
+    written = Predictions.read(result.adapter / "predictions" / "test.parquet")
     again = Classifier.from_pretrained(result.adapter).predict(data["test"])
     np.testing.assert_allclose(written["probability"], again["probability"], atol=1e-6)
     assert json.loads((result.adapter / "hf_histo.json").read_text())["method"] == "pca"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from hf_histo.errors import HistoError
 from hf_histo.evaluation.metrics import classification
 from hf_histo.models import adapters, backbones, batchnorm
 from hf_histo.training import domain_loss, feature_cache, losses, trainer
-from hf_histo.transforms import augmentation, preprocessing
-from hf_histo.transforms.stain import CenterNormalizer
+from hf_histo.transforms import augmentation, pipeline
+from hf_histo.transforms.pipeline import Pipeline, collate
 
 PLATEAU = ["--lr_scheduler_type=reduce_lr_on_plateau", "--lr_scheduler_patience=3"]
 
@@ -49,9 +48,7 @@ def session(folder: Path, source: tuple[Path, Path], *more: str, weights: list[f
         model=adapters.add(model, options.adapter),
         train=ImageTable(data["train"]),
         validation=ImageTable(data["val"]),
-        preprocessing=preprocessing.resolve(model.config, str(source[0]), 32, 32),
-        augmentation=augmentation.preset(options.augmentation.augmentation),
-        normalizer=None,
+        pipeline=Pipeline.of(options, model.config, str(source[0])),
         loss=losses.classification(1, weights),
         compute_metrics=classification.for_trainer(),
     )
@@ -147,7 +144,7 @@ def test_every_image_gets_a_new_view_in_every_epoch(
         seen.extend((kwargs["epoch"], i) for i in kwargs["index"].tolist())
         return augmentation.augment(images, *args, **kwargs)
 
-    monkeypatch.setattr(trainer, "augment", record)
+    monkeypatch.setattr(pipeline, "augment", record)
     session(tmp_path, source, "--num_train_epochs=3", "--target_modules=last-conv").train()
     assert sorted(seen) == [(epoch, i) for epoch in range(3) for i in range(24)]
     assert [i for _, i in seen[:24]] != [i for _, i in seen[24:48]]
@@ -246,7 +243,7 @@ def batch(session: trainer.Trainer, rows: int = 8) -> dict[str, Any]:
     assert session.model is not None
     session.model.train()
     assert isinstance(session.train_dataset, ImageTable)
-    return session._prepare_inputs(trainer.collate(session.train_dataset.__getitems__(range(rows))))
+    return session._prepare_inputs(collate(session.train_dataset.__getitems__(range(rows))))
 
 
 def domain_session(folder: Path, source: tuple[Path, Path], *more: str) -> trainer.Trainer:
@@ -269,12 +266,12 @@ def test_the_penalties_are_weighted_parts_of_the_loss(
             more = [f"--domain_loss={penalty}", f"--domain_weight={weight}"]
             run = domain_session(tmp_path / f"{penalty}{weight}", source, *more)
             loss = run.compute_loss(run.model, dict(inputs), num_items_in_batch=items).item()
-            features, centers = run.features.value, inputs["center"]
-            if penalty == "coral":
-                expected = domain_loss.coral(features, centers)
+            centers = inputs["center"]
+            if isinstance(run.domain_loss, domain_loss.Coral):
+                expected = domain_loss.coral(run.domain_loss.features.last, centers)
             else:
-                assert run.domain_classifier is not None
-                expected = run.domain_classifier(features, centers, 0.0)
+                assert isinstance(run.domain_loss, domain_loss.DomainAdversarial)
+                expected = run.domain_loss.classifier(run.domain_loss.features.last, centers, 0.0)
             assert expected.item() > 1e-3
             assert loss - base == pytest.approx(share * weight * expected.item(), rel=1e-4)
 
@@ -283,7 +280,9 @@ def test_group_dro_weighs_the_losses_of_the_centers(tmp_path: Path, source: tupl
     run = domain_session(tmp_path, source, "--domain_loss=group_dro", "--domain_weight=50")
     inputs = batch(run)
     loss, outputs = run.compute_loss(run.model, dict(inputs), return_outputs=True)
-    (groups,) = (c for c in run.callback_handler.callbacks if isinstance(c, domain_loss.GroupDRO))
+    groups = run.domain_loss
+    assert isinstance(groups, domain_loss.GroupDRO)
+    assert groups in run.callback_handler.callbacks
     means = [
         torch.nn.functional.binary_cross_entropy_with_logits(
             outputs.logits[inputs["center"] == center, 0], inputs["labels"][inputs["center"] == center].float()
@@ -349,33 +348,6 @@ def test_dropout_is_on_the_input_of_the_update(tmp_path: Path, source: tuple[Pat
     assert run.model is not None
     layers = [module.lora_dropout["default"] for module in run.model.modules() if hasattr(module, "lora_dropout")]
     assert layers and all(isinstance(layer, torch.nn.Dropout) and layer.p == 0.3 for layer in layers)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_stains_are_mixed_with_their_probability_and_nothing_else_moves(
-    tmp_path: Path, source: tuple[Path, Path], share: float
-) -> None:
-    run = session(tmp_path, source, "--normalization=rgb", f"--stain_mixing={share}", "--augmentation=strong")
-    images = run.train_dataset
-    assert isinstance(images, ImageTable)
-    run.normalizer = CenterNormalizer.fit(images, "rgb")
-    index = torch.arange(600)
-    reference = run.normalizer.targets(torch.zeros(600, dtype=torch.bool), torch.zeros(600, 2))
-    targets = run._stains(index, 0)
-    mixed = (targets != reference).any(1).numpy()
-    assert abs(mixed.mean() - share) <= 5 * np.sqrt(share * (1 - share) / 600)
-    if share == 0.3:
-        # Drawn apart from the augmentation: what it draws first does not decide.
-        area = augmentation.uniform(0, 0, index, 1)[:, 0]
-        assert abs(np.corrcoef(mixed, area)[0, 1]) < 5 / np.sqrt(600)
-        assert not np.array_equal(mixed, (run._stains(index, 1) != reference).any(1).numpy())
-
-        loaded = trainer.collate(images.__getitems__(range(24)))
-        views = run.training_views(loaded["image"], loaded["center"], loaded["index"], 0)
-        run.options = replace(run.options, stain_mixing=0.0)
-        plain = run.training_views(loaded["image"], loaded["center"], loaded["index"], 0)
-        same = [torch.equal(one, other) for one, other in zip(views, plain, strict=True)]
-        assert same == (~mixed[:24]).tolist()
 
 
 @pytest.mark.parametrize(("balance", "expected"), [("weights", [1.0, 3.0]), ("none", None), ("sampling", None)])

@@ -17,7 +17,7 @@ from hf_histo.evaluation.figures.style import drawing
 
 
 class _Classes(nn.Module):
-    """A model that answers with one logit for each class; the first of two is the negative of the second."""
+    """A model with one logit for each class; the first of two is the negative of the second."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -97,7 +97,8 @@ def blend(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uin
     """The image (H, W, 3) with the heat (H, W) in [0, 1] over it, the more the hotter; uint8 (H, W, 3)."""
     weight = 0.45 * heat[..., None]
     color = mpl.colormaps["inferno"](0.25 + 0.7 * heat)[..., :3] * 255
-    return np.rint(image * (1 - weight) + color * weight).astype(np.uint8)
+    blended: NDArray[np.uint8] = np.rint(image * (1 - weight) + color * weight).astype(np.uint8)
+    return blended
 
 
 def explanations(

@@ -17,9 +17,10 @@ from hf_histo.data.load import load
 from hf_histo.evaluation.figures import embedding
 from hf_histo.evaluation.forward import forward
 from hf_histo.models import adapters, backbones, heads
+from hf_histo.transforms.pipeline import Pipeline
 from hf_histo.transforms.preprocessing import Preprocessing
 
-VIEW = Preprocessing(32, 32, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+PIPELINE = Pipeline(Preprocessing(32, 32, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
 
 
 @pytest.mark.parametrize("method", ["lora", "linear", "none"])
@@ -28,14 +29,14 @@ def test_the_head_of_the_features_is_the_logits(tmp_path: Path, method: str) -> 
     model: nn.Module = backbones.load(str(write_backbone(tmp_path / "backbone")), 1)
     if method != "none":
         model = adapters.add(model, AdapterOptions(method=method))  # type: ignore[arg-type]
-    features = embedding.features(model, data, VIEW)
+    features = embedding.features(model, data, PIPELINE)
     assert features.shape[0] == len(data)
     head = heads.module_of(model)
     expected = head(torch.from_numpy(features).float()).detach().double().numpy()
-    np.testing.assert_allclose(forward(model, data, VIEW), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(forward(model, data, PIPELINE), expected, rtol=1e-4, atol=1e-5)
     if isinstance(model, PeftModel):
         with model.disable_adapter():
-            assert embedding.features(model, data, VIEW).shape == features.shape
+            assert embedding.features(model, data, PIPELINE).shape == features.shape
 
 
 def test_the_map_is_drawn(tmp_path: Path) -> None:
