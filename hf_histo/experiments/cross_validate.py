@@ -14,8 +14,8 @@ from hf_histo.data.load import fingerprint, load
 from hf_histo.data.protocol import refuse
 from hf_histo.data.splits.folds import k_folds
 from hf_histo.data.splits.leakage import grouped
-from hf_histo.evaluation import predictions
 from hf_histo.evaluation.metrics import classification
+from hf_histo.evaluation.predictions import Predictions, class_index
 from hf_histo.evaluation.reporting import report
 from hf_histo.evaluation.reporting.summary import METRICS, spread
 from hf_histo.experiments import grid
@@ -95,10 +95,9 @@ def _done(cell: Cell, result: Result) -> str:
 
 def _pooled(results: list[Result], config: Config, folder: Path, seed: int) -> dict[str, Any]:
     """The report of all images of a seed, each as predicted by the run that never saw it; written as files, too."""
-    tables = [predictions.read(result.adapter / "predictions" / "test.parquet") for result in results]
-    names = predictions.label_names(tables[0])
-    every = pd.concat(tables, ignore_index=True)
-    every.attrs["label_names"] = names
-    predictions.write(folder / "predictions" / f"seed-{seed}.parquet", every, names)
+    tables = [Predictions.read(result.adapter / "predictions" / "test.parquet") for result in results]
+    every = pd.concat(tables, ignore_index=True)  # with the class names and `transductive` of all of them
+    assert isinstance(every, Predictions)
+    every.write(folder / "predictions" / f"seed-{seed}.parquet")
     report.confusion_matrix(every, folder / f"confusion-seed-{seed}.png")
-    return classification.report(every, negative=predictions.class_index(names, config.data.negative_class))
+    return classification.report(every, negative=class_index(every.label_names, config.data.negative_class))
