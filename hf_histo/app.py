@@ -23,7 +23,6 @@ from hf_histo.adapter.sidecar import SIDECAR, Sidecar
 from hf_histo.data.schema import decode
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.figures.explanation import blend
-from hf_histo.evaluation.predictions import array
 from hf_histo.evaluation.reporting.documents import plain
 from hf_histo.files import atomic_folder, require_output
 from hf_histo.inference import Classifier
@@ -108,10 +107,9 @@ def answer(
         heat = torch.from_numpy(classifier.explain(image, [names.index(chosen)])[0])
     except HistoError as error:
         return None, None, None, f"**No answer.** {plain(error)}"
-    calibrated = np.atleast_1d(np.array(table["calibrated"].tolist()[0]))
-    probabilities = calibrated if len(calibrated) > 1 else np.array([1 - calibrated[0], calibrated[0]])
+    probabilities = table.by_class("calibrated")[0]
     decision = f"**{plain(chosen)}**"
-    if len(array(table, "logit").shape) == 1:
+    if sidecar.num_outputs == 1:
         decision += f" at a threshold of {sidecar.threshold:.2f} on the probability of {plain(names[1])}"
     shown = small(image).permute(1, 2, 0).numpy()
     return (

@@ -32,7 +32,7 @@ TOLERANCE = 1e-4
 
 
 def export(model: nn.Module, sidecar: Sidecar, folder: str | Path, format: str) -> None:
-    """Write a model that `hub.load` gave as a folder of its own, whole or not at all.
+    """Write a model as loaded by `hub.load` as a folder of its own, whole or not at all.
 
     Args:
         model: is left as it was in the case of "full"; otherwise its adapter is merged into it.
@@ -82,7 +82,8 @@ def merged(model: nn.Module) -> PreTrainedModel:
     """
     whole = adapters.merged(model) if isinstance(model, PeftModel) else model
     assert isinstance(whole, PreTrainedModel)
-    return whole.eval()
+    whole.eval()
+    return whole
 
 
 def _save(model: PreTrainedModel, sidecar: Sidecar, folder: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
@@ -36,6 +35,7 @@ from hf_histo.evaluation.figures import run as run_figures
 from hf_histo.evaluation.figures.embedding import features
 from hf_histo.evaluation.figures.preview import preview
 from hf_histo.evaluation.metrics import classification, hierarchical_metrics
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting import report, summary
 from hf_histo.files import write_json
 from hf_histo.inference import Classifier
@@ -139,7 +139,7 @@ class Evaluation:
     """
 
     classifier: Classifier
-    tables: dict[str, pd.DataFrame]
+    tables: dict[str, Predictions]
     metrics: dict[str, Any]  # Any: JSON
     sidecar: Sidecar
 
@@ -445,7 +445,7 @@ def _start_from_text(
     heads.start_from(model, classes, length)
 
 
-def _thresholds(validation: pd.DataFrame) -> dict[str, float]:
+def _thresholds(validation: Predictions) -> dict[str, float]:
     """Named thresholds for new images: none that was found on unlabeled images."""
     labels = validation["label"]
     return {"validation": thresholds.choose(validation).value} if labels[labels >= 0].nunique() > 1 else {}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pandas as pd
 import PIL.Image
 import torch
 from numpy.typing import NDArray
@@ -20,10 +19,10 @@ from hf_histo.data import schema
 from hf_histo.data.load import load as load_data
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import calibration, predictions
 from hf_histo.evaluation.figures.explanation import explanations, heat_map
 from hf_histo.evaluation.figures.style import short
 from hf_histo.evaluation.forward import forward
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.files import regular
 from hf_histo.hub import load
 from hf_histo.models import adapters, backbones
@@ -125,7 +124,7 @@ class Classifier:
             maps.append(pipeline.back(heat, stored[row]["image"]).numpy())
         return maps
 
-    def draw(self, dataset: datasets.Dataset, table: pd.DataFrame, path: str | Path, n: int = 12) -> None:
+    def draw(self, dataset: datasets.Dataset, table: Predictions, path: str | Path, n: int = 12) -> None:
         """Draw where the model sees the class that it predicts, as a PNG, for images of all degrees of certainty.
 
         Args:
@@ -136,10 +135,7 @@ class Classifier:
         """
         names = self.sidecar.label_names
         chosen = np.array([names.index(name) for name in table["predicted"]])
-        probability = predictions.array(table, "probability")
-        if probability.ndim == 1:
-            probability = np.stack([1 - probability, probability], axis=1)
-        certainty = probability[np.arange(len(table)), chosen]
+        certainty = table.class_probabilities[np.arange(len(table)), chosen]
         order = np.argsort(-certainty, kind="stable")
         rows = order[np.linspace(0, len(order) - 1, min(n, len(order))).round().astype(int)]
         shown = dataset.select(rows)
@@ -163,7 +159,7 @@ class Classifier:
         center: int = -1,
         threshold: str | float | None = None,
         batch_size: int = 64,
-    ) -> pd.DataFrame:
+    ) -> Predictions:
         """Classify images, one or many, of any sizes.
 
         Args:
@@ -196,7 +192,7 @@ class Classifier:
         batch_size: int = 64,
         num_workers: int = 0,
         description: str = "Predicting",
-    ) -> pd.DataFrame:
+    ) -> Predictions:
         """Predictions table of a schema table (see `hf_histo.evaluation.predictions`), with two more columns.
 
         `calibrated` is the probability after division of the logits by the stored temperature, shaped like
@@ -204,8 +200,8 @@ class Classifier:
         largest one.
 
         Where the adapter normalizes color, a center that training did not see is measured on `dataset` as a whole:
-        give all its images at once, not one by one; likewise where batch norm is adapted. `attrs["transductive"]` lists
-        which of the two were measured so. `test_time_views` and `adapt_batch_norm` (take the batch-norm statistics from
+        give all its images at once, not one by one; likewise where batch norm is adapted. `transductive` lists which of
+        the two were measured so. `test_time_views` and `adapt_batch_norm` (take the batch-norm statistics from
         `dataset`) override those of the adapter.
 
         `label` is the adapter's index of the class that `dataset` names. Raises `HistoError` for a labeled class that
@@ -240,15 +236,21 @@ class Classifier:
             device=self._device,
         )
         columns = dataset.select_columns(["id", "center", "group"])[:]
-        table = predictions.make(columns["id"], columns["center"], columns["group"], labels, logits)
-        table.attrs["label_names"] = self.sidecar.label_names
         measures_color = pipeline.normalizer is not self.sidecar.normalizer
         measured = {"color statistics": measures_color, "batch-norm statistics": adapts}
-        table.attrs["transductive"] = [what for what, used in measured.items() if used]
+        table = Predictions.make(
+            columns["id"],
+            columns["center"],
+            columns["group"],
+            labels,
+            logits,
+            label_names=self.sidecar.label_names,
+            transductive=[what for what, used in measured.items() if used],
+        )
         names = np.array(self.sidecar.label_names)
         return table.assign(
-            calibrated=calibration.apply(table, self.sidecar.temperature)["probability"],
-            predicted=names[predictions.predicted(table, chosen)],
+            calibrated=table.with_temperature(self.sidecar.temperature)["probability"],
+            predicted=names[table.predicted_classes(chosen)],
         )
 
 

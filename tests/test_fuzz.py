@@ -25,13 +25,13 @@ import PIL.Image
 import pytest
 from fixtures import images, write_challenge, write_hicervix, write_lists, write_pcam, write_wilds
 
+from hf_histo.adapter.sidecar import SIDECAR, Sidecar
 from hf_histo.config import DataOptions, parse
 from hf_histo.data.load import load
 from hf_histo.data.readers import hub
 from hf_histo.data.schema import decode, encode_ppm
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import predictions
-from hf_histo.adapter.sidecar import SIDECAR, Sidecar
+from hf_histo.evaluation.predictions import Predictions
 
 CORPUS = Path(__file__).parent / "corpus"
 BATCH = 250
@@ -133,8 +133,8 @@ def shards(folder: Path) -> None:
 
 
 def table(folder: Path) -> None:
-    made = predictions.make(range(4), [0] * 4, [""] * 4, [0, 1, 0, 1], [0.5, -1.0, 2.0, 0.1])
-    predictions.write(folder / "val.parquet", made, ["normal", "tumor"])
+    made = Predictions.make(range(4), [0] * 4, [""] * 4, [0, 1, 0, 1], [0.5, -1.0, 2.0, 0.1])
+    made.with_label_names(["normal", "tumor"]).write(folder / "val.parquet")
 
 
 def image(format: str) -> Callable[[Path], bytes]:
@@ -195,7 +195,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], bytes], Callable[[Path], object]]] 
     "streamed": ("train.parquet", file_of(shards, "train.parquet"), streams),
     "sidecar": (SIDECAR, sidecar, reads_sidecar),
     "yaml": ("run.yaml", lambda folder: b"seed: 3\nlora_rank: 4\ndata: x\nhead: mlp\n", reads_yaml),
-    "predictions": ("val.parquet", file_of(table, "val.parquet"), lambda f: predictions.read(f / "val.parquet")),
+    "predictions": ("val.parquet", file_of(table, "val.parquet"), lambda f: Predictions.read(f / "val.parquet")),
     "ppm": ("image", lambda folder: encode_ppm(images(1)[0]), lambda f: decode((f / "image").read_bytes())),
     **{
         format.lower(): ("image", image(format), lambda f: decode((f / "image").read_bytes()))

@@ -35,7 +35,7 @@ from hf_histo.config import parse
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import predictions
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting import report
 from hf_histo.finetune import Result, fine_tune
 from hf_histo.models import adapters, backbones
@@ -88,7 +88,7 @@ def whole(results: dict[str, Result], tmp_path: Path) -> Path:
 
 
 def logits(folder: Path, split: str) -> np.ndarray:
-    return predictions.array(predictions.read(folder / "predictions" / f"{split}.parquet"), "logit")
+    return Predictions.read(folder / "predictions" / f"{split}.parquet").logits
 
 
 def test_the_folder_holds_what_is_designed(results: dict[str, Result]) -> None:

@@ -24,14 +24,15 @@ from torch import nn
 from transformers import pipeline
 
 from hf_histo import inference
+from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.config import AdapterOptions
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import calibration, predictions, thresholds
+from hf_histo.evaluation import calibration, thresholds
 from hf_histo.evaluation.metrics import classification
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.finetune import fine_tune
-from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.hub import load as load_adapter
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters
@@ -298,7 +299,7 @@ def test_the_threshold_by_name_and_by_number(classifier: Classifier, run: Path) 
     for name, value in classifier.sidecar.thresholds.items():
         table = classifier(file, threshold=name)
         assert list(table["predicted"]) == [names[int(p >= value)] for p in table["probability"]]
-    validation = predictions.read(run / "run" / "adapter" / "predictions" / "val.parquet")
+    validation = Predictions.read(run / "run" / "adapter" / "predictions" / "val.parquet")
     assert classifier.sidecar.thresholds == {"validation": thresholds.choose(validation).value}
     assert set(classifier(file, threshold=0.0)["predicted"]) == {names[1]}
     assert set(classifier(file, threshold=1)["predicted"]) == {names[0]}
@@ -336,7 +337,7 @@ def test_what_was_measured_on_the_images_themselves_is_recorded(classifier: Clas
 
 
 def test_the_temperature_is_that_of_validation_and_changes_no_decision(classifier: Classifier, run: Path) -> None:
-    validation = predictions.read(run / "run" / "adapter" / "predictions" / "val.parquet")
+    validation = Predictions.read(run / "run" / "adapter" / "predictions" / "val.parquet")
     fitted = calibration.fit_temperature(validation)
     assert classifier.sidecar.temperature == pytest.approx(fitted.value)
     hot = Classifier(classifier.model, replace(classifier.sidecar, temperature=3.0))
@@ -359,9 +360,9 @@ def test_the_temperature_of_many_classes_keeps_the_class(tmp_path: Path) -> None
     plain, cold = (Classifier(Means(), sidecar(t))(images) for t in (1.0, 0.01))
     assert plain["predicted"].nunique() > 1
     assert list(plain["predicted"]) == list(cold["predicted"])
-    logits = predictions.array(plain, "logit")
+    logits = plain.logits
     np.testing.assert_allclose(np.stack(cold["calibrated"]), softmax(logits / 0.01, axis=1), rtol=1e-9)
-    np.testing.assert_allclose(np.stack(plain["calibrated"]), predictions.array(plain, "probability"), rtol=1e-12)
+    np.testing.assert_allclose(np.stack(plain["calibrated"]), plain.probabilities, rtol=1e-12)
 
 
 def test_a_known_center_has_its_stored_color_and_another_one_is_measured(

@@ -26,7 +26,7 @@ from hf_histo import hub
 from hf_histo.adapter.folder import verify
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import predictions
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.files import checksum
 from hf_histo.finetune import fine_tune
 from hf_histo.inference import Classifier
@@ -135,7 +135,7 @@ def test_one_process_pushes_and_another_pulls(
     found = pd.read_parquet(pulled)
     assert np.ptp(found["logit"]) > 1e-3
     np.testing.assert_array_equal(found["logit"], found["local"])
-    saved = predictions.array(predictions.read(finished / "predictions" / "val.parquet"), "logit")
+    saved = Predictions.read(finished / "predictions" / "val.parquet").logits
     np.testing.assert_allclose(found["logit"], saved, rtol=0, atol=1e-5)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from huggingface_hub import constants
 from peft import PeftModel
 from torch import nn
@@ -18,7 +17,7 @@ from hf_histo.adapter import model_card
 from hf_histo.adapter.model_card import CARD
 from hf_histo.adapter.sidecar import SIDECAR, Sidecar
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import predictions as prediction_tables
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting import documents
 from hf_histo.files import CHECKSUMS, atomic_folder, read_checksums, read_json, write_checksums, write_json
 from hf_histo.models import adapters, backbones
@@ -40,7 +39,7 @@ def save(
     sidecar: Sidecar,
     *,
     metrics: Mapping[str, Any],
-    tables: Mapping[str, pd.DataFrame],
+    tables: Mapping[str, Predictions],
     figures: Mapping[str, Path] | None = None,
     cost: str = "",
 ) -> None:
@@ -73,7 +72,7 @@ def save(
         write_json(temporary / SIDECAR, dataclasses.asdict(sidecar) | {"normalizer": color})
         write_json(temporary / METRICS, metrics)
         for split, table in tables.items():
-            prediction_tables.write(temporary / PREDICTIONS / f"{split}.parquet", table, sidecar.label_names)
+            table.write(temporary / PREDICTIONS / f"{split}.parquet")
         (temporary / FIGURES).mkdir()
         for figure in (figures or {}).values():
             shutil.copy(figure, temporary / FIGURES)

@@ -21,7 +21,7 @@ from scipy.special import softmax
 
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing, write_message
-from hf_histo.evaluation.predictions import array, label_names, positive_probability, with_logits
+from hf_histo.evaluation.predictions import Predictions
 
 BINS = 15  # Guo et al. 2017, table 1
 LOWEST, HIGHEST = 0.01, 100.0  # a temperature beyond these says that the optimum is at 0 or infinity
@@ -37,7 +37,7 @@ class Temperature:
     reason: str | None = None
 
 
-def reliability(predictions: pd.DataFrame, *, bins: int = BINS, binning: Binning = "equal_width") -> pd.DataFrame:
+def reliability(predictions: Predictions, *, bins: int = BINS, binning: Binning = "equal_width") -> pd.DataFrame:
     """Return what was promised and what came true, by bins of the probability.
 
     Bins are closed on the right (Guo et al. 2017, sec. 2), the first one on both sides. Equal probabilities share a
@@ -71,7 +71,7 @@ def reliability(predictions: pd.DataFrame, *, bins: int = BINS, binning: Binning
 
 
 def expected_calibration_error(
-    predictions: pd.DataFrame, *, bins: int = BINS, binning: Binning = "equal_width"
+    predictions: Predictions, *, bins: int = BINS, binning: Binning = "equal_width"
 ) -> float | None:
     """Return the mean over images of |frequency - probability| of their bin, in [0, 1]; None without a label.
 
@@ -84,45 +84,44 @@ def expected_calibration_error(
     return float(np.average((found["frequency"] - found["probability"]).abs(), weights=found["n"]))
 
 
-def brier_score(predictions: pd.DataFrame) -> float | None:
+def brier_score(predictions: Predictions) -> float | None:
     """Return the mean squared error of the probabilities; None without a label.
 
     With two classes it is that of class 1, in [0, 1]; with more it is summed over the classes, in [0, 2] (Brier 1950,
     "Verification of Forecasts Expressed in Terms of Probability", eq. 2, which with two classes gives twice ours).
     """
-    labeled = _labeled(predictions)
+    labeled = predictions.labeled
     if labeled.empty:
         return None
-    labels, classes = labeled["label"].to_numpy(), len(label_names(labeled))
+    labels, classes = labeled.labels, labeled.num_classes
     if classes == 2:
-        return float(np.mean((positive_probability(labeled) - labels) ** 2))
-    return float(np.mean(((array(labeled, "probability") - np.eye(classes)[labels]) ** 2).sum(axis=1)))
+        return float(np.mean((labeled.positive_probability - labels) ** 2))
+    return float(np.mean(((labeled.class_probabilities - np.eye(classes)[labels]) ** 2).sum(axis=1)))
 
 
-def compute(predictions: pd.DataFrame) -> dict[str, float | None]:
+def compute(predictions: Predictions) -> dict[str, float | None]:
     """Return `n` labeled images, `ece` (equal width), `ece_equal_mass` and `brier`; None where undefined."""
     return {
-        "n": len(_labeled(predictions)),
+        "n": len(predictions.labeled),
         "ece": expected_calibration_error(predictions),
         "ece_equal_mass": expected_calibration_error(predictions, binning="equal_mass"),
         "brier": brier_score(predictions),
     }
 
 
-def report(predictions: pd.DataFrame) -> dict[str, Any]:
+def report(predictions: Predictions) -> dict[str, Any]:
     """Return `compute` as `{"overall": ..., "centers": {"0": ..., ...}, "bins": ...}`, ready for JSON.
 
     Rows of the unknown center (-1) count in "overall" only.
     """
-    centers = sorted(set(predictions["center"]) - {-1})
     return {
         "overall": compute(predictions),
-        "centers": {str(center): compute(predictions[predictions["center"] == center]) for center in centers},
+        "centers": {str(center): compute(rows) for center, rows in predictions.known_centers.items()},
         "bins": BINS,
     }
 
 
-def fit_temperature(predictions: pd.DataFrame) -> Temperature:
+def fit_temperature(predictions: Predictions) -> Temperature:
     """Return the temperature T that minimizes the negative log likelihood of softmax(logits / T).
 
     Guo et al. 2017, sec. 4.2; with one logit, softmax is over (0, logit). Fit it on validation predictions, never on
@@ -135,14 +134,12 @@ def fit_temperature(predictions: pd.DataFrame) -> Temperature:
         predictions: a labeled table. The logits are taken as they stand in it: on a table that was already calibrated,
             the result is a factor on top of the temperature that it has.
     """
-    labeled = _labeled(predictions)
-    labels = labeled["label"].to_numpy()
+    labeled = predictions.labeled
+    labels = labeled.labels
     if len(np.unique(labels)) < 2:
-        found = f"only class {label_names(labeled)[labels[0]]!r}" if len(labels) else "no image"
+        found = f"only class {labeled.label_names[labels[0]]!r}" if len(labels) else "no image"
         return Temperature(1.0, f"{found} is labeled: at least two classes are needed")
-    logits = array(labeled, "logit")
-    if logits.ndim == 1:
-        logits = np.stack([np.zeros_like(logits), logits], axis=1)
+    logits = labeled.class_logits
     # Relative to the true class, no term is positive where every image is right, not even by rounding.
     relative = logits - np.take_along_axis(logits, labels[:, None], axis=1)
 
@@ -151,30 +148,17 @@ def fit_temperature(predictions: pd.DataFrame) -> Temperature:
         return float((softmax(inverse * logits, axis=1) * relative).sum(axis=1).mean())
 
     if slope(1 / HIGHEST) >= 0:
-        return Temperature(1.0, f"the logits say no more than chance: the best temperature is beyond {HIGHEST:g}")
+        return Temperature(1.0, f"the logits are no better than chance: the best temperature is beyond {HIGHEST:g}")
     if slope(1 / LOWEST) <= 0:
         return Temperature(1.0, f"the logits separate the classes: the best temperature is below {LOWEST:g}")
     return Temperature(1 / brentq(slope, 1 / HIGHEST, 1 / LOWEST))
 
 
-def apply(predictions: pd.DataFrame, temperature: float) -> pd.DataFrame:
-    """Return the table with `logit` divided by `temperature`, and `probability` from that; other columns are dropped.
-
-    The order of two-class probabilities stays, and so do AUROC and, at a threshold of 0.5, the predicted classes.
-
-    Raises:
-        HistoError: `temperature` isn't a finite positive number.
-    """
-    if not (np.isfinite(temperature) and temperature > 0):
-        raise HistoError(f"temperature is {temperature}, expected a finite number above 0: fit_temperature gives one")
-    return with_logits(predictions, array(predictions, "logit") / temperature)
-
-
-def reliability_diagram(predictions: pd.DataFrame, path: str | Path, *, bins: int = BINS) -> None:
+def reliability_diagram(predictions: Predictions, path: str | Path, *, bins: int = BINS) -> None:
     """Draw the frequency over the probability, in bins of equal width, as a PNG; below, how many images a bin holds.
 
     The first panel is overall, and each further one a center, where several are known. On the dotted diagonal,
-    probabilities mean what they say; below it they are too high.
+    probabilities are calibrated; below it they are too high.
 
     Args:
         predictions: a predictions table; rows with a hidden label are left out.
@@ -184,8 +168,8 @@ def reliability_diagram(predictions: pd.DataFrame, path: str | Path, *, bins: in
     Raises:
         HistoError: `bins` is less than 1.
     """
-    names = label_names(predictions)
-    panels = dict(_panels(_labeled(predictions)))
+    names = predictions.label_names
+    panels = dict(_panels(predictions.labeled))
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     with drawing(path, 3.8 * columns + 0.4, 5.0 * rows) as figure:
@@ -212,22 +196,17 @@ def reliability_diagram(predictions: pd.DataFrame, path: str | Path, *, bins: in
                 axes.set_axis_on()
 
 
-def _panels(labeled: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+def _panels(labeled: Predictions) -> Iterator[tuple[str, Predictions]]:
     yield "overall", labeled
-    centers = sorted(set(labeled["center"]) - {-1})
-    if len(centers) > 1:
-        yield from ((f"center {center}", labeled[labeled["center"] == center]) for center in centers)
+    if len(centers := labeled.known_centers) > 1:
+        yield from ((f"center {center}", rows) for center, rows in centers.items())
 
 
-def _labeled(predictions: pd.DataFrame) -> pd.DataFrame:
-    return predictions[predictions["label"] >= 0]
-
-
-def _claims(predictions: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def _claims(predictions: Predictions) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Return, for each labeled image, the probability that is to be checked, and whether its event came true."""
-    labeled = _labeled(predictions)
-    labels = labeled["label"].to_numpy()
-    if labeled.empty or len(label_names(labeled)) == 2:
-        return positive_probability(labeled), labels == 1
-    probability = array(labeled, "probability")
+    labeled = predictions.labeled
+    labels = labeled.labels
+    if labeled.empty or labeled.num_classes == 2:
+        return labeled.positive_probability, labels == 1
+    probability = labeled.class_probabilities
     return probability.max(axis=1), labels == probability.argmax(axis=1)

@@ -10,12 +10,12 @@ import pandas as pd
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration
 from hf_histo.evaluation.metrics import classification
-from hf_histo.evaluation.predictions import array, label_names, log_odds, with_logits
+from hf_histo.evaluation.predictions import Predictions
 
 
 def average(
-    tables: Sequence[pd.DataFrame] | Mapping[str, pd.DataFrame], weights: Sequence[float] | None = None
-) -> pd.DataFrame:
+    tables: Sequence[Predictions] | Mapping[str, Predictions], weights: Sequence[float] | None = None
+) -> Predictions:
     """Return the table of the mean logits of several tables of the same images.
 
     What was measured on their own images (see `hf_histo.evaluation.predictions`) is that of all tables together. The
@@ -37,16 +37,15 @@ def average(
     if given.shape != (len(tables),) or not np.isfinite(given).all() or (given < 0).any() or not given.any():
         raise HistoError(f"weights are {weights}, expected {len(tables)} numbers, at least 0 and not all 0")
     first = aligned[0]
-    two = len(label_names(first)) == 2
-    logits = np.average([log_odds(table)[1] if two else array(table, "logit") for table in aligned], 0, given)
-    result = with_logits(first, logits)
-    recorded = [table.attrs.get("transductive") for table in aligned]
+    logits = np.average([table.log_odds[1] if first.num_classes == 2 else table.logits for table in aligned], 0, given)
+    result = first.with_logits(logits)
+    recorded = [table.transductive for table in aligned]
     measured = sorted({what for each in recorded for what in each or ()})
     result.attrs["transductive"] = measured if measured or None not in recorded else None
     return result
 
 
-def compare(tables: Mapping[str, pd.DataFrame], *, threshold: float = 0.5) -> pd.DataFrame:
+def compare(tables: Mapping[str, Predictions], *, threshold: float = 0.5) -> pd.DataFrame:
     """Return the metrics of several tables of the same images, one row each.
 
     Args:
@@ -68,16 +67,16 @@ def compare(tables: Mapping[str, pd.DataFrame], *, threshold: float = 0.5) -> pd
     return pd.DataFrame.from_dict(rows, orient="index", dtype=np.float64)
 
 
-def _aligned(tables: Mapping[str, pd.DataFrame]) -> list[pd.DataFrame]:
+def _aligned(tables: Mapping[str, Predictions]) -> list[Predictions]:
     """Return the tables with their rows in the order of the first one."""
     if not tables:
         raise HistoError("tables are empty, expected at least one predictions table")
     (reference, first), *others = tables.items()
-    names, labels = label_names(first), first["label"].to_numpy()
+    names, labels = first.label_names, first.labels
     aligned = [first]
     for name, table in others:
-        found = label_names(table)
-        both_named = "label_names" in table.attrs and "label_names" in first.attrs
+        found = table.label_names
+        both_named = table.is_named and first.is_named
         if len(found) != len(names) or (both_named and found != names):
             raise HistoError(
                 f"{name} has the classes {found}, expected those of {reference}, {names}: pass predictions of one task"

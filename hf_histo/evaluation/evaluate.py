@@ -7,13 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-import pandas as pd
-
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, thresholds
-from hf_histo.evaluation import predictions as tables
 from hf_histo.evaluation.ensembling import average
 from hf_histo.evaluation.metrics.classification import report
+from hf_histo.evaluation.predictions import Predictions, class_index
 from hf_histo.evaluation.reporting.report import center_table, confusion_matrix, roc_curve, table, transductive
 from hf_histo.files import require_output, write_json
 
@@ -54,16 +52,16 @@ def parse(usage: str | None) -> Namespace:
     return options
 
 
-def read(option: str, paths: list[str], ensemble: bool) -> pd.DataFrame:
+def read(option: str, paths: list[str], ensemble: bool) -> Predictions:
     """The one table of an option's files."""
     if len(paths) > 1 and not ensemble:
         raise HistoError(f"{option} has {len(paths)} files, expected 1: add --ensemble to average several models")
-    return average({path: tables.read(path) for path in paths}) if ensemble else tables.read(paths[0])
+    return average({path: Predictions.read(path) for path in paths}) if ensemble else Predictions.read(paths[0])
 
 
-def check_classes(where: str, predictions: pd.DataFrame, names: list[str]) -> None:
+def check_classes(where: str, predictions: Predictions, names: list[str]) -> None:
     """Raise `HistoError` unless the predictions are of the classes `names`, in this order."""
-    if (found := tables.label_names(predictions)) != names:
+    if (found := predictions.label_names) != names:
         raise HistoError(
             f"{where} has the classes {found}, expected {names}, in this order: pass predictions of one task"
         )
@@ -94,25 +92,25 @@ def main(usage: str | None) -> None:
         require_output(path, read_files)
 
     splits = {split: read("--predictions", paths, options.ensemble) for split, paths in files.items()}
-    names = tables.label_names(next(iter(splits.values())))
+    names = next(iter(splits.values())).label_names
     for split, predictions in splits.items():
         check_classes(f"--predictions {files[split][0]}", predictions, names)
     if options.threshold is not None and len(names) > 2:
         raise HistoError(f"--threshold is for two classes, found {len(names)}, of which the most probable is predicted")
-    negative = tables.class_index(names, options.negative_class)
+    negative = class_index(names, options.negative_class)
     temperature = calibration.Temperature(1.0, "--calibrate_on was not given")
     if options.calibrate_on:
         validation = read("--calibrate_on", options.calibrate_on, options.ensemble)
         check_classes(f"--calibrate_on {options.calibrate_on[0]}", validation, names)
         temperature = calibration.fit_temperature(validation)
         print(f"temperature {temperature.value:.3f}" + (f": {temperature.reason}" if temperature.reason else ""))
-        splits = {split: calibration.apply(predictions, temperature.value) for split, predictions in splits.items()}
+        splits = {split: predictions.with_temperature(temperature.value) for split, predictions in splits.items()}
     chosen = None
     if options.threshold_on:
         validation = read("--threshold_on", options.threshold_on, options.ensemble)
         check_classes(f"--threshold_on {options.threshold_on[0]}", validation, names)
         if options.calibrate_on:
-            validation = calibration.apply(validation, temperature.value)
+            validation = validation.with_temperature(temperature.value)
         chosen = thresholds.choose(
             validation,
             options.criterion or "balanced_accuracy",
@@ -146,9 +144,9 @@ def main(usage: str | None) -> None:
         threshold = metrics[split]["threshold"]
         confusion_matrix(predictions, output / f"confusion_{split}.png", threshold=threshold)
         calibration.reliability_diagram(predictions, output / f"reliability_{split}.png")
-        tables.write(output / "predictions" / f"{split}.parquet", predictions, tables.label_names(predictions))
+        predictions.write(output / "predictions" / f"{split}.parquet")
         if options.submission:
-            tables.write_submission(options.submission, predictions, threshold)
+            predictions.write_submission(options.submission, threshold)
     roc_curve(splits, output / "roc.png")
     write_json(output / "metrics.json", metrics)  # last, so that its presence means that all is there
     print(f"\nwrote {output / 'metrics.json'} and {2 * len(splits) + 1} figures")

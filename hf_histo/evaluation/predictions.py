@@ -1,6 +1,6 @@
-"""The predictions table: what a model predicts for every image, from which everything in this stage is computed.
+"""Predictions of a model, one row per image, from which everything in this stage is computed.
 
-A table is a `pandas.DataFrame` with one row per image and these columns:
+`Predictions` is a `pandas.DataFrame` with these columns:
 
 | column | dtype | meaning |
 |---|---|---|
@@ -11,9 +11,8 @@ A table is a `pandas.DataFrame` with one row per image and these columns:
 | `logit` | float64, or K of them | one logit of the positive class (label 1), or one per class |
 | `probability` | float64, or K of them | sigmoid or softmax of `logit`, in [0, 1] |
 
-`attrs["label_names"]` holds the class names of a table that was read from a file. `attrs["transductive"]` lists what
-was measured on the unlabeled images of the table itself to predict them ("color statistics", "batch-norm statistics");
-predictions of single images would differ. It is missing or None where that is not recorded.
+Whether a table has one logit or K is decided in the class alone: all else takes `class_probabilities` (n, K),
+`positive_probability`, `log_odds` or `predicted_classes`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -44,57 +43,74 @@ MAX_ROWS, MAX_BYTES, MAX_NAME = 5_000_000, 2**31, 4096  # of a file, and of the 
 def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:
     """Return the sigmoid of logits of shape (n,), or the softmax over the last axis of logits of shape (n, K)."""
     logits = np.asarray(logits, dtype=np.float64)
-    return expit(logits) if logits.ndim == 1 else softmax(logits, axis=-1)
+    found: NDArray[np.float64] = expit(logits) if logits.ndim == 1 else softmax(logits, axis=-1)
+    return found
 
 
-def make(
-    ids: Iterable[Any],
-    centers: ArrayLike,
-    groups: Iterable[str | None],
-    labels: ArrayLike,
-    logits: ArrayLike,
-) -> pd.DataFrame:
-    """Build a predictions table.
+class Predictions(pd.DataFrame):
+    """A table of predictions, with the columns of this module's table and any others.
 
-    Args:
-        ids: n keys, unique once written as text.
-        centers: (n,) integers, -1 where unknown.
-        groups: n names; "" or None where unknown.
-        labels: (n,) integers in [-1, K), -1 where hidden.
-        logits: (n,) or (n, 1) for one logit of the positive class, (n, K) for one logit per class, K >= 2.
-
-    Raises:
-        HistoError: lengths differ, an id occurs twice, a logit isn't finite, a label isn't a class.
+    Selections of rows, copies and concatenations are `Predictions` with the same class names.
     """
-    ids = [str(key) for key in ids]
-    groups = [group or "" for group in groups]
-    centers, labels = _integers("centers", centers), _integers("labels", labels)
-    logits = np.asarray(logits, dtype=np.float64)
-    if logits.ndim == 2 and logits.shape[1] == 1:
-        logits = logits[:, 0]
-    if logits.ndim not in (1, 2):
-        raise HistoError(f"logits have shape {logits.shape}, expected (n,), (n, 1) or (n, K): pool them first")
-    lengths = {"ids": len(ids), "centers": len(centers), "groups": len(groups), "labels": len(labels)}
-    if wrong := {name: length for name, length in lengths.items() if length != len(logits)}:
-        raise HistoError(f"{len(logits)} rows of logits but {wrong}: pass one value per image")
-    index = pd.Series(ids, dtype=str)
-    if index.duplicated().any():
-        raise HistoError(f"ids occur more than once: {_first(index[index.duplicated()])}; pass each image once")
-    finite = np.isfinite(logits).all(axis=tuple(range(1, logits.ndim)))
-    if not finite.all():
-        raise HistoError(
-            f"logits of {(~finite).sum()} images are NaN or infinite, the first ids: {_first(index[~finite])}; "
-            "training diverged or overflowed: lower the learning rate or train in fp32"
-        )
-    classes = 2 if logits.ndim == 1 else logits.shape[1]
-    strange = (labels < -1) | (labels >= classes)
-    if strange.any():
-        raise HistoError(
-            f"label {labels[strange][0]} of id {_first(index[strange][:1])}, expected -1 (hidden) to {classes - 1}: "
-            "give the model as many outputs as there are classes"
-        )
-    return pd.DataFrame(
-        {
+
+    @property
+    def _constructor(self) -> type[Predictions]:
+        return Predictions
+
+    @classmethod
+    def make(
+        cls,
+        ids: Iterable[Any],
+        centers: ArrayLike,
+        groups: Iterable[str | None],
+        labels: ArrayLike,
+        logits: ArrayLike,
+        *,
+        label_names: Sequence[str] | None = None,
+        transductive: Sequence[str] | None = None,
+    ) -> Self:
+        """Build a table.
+
+        Args:
+            ids: n keys, unique once written as text.
+            centers: (n,) integers, -1 where unknown.
+            groups: n names; "" or None where unknown.
+            labels: (n,) integers in [-1, K), -1 where hidden.
+            logits: (n,) or (n, 1) for one logit of the positive class, (n, K) for one logit per class, K >= 2.
+            label_names: K class names, "0", "1", ... by default.
+            transductive: see the property.
+
+        Raises:
+            HistoError: lengths differ, an id occurs twice, a logit isn't finite, a label isn't a class.
+        """
+        ids = [str(key) for key in ids]
+        groups = [group or "" for group in groups]
+        centers, labels = _integers("centers", centers), _integers("labels", labels)
+        logits = np.asarray(logits, dtype=np.float64)
+        if logits.ndim == 2 and logits.shape[1] == 1:
+            logits = logits[:, 0]
+        if logits.ndim not in (1, 2):
+            raise HistoError(f"logits have shape {logits.shape}, expected (n,), (n, 1) or (n, K): pool them first")
+        lengths = {"ids": len(ids), "centers": len(centers), "groups": len(groups), "labels": len(labels)}
+        if wrong := {name: length for name, length in lengths.items() if length != len(logits)}:
+            raise HistoError(f"{len(logits)} rows of logits but {wrong}: pass one value per image")
+        index = pd.Series(ids, dtype=str)
+        if index.duplicated().any():
+            raise HistoError(f"ids occur more than once: {_first(index[index.duplicated()])}; pass each image once")
+        finite = np.isfinite(logits).all(axis=tuple(range(1, logits.ndim)))
+        if not finite.all():
+            raise HistoError(
+                f"logits of {(~finite).sum()} images are NaN or infinite, the first ids: {_first(index[~finite])}; "
+                "training diverged or overflowed: lower the learning rate or train in fp32"
+            )
+        classes = 2 if logits.ndim == 1 else logits.shape[1]
+        invalid = (labels < -1) | (labels >= classes)
+        if invalid.any():
+            raise HistoError(
+                f"label {labels[invalid][0]} of id {_first(index[invalid][:1])}, expected -1 (hidden) to "
+                f"{classes - 1}: give the model as many outputs as there are classes"
+            )
+        columns = {
             "id": index,
             "center": centers,
             "group": pd.Series(groups, dtype=str),
@@ -102,68 +118,240 @@ def make(
             "logit": logits.tolist(),
             "probability": probabilities(logits).tolist(),
         }
-    ).astype({} if logits.ndim == 2 else {"logit": np.float64, "probability": np.float64})
+        table = cls(columns)
+        if logits.ndim == 1:
+            table = table.astype({"logit": np.float64, "probability": np.float64})
+        if transductive is not None:
+            table.attrs["transductive"] = list(transductive)
+        return table if label_names is None else table.with_label_names(label_names)
 
+    @property
+    def label_names(self) -> list[str]:
+        """K class names, "0", "1", ... where none were given."""
+        return self.attrs.get("label_names") or [str(place) for place in range(self.num_classes)]
 
-def with_logits(predictions: pd.DataFrame, logits: ArrayLike) -> pd.DataFrame:
-    """Return the table of the same images with other logits, as `make` takes them, and the probabilities of these."""
-    table = make(predictions["id"], predictions["center"], predictions["group"], predictions["label"], logits)
-    table.attrs.update(predictions.attrs)
-    return table
+    @property
+    def is_named(self) -> bool:
+        """Whether class names were given."""
+        return "label_names" in self.attrs
 
+    @property
+    def transductive(self) -> list[str] | None:
+        """What was measured on the unlabeled images of the table itself to predict them; None where not recorded.
 
-def array(predictions: pd.DataFrame, column: str) -> NDArray[np.float64]:
-    """Return the column `logit` or `probability` as an array of shape (n,) or (n, K)."""
-    return np.array(predictions[column].tolist(), dtype=np.float64)
+        E.g. "color statistics", "batch-norm statistics"; predictions of single images would differ.
+        """
+        found: list[str] | None = self.attrs.get("transductive")
+        return found
 
+    @property
+    def num_classes(self) -> int:
+        """K, at least 2."""
+        logits = self.logits
+        return 2 if logits.ndim == 1 else logits.shape[1]
 
-def predicted(predictions: pd.DataFrame, threshold: float = 0.5) -> NDArray[np.int64]:
-    """Return the predicted class of every row, shape (n,).
+    @property
+    def labeled(self) -> Self:
+        """Rows whose label is not hidden."""
+        return self[self["label"] >= 0]
 
-    With two classes it is 1 where the probability of class 1 is at least `threshold`; with more it is the most
-    probable class, the first one on a tie, and `threshold` has no effect.
+    @property
+    def known_centers(self) -> dict[int, Self]:
+        """Rows of each known acquisition center, in rising order."""
+        return {center: self[self["center"] == center] for center in sorted(set(self["center"]) - {-1})}
 
-    Raises:
-        HistoError: `threshold` is outside [0, 1].
-    """
-    if not 0 <= threshold <= 1:
-        raise HistoError(f"threshold is {threshold}, expected a probability: pass a number from 0 to 1")
-    probability = array(predictions, "probability")
-    if probability.ndim == 2 and probability.shape[1] > 2:
-        return probability.argmax(axis=1)
-    return (positive_probability(predictions) >= threshold).astype(np.int64)
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class indices, (n,), -1 where hidden."""
+        return self["label"].to_numpy(np.int64)
 
+    @property
+    def logits(self) -> NDArray[np.float64]:
+        """Logits as stored, (n,) or (n, K)."""
+        return self.numbers("logit")
 
-def positive_probability(predictions: pd.DataFrame) -> NDArray[np.float64]:
-    """Return the probability of class 1 of every row, shape (n,), where there are two classes.
+    @property
+    def class_logits(self) -> NDArray[np.float64]:
+        """Logits whose softmax is the probability of each class, (n, K); one stored logit stands against 0."""
+        logits = self.logits
+        return np.stack([np.zeros_like(logits), logits], axis=1) if logits.ndim == 1 else logits
 
-    Raises:
-        HistoError: there are more.
-    """
-    probability = array(predictions, "probability")
-    if probability.ndim == 1:
-        return probability
-    if probability.shape[1] > 2:
-        raise HistoError(f"the predictions tell {probability.shape[1]} classes, expected two: no one class is positive")
-    return probability[:, 1]
+    @property
+    def probabilities(self) -> NDArray[np.float64]:
+        """Probabilities as stored, (n,) of class 1, or (n, K), in [0, 1]."""
+        return self.numbers("probability")
 
+    @property
+    def class_probabilities(self) -> NDArray[np.float64]:
+        """Probability of each class, (n, K), in [0, 1]."""
+        return self.by_class("probability")
 
-def log_odds(predictions: pd.DataFrame) -> dict[int, NDArray[np.float64]]:
-    """Return, for each class, log(p / (1 - p)) of every row, shape (n,); of class 1 alone where there are two.
+    @property
+    def positive_probability(self) -> NDArray[np.float64]:
+        """Probability of class 1, (n,), where there are two classes.
 
-    It orders rows as the probability does, without the ties: in float64 that is 1 for every logit from 37 on.
-    """
-    logits = array(predictions, "logit")
-    if logits.ndim == 1:
-        return {1: logits}
-    classes = range(logits.shape[1]) if logits.shape[1] > 2 else (1,)
-    return {c: logits[:, c] - logsumexp(np.delete(logits, c, axis=1), axis=1) for c in classes}
+        Raises:
+            HistoError: there are more.
+        """
+        probability = self.probabilities
+        if probability.ndim == 1:
+            return probability
+        if probability.shape[1] > 2:
+            raise HistoError(
+                f"the predictions are of {probability.shape[1]} classes, expected two: no one class is positive"
+            )
+        return probability[:, 1]
 
+    @property
+    def log_odds(self) -> dict[int, NDArray[np.float64]]:
+        """log(p / (1 - p)) of each class, (n,); of class 1 alone where there are two.
 
-def label_names(predictions: pd.DataFrame) -> list[str]:
-    """Return the class names that came with the table, or "0", "1", ... where none did."""
-    logits = array(predictions, "logit")
-    return predictions.attrs.get("label_names") or [str(i) for i in range(2 if logits.ndim == 1 else logits.shape[1])]
+        It orders rows as the probability does, without the ties: in float64 that is 1 for every logit from 37 on.
+        """
+        logits = self.logits
+        if logits.ndim == 1:
+            return {1: logits}
+        classes = range(logits.shape[1]) if logits.shape[1] > 2 else (1,)
+        return {c: logits[:, c] - logsumexp(np.delete(logits, c, axis=1), axis=1) for c in classes}
+
+    def numbers(self, column: str) -> NDArray[np.float64]:
+        """A column of one number per row, or of K, as an array (n,) or (n, K)."""
+        return np.array(self[column].tolist(), dtype=np.float64)
+
+    def by_class(self, column: str) -> NDArray[np.float64]:
+        """A column of probabilities as one of each class, (n, K)."""
+        probability = self.numbers(column)
+        return np.stack([1 - probability, probability], axis=1) if probability.ndim == 1 else probability
+
+    def predicted_classes(self, threshold: float = 0.5) -> NDArray[np.int64]:
+        """Predicted class of each row, (n,).
+
+        With two classes it is 1 where the probability of class 1 is at least `threshold`; with more it is the most
+        probable class, the first one on a tie, and `threshold` has no effect.
+
+        Raises:
+            HistoError: `threshold` is outside [0, 1].
+        """
+        if not 0 <= threshold <= 1:
+            raise HistoError(f"threshold is {threshold}, expected a probability: pass a number from 0 to 1")
+        probability = self.probabilities
+        if probability.ndim == 2 and probability.shape[1] > 2:
+            classes: NDArray[np.int64] = probability.argmax(axis=1)
+            return classes
+        return (self.positive_probability >= threshold).astype(np.int64)
+
+    def with_label_names(self, label_names: Sequence[str]) -> Self:
+        """The same table with these class names.
+
+        Raises:
+            HistoError: their number isn't the number of classes.
+        """
+        if len(label_names) != self.num_classes:
+            raise HistoError(
+                f"label_names are {list(label_names)} but the logits are of {self.num_classes} classes: pass one name "
+                "each"
+            )
+        table = self.copy(deep=False)
+        table.attrs = {**self.attrs, "label_names": list(label_names)}
+        return table
+
+    def with_logits(self, logits: ArrayLike) -> Self:
+        """The same images with other logits, as `make` takes them; columns beside those of `make` are dropped."""
+        table = self.make(self["id"], self["center"], self["group"], self["label"], logits)
+        table.attrs.update(self.attrs)
+        return table
+
+    def with_temperature(self, temperature: float) -> Self:
+        """The table with `logit` divided by `temperature`, and `probability` from that; other columns are dropped.
+
+        The order of two-class probabilities stays, and so do AUROC and, at a threshold of 0.5, the predicted classes.
+
+        Raises:
+            HistoError: `temperature` isn't a finite positive number.
+        """
+        if not (np.isfinite(temperature) and temperature > 0):
+            raise HistoError(
+                f"temperature is {temperature}, expected a finite number above 0: fit_temperature gives one"
+            )
+        return self.with_logits(self.logits / temperature)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read a table from parquet; its classes are named "0", "1", ... where the file names none.
+
+        Raises:
+            HistoError: the file is missing, isn't parquet, lacks a column, or holds values that `make` refuses.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise HistoError(f"{path} is not a file: pass a predictions file that a training recipe wrote (.parquet)")
+        try:
+            table = _table(path)
+        except (pa.ArrowException, OSError, MemoryError, ValueError, LookupError, TypeError) as error:
+            raise HistoError(f"{path} can't be read as parquet: pass a whole predictions file ({error})") from None
+        columns = {name: table[name].to_pylist() for name in COLUMNS}
+        try:
+            logits, probability = (np.array(columns[name], dtype=np.float64) for name in ("logit", "probability"))
+            predictions = cls.make(columns["id"], columns["center"], columns["group"], columns["label"], logits)
+        except (HistoError, ValueError, TypeError) as error:
+            raise HistoError(f"{path}: {error}") from None
+        if probability.shape != logits.shape or not ((probability >= 0) & (probability <= 1)).all():
+            raise HistoError(f"{path}: column probability isn't one number in [0, 1] per logit: predict again")
+        # The stored probabilities stay: a calibrated table's are not the plain sigmoid or softmax of its logits.
+        predictions["probability"] = probability.reshape(predictions.logits.shape).tolist()
+        expected = predictions.label_names
+        names, transductive = (_texts(path, table.schema, name) for name in ("label_names", "transductive"))
+        if names is not None and not len(names) == len(set(names)) == len(expected):
+            raise HistoError(
+                f"{path}: its label_names are {names}, expected {len(expected)} different names: predict again"
+            )
+        predictions.attrs["label_names"] = names or expected
+        if transductive is not None:
+            predictions.attrs["transductive"] = transductive
+        return predictions
+
+    def write(self, path: str | Path) -> None:
+        """Write the table as parquet, atomically; class names and `transductive` go into the metadata as JSON lists."""
+        logits = self.logits
+        number = pa.float64() if logits.ndim == 1 else pa.list_(pa.float64(), logits.shape[1])
+        types = (pa.string(), pa.int64(), pa.string(), pa.int64(), number, number)
+        schema = pa.schema(list(zip(COLUMNS, types, strict=True)))
+        table = pa.Table.from_pandas(self, schema=schema, preserve_index=False)
+        lists = {"label_names": self.label_names, "transductive": self.transductive}
+        metadata = {name: json.dumps(values) for name, values in lists.items() if values is not None}
+        with atomic_file(path) as temporary:
+            pq.write_table(table.replace_schema_metadata(metadata), temporary)
+
+    def write_submission(self, path: str | Path, threshold: float = 0.5, *, details: bool = False) -> None:
+        """Write the table as a CSV with a header, one row per image in the table's order, atomically.
+
+        Spreadsheets run a cell that starts with =, +, -, @, a tab or a line break as a formula, so such an id or name
+        gets a leading apostrophe, unless it is a number (https://owasp.org/www-community/attacks/CSV_Injection).
+        Control characters are written as escapes, which a terminal ignores. All other texts stay as they are.
+
+        Columns: `ID`, the image's key; `Pred`, the class index that `predicted_classes` gives at `threshold`; `Prob`,
+        the probability of class 1, or, for more than two classes, of the predicted one. With `details`, of a table that
+        has the column `calibrated`, also `Label`, the name of class `Pred`, and `Calibrated`, the calibrated
+        probability of the class of `Prob`.
+
+        Raises:
+            HistoError: `threshold` is outside [0, 1], or two ids are the same once made harmless.
+        """
+        chosen = self.predicted_classes(threshold)
+        shown = chosen if self.num_classes > 2 else np.ones_like(chosen)
+        rows = np.arange(len(chosen))
+        ids = self["id"].map(_harmless)
+        if len(same := ids[ids.duplicated()]):
+            found = _first(same)
+            raise HistoError(f"ids are the same once made harmless for a spreadsheet: {found}; rename the images")
+        columns = {"ID": ids, "Pred": chosen, "Prob": self.class_probabilities[rows, shown]}
+        if details:
+            names = np.array([_harmless(name) for name in self.label_names])
+            columns |= {"Label": names[chosen], "Calibrated": self.by_class("calibrated")[rows, shown]}
+        # Where a semicolon separates, as in many countries, an unquoted one would start a cell of its own.
+        quoting: Literal[0, 2] = csv.QUOTE_NONNUMERIC if ids.str.contains(";").any() else csv.QUOTE_MINIMAL
+        with atomic_file(path) as temporary:
+            pd.DataFrame(columns).to_csv(temporary, index=False, quoting=quoting)
 
 
 def class_index(names: Sequence[str], negative_class: str | None) -> int | None:
@@ -179,105 +367,10 @@ def class_index(names: Sequence[str], negative_class: str | None) -> int | None:
     return list(names).index(negative_class)
 
 
-def write(path: str | Path, predictions: pd.DataFrame, label_names: Sequence[str]) -> None:
-    """Write the table as parquet, atomically; `label_names` and "transductive" go into the metadata as JSON lists.
-
-    Raises:
-        HistoError: the number of names isn't the number of classes.
-    """
-    logits = array(predictions, "logit")
-    classes = 2 if logits.ndim == 1 else logits.shape[1]
-    if len(label_names) != classes:
-        raise HistoError(
-            f"label_names are {list(label_names)} but the logits tell {classes} classes: pass one name each"
-        )
-    number = pa.float64() if logits.ndim == 1 else pa.list_(pa.float64(), classes)
-    types = (pa.string(), pa.int64(), pa.string(), pa.int64(), number, number)
-    schema = pa.schema(list(zip(COLUMNS, types, strict=True)))
-    table = pa.Table.from_pandas(predictions, schema=schema, preserve_index=False)
-    lists = {"label_names": list(label_names), "transductive": predictions.attrs.get("transductive")}
-    metadata = {name: json.dumps(values) for name, values in lists.items() if values is not None}
-    with atomic_file(path) as temporary:
-        pq.write_table(table.replace_schema_metadata(metadata), temporary)
-
-
-def write_submission(
-    path: str | Path, predictions: pd.DataFrame, threshold: float = 0.5, *, details: bool = False
-) -> None:
-    """Write the table as a CSV with a header, one row per image in the table's order, atomically.
-
-    Spreadsheets run a cell that starts with =, +, -, @, a tab or a line break as a formula, so such an id or name gets
-    a leading apostrophe, unless it is a number (https://owasp.org/www-community/attacks/CSV_Injection); control
-    characters are written as their escapes, which a terminal does not obey. All other texts stay as they are.
-
-    Columns: `ID`, the image's key; `Pred`, the class index that `predicted` gives at `threshold`; `Prob`, the
-    probability of class 1, or, for more than two classes, of the predicted one. With `details`, of a table that has the
-    column `calibrated`, also `Label`, the name of class `Pred`, and `Calibrated`, the calibrated probability of the
-    class that `Prob` is of.
-
-    Raises:
-        HistoError: `threshold` is outside [0, 1], or two ids are the same once made harmless.
-    """
-    chosen = predicted(predictions, threshold)
-
-    def of_chosen(column: str) -> NDArray[np.float64]:
-        probability = array(predictions, column)
-        if probability.ndim == 1:
-            return probability
-        return probability[np.arange(len(chosen)), chosen if probability.shape[1] > 2 else 1]
-
-    ids = predictions["id"].map(_harmless)
-    if len(same := ids[ids.duplicated()]):
-        raise HistoError(f"ids are the same once made harmless for a spreadsheet: {_first(same)}; rename the images")
-    columns = {"ID": ids, "Pred": chosen, "Prob": of_chosen("probability")}
-    if details:
-        names = np.array([_harmless(name) for name in label_names(predictions)])
-        columns |= {"Label": names[chosen], "Calibrated": of_chosen("calibrated")}
-    # Where a semicolon separates, as in many countries, the part of a bare text behind one would be a cell of its own.
-    quoting: Literal[0, 2] = csv.QUOTE_NONNUMERIC if ids.str.contains(";").any() else csv.QUOTE_MINIMAL
-    with atomic_file(path) as temporary:
-        pd.DataFrame(columns).to_csv(temporary, index=False, quoting=quoting)
-
-
 def _harmless(text: str) -> str:
     """Text that no spreadsheet or terminal acts on; see `write_submission`."""
     is_formula = text.startswith(FORMULA) and not re.fullmatch(r"[+-]?\d+(\.\d*)?", text, re.ASCII)
     return printable(f"'{text}" if is_formula else text)
-
-
-def read(path: str | Path) -> pd.DataFrame:
-    """Read a table, with its class names in `attrs["label_names"]` ("0", "1", ... where the file has none).
-
-    Raises:
-        HistoError: the file is missing, isn't parquet, lacks a column, or holds what `make` refuses.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise HistoError(f"{path} is not a file: pass a predictions file that a training recipe wrote (.parquet)")
-    try:
-        table = _table(path)
-    except (pa.ArrowException, OSError, MemoryError, ValueError, LookupError, TypeError) as error:
-        raise HistoError(f"{path} can't be read as parquet: pass a whole predictions file ({error})") from None
-    columns = {name: table[name].to_pylist() for name in COLUMNS}
-    try:
-        logits, probability = (np.array(columns[name], dtype=np.float64) for name in ("logit", "probability"))
-        predictions = make(columns["id"], columns["center"], columns["group"], columns["label"], logits)
-    except (HistoError, ValueError, TypeError) as error:
-        raise HistoError(f"{path}: {error}") from None
-    if probability.shape != logits.shape or not ((probability >= 0) & (probability <= 1)).all():
-        raise HistoError(f"{path}: column probability isn't one number in [0, 1] per logit: predict again")
-    # The stored probabilities stay: a calibrated table's are not the plain sigmoid or softmax of its logits.
-    predictions["probability"] = probability.reshape(array(predictions, "logit").shape).tolist()
-    expected = label_names(predictions)
-    names, transductive = (_texts(path, table.schema, name) for name in ("label_names", "transductive"))
-    if names is not None and not len(names) == len(set(names)) == len(expected):
-        raise HistoError(
-            f"{path}: its label_names are {names}, expected {len(expected)} different names: predict again"
-        )
-    predictions.attrs["label_names"] = names or expected
-    if transductive is not None:
-        predictions.attrs["transductive"] = transductive
-    return predictions
 
 
 def _texts(path: Path, schema: pa.Schema, name: str) -> list[str] | None:
@@ -287,7 +380,7 @@ def _texts(path: Path, schema: pa.Schema, name: str) -> list[str] | None:
     except (ValueError, RecursionError):
         values = False
     if values is not None and not (isinstance(values, list) and set(map(type, values)) <= {str}):
-        raise HistoError(f"{path}: its {name} are not a list of texts: pass a file made by predictions.write")
+        raise HistoError(f"{path}: its {name} are not a list of texts: pass a file made by Predictions.write")
     return values
 
 
@@ -298,7 +391,7 @@ def _table(path: Path) -> pa.Table:
     with pq.ParquetFile(path, read_dictionary=sorted({"id", "group"} & set(found))) as file:
         if missing := [name for name in COLUMNS if name not in found]:
             raise HistoError(
-                f"{path} lacks the columns {missing} (it has {found}): pass a file made by predictions.write"
+                f"{path} lacks the columns {missing} (it has {found}): pass a file made by Predictions.write"
             )
         if file.metadata.num_rows > MAX_ROWS:
             raise HistoError(f"{path}: {file.metadata.num_rows} rows, expected at most {MAX_ROWS}")

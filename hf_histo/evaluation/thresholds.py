@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from hf_histo.errors import HistoError
-from hf_histo.evaluation.predictions import label_names, positive_probability
+from hf_histo.evaluation.predictions import Predictions
 
 Floats = NDArray[np.float64]
 Criterion = Literal["balanced_accuracy", "f1", "accuracy", "sensitivity"]
@@ -38,7 +37,7 @@ class Threshold:
     n: int
 
 
-def for_share(predictions: pd.DataFrame, share: float = 0.5) -> Threshold:
+def for_share(predictions: Predictions, share: float = 0.5) -> Threshold:
     """Return the threshold at which class 1 is predicted for a given share of the images, labeled or not.
 
     It fits where the share of class 1 is known beforehand, as in a balanced test set, and the probabilities of a new
@@ -51,11 +50,11 @@ def for_share(predictions: pd.DataFrame, share: float = 0.5) -> Threshold:
         share: of images to be predicted as class 1, in [0, 1].
 
     Raises:
-        HistoError: `share` is outside [0, 1], the table is empty, or it tells more than two classes.
+        HistoError: `share` is outside [0, 1], the table is empty, or it is of more than two classes.
     """
     if not 0 <= share <= 1:
         raise HistoError(f"share is {share}, expected a share of the images: pass a number from 0 to 1, e.g. 0.5")
-    probability = positive_probability(predictions)
+    probability = predictions.positive_probability
     if not len(probability):
         raise HistoError("the predictions hold no image, expected at least 1: pass the table of the target center")
     cuts = _cuts(probability)
@@ -66,7 +65,7 @@ def for_share(predictions: pd.DataFrame, share: float = 0.5) -> Threshold:
 
 
 def choose(
-    predictions: pd.DataFrame, criterion: Criterion = "balanced_accuracy", *, specificity: float = 0.95
+    predictions: Predictions, criterion: Criterion = "balanced_accuracy", *, specificity: float = 0.95
 ) -> Threshold:
     """Return the threshold that is best on a labeled table, which should be that of a validation split.
 
@@ -80,14 +79,14 @@ def choose(
         specificity: in [0, 1]; of effect for "sensitivity" only.
 
     Raises:
-        HistoError: the criterion is none of these, the table tells more than two classes or holds labels of fewer, or
+        HistoError: the criterion is none of these, the table is of more than two classes or holds labels of fewer, or
             `specificity` is outside [0, 1] or can't be reached.
     """
-    probability, positive = positive_probability(predictions), (predictions["label"] == 1).to_numpy()
-    labeled = (predictions["label"] >= 0).to_numpy()
+    probability, positive = predictions.positive_probability, predictions.labels == 1
+    labeled = predictions.labels >= 0
     probability, positive = probability[labeled], positive[labeled]
     if positive.all() or not positive.any():
-        names = label_names(predictions)
+        names = predictions.label_names
         found = f"only {names[int(positive[0])]!r}" if len(positive) else "no class"
         raise HistoError(f"{found} is labeled in the predictions, expected {names}: choose on a validation table")
     cuts = _cuts(probability)

@@ -14,11 +14,11 @@ from sklearn.metrics import brier_score_loss, log_loss
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration
 from hf_histo.evaluation.metrics import classification
-from hf_histo.evaluation.predictions import array, make
+from hf_histo.evaluation.predictions import Predictions
 
 
 def table(logits: np.ndarray, labels: np.ndarray, centers: int = 1) -> pd.DataFrame:
-    return make(range(len(labels)), np.arange(len(labels)) % centers, [""] * len(labels), labels, logits)
+    return Predictions.make(range(len(labels)), np.arange(len(labels)) % centers, [""] * len(labels), labels, logits)
 
 
 def planted(temperature: float, classes: int = 1, n: int = 3000) -> pd.DataFrame:
@@ -35,7 +35,7 @@ def test_reliability_is_that_of_scikit_learn(binning: calibration.Binning, strat
     predictions = planted(2.0)
     found = calibration.reliability(predictions, bins=10, binning=binning)
     frequency, probability = calibration_curve(
-        predictions["label"], array(predictions, "probability"), n_bins=10, strategy=strategy
+        predictions["label"], predictions.probabilities, n_bins=10, strategy=strategy
     )
     np.testing.assert_allclose(found["frequency"], frequency)
     np.testing.assert_allclose(found["probability"], probability)
@@ -48,7 +48,7 @@ def test_reliability_is_that_of_scikit_learn(binning: calibration.Binning, strat
 
 def test_error_of_several_classes_is_that_of_the_predicted_class() -> None:
     predictions = planted(3.0, classes=4)
-    probability = array(predictions, "probability")
+    probability = predictions.probabilities
     confidence, right = probability.max(axis=1), probability.argmax(axis=1) == predictions["label"]
     expected = 0.0
     for m in range(15):
@@ -61,7 +61,7 @@ def test_error_of_several_classes_is_that_of_the_predicted_class() -> None:
 @pytest.mark.parametrize("classes", [1, 2, 4])
 def test_brier_score_is_that_of_scikit_learn(classes: int) -> None:
     predictions = planted(2.0, classes=classes)
-    probability = array(predictions, "probability")
+    probability = predictions.probabilities
     expected = brier_score_loss(predictions["label"], probability[:, 1] if classes == 2 else probability)
     assert calibration.brier_score(predictions) == pytest.approx(expected)
 
@@ -116,7 +116,7 @@ def test_a_planted_temperature_is_found(temperature: float, classes: int) -> Non
     assert found.value == pytest.approx(temperature, rel=0.1)
 
     def loss(value: float) -> float:
-        return float(log_loss(predictions["label"], array(calibration.apply(predictions, value), "probability")))
+        return float(log_loss(predictions["label"], predictions.with_temperature(value).probabilities))
 
     assert loss(found.value) < min(loss(found.value * 0.99), loss(found.value * 1.01))
 
@@ -124,7 +124,7 @@ def test_a_planted_temperature_is_found(temperature: float, classes: int) -> Non
 def test_applying_divides_logits_and_mends_probabilities() -> None:
     predictions = planted(4.0).assign(predicted="stale")
     predictions.attrs["label_names"] = ["normal", "tumor"]
-    scaled = calibration.apply(predictions, 4.0)
+    scaled = predictions.with_temperature(4.0)
     np.testing.assert_allclose(scaled["logit"], predictions["logit"] / 4)
     np.testing.assert_allclose(scaled["probability"], expit(predictions["logit"] / 4))
     assert "predicted" not in scaled and scaled.attrs == predictions.attrs
@@ -137,7 +137,7 @@ def test_applying_divides_logits_and_mends_probabilities() -> None:
     )
     for value in (0.0, -1.0, np.nan, np.inf):
         with pytest.raises(HistoError, match="temperature is"):
-            calibration.apply(predictions, value)
+            predictions.with_temperature(value)
 
 
 @pytest.mark.parametrize(

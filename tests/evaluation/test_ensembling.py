@@ -10,7 +10,9 @@ from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration
 from hf_histo.evaluation.ensembling import average, compare
 from hf_histo.evaluation.metrics import classification
-from hf_histo.evaluation.predictions import array, make
+from hf_histo.evaluation.predictions import Predictions
+
+make = Predictions.make
 
 
 def random_table(classes: int = 1, n: int = 50, seed: int = 0) -> pd.DataFrame:
@@ -29,11 +31,11 @@ def test_probabilities_are_geometric_means(classes: int, weights: list[float] | 
     tables = [random_table(classes, seed=0), random_table(classes, seed=1)]
     found = average([tables[0], shuffled(tables[1])], weights)
     shares = np.array(weights or [1, 1]) / sum(weights or [1, 1])
-    p = [array(table, "probability") for table in tables]
+    p = [table.probabilities for table in tables]
     p = [np.stack([1 - q, q], axis=1) if q.ndim == 1 else q for q in p]
     expected = p[0] ** shares[0] * p[1] ** shares[1]
     expected /= expected.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(array(found, "probability"), expected if classes > 2 else expected[:, 1])
+    np.testing.assert_allclose(found.probabilities, expected if classes > 2 else expected[:, 1])
     for column in ("id", "center", "group", "label"):
         assert found[column].equals(tables[0][column])
 
@@ -41,13 +43,13 @@ def test_probabilities_are_geometric_means(classes: int, weights: list[float] | 
 def test_one_table_stays_and_a_constant_per_image_does_not_matter() -> None:
     one = random_table(4)
     pd.testing.assert_frame_equal(average([one]), one)
-    shifted = make(one["id"], one["center"], one["group"], one["label"], array(one, "logit") + np.arange(50)[:, None])
-    np.testing.assert_allclose(array(average([shifted, one]), "probability"), array(one, "probability"))
+    shifted = make(one["id"], one["center"], one["group"], one["label"], one.logits + np.arange(50)[:, None])
+    np.testing.assert_allclose(average([shifted, one]).probabilities, one.probabilities)
 
 
 def test_one_and_two_logits_of_two_classes_go_together() -> None:
     one = random_table()
-    logits = array(one, "logit")
+    logits = one.logits
     two = make(one["id"], one["center"], one["group"], one["label"], np.stack([5 - logits, 5 + logits], axis=1))
     np.testing.assert_allclose(average([one, two])["logit"], 1.5 * logits)
 
@@ -78,7 +80,7 @@ def test_an_average_is_transductive_where_one_of_its_parts_is(
     averaged = average(tables)
     assert averaged.attrs["transductive"] == expected
     assert classification.report(averaged)["transductive"] == expected
-    assert classification.report(calibration.apply(averaged, 2.0))["transductive"] == expected
+    assert classification.report(averaged.with_temperature(2.0))["transductive"] == expected
     assert [table.attrs.get("transductive") for table in tables] == recorded
 
 

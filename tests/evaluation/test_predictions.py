@@ -10,11 +10,12 @@ import pytest
 
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import predictions as tables
+from hf_histo.evaluation.predictions import Predictions
 
 
 def small(logits: object = (0.5, -1.0, 40.0), **changes: object) -> pd.DataFrame:
     columns = {"ids": ["a", "b", "c"], "centers": [0, 3, -1], "groups": ["p", None, ""], "labels": [1, 0, -1]}
-    return tables.make(**(columns | changes), logits=np.array(logits))  # type: ignore[arg-type]
+    return Predictions.make(**columns | changes, logits=np.array(logits))  # type: ignore[arg-type]
 
 
 def test_columns_and_types() -> None:
@@ -40,33 +41,33 @@ def test_round_trip(tmp_path: Path, classes: int) -> None:
     logits = np.random.default_rng(0).normal(size=(3, classes))
     names = ["normal", "tumor"] if classes < 3 else list("vwxyz")
     table = small(logits)
-    table["probability"] = (tables.array(table, "probability") * 0.5).tolist()  # as a calibrated table's differ
-    tables.write(tmp_path / "test.parquet", table, names)
-    again = tables.read(tmp_path / "test.parquet")
-    assert again.attrs["label_names"] == tables.label_names(again) == names
+    table["probability"] = (table.probabilities * 0.5).tolist()  # as a calibrated table's differ
+    table.with_label_names(names).write(tmp_path / "test.parquet")
+    again = Predictions.read(tmp_path / "test.parquet")
+    assert again.attrs["label_names"] == again.label_names == names
     pd.testing.assert_frame_equal(again, table, check_exact=True)
-    assert tables.array(again, "logit").shape == ((3,) if classes == 1 else (3, classes))
+    assert again.logits.shape == ((3,) if classes == 1 else (3, classes))
     assert [file.name for file in tmp_path.iterdir()] == ["test.parquet"]
 
 
 @pytest.mark.parametrize("measured", [[], ["color statistics"]])
 def test_a_file_records_what_was_measured_on_its_own_images(tmp_path: Path, measured: list[str]) -> None:
     table = small()
-    tables.write(tmp_path / "older.parquet", table, ["normal", "tumor"])
+    table.with_label_names(["normal", "tumor"]).write(tmp_path / "older.parquet")
     table.attrs["transductive"] = measured
-    tables.write(tmp_path / "test.parquet", table, ["normal", "tumor"])
-    assert tables.read(tmp_path / "test.parquet").attrs["transductive"] == measured
-    assert "transductive" not in tables.read(tmp_path / "older.parquet").attrs
+    table.with_label_names(["normal", "tumor"]).write(tmp_path / "test.parquet")
+    assert Predictions.read(tmp_path / "test.parquet").attrs["transductive"] == measured
+    assert "transductive" not in Predictions.read(tmp_path / "older.parquet").attrs
 
 
 def test_probabilities_of_0_and_1_are_read(tmp_path: Path) -> None:
-    tables.write(tmp_path / "test.parquet", small([-1000.0, 0.0, 1000.0]), ["normal", "tumor"])
-    assert tables.read(tmp_path / "test.parquet")["probability"].tolist() == [0, 0.5, 1]
+    small([-1000.0, 0.0, 1000.0]).with_label_names(["normal", "tumor"]).write(tmp_path / "test.parquet")
+    assert Predictions.read(tmp_path / "test.parquet")["probability"].tolist() == [0, 0.5, 1]
 
 
 def test_file_made_by_pandas_is_read(tmp_path: Path) -> None:
     small([[0.0, 1.0, 2.0]] * 3).to_parquet(tmp_path / "test.parquet")
-    assert tables.read(tmp_path / "test.parquet").attrs["label_names"] == ["0", "1", "2"]
+    assert Predictions.read(tmp_path / "test.parquet").attrs["label_names"] == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_bad_columns_are_refused(changes: dict[str, object], message: str) -> No
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
     good = tmp_path / "good.parquet"
-    tables.write(good, small(), ["normal", "tumor"])
+    small().with_label_names(["normal", "tumor"]).write(good)
     (tmp_path / "text.parquet").write_text("id,label\n")
     (tmp_path / "cut.parquet").write_bytes(good.read_bytes()[:-100])
     pd.read_parquet(good).drop(columns="group").to_parquet(tmp_path / "narrow.parquet")
@@ -111,7 +112,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     }
     for name, message in expected.items():
         with pytest.raises(HistoError, match=message) as error:
-            tables.read(tmp_path / f"{name}.parquet")
+            Predictions.read(tmp_path / f"{name}.parquet")
         assert str(tmp_path / f"{name}.parquet") in str(error.value)
 
 
@@ -137,31 +138,33 @@ def test_files_made_to_do_harm_are_refused(tmp_path: Path) -> None:
         file = tmp_path / f"{name}.parquet"
         assert file.stat().st_size < 2**20
         with pytest.raises(HistoError, match=expected.get(name, "label_names are not a list of texts")) as error:
-            tables.read(file)
+            Predictions.read(file)
         assert str(file) in str(error.value)
 
 
 def test_limits_hold_for_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, long = tmp_path / "test.parquet", tmp_path / "long.parquet"
     n = 5000  # several batches, each below the limit
-    tables.write(file, tables.make(range(n), [0] * n, [""] * n, [0] * n, np.zeros(n)), ["normal", "tumor"])
-    assert len(tables.read(file)) == n
+    Predictions.make(range(n), [0] * n, [""] * n, [0] * n, np.zeros(n)).with_label_names(["normal", "tumor"]).write(
+        file
+    )
+    assert len(Predictions.read(file)) == n
     monkeypatch.setattr(tables, "MAX_BYTES", 100_000)
     with pytest.raises(HistoError, match=r"test\.parquet: more than 100000 bytes"):
-        tables.read(file)
+        Predictions.read(file)
     small(ids=["a", "b", "x" * 5000]).to_parquet(long)
     with pytest.raises(HistoError, match="id has a text of 5000 bytes"):
-        tables.read(long)
+        Predictions.read(long)
 
 
 def test_a_file_without_images_is_read(tmp_path: Path) -> None:
-    tables.write(tmp_path / "test.parquet", small()[:0], ["normal", "tumor"])
-    assert len(tables.read(tmp_path / "test.parquet")) == 0
+    small()[:0].with_label_names(["normal", "tumor"]).write(tmp_path / "test.parquet")
+    assert len(Predictions.read(tmp_path / "test.parquet")) == 0
 
 
 def test_names_must_match_the_classes(tmp_path: Path) -> None:
     with pytest.raises(HistoError, match="2 classes"):
-        tables.write(tmp_path / "test.parquet", small(), ["normal", "tumor", "other"])
+        small().with_label_names(["normal", "tumor", "other"]).write(tmp_path / "test.parquet")
     assert not list(tmp_path.iterdir())
 
 
@@ -184,9 +187,9 @@ HARMFUL = {
 
 def test_no_id_or_name_acts_in_a_spreadsheet_or_terminal(tmp_path: Path) -> None:
     ids = [*HARMLESS, *HARMFUL]
-    table = tables.make(ids, [0] * len(ids), [""] * len(ids), [-1] * len(ids), np.ones(len(ids)))
+    table = Predictions.make(ids, [0] * len(ids), [""] * len(ids), [-1] * len(ids), np.ones(len(ids)))
     table.attrs["label_names"] = ["normal", "=tumor\x1b[2J"]
-    tables.write_submission(tmp_path / "preds.csv", table.assign(calibrated=table["probability"]), details=True)
+    table.assign(calibrated=table["probability"]).write_submission(tmp_path / "preds.csv", details=True)
     text = (tmp_path / "preds.csv").read_bytes().decode()
     assert all(character.isprintable() or character == "\n" for character in text)
     written = pd.read_csv(tmp_path / "preds.csv", dtype={"ID": str})
@@ -202,43 +205,43 @@ def test_a_submission_of_two_classes_is_of_class_1_at_its_threshold(
         table = small(logits)
         table.attrs["label_names"] = ["normal", "tumor"]
         table["calibrated"] = [0.1, 0.2, 0.3] if table["logit"].dtype == float else [[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]
-        tables.write_submission(tmp_path / "preds.csv", table, threshold, details=True)
+        table.write_submission(tmp_path / "preds.csv", threshold, details=True)
         written = pd.read_csv(tmp_path / "preds.csv")
         assert list(written) == ["ID", "Pred", "Prob", "Label", "Calibrated"]
         assert written["Pred"].tolist() == called
         assert written["Label"].tolist() == [["normal", "tumor"][call] for call in called]
-        np.testing.assert_allclose(written["Prob"], tables.positive_probability(table))
+        np.testing.assert_allclose(written["Prob"], table.positive_probability)
         np.testing.assert_allclose(written["Calibrated"], [0.1, 0.2, 0.3])
 
 
 def test_an_id_is_one_cell_where_semicolons_separate(tmp_path: Path) -> None:
     plain, several = (tmp_path / name for name in ("plain.csv", "several.csv"))
-    tables.write_submission(plain, small())
+    small().write_submission(plain)
     assert plain.read_text().startswith("ID,Pred,Prob\na,1,")
-    tables.write_submission(several, small(ids=["a", "b;=1+1", "c"]))
+    small(ids=["a", "b;=1+1", "c"]).write_submission(several)
     assert '\n"b;=1+1",' in several.read_text()
     assert pd.read_csv(several)["ID"].tolist() == ["a", "b;=1+1", "c"]
 
 
 def test_ids_that_would_become_the_same_are_refused(tmp_path: Path) -> None:
     with pytest.raises(HistoError, match="ids are the same"):
-        tables.write_submission(tmp_path / "preds.csv", small(ids=["=1", "'=1", "c"]))
+        small(ids=["=1", "'=1", "c"]).write_submission(tmp_path / "preds.csv")
     assert not list(tmp_path.iterdir())
 
 
 def test_predicted_class() -> None:
-    assert tables.predicted(small([0.0, -0.1, 3.0])).tolist() == [1, 0, 1]
-    assert tables.predicted(small([0.0, -0.1, 3.0]), threshold=0.9).tolist() == [0, 0, 1]
-    assert tables.predicted(small([[0.0, 0.0], [1.0, 0.9], [0.0, 3.0]])).tolist() == [1, 0, 1]
-    assert tables.predicted(small(np.eye(3)), threshold=0.9).tolist() == [0, 1, 2]
+    assert small([0.0, -0.1, 3.0]).predicted_classes().tolist() == [1, 0, 1]
+    assert small([0.0, -0.1, 3.0]).predicted_classes(threshold=0.9).tolist() == [0, 0, 1]
+    assert small([[0.0, 0.0], [1.0, 0.9], [0.0, 3.0]]).predicted_classes().tolist() == [1, 0, 1]
+    assert small(np.eye(3)).predicted_classes(threshold=0.9).tolist() == [0, 1, 2]
     with pytest.raises(HistoError, match="threshold is 2"):
-        tables.predicted(small(), threshold=2)
+        small().predicted_classes(threshold=2)
 
 
 def test_log_odds_are_those_of_the_probabilities() -> None:
     for logits in (np.array([0.5, -1.0, 2.0]), np.random.default_rng(0).normal(size=(3, 4))):
         table = small(logits)
-        p = tables.array(table, "probability").reshape(3, -1)
-        odds = np.stack(list(tables.log_odds(table).values()), axis=1)
+        p = table.probabilities.reshape(3, -1)
+        odds = np.stack(list(table.log_odds.values()), axis=1)
         np.testing.assert_allclose(odds, np.log(p / (1 - p)))
-    np.testing.assert_allclose(tables.log_odds(small([[1.0, 3.0]] * 3))[1], [2, 2, 2])
+    np.testing.assert_allclose(small([[1.0, 3.0]] * 3).log_odds[1], [2, 2, 2])

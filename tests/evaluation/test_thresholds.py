@@ -10,18 +10,16 @@ import sklearn.metrics as sk
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import thresholds
 from hf_histo.evaluation.metrics import classification
-from hf_histo.evaluation.predictions import array, make, predicted
+from hf_histo.evaluation.predictions import Predictions
+
+make = Predictions.make
 
 
 def table(logits: object, labels: object = None, centers: object = None) -> pd.DataFrame:
     n = len(np.asarray(logits))
     hidden = np.full(n, -1)
     return make(
-        range(n),
-        hidden if centers is None else centers,  # type: ignore[arg-type]
-        [""] * n,
-        hidden if labels is None else labels,  # type: ignore[arg-type]
-        logits,  # type: ignore[arg-type]
+        range(n), hidden if centers is None else centers, [""] * n, hidden if labels is None else labels, logits
     )
 
 
@@ -37,7 +35,7 @@ def test_share_is_met_without_labels(share: float) -> None:
     predictions = table(np.random.default_rng(0).normal(3, 1, size=1000))
     found = thresholds.for_share(predictions, share)
     assert found.achieved == share
-    assert predicted(predictions, found.value).mean() == share
+    assert predictions.predicted_classes(found.value).mean() == share
     assert (found.criterion, found.n) == ("share", 1000)
 
 
@@ -66,14 +64,14 @@ def test_ties_and_ends(logits: list[float], share: float, achieved: float) -> No
     found = thresholds.for_share(predictions, share)
     assert found.achieved == achieved
     assert 0 <= found.value <= 1
-    assert predicted(predictions, found.value).mean() == achieved
+    assert predictions.predicted_classes(found.value).mean() == achieved
     assert thresholds.for_share(predictions[::-1], share) == found
 
 
 def test_neighboring_floats_are_parted() -> None:
     low = 0.3
     predictions = table([0.0, 0.0]).assign(probability=[low, np.nextafter(low, 1)])
-    assert predicted(predictions, thresholds.for_share(predictions).value).tolist() == [0, 1]
+    assert predictions.predicted_classes(thresholds.for_share(predictions).value).tolist() == [0, 1]
 
 
 def test_thresholds_keep_a_distance_from_the_probabilities() -> None:
@@ -96,13 +94,13 @@ def test_chosen_threshold_is_the_best_of_all(criterion: thresholds.Criterion, se
     labels = predictions["label"].to_numpy()
 
     def value(threshold: float) -> float:
-        answer = predicted(predictions, threshold)
+        answer = predictions.predicted_classes(threshold)
         if criterion != "sensitivity":
             return SCORES[criterion](labels, answer)
         enough = sk.recall_score(labels, answer, pos_label=0) >= 0.9
         return sk.recall_score(labels, answer) if enough else -1.0
 
-    possible = [value(t) for t in [*np.unique(array(predictions, "probability")), 1.0]]
+    possible = [value(t) for t in [*np.unique(predictions.probabilities), 1.0]]
     assert found.achieved == pytest.approx(max(possible))
     assert value(found.value) == pytest.approx(found.achieved)
     if criterion != "sensitivity":

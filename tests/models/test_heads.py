@@ -16,7 +16,7 @@ from hf_histo import hub
 from hf_histo.config import AdapterOptions, ModelOptions, parse
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import predictions
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.finetune import fine_tune
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones, heads
@@ -88,7 +88,7 @@ def test_a_head_comes_back_with_its_adapter(backbone: Path, tmp_path: Path, opti
     data = load(write_data(tmp_path / "data"))
     more = [*options.split(), "--target_modules=last-conv", "--num_train_epochs=1", "--head_dropout=0.2"]
     result = fine_tune(config(tmp_path / "run", backbone, tmp_path / "data", *more), data)
-    saved = predictions.read(result.adapter / "predictions" / "test.parquet")["logit"]
+    saved = Predictions.read(result.adapter / "predictions" / "test.parquet")["logit"]
     found = Classifier.from_pretrained(result.adapter).predict(data["test"])["logit"]
     assert np.ptp(saved) > 0
     np.testing.assert_allclose(found, saved, rtol=0, atol=1e-5)

@@ -17,8 +17,9 @@ from miniature import SIZE, divide_training, write_data
 
 from hf_histo.config import Config, parse
 from hf_histo.data.load import load
-from hf_histo.evaluation import predictions, thresholds
+from hf_histo.evaluation import thresholds
 from hf_histo.evaluation.metrics import classification
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.experiments.compare import read_published
 from hf_histo.inference import Classifier
 from hf_histo.launch import run
@@ -94,9 +95,9 @@ def test_reported_beside_obtained(
     plain = [accuracy(adapter(output, "a_linear", f"seed-{seed}"), "val") for seed in (0, 1)]
     balanced = []
     for seed in (0, 1):
-        table = predictions.read(adapter(output, "b_balanced", f"seed-{seed}") / "predictions" / "val.parquet")
+        table = Predictions.read(adapter(output, "b_balanced", f"seed-{seed}") / "predictions" / "val.parquet")
         threshold = thresholds.for_share(table, 0.5).value
-        assert predictions.predicted(table, threshold).sum() == 6
+        assert table.predicted_classes(threshold).sum() == 6
         balanced.append(classification.compute(table, threshold=threshold)["accuracy"] or 0.0)
     for stem, expected in (("a_linear", plain), ("b_balanced", balanced)):
         assert written["rows"][stem]["results"].keys() == {"val (center 1)"}  # the labels of test are hidden
@@ -151,9 +152,9 @@ def test_rows_that_differ_at_prediction_share_a_training(call: Call, rows: list[
     assert {path.parents[1].name for path in output.glob("*/*/adapter")} == {"a_linear"}
     written = json.loads((output / "validation.json").read_text())["rows"]
     assert list(written) == ["a_both", "a_linear", "b_balanced", "c_views", "d_adapted"]
-    plain = predictions.read(adapter(output, "a_linear", "seed-0") / "predictions" / "val.parquet")
+    plain = Predictions.read(adapter(output, "a_linear", "seed-0") / "predictions" / "val.parquet")
     files = {stem: output / stem / "seed-0" / "predictions" / "val.parquet" for stem in written if stem[0] != "b"}
-    tables = {"a_linear": plain} | {stem: predictions.read(file) for stem, file in files.items() if file.is_file()}
+    tables = {"a_linear": plain} | {stem: Predictions.read(file) for stem, file in files.items() if file.is_file()}
     assert len({tuple(table["logit"]) for table in tables.values()}) == 4
     for stem, table in tables.items():
         assert written[stem]["values"]["val (center 1)"]["accuracy"] == {"0": classification.compute(table)["accuracy"]}
@@ -163,7 +164,8 @@ def test_rows_that_differ_at_prediction_share_a_training(call: Call, rows: list[
     classifier = Classifier.from_pretrained(adapter(output, "a_linear", "seed-0"))
     validation = load(written["c_views"]["options"]["data"])["val"]
     assert (
-        tables["c_views"]["logit"].tolist() == classifier.predict(validation, test_time_views=TestTimeViews(8))["logit"].tolist()
+        tables["c_views"]["logit"].tolist()
+        == classifier.predict(validation, test_time_views=TestTimeViews(8))["logit"].tolist()
     )
     stamp = files["c_views"].stat().st_mtime_ns
     call([views, base], output, "--seeds=1")

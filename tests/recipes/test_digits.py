@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from hf_histo.evaluation import predictions
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.inference import Classifier
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -55,12 +55,10 @@ def test_digits_with_a_head_on_the_output_layer(call: Call, tmp_path: Path, data
     assert "| parameters" in (adapter / "README.md").read_text(encoding="utf-8")
     splits = json.loads((adapter / "hf_histo.json").read_text(encoding="utf-8"))["data"]["splits"]
     assert {split: held["images"] for split, held in splits.items()} == {"train": 50, "val": 10, "test": 20}
-    saved = predictions.read(adapter / "predictions" / "test.parquet")
+    saved = Predictions.read(adapter / "predictions" / "test.parquet")
     digit = np.frombuffer(gzip.decompress((data / "t10k-images-idx3-ubyte.gz").read_bytes()), np.uint8, 256, 16)
     found = Classifier.from_pretrained(adapter)(digit.reshape(16, 16))
-    np.testing.assert_allclose(
-        predictions.array(found, "logit")[0], predictions.array(saved, "logit")[0], rtol=0, atol=1e-5
-    )
+    np.testing.assert_allclose(found.logits[0], saved.logits[0], rtol=0, atol=1e-5)
 
 
 def test_a_sweep_draws_its_front_and_goes_on(call: Call, tmp_path: Path) -> None:

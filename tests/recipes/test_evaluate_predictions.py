@@ -14,6 +14,7 @@ from hf_histo.evaluation import calibration, thresholds
 from hf_histo.evaluation import predictions as tables
 from hf_histo.evaluation.ensembling import average
 from hf_histo.evaluation.metrics import classification
+from hf_histo.evaluation.predictions import Predictions
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate_predictions.py"
 
@@ -26,7 +27,7 @@ def random_table(seed: int, sharpness: float = 1.0) -> pd.DataFrame:
     """Of 60 images in two centers, whose labels don't depend on the seed."""
     labels, random = np.random.default_rng(0).integers(0, 2, 60), np.random.default_rng(seed)
     logits = sharpness * (random.normal(size=60) + 2 * labels - 1)
-    return tables.make(range(60), np.arange(60) % 2, [f"p{i % 12}" for i in range(60)], labels, logits)
+    return Predictions.make(range(60), np.arange(60) % 2, [f"p{i % 12}" for i in range(60)], labels, logits)
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def files(tmp_path: Path) -> list[Path]:
     """One model's val and test, then another's."""
     paths = [tmp_path / model / f"{split}.parquet" for model in "ab" for split in ("val", "test")]
     for seed, path in enumerate(paths):
-        tables.write(path, random_table(seed, sharpness=6.0), ["normal", "tumor"])
+        random_table(seed, sharpness=6.0).with_label_names(["normal", "tumor"]).write(path)
     return paths
 
 
@@ -53,14 +54,14 @@ def test_end_to_end_and_no_overwriting(files: list[Path], tmp_path: Path) -> Non
     ]
     written = json.loads((output / "metrics.json").read_text())
     assert list(written) == ["val", "test"]
-    test = tables.read(files[1])
+    test = Predictions.read(files[1])
     assert written["test"].pop("predictions") == [str(files[1])]
     assert written["test"].pop("threshold_choice") is None
     measured = written["test"].pop("calibration")
     assert measured.pop("fitted_on") is None and measured.pop("temperature")["value"] == 1
     assert measured == calibration.report(test)
     assert written["test"] == classification.report(test, threshold=0.6)
-    pd.testing.assert_frame_equal(tables.read(output / "predictions" / "test.parquet"), test)
+    pd.testing.assert_frame_equal(Predictions.read(output / "predictions" / "test.parquet"), test)
     assert f"{measured['overall']['ece']:.3f}" in done.stdout
     assert f"{written['test']['overall']['auroc']['value']:.3f} (" in done.stdout
     assert done.stdout.count("| center 1 |") == 2
@@ -79,11 +80,11 @@ def test_ensemble_calibrated_and_balanced(files: list[Path], tmp_path: Path) -> 
     arguments = ["--predictions", files[1], files[3], "--ensemble", "--calibrate_on", files[0], files[2]]
     done = evaluate(*arguments, "--balanced", 0.4, "--submission", submission, "--output_dir", output)
     assert done.returncode == 0, done.stderr
-    validation, test = (average([tables.read(files[i]) for i in pair]) for pair in ((0, 2), (1, 3)))
+    validation, test = (average([Predictions.read(files[i]) for i in pair]) for pair in ((0, 2), (1, 3)))
     temperature = calibration.fit_temperature(validation)
     assert temperature.value > 1.2
-    expected = calibration.apply(test, temperature.value)
-    pd.testing.assert_frame_equal(tables.read(output / "predictions" / "test.parquet"), expected)
+    expected = test.with_temperature(temperature.value)
+    pd.testing.assert_frame_equal(Predictions.read(output / "predictions" / "test.parquet"), expected)
     written = json.loads((output / "metrics.json").read_text())["test"]
     assert written["calibration"]["temperature"] == asdict(temperature)
     assert written["calibration"]["fitted_on"] == [str(files[0]), str(files[2])]
@@ -108,8 +109,8 @@ def test_threshold_from_calibrated_validation(files: list[Path], tmp_path: Path)
         *("--criterion", "sensitivity", "--specificity", 0.8),
     )
     assert done.returncode == 0, done.stderr
-    validation = tables.read(files[0])
-    validation = calibration.apply(validation, calibration.fit_temperature(validation).value)
+    validation = Predictions.read(files[0])
+    validation = validation.with_temperature(calibration.fit_temperature(validation).value)
     expected = thresholds.choose(validation, "sensitivity", specificity=0.8)
     written = json.loads((output / "metrics.json").read_text())["test"]
     assert written["threshold_choice"] == {**asdict(expected), "files": [str(files[0])]}
@@ -122,23 +123,23 @@ def test_what_predictions_owe_to_their_own_images_is_in_data_and_words(files: li
     table = random_table(1)
     for measured, words in ([], None), (["color statistics"], "Transductive: used the unlabeled images of test as a"):
         table.attrs["transductive"] = measured
-        tables.write(files[1], table, ["normal", "tumor"])
+        table.with_label_names(["normal", "tumor"]).write(files[1])
         done = evaluate("--predictions", files[1], "--output_dir", tmp_path / "report", "--overwrite")
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "report" / "metrics.json").read_text())["test"]["transductive"] == measured
         assert ("overall (transductive)" in done.stdout) == bool(measured)
         assert words in done.stdout if words else "ransductive" not in done.stdout
-        assert tables.read(tmp_path / "report" / "predictions" / "test.parquet").attrs["transductive"] == measured
+        assert Predictions.read(tmp_path / "report" / "predictions" / "test.parquet").attrs["transductive"] == measured
 
 
 def test_submission_of_several_classes_gives_the_predicted_one(tmp_path: Path) -> None:
     logits = np.array([[0.0, 1.0, 2.0], [3.0, 1.0, 2.0]])
-    tables.write_submission(tmp_path / "preds.csv", tables.make("ab", [0, 0], ["", ""], [-1, -1], logits))
+    Predictions.make("ab", [0, 0], ["", ""], [-1, -1], logits).write_submission(tmp_path / "preds.csv")
     csv = pd.read_csv(tmp_path / "preds.csv")
     assert csv["Pred"].tolist() == [2, 0]
     np.testing.assert_allclose(csv["Prob"], tables.probabilities(logits).max(axis=1))
-    two = tables.make("ab", [0, 0], ["", ""], [-1, -1], logits[:, :2])
-    tables.write_submission(tmp_path / "preds.csv", two, threshold=0.9)
+    two = Predictions.make("ab", [0, 0], ["", ""], [-1, -1], logits[:, :2])
+    two.write_submission(tmp_path / "preds.csv", threshold=0.9)
     csv = pd.read_csv(tmp_path / "preds.csv")
     assert csv["Pred"].tolist() == [0, 0]
     np.testing.assert_allclose(csv["Prob"], tables.probabilities(logits[:, :2])[:, 1])
@@ -146,10 +147,10 @@ def test_submission_of_several_classes_gives_the_predicted_one(tmp_path: Path) -
 
 def test_bad_input_is_one_line(files: list[Path], tmp_path: Path) -> None:
     output, other, swapped = tmp_path / "report", tmp_path / "other.parquet", tmp_path / "swapped.parquet"
-    tables.write(other, random_table(0), ["benign", "malignant"])
-    tables.write(swapped, random_table(0), ["tumor", "normal"])
+    random_table(0).with_label_names(["benign", "malignant"]).write(other)
+    random_table(0).with_label_names(["tumor", "normal"]).write(swapped)
     three = tmp_path / "three.parquet"
-    tables.write(three, tables.make("abc", [0] * 3, [""] * 3, [0, 1, 2], np.eye(3)), list("xyz"))
+    Predictions.make("abc", [0] * 3, [""] * 3, [0, 1, 2], np.eye(3)).with_label_names(list("xyz")).write(three)
     files[0].write_text("not parquet")
     for arguments, message in [
         (["--predictions", files[0]], "can't be read as parquet"),

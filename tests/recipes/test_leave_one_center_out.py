@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from miniature import SIZE, divide_training, write_data
 
-from hf_histo.evaluation import predictions
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.launch import run
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "leave_one_center_out.py"
@@ -59,7 +59,7 @@ def test_every_center_and_seed_summed_up_and_gone_on_with(
     for name in sorted(names):
         adapter = tmp_path / "out" / name / "adapter"
         center = name.split("-")[1]
-        table = predictions.read(adapter / "predictions" / "test.parquet")
+        table = Predictions.read(adapter / "predictions" / "test.parquet")
         assert set(table["center"]) == {int(center)}
         assert len(table) == 12
         fingerprints.add(json.loads((adapter / "hf_histo.json").read_text())["data"]["fingerprint"])

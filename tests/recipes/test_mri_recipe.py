@@ -10,8 +10,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from hf_histo.evaluation import predictions
 from hf_histo.evaluation.metrics import classification
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.inference import Classifier
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -55,7 +55,7 @@ def test_every_result_twice(call: Call, tmp_path: Path, data: Path, caplog: pyte
     measured = json.loads((adapter / "metrics.json").read_text())["splits"]
     for split in ("test", "test_clean"):
         assert f"### {split}\n" in card
-        rows = predictions.read(adapter / "predictions" / f"{split}.parquet")
+        rows = Predictions.read(adapter / "predictions" / f"{split}.parquet")
         assert measured[split]["overall"]["sensitivity_at_0.9"]["value"] == pytest.approx(
             classification.compute(rows, negative=1)["sensitivity_at_0.9"]
         )
@@ -77,12 +77,12 @@ def test_folds_summed_up_and_gone_on_with(call: Call, tmp_path: Path) -> None:
     names = [f"fold-{fold}-seed-0" for fold in range(3)]
     written = json.loads((out / "cross_validate.json").read_text())
     assert list(written["runs"]) == names
-    every = predictions.read(out / "predictions" / "seed-0.parquet")
+    every = Predictions.read(out / "predictions" / "seed-0.parquet")
     assert len(every) == 54 and every["id"].is_unique
     families = every.groupby("group")["id"].nunique()
     assert sorted(families.unique()) == [1, 2] and len(families) == 48
     for name in names:
-        fold = predictions.read(out / name / "adapter" / "predictions" / "test.parquet")
+        fold = Predictions.read(out / name / "adapter" / "predictions" / "test.parquet")
         assert len(every[every["group"].isin(fold["group"])]) == len(fold)  # whole families
     values = [written["runs"][name]["balanced_accuracy"] for name in names]
     assert written["metrics"]["balanced_accuracy"]["mean"] == pytest.approx(np.mean(values))

@@ -20,7 +20,7 @@ import pytest
 from miniature import SIZE, divide_training, write_backbone, write_data, write_shards
 from safetensors.numpy import load_file
 
-from hf_histo.evaluation import predictions
+from hf_histo.evaluation.predictions import Predictions
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "histo_lora.py"
 COUNTS = {"train": 24, "val": 37, "test": 11}
@@ -55,7 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 def table(run: Path, split: str) -> pd.DataFrame:
-    return predictions.read(run / "adapter" / "predictions" / f"{split}.parquet")
+    return Predictions.read(run / "adapter" / "predictions" / f"{split}.parquet")
 
 
 def test_two_processes_really_ran(runs: dict[int, Path]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from miniature import write_adapter, write_data
 
-from hf_histo.evaluation import predictions
+from hf_histo.evaluation.predictions import Predictions
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +18,8 @@ def inputs(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     write_data(folder / "data")
     write_adapter(folder / "adapter", backbone)
-    table = predictions.make("abcdef", [0] * 6, [""] * 6, [0, 1] * 3, [0.5, -0.5, 1, 2, -1, 0])
-    predictions.write(folder / "out" / "predictions" / "test.parquet", table, ["normal", "tumor"])
+    table = Predictions.make("abcdef", [0] * 6, [""] * 6, [0, 1] * 3, [0.5, -0.5, 1, 2, -1, 0])
+    table.with_label_names(["normal", "tumor"]).write(folder / "out" / "predictions" / "test.parquet")
     return folder
 
 

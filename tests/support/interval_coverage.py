@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from hf_histo.evaluation.metrics import classification
-from hf_histo.evaluation.predictions import make
+from hf_histo.evaluation.predictions import Predictions
 
 Numbers = NDArray[np.int64]
 
@@ -72,7 +72,7 @@ class Source:
         scores = (2 * labels - 1) * norm.ppf(self.accuracy)
         scores = scores + np.sqrt(self.correlation) * shared + np.sqrt(1 - self.correlation) * noise
         names = [f"g{i}" for i in group]
-        return make(range(len(group)), np.full(len(group), -1), names, labels, scores)
+        return Predictions.make(range(len(group)), np.full(len(group), -1), names, labels, scores)
 
 
 @dataclass(frozen=True)

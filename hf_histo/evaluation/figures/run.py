@@ -7,17 +7,17 @@ from functools import partial
 from pathlib import Path
 
 import datasets
-import pandas as pd
 
 from hf_histo.evaluation import calibration
 from hf_histo.evaluation.figures.audit import image_reader
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting import report
 
 
 def draw(
     folder: Path,
     history: Sequence[Mapping[str, float]],
-    tables: Mapping[str, pd.DataFrame],
+    tables: Mapping[str, Predictions],
     validation: datasets.Dataset,
 ) -> dict[str, Path]:
     """Draw all figures, as PNGs, and return them by what they show, in the order of reading.

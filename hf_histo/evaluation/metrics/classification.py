@@ -37,7 +37,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hf_histo.evaluation.metrics import intervals
 from hf_histo.evaluation.metrics.intervals import Evidence
-from hf_histo.evaluation.predictions import array, label_names, log_odds, make, predicted
+from hf_histo.evaluation.predictions import Predictions
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction  # imports torch, which nothing here needs
@@ -50,7 +50,7 @@ BLOCK = 2**18  # rows × sets of weights worked on at once: 2 MiB per float64 ar
 
 
 def compute(
-    predictions: pd.DataFrame, *, threshold: float = 0.5, negative: int | None = None
+    predictions: Predictions, *, threshold: float = 0.5, negative: int | None = None
 ) -> dict[str, float | None]:
     """Return every metric of the module's table, and `n`.
 
@@ -66,7 +66,7 @@ def compute(
     return {"n": len(rows.labels)} | {name: _defined(value[0]) for name, value in rows.metrics().items()}
 
 
-def report(predictions: pd.DataFrame, *, threshold: float = 0.5, negative: int | None = None) -> dict[str, Any]:
+def report(predictions: Predictions, *, threshold: float = 0.5, negative: int | None = None) -> dict[str, Any]:
     """Return every metric with its 95% confidence interval, overall and for each known center.
 
     Intervals are those of `intervals`, which respect that images of one group (patient, slide) are alike;
@@ -88,16 +88,13 @@ def report(predictions: pd.DataFrame, *, threshold: float = 0.5, negative: int |
     Raises:
         HistoError: `threshold` is outside [0, 1].
     """
-    centers = sorted(set(predictions["center"]) - {-1})
-    names = label_names(predictions)
+    names = predictions.label_names
 
     overall = _Rows(predictions, threshold, negative)
-    by_center = {
-        str(center): _Rows(predictions[predictions["center"] == center], threshold, negative) for center in centers
-    }
+    by_center = {str(center): _Rows(rows, threshold, negative) for center, rows in predictions.known_centers.items()}
     return {
         "constant": constant(predictions, threshold=threshold),
-        "transductive": predictions.attrs.get("transductive"),
+        "transductive": predictions.transductive,
         "overall": _with_intervals(overall, names),
         "centers": {center: _with_intervals(rows, names) for center, rows in by_center.items()},
         "threshold": threshold,
@@ -112,24 +109,25 @@ def report(predictions: pd.DataFrame, *, threshold: float = 0.5, negative: int |
     }
 
 
-def constant(predictions: pd.DataFrame, *, threshold: float = 0.5) -> str | None:
-    """Say what is the same for all of two rows or more, which a model that sees the images hardly gives; else None."""
-    scores = array(predictions, "logit")
+def constant(predictions: Predictions, *, threshold: float = 0.5) -> str | None:
+    """Describe what is equal in all of two rows or more, which hints at a model that learned nothing; else None."""
+    scores = predictions.logits
     if len(scores) < 2:
         return None
     if (np.ptp(scores, axis=0) < 1e-6).all():
         return f"all {len(scores)} images have the same logits"
-    if len(classes := set(predicted(predictions, threshold).tolist())) == 1:
-        return f"all {len(scores)} images are called {label_names(predictions)[classes.pop()]}"
+    if len(classes := set(predictions.predicted_classes(threshold).tolist())) == 1:
+        return f"all {len(scores)} images are called {predictions.label_names[classes.pop()]}"
     return None
 
 
 def of_logits(
     logits: ArrayLike, labels: ArrayLike, *, threshold: float = 0.5, negative: int | None = None
 ) -> dict[str, float | None]:
-    """Return `compute` of bare logits, (n,), (n, 1) or (n, K), and labels, (n,), as `predictions.make` takes them."""
+    """Return `compute` of bare logits, (n,), (n, 1) or (n, K), and labels, (n,), as `Predictions.make` takes them."""
     n = len(np.asarray(logits))
-    return compute(make(range(n), np.full(n, -1), [""] * n, labels, logits), threshold=threshold, negative=negative)
+    table = Predictions.make(range(n), np.full(n, -1), [""] * n, labels, logits)
+    return compute(table, threshold=threshold, negative=negative)
 
 
 def for_trainer(*, threshold: float = 0.5, negative: int | None = None) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -152,15 +150,15 @@ def for_trainer(*, threshold: float = 0.5, negative: int | None = None) -> Calla
 class _Rows:
     """The labeled rows of a table as arrays, and the metrics as a function of how often each group of rows counts."""
 
-    def __init__(self, predictions: pd.DataFrame, threshold: float, negative: int | None = None) -> None:
+    def __init__(self, predictions: Predictions, threshold: float, negative: int | None = None) -> None:
         own = "\0" + predictions["id"]  # no name of a group starts with this: an image without one is its own group
         groups = predictions["group"].where(predictions["group"] != "", own)
         labeled = (predictions["label"] >= 0).to_numpy()
-        self.labels = predictions["label"].to_numpy(np.int64)[labeled]
-        self.predicted = predicted(predictions, threshold)[labeled]
+        self.labels = predictions.labels[labeled]
+        self.predicted = predictions.predicted_classes(threshold)[labeled]
         self.groups = pd.factorize(groups[labeled])[0]
         self.group_count = int(self.groups.max(initial=-1)) + 1
-        scores = {c: score[labeled] for c, score in log_odds(predictions).items()}
+        scores = {c: score[labeled] for c, score in predictions.log_odds.items()}
         self.orders = {c: _order(score) for c, score in scores.items()}
         self.classes = max(scores) + 1
         self.negative = 0 if negative is None and self.classes == 2 else negative
@@ -334,7 +332,8 @@ def _present(kinds: Sequence[Evidence]) -> list[Evidence]:
 
 def _mean(values: Floats) -> Floats:
     """Average over the last axis the values that are defined; NaN where none is."""
-    return np.nansum(values, axis=-1) / np.isfinite(values).sum(axis=-1)
+    mean: Floats = np.nansum(values, axis=-1) / np.isfinite(values).sum(axis=-1)
+    return mean
 
 
 def _defined(value: float) -> float | None:

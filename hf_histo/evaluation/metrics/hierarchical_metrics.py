@@ -14,36 +14,36 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from hf_histo.data import hierarchy
 from hf_histo.errors import HistoError
-from hf_histo.evaluation.predictions import array, label_names
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting.report import table
 
 
-def are_in(predictions: pd.DataFrame) -> bool:
+def are_in(predictions: Predictions) -> bool:
     """Whether the classes have several levels."""
-    return hierarchy.depth(label_names(predictions)) > 1
+    return hierarchy.depth(predictions.label_names) > 1
 
 
-def top_down(predictions: pd.DataFrame) -> NDArray[np.int64]:
+def top_down(predictions: Predictions) -> NDArray[np.int64]:
     """The class at the end of the path that is followed from the top, (n,).
 
     Raises `HistoError` where the classes have one level only.
     """
-    probability, paths = _probability(predictions), _paths(predictions)
+    probability, paths = predictions.class_probabilities, _paths(predictions)
     open_classes = np.ones_like(probability, dtype=bool)
-    for level in range(1, hierarchy.depth(label_names(predictions)) + 1):
+    for level in range(1, hierarchy.depth(predictions.label_names) + 1):
         at = np.array([hierarchy.join(path[:level]) for path in paths])
         mass = np.stack([(probability * (open_classes & (at == name))).sum(axis=1) for name in np.unique(at)], axis=1)
         best = np.unique(at)[mass.argmax(axis=1)]
         open_classes &= at[None, :] == best[:, None]
-    return np.where(open_classes, probability, -1).argmax(axis=1)
+    deepest: NDArray[np.int64] = np.where(open_classes, probability, -1).argmax(axis=1)
+    return deepest
 
 
-def scores(predictions: pd.DataFrame) -> dict[str, Any]:
+def scores(predictions: Predictions) -> dict[str, Any]:
     """Accuracy at each level and their mean, for both decisions, over the labeled rows.
 
     Returns:
@@ -53,8 +53,8 @@ def scores(predictions: pd.DataFrame) -> dict[str, Any]:
 
     Raises `HistoError` where the classes have one level only.
     """
-    names, paths, probability = label_names(predictions), _paths(predictions), _probability(predictions)
-    followed, labels = top_down(predictions), predictions["label"].to_numpy()
+    names, paths, probability = predictions.label_names, _paths(predictions), predictions.class_probabilities
+    followed, labels = top_down(predictions), predictions.labels
     labeled = labels >= 0
     levels: dict[str, dict[str, float | int | None]] = {}
     decisions: list[NDArray[Any]] = []
@@ -92,13 +92,8 @@ def summary(found: Mapping[str, Any]) -> str:
     return table(rows)
 
 
-def _probability(predictions: pd.DataFrame) -> NDArray[np.float64]:
-    probability = array(predictions, "probability")
-    return probability if probability.ndim == 2 else np.stack([1 - probability, probability], axis=1)
-
-
-def _paths(predictions: pd.DataFrame) -> list[tuple[str, ...]]:
-    names = label_names(predictions)
+def _paths(predictions: Predictions) -> list[tuple[str, ...]]:
+    names = predictions.label_names
     if hierarchy.depth(names) == 1:
         raise HistoError(f"the classes {', '.join(names[:4])}, ... have one level, expected names such as 'a > b'")
     return [hierarchy.path_of(name) for name in names]

@@ -14,8 +14,8 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from hf_histo.evaluation import predictions
 from hf_histo.evaluation.metrics import classification
+from hf_histo.evaluation.predictions import Predictions
 
 FOLDS = 5
 MOST = 2000  # images of a side, drawn where there are more
@@ -87,7 +87,7 @@ def _told_apart(
     model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     scores = cross_val_predict(model, features, side, groups=groups, cv=folds, method="decision_function")
-    rows = predictions.make(range(len(side)), np.full(len(side), -1), groups, side.astype(int), scores)
+    rows = Predictions.make(range(len(side)), np.full(len(side), -1), groups, side.astype(int), scores)
     auroc = classification.report(rows)["overall"]["auroc"]
     value, low, high = (auroc[key] for key in ("value", "low", "high"))
     if low is None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from sklearn.metrics import auc
 from sklearn.metrics import confusion_matrix as count_confusions
@@ -17,7 +16,7 @@ from sklearn.metrics import roc_curve as rates
 from hf_histo.errors import printable
 from hf_histo.evaluation.figures.style import COLORS, GRAY, LINES, drawing, short, write_message
 from hf_histo.evaluation.metrics.classification import SPECIFICITIES
-from hf_histo.evaluation.predictions import array, label_names, log_odds, predicted
+from hf_histo.evaluation.predictions import Predictions
 
 HEADLINE = ("accuracy", "balanced_accuracy", "auroc", "f1")
 
@@ -54,7 +53,7 @@ def training_curve(log_history: Sequence[Mapping[str, float]], path: str | Path)
         figure.align_ylabels()
 
 
-def roc_curve(predictions_by_split: Mapping[str, pd.DataFrame], path: str | Path) -> None:
+def roc_curve(predictions_by_split: Mapping[str, Predictions], path: str | Path) -> None:
     """Draw ROC curves as a PNG, with the AUROC in the legend.
 
     With two classes there is one panel with a curve for every split (or center). With more, every split has a panel,
@@ -63,8 +62,8 @@ def roc_curve(predictions_by_split: Mapping[str, pd.DataFrame], path: str | Path
     """
     panels: dict[str, dict[str, tuple[NDArray[np.bool_], NDArray[np.float64]]]] = {}
     for split, predictions in predictions_by_split.items():
-        names, labeled = label_names(predictions), predictions[predictions["label"] >= 0]
-        for c, score in log_odds(labeled).items():
+        names, labeled = predictions.label_names, predictions.labeled
+        for c, score in labeled.log_odds.items():
             panel, curve = ("", split) if len(names) == 2 else (split, names[c])
             panels.setdefault(panel, {})[curve] = (labeled["label"] == c).to_numpy(), score
     with drawing(path, 5.2 * max(1, len(panels)), 5.2) as figure:
@@ -84,7 +83,7 @@ def roc_curve(predictions_by_split: Mapping[str, pd.DataFrame], path: str | Path
             axes.legend(loc="lower right", title="AUROC", alignment="left")
 
 
-def confusion_matrix(predictions: pd.DataFrame, path: str | Path, *, threshold: float = 0.5) -> None:
+def confusion_matrix(predictions: Predictions, path: str | Path, *, threshold: float = 0.5) -> None:
     """Draw counts of true against predicted class as a PNG, shaded by their share of the true class.
 
     Args:
@@ -92,13 +91,13 @@ def confusion_matrix(predictions: pd.DataFrame, path: str | Path, *, threshold: 
         path: of the PNG.
         threshold: the probability from which on class 1 is predicted, where there are two classes.
     """
-    labeled = predictions[predictions["label"] >= 0]
-    names = label_names(predictions)
+    labeled = predictions.labeled
+    names = predictions.label_names
     side = 2.6 + 0.65 * max(3, len(names))
     with drawing(path, side + 0.8, side) as figure:
         if labeled.empty:
             return write_message(figure, "No label is known.")
-        truth, answer = labeled["label"].to_numpy(), predicted(labeled, threshold)
+        truth, answer = labeled["label"].to_numpy(), labeled.predicted_classes(threshold)
         counts = count_confusions(truth, answer, labels=range(len(names)))
         shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
         axes = figure.subplots()
@@ -117,7 +116,7 @@ def confusion_matrix(predictions: pd.DataFrame, path: str | Path, *, threshold: 
 
 
 def worst_errors(
-    predictions: pd.DataFrame,
+    predictions: Predictions,
     image_of: Callable[[str], NDArray[np.uint8]],
     path: str | Path,
     n: int = 24,
@@ -135,13 +134,11 @@ def worst_errors(
         n: how many images at most.
         threshold: the probability from which on class 1 is predicted, where there are two classes.
     """
-    labels, probability = predictions["label"].to_numpy(), array(predictions, "probability")
-    if probability.ndim == 1:
-        probability = np.stack([1 - probability, probability], axis=1)
+    labels, probability = predictions.labels, predictions.class_probabilities
     of_truth = np.take_along_axis(probability, np.maximum(labels, 0)[:, None], axis=1)[:, 0]
-    wrong = np.flatnonzero((labels >= 0) & (predicted(predictions, threshold) != labels))
+    wrong = np.flatnonzero((labels >= 0) & (predictions.predicted_classes(threshold) != labels))
     worst = predictions.assign(of_truth=of_truth).iloc[wrong[np.argsort(of_truth[wrong], kind="stable")][:n]]
-    names, columns = label_names(predictions), 6
+    names, columns = predictions.label_names, 6
     rows = max(1, -(-len(worst) // columns))
     with drawing(path, 2.0 * columns, 0.5 + 2.5 * rows) as figure:
         if worst.empty:

@@ -14,7 +14,9 @@ from transformers import EvalPrediction
 
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.metrics import classification, intervals
-from hf_histo.evaluation.predictions import array, make, predicted
+from hf_histo.evaluation.predictions import Predictions
+
+make = Predictions.make
 
 SCREENING = {"sensitivity_at_0.9": 0.9, "sensitivity_at_0.95": 0.95}
 
@@ -31,7 +33,7 @@ def random_table(n: int = 400, classes: int = 1, groups: int = 0, seed: int = 0)
 
 
 def by_sklearn(table: pd.DataFrame, weights: Any = None, threshold: float = 0.5) -> dict[str, float]:
-    y, p, answer = table["label"].to_numpy(), array(table, "probability"), predicted(table, threshold)
+    y, p, answer = table["label"].to_numpy(), table.probabilities, table.predicted_classes(threshold)
     binary = p.ndim == 1 or p.shape[1] == 2
     p = p[:, 1] if binary and p.ndim == 2 else p
     kinds = dict(average="binary" if binary else "macro", sample_weight=weights)
@@ -57,11 +59,11 @@ def test_values_are_those_of_scikit_learn(classes: int, threshold: float) -> Non
     expected = by_sklearn(table, threshold=threshold)
     assert {name: values[name] for name in expected} == pytest.approx(expected)
     if classes > 2:
-        parts = sk.precision_recall_fscore_support(table["label"], predicted(table))
+        parts = sk.precision_recall_fscore_support(table["label"], table.predicted_classes())
         for c in range(classes):
             assert values[f"precision_{c}"] == pytest.approx(parts[0][c])
             assert values[f"recall_{c}"] == pytest.approx(parts[1][c])
-            one = array(table, "probability")[:, c]
+            one = table.probabilities[:, c]
             assert values[f"auroc_{c}"] == pytest.approx(sk.roc_auc_score(table["label"] == c, one))
         assert not any(name.startswith("sensitivity") for name in values)
     else:
@@ -71,7 +73,7 @@ def test_values_are_those_of_scikit_learn(classes: int, threshold: float) -> Non
 @pytest.mark.parametrize(("classes", "negative"), [(1, None), (1, 0), (2, 1), (4, 2)])
 def test_screening_is_a_point_of_the_roc_curve(classes: int, negative: int | None) -> None:
     table = random_table(classes=classes, groups=30)
-    probability, healthy = array(table, "probability"), negative or 0
+    probability, healthy = table.probabilities, negative or 0
     score = probability if classes == 1 else 1 - probability[:, healthy]
     counts = np.random.default_rng(1).multinomial(30, np.full(30, 1 / 30), size=4).T.astype(float)
     rows = classification._Rows(table, 0.5, negative)
@@ -244,7 +246,7 @@ def test_sensitivity_needs_enough_negative_images_to_place_its_threshold() -> No
 @pytest.mark.parametrize("classes", [1, 3])
 def test_the_evidence_of_each_metric_is_the_images_that_it_is_about(classes: int) -> None:
     table = random_table(n=60, classes=classes, groups=12)
-    label, called = table["label"].to_numpy(), predicted(table)
+    label, called = table["label"].to_numpy(), table.predicted_classes()
     names = [str(c) for c in range(max(2, classes))]
     found = classification._Rows(table, 0.5, 0).evidence(names)
 
@@ -271,7 +273,8 @@ def test_the_evidence_of_each_metric_is_the_images_that_it_is_about(classes: int
 def test_what_is_constant_is_reported() -> None:
     def of(logits: Any, **options: float) -> str | None:
         return classification.report(
-            make(range(len(logits)), [-1] * len(logits), [""] * len(logits), [0] * len(logits), logits), **options
+            make(range(len(logits)), [-1] * len(logits), [""] * len(logits), [0] * len(logits), logits),
+            **options,
         )["constant"]
 
     assert of([1.0]) is None
@@ -331,7 +334,7 @@ def test_bad_arguments() -> None:
 
 def test_for_trainer() -> None:
     table = random_table(n=50)
-    logits, labels = array(table, "logit"), table["label"].to_numpy()
+    logits, labels = table.logits, table["label"].to_numpy()
     values = classification.for_trainer()(EvalPrediction(predictions=logits[:, None], label_ids=labels))
     expected = classification.compute(table)
     assert values == {name: value for name, value in expected.items() if name != "loss"}
@@ -346,7 +349,7 @@ def test_for_trainer() -> None:
 def test_threshold_and_negative_class_reach_the_metrics_of_logits_and_of_the_trainer() -> None:
     two, several = random_table(), random_table(classes=3)
     for table, settings in ((two, {"threshold": 0.8}), (several, {"negative": 2})):
-        logits, labels = array(table, "logit"), table["label"].to_numpy()
+        logits, labels = table.logits, table["label"].to_numpy()
         expected, default = classification.compute(table, **settings), classification.compute(table)
         assert expected != default
         assert classification.of_logits(logits, labels, **settings) == expected

@@ -7,15 +7,15 @@ import pandas as pd
 import pytest
 
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import predictions
 from hf_histo.evaluation.metrics import hierarchical_metrics
+from hf_histo.evaluation.predictions import Predictions
 
 NAMES = ["A > x", "A > y", "B > z", "C"]
 
 
 def table(probability: list[list[float]], labels: list[int], names: list[str] | None = None) -> pd.DataFrame:
     n = len(labels)
-    made = predictions.make(range(n), [-1] * n, [""] * n, labels, np.log(probability))
+    made = Predictions.make(range(n), [-1] * n, [""] * n, labels, np.log(probability))
     made.attrs["label_names"] = names or NAMES
     return made
 

@@ -9,13 +9,13 @@ from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 
 from hf_histo.evaluation.metrics import classification, intervals
-from hf_histo.evaluation.predictions import make
+from hf_histo.evaluation.predictions import Predictions
 
 
 def table(logits: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None) -> pd.DataFrame:
     n = len(labels)
     names = [""] * n if groups is None else [f"g{group}" for group in groups]
-    return make(range(n), [-1] * n, names, labels, logits)
+    return Predictions.make(range(n), [-1] * n, names, labels, logits)
 
 
 def random_table(n: int, groups: int | None = None, seed: int = 0, distance: float = 2.0) -> pd.DataFrame:

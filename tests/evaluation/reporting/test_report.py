@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from hf_histo.evaluation.metrics import classification
-from hf_histo.evaluation.predictions import make, predicted
+from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting import report
 
 
@@ -20,7 +20,7 @@ def random_table(classes: int = 1, n: int = 80) -> pd.DataFrame:
     random = np.random.default_rng(0)
     labels = random.integers(0, max(2, classes), n)
     logits = random.normal(size=(n, classes)) + (labels[:, None] if classes == 1 else np.eye(classes)[labels])
-    return make([f"$slide_{i}" for i in range(n)], random.integers(0, 3, n), [""] * n, labels, logits)
+    return Predictions.make([f"$slide_{i}" for i in range(n)], random.integers(0, 3, n), [""] * n, labels, logits)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_confusion_matrix(tmp_path: Path, texts: list[str], classes: int) -> Non
     assert shows_something(tmp_path / "confusion.png")
     counts = [int(text.split("\n")[0]) for text in texts if "%" in text]
     assert sum(counts) == 79
-    answer = predicted(table, 0.7)
+    answer = table.predicted_classes(0.7)
     assert counts[1] == ((table["label"] == 0) & (answer == 1)).sum()
     report.confusion_matrix(table.assign(label=-1), tmp_path / "hidden.png")
     assert texts[-1] == "No label is known."
@@ -101,7 +101,7 @@ def test_worst_errors(tmp_path: Path, texts: list[str], classes: int) -> None:
     labels, of_truth = table["label"].to_numpy(), []
     for label, p in zip(labels, table["probability"], strict=True):
         of_truth.append((p if label == 1 else 1 - p) if classes == 1 else p[label])
-    wrong = (labels >= 0) & (predicted(table) != labels)
+    wrong = (labels >= 0) & (table.predicted_classes() != labels)
     assert asked == table["id"][wrong].iloc[np.argsort(np.array(of_truth)[wrong])][:7].tolist()
     assert any(text.startswith(f"{asked[0]}\ncenter ") for text in texts)
 
@@ -144,7 +144,7 @@ def test_center_table() -> None:
 def test_a_missing_interval_is_explained_below_the_table() -> None:
     labels = np.repeat([0, 1], [60, 40])
     groups = [f"p{i // 10}" for i in range(100)]
-    table = make(range(100), [3] * 100, groups, labels, np.random.default_rng(0).normal(size=100))
+    table = Predictions.make(range(100), [3] * 100, groups, labels, np.random.default_rng(0).normal(size=100))
     table.attrs["label_names"] = ["normal", "tumor"]
     result = classification.report(table)
     reason = "no interval, 4 groups with tumor, expected at least 5."
@@ -162,7 +162,7 @@ def test_a_missing_interval_is_explained_below_the_table() -> None:
 def test_tables_of_classes_and_of_screening() -> None:
     names, logits = ["glioma", "none", "pituitary"], np.eye(3)[[0, 0, 1, 1, 2, 0]] * 3
     logits = np.tile(logits, (5, 1))
-    table = make(range(30), [-1] * 30, [""] * 30, [0, 0, 1, 1, 2, 2] * 5, logits)
+    table = Predictions.make(range(30), [-1] * 30, [""] * 30, [0, 0, 1, 1, 2, 2] * 5, logits)
     lines = report.table(report.class_rows(classification.report(table, negative=1), names)).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == names
     assert "0.667 (" in lines[2] and "0.500 (" in lines[4]
