@@ -13,7 +13,7 @@ from hf_histo.evaluation import predictions as tables
 from hf_histo.evaluation.predictions import Predictions
 
 
-def small(logits: object = (0.5, -1.0, 40.0), **changes: object) -> pd.DataFrame:
+def small(logits: object = (0.5, -1.0, 40.0), **changes: object) -> Predictions:
     columns = {"ids": ["a", "b", "c"], "centers": [0, 3, -1], "groups": ["p", None, ""], "labels": [1, 0, -1]}
     return Predictions.make(**columns | changes, logits=np.array(logits))  # type: ignore[arg-type]
 
@@ -245,3 +245,26 @@ def test_log_odds_are_those_of_the_probabilities() -> None:
         odds = np.stack(list(table.log_odds.values()), axis=1)
         np.testing.assert_allclose(odds, np.log(p / (1 - p)))
     np.testing.assert_allclose(small([[1.0, 3.0]] * 3).log_odds[1], [2, 2, 2])
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_one_logit_or_several_look_the_same_from_outside(columns: int) -> None:
+    logits = np.random.default_rng(0).normal(size=(3, columns))
+    table = small(logits[:, 0] if columns == 1 else logits, labels=[0, 1, -1])
+    classes = max(2, columns)
+    assert table.num_classes == classes
+    assert table.class_probabilities.shape == table.class_logits.shape == (3, classes)
+    np.testing.assert_allclose(table.class_probabilities, tables.probabilities(table.class_logits))
+    assert table.predicted_classes().tolist() == table.class_logits.argmax(axis=1).tolist()
+    np.testing.assert_allclose(table.with_temperature(2).class_logits, table.class_logits / 2)
+
+
+def test_selections_and_copies_keep_names_and_marks() -> None:
+    table = small().with_label_names(["normal", "tumor"])
+    table.attrs["transductive"] = ["color statistics"]
+    for part in (table[:1], table.labeled, table.copy(), table.with_logits(table.logits), table.assign(more=1)):
+        assert isinstance(part, Predictions)
+        assert (part.label_names, part.transductive) == (["normal", "tumor"], ["color statistics"])
+    assert not small().is_named
+    with pytest.raises(HistoError, match="2 classes: pass one name"):
+        table.with_label_names(["one"])
