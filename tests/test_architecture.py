@@ -1,4 +1,4 @@
-"""The plan of the house, checked: imports run from later stages to earlier ones, and never to a recipe."""
+"""The layers of the package, checked: imports run from later stages to earlier ones, and never to a recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 import hf_histo
 
-# `finetune` is the whole way once through, for the recipes: no stage may lean on it.
+# `finetune` is one run from data to adapter, `experiments` are many: no earlier stage may import them.
 STAGES = (
     "data",
     "transforms",

@@ -6,6 +6,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -13,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_histo.errors import HistoError
-from hf_histo.evaluation.reporting.report import table
 from hf_histo.files import atomic_folder
 from hf_histo.models import backbones, clip, heads, registry
 
@@ -21,12 +21,13 @@ PATTERNS = ["*.json", "*.txt", "*.safetensors", "pytorch_model*.bin", "open_clip
 
 
 def listing() -> str:
-    """The registered models."""
-    lines: list[list[object]] = [["name", "on the Hub", "library", "pixels", "license", "gated"]]
-    for name, entry in registry.ENTRIES.items():
-        gated = "yes" if entry.terms else ""
-        lines.append([name, entry.source, entry.library, entry.image_size, entry.license, gated])
-    return table(lines)
+    """A table of the registered models."""
+    columns = ["name", "source", "library", "image_size", "license", "gated"]
+    rows = [
+        [name, entry.source, entry.library, entry.image_size, entry.license, "yes" if entry.terms else ""]
+        for name, entry in registry.ENTRIES.items()
+    ]
+    return pd.DataFrame(rows, columns=columns).to_string(index=False)
 
 
 def weights(folder: Path, stem: str) -> dict[str, torch.Tensor]:
