@@ -53,7 +53,7 @@ class OpenClipForImageClassification(PreTrainedModel):
             if isinstance(module, nn.MultiheadAttention):
                 self.visual.set_submodule(name, SelfAttention(module))
         self.classifier = nn.Linear(config.embed_dim, int(config.num_labels or 0))
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]  # untyped in transformers
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

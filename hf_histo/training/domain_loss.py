@@ -188,7 +188,7 @@ class DomainAdversarial:
         self.weight = weight
 
     def objective(self, step: Step) -> torch.Tensor:
-        penalty = self.classifier(self.features.last, step.centers, step.progress)
+        penalty: torch.Tensor = self.classifier(self.features.last, step.centers, step.progress)
         return step.loss + step.share * self.weight * penalty
 
 

@@ -90,7 +90,7 @@ def main(usage: str | None) -> None:
 def config() -> TimmWrapperConfig:
     """The architecture, and the preprocessing that the backbone declares."""
     names = [f"{process.__name__[1:]}_{level}" for process in PROCESSES for level in range(4)]
-    return TimmWrapperConfig.from_dict(
+    declared: TimmWrapperConfig = TimmWrapperConfig.from_dict(
         {
             "architecture": "resnet10t",
             "model_args": {"channels": [32, 64, 128, 256]},
@@ -113,6 +113,7 @@ def config() -> TimmWrapperConfig:
             },
         }
     )
+    return declared
 
 
 def draw(seed: int, count: int) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ class Trainer(transformers.Trainer):
 
     @property
     def _domain_classifier(self) -> nn.Module | None:
-        return self.domain_loss and self.domain_loss.classifier
+        return None if self.domain_loss is None else self.domain_loss.classifier
 
     def train(self, *args: Any, **kwargs: Any) -> Any:  # Any: as transformers declares it
         """As of transformers; SIGTERM and Ctrl-C end it at a checkpoint, as `Interrupted`.
@@ -188,14 +188,16 @@ class Trainer(transformers.Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As of transformers; a stream already is the part of this process."""
         if not isinstance(self.train_dataset, Stream):
-            return super().get_train_dataloader()
-        return DataLoaderShard(
-            self.train_dataset,
-            device=self.args.device,
-            batch_size=self.args.per_device_train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-        )
+            loader: DataLoader[Any] = super().get_train_dataloader()
+        else:
+            loader = DataLoaderShard(
+                self.train_dataset,
+                device=self.args.device,
+                batch_size=self.args.per_device_train_batch_size,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+            )
+        return loader
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         if not self.balanced:
@@ -333,7 +335,7 @@ def build(
     patience = options.early_stopping_patience
     stopping = [EarlyStoppingCallback(patience)] if patience else []
     return Trainer(
-        model=model.to(memory_format=torch.channels_last),  # type: ignore[call-overload]  # torch's stub lacks it
+        model=model.to(memory_format=torch.channels_last),
         loss=loss,
         args=training_arguments(config, folder),
         train_dataset=train,

@@ -245,7 +245,8 @@ def _brightest(name: str, rows: datasets.Dataset) -> int | None:
     _check_paths(name, rows, image)
     bare = rows.select_columns([image]).with_format("arrow")
     peaks = bare.map(partial(_peaks, column=image), batched=True, remove_columns=[image])
-    return pc.max(peaks["peak"][:]).as_py()
+    brightest: int | None = pc.max(peaks["peak"][:]).as_py()
+    return brightest
 
 
 def _peaks(table: pa.Table, *, column: str) -> pa.Table:
@@ -306,7 +307,7 @@ def _whole(name: str, split: str, rows: datasets.IterableDataset) -> pa.Table:
 
 def _labels(name: str, found: pa.ChunkedArray, classes: Sequence[str], first: int) -> NDArray[np.int64]:
     """The labels of rows from `first` on, -1 where there is none. Raises HistoError for one of no class."""
-    labels = found.fill_null(-1).to_numpy()
+    labels: NDArray[np.int64] = found.fill_null(-1).to_numpy()
     for place in np.flatnonzero((labels < -1) | (labels >= len(classes)))[:1]:
         expected = f"0 to {len(classes) - 1}, or -1 where it is hidden"
         raise HistoError(

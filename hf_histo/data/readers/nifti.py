@@ -104,7 +104,10 @@ def _gray(path: Path) -> NDArray[np.uint8]:
         raise HistoError(f"{path}: has nothing in it but {low:g}, expected voxels that differ; export it again")
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = (volume - low) / (high - low)
-    return np.rint(np.nan_to_num(scaled, nan=0, posinf=1, neginf=0).clip(0, 1) * 255).astype(np.uint8)
+    gray: NDArray[np.uint8] = np.rint(np.nan_to_num(scaled, nan=0, posinf=1, neginf=0).clip(0, 1) * 255).astype(
+        np.uint8
+    )
+    return gray
 
 
 def _read(path: Path) -> NDArray[np.float32]:
@@ -128,7 +131,7 @@ def _read(path: Path) -> NDArray[np.float32]:
                 kind = next((kind for kind in kinds if kind.may_contain_header(start)), None)
                 if kind is None:
                     raise ValueError(f"starts with {start[:8]!r}")
-                header = kind(start[: kind.sizeof_hdr])
+                header = kind(start[: kind.sizeof_hdr])  # type: ignore[no-untyped-call]  # untyped in nibabel
                 shape, dtype = header.get_data_shape(), header.get_data_dtype()
                 if len(shape) < 3 or min(shape) < 1 or math.prod(shape) != math.prod(shape[:3]):
                     raise HistoError(f"{path}: shape {shape}, expected three dimensions; export one volume of it")

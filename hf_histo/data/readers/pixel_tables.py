@@ -306,7 +306,8 @@ def _csv_names(path: Path) -> list[str]:
 
 
 def _parquet_names(path: Path) -> list[str]:
-    return pq.ParquetFile(path).schema_arrow.names
+    names: list[str] = pq.ParquetFile(path).schema_arrow.names
+    return names
 
 
 def _npz_names(path: Path) -> list[str]:
