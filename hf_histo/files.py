@@ -156,12 +156,15 @@ def read_checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str
     Other files are ignored. Raises OSError where it or a file can't be read, and ValueError, naming the file, where one
     was changed or is not listed, or the list is damaged.
     """
-    content = read_json(folder / CHECKSUMS)
+    try:
+        content = read_json(folder / CHECKSUMS)
+    except ValueError:
+        content = None
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise ValueError(f"{CHECKSUMS} is damaged")
     for name in content["files"] if names is None else names:
         if checksum(folder / name) != content["files"].get(name):
-            raise ValueError(f"{name} is not as it was written")
+            raise ValueError(f"{name} is not as it was written, or not as {CHECKSUMS} lists it")
     return content
 
 

@@ -151,7 +151,7 @@ def test_probes_and_training_see_the_same_images(
         (["--methods", "boosting"], "--methods boosting: no such file, and none of prototype, knn, linear"),
         (["--methods", "knn", "--shot_counts", "few"], "--shot_counts is few, expected numbers or 'all'"),
         (["--methods", "knn", "--shot_counts", "7"], "train: ASC > ASC-H has 6 images, expected at least 7"),
-        (["--methods", "knn", "--config=x.yaml"], "--config is one config, expected each of them as a method"),
+        (["--methods", "knn", "--config=x.yaml"], "--config is one config, expected the option that takes several"),
         (["--methods", "knn", "--seeds=0"], "--seeds and --shot_counts are numbers from 1 on"),
     ],
 )
@@ -181,7 +181,7 @@ def test_an_adapter_of_another_data_set_to_start_from(call: Call, tmp_path: Path
         (["--lora_rank=4", "--target_modules=last-conv"], "LoRA matrices differ from those to be trained"),
         (["--lora_rank=2", "--target_modules=all-conv"], "LoRA matrices differ from those to be trained"),
         ([*lora, "--lora_alpha=3"], "its lora_alpha is 16.0, here 3.0"),
-        ([*lora, "--method=linear"], "--method is 'linear', expected lora"),
+        ([*lora, "--method=linear"], "which acts only with --method lora"),
         ([*lora, "--backbone=builtin"], "is for the backbone"),
     ):
         with pytest.raises(HistoError) as caught:

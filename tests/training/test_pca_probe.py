@@ -12,6 +12,7 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
+from hf_histo.config import with_options
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.predictions import Predictions
@@ -63,7 +64,8 @@ def test_a_class_without_images_is_refused() -> None:
 
 def test_a_run_leaves_an_adapter_that_predicts_the_same(tmp_path: Path) -> None:
     backbone, data = write_backbone(tmp_path / "backbone"), load(write_data(tmp_path / "data"))
-    options = config(tmp_path / "run", backbone, tmp_path / "data", "--method=pca", "--metric_for_best_model=loss")
+    gradient = config(tmp_path / "run", backbone, tmp_path / "data", "--metric_for_best_model=loss")
+    options = with_options(gradient, {"method": "pca"})
     result = fine_tune(options, data)
     found = result.metrics["selection"]
     assert found["components"] in (2, 4, 8, 16) and found["metric"] == "loss"
