@@ -94,7 +94,7 @@ def answer(
     """What the page shows of an image file: the image, where the model looks, the probabilities, a remark in Markdown.
 
     The file is read by this package's decoder and by no other. The images are uint8 (H, W, 3), at most `SHOWN` pixels
-    on a side. Of a file that can't be read or has more than `MAX_PIXELS`, there is only the remark that says so.
+    on a side. Of a file that can't be read or has more than `MAX_PIXELS`, there is only a remark.
     """
     if data is None:
         return None, None, None, ""
@@ -145,7 +145,7 @@ def page(gradio: Any, classifier: Classifier, card: str) -> Any:
             with gradio.Column():
                 probabilities = gradio.Label(label="Calibrated probability")
                 remark = gradio.Markdown(elem_id="remark")
-                heat = gradio.Image(label="What speaks for the predicted class", interactive=False, height=360)
+                heat = gradio.Image(label="Evidence for the predicted class", interactive=False, height=360)
         with gradio.Accordion("Model card", open=False):
             gradio.Markdown(card)
         # One at a time, which bounds the memory.
@@ -176,7 +176,7 @@ def write_space(target: Path, adapter: Path) -> None:
     if Path(sidecar.backbone["name"]).is_absolute() and sidecar.method != "full":
         raise HistoError(
             f"--space_dir {target}: the backbone is the local folder {sidecar.backbone['name']}, which a Space does "
-            "not have; expected 'builtin' or a name on the Hub: push.py --hub_base_model tells one, then give what was "
+            "not have; expected 'builtin' or a name on the Hub: push.py --hub_base_model gives one, then give what was "
             "pushed as --adapter"
         )
     if target.exists():

@@ -48,7 +48,7 @@ def run(main: Callable[[], object]) -> None:
     try:
         main()
     except (HistoError, OSError) as error:
-        # A bare print would go on the line of a progress bar that the error cut off.
+        # A bare print would continue the line of a progress bar that the error cut off.
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt as interrupt:

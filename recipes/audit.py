@@ -1,4 +1,4 @@
-"""Say what is wrong with a data set, before anything is trained on it.
+"""Audit a data set before anything is trained on it.
 
     python recipes/audit.py --data DIR --output_dir report
     python recipes/audit.py --data train.h5 --output_dir report --strict
@@ -12,8 +12,8 @@ output folder go `audit.json` with the id of every image concerned, `inventory.p
 figures: the classes and the colors of each center, samples of each class, and pairs of copies. With `--strict`, the
 exit code is 1 where there are findings, else 0.
 
-With `--backbone`, its frozen features tell how unlike the images of each other split are to those of train, class by
-class and copies left out: the AUROC of a classifier that tells the two apart, 0.5 where they are of one source. A map
+With `--backbone`, its frozen features measure how unlike the images of each other split are to those of train, class by
+class and copies left out: the AUROC of a classifier that separates the two, 0.5 where they are of one source. A map
 of the features (PCA) is drawn by class, and by center, or split where there are no centers. With `--adapter`, both are
 of its base model, and the map is drawn after adaptation, too.
 """

@@ -1,4 +1,4 @@
-"""Train with each of k folds held out in turn, no copy of an image on two sides, and say how good the result is.
+"""Train with each of k folds held out in turn, no copy of an image on two sides, and measure the result.
 
     accelerate launch recipes/cross_validate.py --config recipes/configs/mri_mobilenetv2_lora.yaml --data DIR \\
         --folds 5 --output_dir OUT

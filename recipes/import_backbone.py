@@ -5,7 +5,7 @@
     python recipes/import_backbone.py --backbone uni --output_dir backbones/uni
     python recipes/cytology_lora.py --backbone backbones/uni --data DIR
 
-This package unpickles nothing. Some models are published as a pickle only: then the recipe says where it lies and how
+This package unpickles nothing. Some models are published as a pickle only: then the recipe prints where it lies and how
 to convert it, if you trust its source, and `--snapshot` reads the result.
 """
 

@@ -1,4 +1,4 @@
-"""Train with each acquisition center held out in turn, and say how good the result is on the one never seen.
+"""Train with each acquisition center held out in turn, and measure the result on the one never seen.
 
     accelerate launch recipes/leave_one_center_out.py --config recipes/configs/histo_resnet50_lora.yaml --data DIR \\
         --seeds 2 --output_dir OUT

@@ -1,10 +1,10 @@
-"""Fine-tune a vision backbone on brain MRI slices in one folder per class, and say what the copies among them do.
+"""Fine-tune a vision backbone on brain MRI slices in one folder per class, and report what the copies among them do.
 
     accelerate launch recipes/mri_lora.py --config recipes/configs/mri_vgg16_lora.yaml --data DIR
     accelerate launch recipes/mri_lora.py --data DIR --backbone NAME_OR_FOLDER --split clean --negative_class no_tumor
 
 DIR holds Training/ and Testing/, or train/, val/ and test/, with a folder of images for each class. Before training,
-images are compared with each other, and copies between and within splits are told. `--split published` (the default
+images are compared with each other, and copies between and within splits are reported. `--split published` (the default
 here) keeps the splits, cuts val from train by families of copies where there is none, and gives every result twice: on
 test, and on test_clean, the images of test without a copy in training. `--split clean` keeps one image of each family
 and splits anew. The checkpoint is chosen on val; test is only predicted. The result is an adapter folder for

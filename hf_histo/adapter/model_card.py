@@ -73,7 +73,7 @@ def card(
 
 
 def facts(sidecar: Sidecar, metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> dict[str, Any]:
-    """What the card and the report tell, each in its format."""
+    """Facts that the card and the report state, each in its format."""
     name, splits, names = sidecar.backbone["name"], sidecar.data["splits"], sidecar.label_names
     hidden = any(held["hidden"] for held in splits.values())
     header = ["", "images", "groups", *sidecar.label_names, *(["hidden"] if hidden else []), "centers (images)"]

@@ -34,7 +34,7 @@ class Sidecar:
     Attributes:
         method: "linear", "lora", "pca" or "full"; a "full" folder holds the whole model, not an adapter.
         label_names: classes in the order of their indices.
-        num_outputs: logits of the head; 1 for a binary task, where it speaks for the second class.
+        num_outputs: logits of the head; 1 for a binary task, that of the second class.
         backbone: name as `backbones.locate` takes it (a local folder as its absolute path), "revision" on the Hub or
             None, the "fingerprint" of its weights and its "configuration", see `backbones.identity`.
         batch_norm: "frozen" or "track".
@@ -83,7 +83,7 @@ class Sidecar:
 
     @property
     def id2label(self) -> dict[int, str]:
-        """The class that each logit speaks for."""
+        """Class of each logit."""
         return dict(enumerate(self.label_names[-self.num_outputs :]))
 
     @property

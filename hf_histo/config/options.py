@@ -337,7 +337,7 @@ class SpeedOptions:
         needs=GRADIENT,
     )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "auto", "arithmetic of training; auto: what the launcher says, else bf16 on a GPU that has it, else float32"
+        "auto", "arithmetic of training; auto: the launcher's, else bf16 on a GPU that has it, else float32"
     )
     activation_checkpointing: bool = option(
         False, "compute activations again for the gradient: less memory, more time", role="speed", needs=GRADIENT

@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say, and one number that mends them: temperature scaling.
+"""Calibration of probabilities, and temperature scaling, which improves it by one number.
 
 With two classes, calibration is that of the probability of class 1: among images that are given 0.8, 80% should be of
 class 1 (Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI). With more, it
@@ -24,7 +24,7 @@ from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing, write_messa
 from hf_histo.evaluation.predictions import Predictions
 
 BINS = 15  # Guo et al. 2017, table 1
-LOWEST, HIGHEST = 0.01, 100.0  # a temperature beyond these says that the optimum is at 0 or infinity
+LOWEST, HIGHEST = 0.01, 100.0  # beyond these, the optimal temperature is 0 or infinity
 
 Binning = Literal["equal_width", "equal_mass"]
 
@@ -127,8 +127,8 @@ def fit_temperature(predictions: Predictions) -> Temperature:
     Guo et al. 2017, sec. 4.2; with one logit, softmax is over (0, logit). Fit it on validation predictions, never on
     those that are reported. The likelihood is concave in 1 / T, so T is the only root of its derivative.
 
-    No temperature is fitted, `value` is 1 and `reason` says why, where a class is all that is labeled, where the
-    logits separate the classes (T would go to 0), or where they say no more than chance (T would go to infinity).
+    No temperature is fitted, `value` is 1 and `reason` is given, where a class is all that is labeled, where the
+    logits separate the classes (T would go to 0), or where they are no better than chance (T would go to infinity).
 
     Args:
         predictions: a labeled table. The logits are taken as they stand in it: on a table that was already calibrated,

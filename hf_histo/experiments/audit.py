@@ -39,7 +39,7 @@ def main(usage: str | None) -> None:
     parser.add_argument("--strict", action="store_true", help="exit with code 1 where there are findings")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier audit.json and its figures")
     parser.add_argument("--adapter", help="adapter folder or Hub name, for a map before and after adaptation")
-    help = "model whose frozen features tell how unlike the splits are; with --adapter, its base model"
+    help = "model whose frozen features measure how unlike the splits are; with --adapter, its base model"
     parser.add_argument("--backbone", help=help)
     help = "stop at an image that can't be read, or leave it out (default: error)"
     parser.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help=help)
@@ -72,10 +72,10 @@ def main(usage: str | None) -> None:
         embedding.embedding_map(features, colorings, output / "embedding.png")
 
         groups = [group for split in with_families(data, table).values() for group in split["group"]]
-        told = separations(next(iter(features.values())), table.assign(group=groups), classes)
-        found["separations"] = [dataclasses.asdict(separation) for separation in told]
-        if told:
-            print(f"\n{described(told)}")
+        measured = separations(next(iter(features.values())), table.assign(group=groups), classes)
+        found["separations"] = [dataclasses.asdict(separation) for separation in measured]
+        if measured:
+            print(f"\n{described(measured)}")
     with atomic_file(output / "inventory.parquet") as temporary:
         table.to_parquet(temporary, index=False)
     write_json(output / "audit.json", found)  # last, so that its presence means that all is there
@@ -86,12 +86,12 @@ def main(usage: str | None) -> None:
         )
 
 
-def described(told: list[Separation]) -> str:
+def described(measured: list[Separation]) -> str:
     lines: list[list[object]] = [["split, class", "train images", "of the split", "AUROC", "95% interval"]]
-    for of in told:
+    for of in measured:
         interval = None if of.low is None or of.high is None else f"{of.low:.3f}–{of.high:.3f}"
         lines.append([f"{of.split}, {of.label}", of.train, of.images, of.auroc, interval])
-    about = "How well images of another split are told from those of train, without copies and shared groups"
+    about = "How well images of another split are separated from those of train, without copies and shared groups"
     return f"{about} (0.5: not at all):\n\n{table_of(lines)}"
 
 

@@ -355,7 +355,7 @@ def epoch(path: Path, images: int = 1000) -> dict[str, Any]:
 
 
 def own_memory() -> int | None:
-    """Bytes of this process that no file backs; None where the system does not tell."""
+    """Bytes of this process that no file backs; None where the system does not report them."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), None)

@@ -75,8 +75,8 @@ def require_agreement(config: Config, data: str) -> None:
 def check(config: Config, data: str = "") -> Path:
     """The folder of this run, which `begin` may take. Nothing is written.
 
-    Raises `HistoError` if the folder holds a run with other options or data, unless `--overwrite_output_dir` says to
-    delete that, if it holds anything but a run, and if it is a link or no folder.
+    Raises `HistoError` if the folder holds a run with other options or data, unless `--overwrite_output_dir` is
+    given, if it holds anything but a run, and if it is a link or no folder.
     """
     folder = folder_of(config)
     if other := _other_run(folder, config, data):

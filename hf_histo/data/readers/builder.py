@@ -34,7 +34,7 @@ class FolderConfig(datasets.BuilderConfig):
 class FolderBuilder(datasets.GeneratorBasedBuilder):
     """A folder in one of the known layouts.
 
-    A subclass says how to recognize its layout and which files it reads, and generates the rows. Its module must not
+    A subclass defines how to recognize its layout and which files it reads, and generates the rows. Its module must not
     construct a `Path`, since `datasets` replaces that name in the modules of builders: derive from the one given.
     """
 
@@ -42,7 +42,7 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
     BUILDER_CONFIG_CLASS = FolderConfig
 
     LAYOUT: ClassVar[str]  # names the folder in the cache
-    EXPECTED: ClassVar[str]  # tells the user what the folder must hold
+    EXPECTED: ClassVar[str]  # what the folder must hold, for errors
     LABELS: ClassVar[tuple[str, ...]]
     OPTIONS: ClassVar[tuple[str, ...]] = ()  # those of `DataOptions` that change what is read from the same files
 
@@ -61,7 +61,7 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
 
     @contextmanager
     def skipping(self) -> Iterator[None]:
-        """Around reading and yielding one image: where it can't be read and the options say so, it is left out.
+        """Around reading and yielding one image: one that can't be read is left out where options ask for it.
 
         `info.description` then gets a line with the error, which names the file below the folder.
         """

@@ -130,7 +130,7 @@ class NamedImages(ListedImages):
         name, _, number = path.stem.rpartition("_")
         if not name or not number:
             raise HistoError(
-                f"{path}: its name tells no class, expected CLASS_NUMBER{path.suffix}, parted by the last underscore"
+                f"{path}: its name holds no class, expected CLASS_NUMBER{path.suffix}, parted by the last underscore"
             )
         return name
 
@@ -269,9 +269,9 @@ class HiCervix(ListedImages):
         for split, images in splits.items():
             kept = [(path, name) for path, name in images if name in known]
             if len(kept) < len(images):
-                strange = sorted({name for _, name in images} - known)
+                unknown = sorted({name for _, name in images} - known)
                 logger.warning(
-                    "%s: left out %d images of %s, which train lacks", split, len(images) - len(kept), strange
+                    "%s: left out %d images of %s, which train lacks", split, len(images) - len(kept), unknown
                 )
             if not kept:
                 raise HistoError(f"{directory / split}.csv: no image of a class of train.csv, expected some; add them")

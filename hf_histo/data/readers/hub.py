@@ -45,7 +45,7 @@ def load(
     The data set must have one column of images and one of class labels. A split called validation, valid or dev
     becomes `val`. `id` is the row in the split of the source; center and group are unknown: where the source knows
     patients, write them into one of the other layouts. A local folder that `datasets` can load stands for a name, too,
-    and needs no network. 16-bit gray images are read as `schema.bits_for` says, by `gray_bits`. What is converted is
+    and needs no network. 16-bit gray images are read as by `schema.bits_for`, with `gray_bits`. What is converted is
     compared with its checksums each time.
 
     Raises `HistoError` for a name that can't be had, without a split `train`, and with other columns, for a label of

@@ -35,8 +35,8 @@ class Idx(FolderBuilder):
     absent; letters and digits may follow the name of the split (`train10k-...`), and `.gz` may be missing. No official
     `val` exists. `id` is the row in the file, gray becomes RGB, and center and group are unknown.
 
-    Raises HistoError, naming the file, for one that is missing, truncated or longer than its header says, of another
-    kind than its name says, for images and labels of unequal number, and for a label above 9.
+    Raises HistoError, naming the file, for one that is missing, truncated or longer than in its header, of another
+    kind than in its name, for images and labels of unequal number, and for a label above 9.
     """
 
     LAYOUT = "idx"

@@ -44,7 +44,7 @@ class VolumeFolders(ClassFolders):
 
     Raises HistoError, naming the file, for one that is no NIfTI-1 or NIfTI-2 file, is cut off, is not of three
     dimensions, of more than 512^3 voxels or of colors or complex numbers, declares more than its bytes can hold,
-    doesn't say how it is oriented, or has nothing in it (unless such are left out: `--on_bad_image skip`), and as
+    doesn't declare how it is oriented, or has nothing in it (unless such are left out: `--on_bad_image skip`), and as
     `ClassFolders` does.
     """
 

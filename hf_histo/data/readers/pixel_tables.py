@@ -37,12 +37,12 @@ NAMED = {  # what a column, or an array of an npz file, may be called, in any ca
     "id": ("id", "image_id"),
     "group": ("group", "patient", "patient_id"),
 }
-PROBES = 16  # images that tell range and order
+PROBES = 16  # images from which range and order are detected
 NUMBERED = re.compile(r"(.*?)(\d+)")  # a text and a number
 BATCH = 1024  # rows of labels and the like that are read at a time
 BLOCK = 2**21  # values of a parquet file that are read at a time, in whole columns of a row group
 DARKEST_PEAK = 16  # below, an image that exceeds 1 may be a dark one in [0, 255] as well as one in an unknown range
-CLEARLY = 0.8  # of the other order's roughness: above, the two can't be told apart
+CLEARLY = 0.8  # of the other order's roughness: above, the two can't be distinguished
 UNREADABLE = (
     *(OSError, ValueError, KeyError, EOFError, MemoryError, csv.Error, pa.ArrowException),
     *(zipfile.BadZipFile, zlib.error, RuntimeError),  # the last where an archive is encrypted, or packed in a newer way
@@ -116,7 +116,7 @@ class PixelTables(FolderBuilder):
         return ["" if path == directory else path.name for path in _files(directory).values()]
 
     def _info(self) -> datasets.DatasetInfo:
-        return datasets.DatasetInfo()  # the classes are told from the files, once
+        return datasets.DatasetInfo()  # the classes are read from the files, once
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         files = _files(self.config.directory)

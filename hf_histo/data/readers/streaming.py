@@ -27,7 +27,7 @@ FAULTS = (  # what `datasets` and Arrow were seen to raise of damaged files
 class Stream(torch.utils.data.IterableDataset[Sample]):
     """The part of one process of a launch in every pass over the training images.
 
-    A pass is a function of the seed and its number, so that a run that was interrupted in the middle of one goes on
+    A pass is a function of the seed and its number, so that a run that was interrupted in the middle of one resumes
     with the image that is next (it reads, but does not train on, those before). In a pass the processes see every image
     once if their number divides that of the shards and these hold equally many, or if it does not; else a process
     whose shards hold fewer begins again, and the others leave some out.

@@ -23,7 +23,7 @@ class WildsCamelyon17(FolderBuilder):
     """Camelyon17 as WILDS publishes it (https://wilds.stanford.edu, `wilds/datasets/camelyon17_dataset.py`), CC0.
 
     `metadata.csv` names the patches, `patches/` holds them as PNG. The official splits, also by these rules: `val` is
-    center 1 and `test` center 2, whatever the column `split` says; of the other centers, `split` 0 is `train` and 1 is
+    center 1 and `test` center 2, whatever the column `split` holds; of the other centers, `split` 0 is `train` and 1 is
     `id_val`. The latter is drawn by patch from the slides of `train`: it measures fit, and must not select a model.
 
     `group` is the patient rather than the slide: several nodes of one patient were cut, stained and scanned together

@@ -59,7 +59,7 @@ def pool_centers(data: datasets.DatasetDict, *, seed: int, validation_share: flo
     """Train on every labeled center: `train` and `val` are made anew from both, other splits stay as they are.
 
     For the last run, when everything has been decided: `val` is then of the same centers as `train` (other groups), so
-    it can choose a checkpoint but says nothing of an unseen center. Ids, groups and strata are as in
+    it can choose a checkpoint but measures nothing of an unseen center. Ids, groups and strata are as in
     `leave_one_center_out`, and so are the errors.
     """
     _check_share(validation_share)

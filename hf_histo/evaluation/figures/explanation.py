@@ -29,7 +29,7 @@ class _Classes(nn.Module):
 
 
 def heat_map(model: nn.Module, pixels: torch.Tensor, chosen: int) -> torch.Tensor:
-    """What speaks for class `chosen` in one view: float32 (S, S) in [0, 1], the strongest place being 1.
+    """Evidence for class `chosen` in one view: float32 (S, S) in [0, 1], the strongest place being 1.
 
     Gradient times activation of the last layer that still has places, summed over channels, the negative part dropped
     (HiResCAM: Draelos & Carin 2020, "Use HiResCAM instead of Grad-CAM", eq. 3). Where a network ends in average pooling

@@ -20,7 +20,7 @@ class Point:
 
     Attributes:
         series: what it has in common with others, such as the layers that are adapted.
-        name: what tells it from the others of its series, such as the rank.
+        name: what distinguishes it from the others of its series, such as the rank.
         trainable: parameters, above 0.
         mean: of the metric over seeds, the higher the better.
         deviation: of the sample; None for a single seed.

@@ -1,4 +1,4 @@
-"""How unlike the training images those of another split are: how well a classifier tells the two apart."""
+"""Classifier two-sample test: how well a classifier separates another split from the training images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVERY = "(all)"  # stands for all classes together
 
 @dataclass(frozen=True)
 class Separation:
-    """AUROC, with its 95% interval, by which `images` of `split` are told from `train` images, both of class `label`.
+    """AUROC, with its 95% interval, that separates images of `split` from `train` images, both of class `label`.
 
     None where a side has less than `FOLDS` groups; the interval alone, where `classification.report` has none.
     """
@@ -41,11 +41,11 @@ class Separation:
 def separations(
     features: NDArray[np.float64], table: pd.DataFrame, classes: Sequence[str], *, seed: int = 0
 ) -> list[Separation]:
-    """For each split beside `train`, and each class in it: how well its images are told from those of `train`.
+    """For each split beside `train`, and each class in it: how well its images are separated from those of `train`.
 
     A classifier two-sample test (Lopez-Paz & Oquab 2017, "Revisiting classifier two-sample tests", sec. 3; the proxy
     A-distance of Ben-David et al. 2010, "A theory of learning from different domains", is made of the same error): if
-    both sides came from one source, no classifier could tell them apart and its AUROC would be 0.5. Here, logistic
+    both sides came from one source, no classifier could separate them and its AUROC would be 0.5. Here, logistic
     regression on standardized features, in 5 folds of whole groups, so that it can't know an image by its copy or its
     patient. Groups on both sides are left out. The interval is that of `classification.report`, wider by the square
     root of 1 + k / (k - 1) for k folds, since other training images would give other classifiers (Nadeau & Bengio 2003,

@@ -57,7 +57,7 @@ def roc_curve(predictions_by_split: Mapping[str, Predictions], path: str | Path)
     """Draw ROC curves as a PNG, with the AUROC in the legend.
 
     With two classes there is one panel with a curve for every split (or center). With more, every split has a panel,
-    with a curve for each class against the rest. Where only one class is labeled, the legend says so and there is no
+    with a curve for each class against the rest. Where only one class is labeled, the legend has a note and there is no
     curve.
     """
     panels: dict[str, dict[str, tuple[NDArray[np.bool_], NDArray[np.float64]]]] = {}

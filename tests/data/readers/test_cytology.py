@@ -44,8 +44,8 @@ def test_files_named_by_class(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("images/train/HSIL.bmp", "its name tells no class"),
-        ("images/val/HSIL_.bmp", "its name tells no class"),
+        ("images/train/HSIL.bmp", "its name holds no class"),
+        ("images/val/HSIL_.bmp", "its name holds no class"),
         ("images/test/other_1.bmp", "is of class 'other'"),
         ("images/test/normal_1.bmp", "is of class 'normal' (what stands before the last underscore)"),
     ],

@@ -19,7 +19,7 @@ from hf_histo.errors import HistoError
 
 
 def png(value: int) -> bytes:
-    """A file whose pixels are told from `value` alone."""
+    """A file whose pixels depend on `value` alone."""
     buffer = io.BytesIO()
     pixels = np.random.default_rng(value).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     PIL.Image.fromarray(pixels).save(buffer, "PNG")
