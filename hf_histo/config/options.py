@@ -91,7 +91,7 @@ class DataOptions:
     split: Literal["files", "published", "clean"] = option(
         "files",
         "splits of the files, searched for copies, or made anew",
-        details="'files': as they are; 'published': searched for copies, val cut from train if there is none, and "
+        details="'files': as they are; 'published': searched for copies, val taken from train if it is missing, and "
         "test_clean, the test images with no copy in training; 'clean': one image of each family of copies, split anew",
         common=True,
     )
@@ -139,7 +139,7 @@ class ProtocolOptions:
         None, "train and validate on that share of each class, above 0 up to 100", above=0, at_most=100
     )
     level: int | None = option(
-        None, "level of a hierarchy of classes, 1 for the coarsest (default: the deepest given)", above=0
+        None, "level of a hierarchy of classes, 1 for the coarsest (default: the finest)", above=0
     )
     iterations_per_shot: int | None = option(
         None, "with --shots: so many updates for each shot, and those of the warm-up, instead of passes", above=0
@@ -248,7 +248,7 @@ class CenterOptions:
     )
     domain_weight: float = option(
         1.0,
-        "weight of the CORAL or DANN penalty; for GroupDRO, hundredths of a step of its weights",
+        "weight of the CORAL or DANN penalty; for GroupDRO, its step size times 100",
         at_least=0,
         needs={"domain_loss": SET},
     )

@@ -79,7 +79,7 @@ def choose(
         specificity: in [0, 1]; of effect for "sensitivity" only.
 
     Raises:
-        HistoError: the criterion is none of these, the table is of more than two classes or holds labels of fewer, or
+        HistoError: the criterion is unknown, the table has more than two classes or labels of only one class, or
             `specificity` is outside [0, 1] or can't be reached.
     """
     probability, positive = predictions.positive_probability, predictions.labels == 1

@@ -27,7 +27,7 @@ def open_file(path: Path) -> h5py.File:
 
 
 def member(parent: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
-    """Group or dataset `name` of `parent`, None where there is none.
+    """Group or dataset `name` of `parent`; None if it does not exist.
 
     Only hard links are followed: an external link, or a soft link whose path runs through one, leads to another file.
     The type of a link comes from the low-level interface, because `name in parent` would already follow it. A name

@@ -106,7 +106,7 @@ def k_folds(
 
 
 def with_validation(data: datasets.DatasetDict, *, share: float = 0.1) -> datasets.DatasetDict:
-    """With a `val` cut from `train` where there is none: `share` of each class, about, and whole groups.
+    """The same data; if `val` is missing, about `share` of each class of `train` becomes `val`, in whole groups.
 
     Where no group is known, it is a tenth of each class, see `hold_out`. The draw is always the same, so that runs of
     any seed are chosen on the same images. Raises HistoError where `train` is too small for it.
