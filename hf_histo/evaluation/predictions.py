@@ -193,9 +193,7 @@ class Predictions(pd.DataFrame):
         Raises:
             HistoError: there are more.
         """
-        probability = self.probabilities
-        if probability.ndim == 1:
-            return probability
+        probability = self.class_probabilities
         if probability.shape[1] > 2:
             raise HistoError(
                 f"the predictions are of {probability.shape[1]} classes, expected two: no one class is positive"
@@ -234,11 +232,12 @@ class Predictions(pd.DataFrame):
         """
         if not 0 <= threshold <= 1:
             raise HistoError(f"threshold is {threshold}, expected a probability: pass a number from 0 to 1")
-        probability = self.probabilities
-        if probability.ndim == 2 and probability.shape[1] > 2:
-            classes: NDArray[np.int64] = probability.argmax(axis=1)
-            return classes
-        return (self.positive_probability >= threshold).astype(np.int64)
+        probability = self.class_probabilities
+        is_binary = probability.shape[1] == 2
+        classes: NDArray[np.int64] = (
+            (probability[:, 1] >= threshold).astype(np.int64) if is_binary else probability.argmax(axis=1)
+        )
+        return classes
 
     def with_label_names(self, label_names: Sequence[str]) -> Self:
         """The same table with these class names.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -93,7 +94,8 @@ def compare(base: Config, options: Options) -> None:
 
     shared = next(iter(rows.values())).config.data
     data = arranged(shared)
-    runs = {stem: list(runs_of(row.config, data, options)) for stem, row in rows.items()}
+    held_out_folds = cache(lambda seed: folds.leave_one_center_out(data, seed=seed))  # the same for every row
+    runs = {stem: list(runs_of(row.config, data, options, held_out_folds)) for stem, row in rows.items()}
     cells = [
         grid.Cell(f"{row.published.name}: {run.name}", row.config.at(folder / stem / run.name, run.seed), run.data)
         for stem, row in rows.items()
@@ -195,11 +197,16 @@ def trainer_of(stem: str, rows: dict[str, Row]) -> str:
     )
 
 
-def runs_of(config: Config, data: datasets.DatasetDict, options: Options) -> Iterator[Run]:
-    """The runs of a row, by seed and, with `leave_one_center_out`, by held-out center."""
+def runs_of(
+    config: Config,
+    data: datasets.DatasetDict,
+    options: Options,
+    held_out_folds: Callable[[int], dict[int, datasets.DatasetDict]],
+) -> Iterator[Run]:
+    """The runs of a row, by seed and, with `leave_one_center_out`, by held-out center, whose folds a seed gives."""
     for seed in grid.seeds(config, options.seeds):
         if options.protocol == "leave_one_center_out":
-            for center, fold in folds.leave_one_center_out(data, seed=seed).items():
+            for center, fold in held_out_folds(seed).items():
                 yield Run(seed, center, fold)
         else:
             yield Run(seed, None, folds.pool_centers(data, seed=seed) if config.centers.pool_centers else data)

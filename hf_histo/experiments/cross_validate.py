@@ -89,8 +89,7 @@ def cross_validate(config: Config, options: Options) -> None:
 
 
 def _done(cell: Cell, result: Result) -> str:
-    overall = result.metrics["splits"]["test"]["overall"]
-    return f"{cell.name}: balanced accuracy {overall['balanced_accuracy']['value']:.3f}"
+    return f"{cell.name}: balanced accuracy {grid.on_test(result)['balanced_accuracy']:.3f}"
 
 
 def _pooled(results: list[Result], config: Config, folder: Path, seed: int) -> dict[str, Any]:

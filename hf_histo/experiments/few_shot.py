@@ -103,7 +103,7 @@ def few_shot(base: Config, options: Options) -> None:
                     config = config_of(trial, configs[trial.method]).at(place, trial.seed)
                     cells[trial] = grid.Cell(str(place.relative_to(folder)), config, data)
     trained = grid.train(
-        list(cells.values()), folder, options, describe=lambda cell, result: _line(cell.name, of_run(result))
+        list(cells.values()), folder, options, describe=lambda cell, result: _line(cell.name, grid.on_test(result))
     )
     if not launch.is_main_process():
         return

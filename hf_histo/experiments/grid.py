@@ -18,13 +18,12 @@ from typing import Any, Literal
 
 import datasets
 import yaml
-from filelock import FileLock, Timeout
 
 from hf_histo import launch
 from hf_histo.config import Config, option
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.reporting.summary import METRICS
-from hf_histo.files import atomic_file, write_json
+from hf_histo.files import atomic_file, locked, write_json
 from hf_histo.finetune import Result, fine_tune
 from hf_histo.training import run_folder
 
@@ -141,17 +140,8 @@ def _claimed(cell: Cell) -> Iterator[bool]:
         yield True
         return
     folder = run_folder.folder_of(cell.config).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.cell.lock", blocking=False)  # .NAME.lock is the run's own
-    try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    with locked(folder.parent / f".{folder.name}.cell.lock") as is_ours:  # .NAME.lock is the run's own
+        yield is_ours
 
 
 def _check(cells: Sequence[Cell], sharing: Sharing) -> None:

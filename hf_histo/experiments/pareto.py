@@ -37,8 +37,9 @@ def pareto(config: Config, options: Options) -> None:
     Raises HistoError for impossible options, and as `grid.train` does.
     """
     folder = config.parent_folder()
-    if options.seeds < 1 or not all(rank > 0 for rank in options.ranks):
-        raise HistoError(f"--seeds is {options.seeds} and --ranks {options.ranks}, expected numbers from 1 on")
+    seeds = grid.seeds(config, options.seeds)
+    if not all(rank > 0 for rank in options.ranks):
+        raise HistoError(f"--ranks {options.ranks}, expected numbers from 1 on; correct them")
     chosen = combinations(config, options)
 
     data = prepare(config)
@@ -49,7 +50,7 @@ def pareto(config: Config, options: Options) -> None:
     cells = {
         (name, seed): grid.Cell(f"{name}: seed {seed}", own.at(folder / name / f"seed-{seed}", seed), data)
         for name, own in chosen.items()
-        for seed in grid.seeds(config, options.seeds)
+        for seed in seeds
     }
     trained = grid.train(list(cells.values()), folder, options, describe=lambda cell, _: f"{cell.name} is done")
     if not launch.is_main_process():

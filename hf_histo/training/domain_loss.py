@@ -66,7 +66,7 @@ def build(name: str, weight: float, model: nn.Module, centers: Sequence[int]) ->
 
     Args:
         name: of the loss.
-        weight: of the CORAL or DANN penalty; for GroupDRO, hundredths of a step of its weights.
+        weight: of the CORAL or DANN penalty; for GroupDRO, its step size times 100.
         model: that is trained; the input of its head is what CORAL and DANN call features.
         centers: of the training set, one per image.
     """

@@ -14,14 +14,13 @@ from typing import Any
 
 import yaml
 from accelerate.utils import gather_object
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_histo import launch
 from hf_histo.config import NON_RESULT_OPTIONS, Config, effective
 from hf_histo.errors import HistoError
-from hf_histo.files import atomic_file, read_checksums, read_text, write_checksums
+from hf_histo.files import atomic_file, locked, read_checksums, read_text, write_checksums
 
 logger = logging.getLogger(__name__)
 
@@ -142,18 +141,13 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
         return
     place = folder.resolve()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(place.parent / f".{place.name}.lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise HistoError(
-            f"--output_dir {folder}: another process is training there; wait until it has ended, or choose another one"
-        ) from None
-    try:
+    with locked(place.parent / f".{place.name}.lock") as is_ours:
+        if not is_ours:
+            raise HistoError(
+                f"--output_dir {folder}: another process is training there; wait until it has ended, or choose another "
+                "one"
+            )
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager

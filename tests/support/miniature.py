@@ -95,6 +95,13 @@ def write_data(folder: Path, counts: Mapping[str, int] = COUNTS) -> Path:
     return folder
 
 
+def write_centers(folder: Path) -> tuple[Path, Path]:
+    """Save a backbone, and a data set whose training images are of two centers."""
+    data = write_data(folder / "data")
+    divide_training(data)
+    return write_backbone(folder / "backbone"), data
+
+
 def write_shards(folder: Path, *, each: tuple[int, ...] = (12,) * 4) -> Path:
     """Save shards for streaming with `each` so many images, by number; the odd ones are darker."""
     features = datasets.Features(

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from miniature import config, divide_training, write_backbone, write_data
+from miniature import config, write_backbone, write_centers, write_data
 from transformers import TrainerCallback
 
 from hf_histo import finetune, launch
@@ -30,10 +30,7 @@ PLATEAU = ["--lr_scheduler_type=reduce_lr_on_plateau", "--lr_scheduler_patience=
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("source")
-    data = write_data(folder / "data")
-    divide_training(data)
-    return write_backbone(folder / "backbone"), data
+    return write_centers(tmp_path_factory.mktemp("source"))
 
 
 def session(folder: Path, source: tuple[Path, Path], *more: str, weights: list[float] | None = None) -> trainer.Trainer:

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from miniature import config, divide_training, write_adapter, write_backbone, write_data
+from miniature import config, write_adapter, write_centers
 from torch import nn
 
 from hf_histo import inference
@@ -34,10 +34,7 @@ PREPARED = ["--gray", "--crop_to_brain", "--contrast=stretch"]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("source")
-    data = write_data(folder / "data")
-    divide_training(data)
-    return write_backbone(folder / "backbone"), data
+    return write_centers(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")
