@@ -9,13 +9,8 @@ groups (patients, slides).
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from typing import Any
 
-from hf_histo import Classifier
-from hf_histo.data.load import load
-from hf_histo.errors import HistoError
-from hf_histo.evaluation.metrics import classification
-from hf_histo.evaluation.reporting.report import overall_table
+from hf_histo.experiments.compare_adapters import compare_adapters
 from hf_histo.launch import run
 
 
@@ -28,28 +23,7 @@ def main() -> None:
     parser.add_argument("--average", action="store_true", help="also the mean of the adapters")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--cache_dir", help="folder of the converted data (default: the datasets library's cache)")
-    options = parser.parse_args()
-
-    data = load(options.data, cache_dir=options.cache_dir)
-    if options.split not in data:
-        raise HistoError(f"--split {options.split}: {options.data} has {', '.join(data)}")
-    rows = data[options.split]
-    if set(rows["label"]) == {-1}:
-        raise HistoError(f"--data {options.data}: no label is known in {options.split}, expected some to compare by")
-    first, *others = options.adapters
-    classifier = Classifier.from_pretrained(first, backbone=options.backbone)
-    for place, adapter in enumerate(others):
-        classifier.load_adapter(adapter, f"other{place}", backbone=options.backbone)
-    names = dict(zip(classifier.sidecars, options.adapters, strict=True))
-    if options.average:
-        classifier.average(list(names))
-        names["average"] = f"mean of the {len(names)}"
-    found: dict[str, Any] = {}
-    for name, shown in names.items():
-        classifier.set_adapter(name)
-        table = classifier.predict(rows, batch_size=options.batch_size, description=f"Predicting with {shown}")
-        found[shown] = classification.report(table)
-    print(overall_table(found))
+    print(compare_adapters(**vars(parser.parse_args())))
 
 
 if __name__ == "__main__":
