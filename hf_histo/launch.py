@@ -2,6 +2,9 @@
 
 Environment variables are read and written here alone: `RANK` and `ACCELERATE_*` are those of torchrun and accelerate;
 `HF_HISTO_TRACEBACK=1` shows the traceback of an error.
+
+A recipe imports this module before it has parsed its options. So torch and accelerate, which take seconds, are imported
+by the functions that need them.
 """
 
 from __future__ import annotations
@@ -14,14 +17,12 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn
-
-import psutil
-import torch
-from accelerate import PartialState
-from tqdm import tqdm
+from typing import TYPE_CHECKING, NoReturn
 
 from hf_histo.errors import HistoError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +49,35 @@ def run(main: Callable[[], object]) -> None:
     try:
         main()
     except (HistoError, OSError) as error:
-        # A bare print would continue the line of a progress bar that the error cut off.
-        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _write(f"error: {' '.join(str(error).split())}")
         raise SystemExit(1) from None
     except KeyboardInterrupt as interrupt:
         number = getattr(interrupt, "number", signal.SIGINT)
-        if os.environ.get("RANK", "0") == "0":
+        if rank() == 0:
             end = f"interrupted by {signal.Signals(number).name}"
-            tqdm.write(f"{end}: this command resumes from the last checkpoint: {command()}", file=sys.stderr)
+            _write(f"{end}: this command resumes from the last checkpoint: {command()}")
         raise SystemExit(128 + number) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _write(line: str) -> None:
+    """A line on standard error; a bare print would continue that of a progress bar that an error cut off."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
+
+
+def rank() -> int:
+    """Number of this process among those of the launch, from 0; known before torch is imported."""
+    names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # torchrun, then kinds of MPI
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def show(text: str) -> None:
+    """Print in the first process of the launch alone."""
+    if rank() == 0:
+        print(text, flush=True)
 
 
 def command() -> str:
@@ -66,6 +85,8 @@ def command() -> str:
 
     Without `--overwrite_output_dir`, by which it would start anew.
     """
+    import psutil
+
     started = [process.cmdline() for process in (psutil.Process(), *psutil.Process().parents())]
     line = ([sys.argv] + [line for line in started if sys.argv[0] in line])[-1]
     kept = re.sub(r"\0--overwrite[_-]output[_-]dir(=[^\0]*|\0[^-\0][^\0]*)?(?=\0|$)", "", "\0".join(line))
@@ -78,6 +99,8 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def use_cpu() -> bool:
     """Whether the launcher asks for the CPU, or there is no accelerator."""
+    import torch
+
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return asked or not torch.accelerator.is_available()
 
@@ -87,6 +110,8 @@ def use_gpu(number: int) -> None:
 
     To be called before anything uses a GPU.
     """
+    import torch
+
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [str(gpu) for gpu in range(torch.cuda.device_count())] if visible is None else visible.split(",")
     if len(gpus) > 1:
@@ -99,6 +124,8 @@ def process() -> PartialState:
     accelerate needs `cpu`: without it, each of the processes that torchrun starts on a machine without a GPU takes
     itself for the only one.
     """
+    from accelerate import PartialState
+
     return PartialState(cpu=use_cpu())
 
 
@@ -115,6 +142,8 @@ def mixed_precision(wanted: str) -> str:
     """
     if wanted != "auto":
         return wanted
+    import torch
+
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":
         return launched

@@ -13,13 +13,14 @@ the repetitions counts: on a busy machine, ratios are worth more than seconds. I
 """
 
 from hf_histo.config import parse_with
-from hf_histo.experiments.benchmark import benchmark
-from hf_histo.experiments.benchmark_sides import Options
+from hf_histo.config.experiments import BenchmarkOptions
 from hf_histo.launch import run
 
 
 def main() -> None:
-    config, options = parse_with(Options, __doc__)
+    config, options = parse_with(BenchmarkOptions, __doc__)
+    from hf_histo.experiments.benchmark import benchmark
+
     benchmark(config, options)
 
 

@@ -20,12 +20,14 @@ earlier one was stopped, and several launches share the runs, as --workers and -
 """
 
 from hf_histo.config import parse_with
-from hf_histo.experiments.compare import Options, compare
+from hf_histo.config.experiments import CompareOptions
 from hf_histo.launch import run
 
 
 def main() -> None:
-    config, options = parse_with(Options, __doc__, is_shared=True)
+    config, options = parse_with(CompareOptions, __doc__, is_shared=True)
+    from hf_histo.experiments.compare import compare
+
     compare(config, options)
 
 

@@ -15,12 +15,14 @@ predictions/seed-S.parquet and confusion-seed-S.png.
 """
 
 from hf_histo.config import parse_with
-from hf_histo.experiments.cross_validate import Options, cross_validate
+from hf_histo.config.experiments import CrossValidateOptions
 from hf_histo.launch import run
 
 
 def main() -> None:
-    config, options = parse_with(Options, __doc__, split="published")
+    config, options = parse_with(CrossValidateOptions, __doc__, split="published")
+    from hf_histo.experiments.cross_validate import cross_validate
+
     cross_validate(config, options)
 
 

@@ -10,20 +10,18 @@ fifth of images without any for test, a tenth of train for val. The same seed tr
 method. recipes/few_shot.py runs a grid.
 """
 
-from hf_histo import launch
 from hf_histo.config import parse
-from hf_histo.data.protocol import prepare
-from hf_histo.finetune import fine_tune
-from hf_histo.launch import run
+from hf_histo.launch import run, show
 
 
 def main() -> None:
     config = parse(__doc__)
-    state = launch.process()
+    show(config.title())
+    from hf_histo.data.protocol import prepare
+    from hf_histo.finetune import fine_tune
+
     data = prepare(config)
-    result = fine_tune(config, data)
-    if state.is_main_process:
-        print(result.summary())
+    show(fine_tune(config, data).summary())
 
 
 if __name__ == "__main__":

@@ -9,18 +9,18 @@ images a tenth becomes val; hub:OWNER/NAME is a data set on the Hub. The checkpo
 predicted. The result is an adapter folder for recipes/predict.py and hf_histo.inference.Classifier.
 """
 
-from hf_histo import launch
 from hf_histo.config import parse
-from hf_histo.data.protocol import prepare
-from hf_histo.finetune import fine_tune
-from hf_histo.launch import run
+from hf_histo.launch import run, show
 
 
 def main() -> None:
     config = parse(__doc__)
-    result = fine_tune(config, prepare(config))
-    if launch.is_main_process():
-        print(result.summary())
+    show(config.title())
+    from hf_histo.data.protocol import prepare
+    from hf_histo.finetune import fine_tune
+
+    data = prepare(config)
+    show(fine_tune(config, data).summary())
 
 
 if __name__ == "__main__":

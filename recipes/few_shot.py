@@ -13,12 +13,14 @@ and --cluster share the trainings. Into OUT go few_shot.md, .json and a figure f
 """
 
 from hf_histo.config import parse_with
-from hf_histo.experiments.few_shot import Options, few_shot
+from hf_histo.config.experiments import FewShotOptions
 from hf_histo.launch import run
 
 
 def main() -> None:
-    config, options = parse_with(Options, __doc__, is_shared=True)
+    config, options = parse_with(FewShotOptions, __doc__, is_shared=True)
+    from hf_histo.experiments.few_shot import few_shot
+
     few_shot(config, options)
 
 

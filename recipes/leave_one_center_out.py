@@ -10,12 +10,14 @@ runs. Into OUT goes leave_one_center_out.json.
 """
 
 from hf_histo.config import parse_with
-from hf_histo.experiments.leave_one_center_out import Options, leave_one_center_out
+from hf_histo.config.experiments import LeaveOneCenterOutOptions
 from hf_histo.launch import run
 
 
 def main() -> None:
-    config, options = parse_with(Options, __doc__)
+    config, options = parse_with(LeaveOneCenterOutOptions, __doc__)
+    from hf_histo.experiments.leave_one_center_out import leave_one_center_out
+
     leave_one_center_out(config, options)
 
 

@@ -11,22 +11,19 @@ and splits anew. The checkpoint is chosen on val; test is only predicted. The re
 recipes/predict.py and hf_histo.inference.Classifier.
 """
 
-from hf_histo import launch
 from hf_histo.config import parse
-from hf_histo.data.protocol import prepare
-from hf_histo.finetune import fine_tune
-from hf_histo.launch import run
+from hf_histo.launch import run, show
 
 
 def main() -> None:
     config = parse(__doc__, split="published")
-    state = launch.process()
+    show(config.title())
+    from hf_histo.data.protocol import prepare
+    from hf_histo.finetune import fine_tune
+
     data = prepare(config)
-    if state.is_main_process:
-        print(f"{config.data.data}: {data['train'].info.description}")
-    result = fine_tune(config, data)
-    if state.is_main_process:
-        print(result.summary())
+    show(f"{config.data.data}: {data['train'].info.description}")
+    show(fine_tune(config, data).summary())
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ val; one on test (`--front_split test`) shows what was reached, and must not cho
 """
 
 from hf_histo.config import parse_with
-from hf_histo.experiments.pareto import Options, pareto
+from hf_histo.config.experiments import ParetoOptions
 from hf_histo.launch import run
 
 
 def main() -> None:
-    config, options = parse_with(Options, __doc__)
+    config, options = parse_with(ParetoOptions, __doc__)
+    from hf_histo.experiments.pareto import pareto
+
     pareto(config, options)
 
 

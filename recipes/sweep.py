@@ -18,12 +18,14 @@ sweep.json, best.yaml for `--config` (beside --data), and plots.
 """
 
 from hf_histo.config import parse_with
-from hf_histo.experiments.sweep import Options, sweep
+from hf_histo.config.experiments import SweepOptions
 from hf_histo.launch import run
 
 
 def main() -> None:
-    config, options = parse_with(Options, __doc__)
+    config, options = parse_with(SweepOptions, __doc__)
+    from hf_histo.experiments.sweep import sweep
+
     sweep(config, options)
 
 

@@ -394,6 +394,10 @@ class Config:
         """All options in one mapping: what a YAML file for `--config` holds."""
         return {key: value for group in dataclasses.asdict(self).values() for key, value in group.items()}
 
+    def title(self) -> str:
+        """The run in one line: method, backbone, data and seed."""
+        return f"{self.adapter.method}: {self.model.backbone} on {self.data.data}, seed {self.training.seed}"
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Config:
         """The config whose `flat` is `values`."""

@@ -29,12 +29,13 @@ from tqdm import tqdm
 
 from hf_histo import launch
 from hf_histo.config import AdapterOptions, AugmentationOptions, Config
+from hf_histo.config.experiments import BenchmarkOptions
 from hf_histo.data.protocol import refuse
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing
 from hf_histo.evaluation.reporting.report import table
 from hf_histo.experiments import grid
-from hf_histo.experiments.benchmark_sides import EPOCHS, Bench, Options, epoch, steps, write_images, write_table
+from hf_histo.experiments.benchmark_sides import EPOCHS, Bench, epoch, steps, write_images, write_table
 
 # The options that act: all of these groups, and some of others.
 MEASURED = (AdapterOptions, AugmentationOptions)
@@ -54,7 +55,7 @@ AIMS: dict[str, float | None] = {
 }
 
 
-def benchmark(config: Config, options: Options) -> None:
+def benchmark(config: Config, options: BenchmarkOptions) -> None:
     """Measure everything; print tables, and write benchmark.md, .json and .png.
 
     Raises HistoError for options that can't act here.

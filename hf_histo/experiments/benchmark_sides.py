@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from torchvision.transforms.functional import to_pil_image
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from hf_histo import launch
-from hf_histo.config import Config, option
+from hf_histo.config import Config
+from hf_histo.config.experiments import BenchmarkOptions
 from hf_histo.data import schema
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
@@ -39,17 +40,6 @@ from hf_histo.transforms.pipeline import Pipeline, collate
 
 PATCH = 96  # pixels on a side of a generated image, as in Camelyon17
 EPOCHS = 10  # of the linear probe
-
-
-@dataclass
-class Options:
-    _argument_group_name = "benchmark"
-
-    quick: bool = option(False, "few images, steps and repetitions: to see that it runs, not to measure")
-    repetitions: int = option(5, "of each measurement")
-    steps: int = option(3, "training steps in each, after one that does not count")
-    images: int = option(512, "that are generated for training")
-    rows: list[int] = field(default_factory=lambda: [1_000, 10_000, 100_000], metadata={"help": "of growing tables"})
 
 
 class Clock(TrainerCallback):
@@ -69,7 +59,7 @@ class Bench:
     """A backbone, a batch, a precision, some images, and what can be timed on them."""
 
     config: Config
-    options: Options
+    options: BenchmarkOptions
     folder: Path
 
     @property

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import datasets
 import pandas as pd
 import yaml
 
 from hf_histo import launch
-from hf_histo.config import Config, PredictionOptions, option, parse, parse_each
+from hf_histo.config import Config, PredictionOptions, parse, parse_each
+from hf_histo.config.experiments import REPORTED, CompareOptions
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import arranged, refuse
 from hf_histo.data.splits import folds
@@ -27,18 +27,6 @@ from hf_histo.experiments import grid
 from hf_histo.inference import Classifier
 from hf_histo.training import run_folder
 from hf_histo.transforms.augmentation import TestTimeViews
-
-REPORTED = "reported.yaml"
-
-
-@dataclass(kw_only=True)
-class Options(grid.Sharing):
-    _argument_group_name = "comparison"
-
-    rows: list[str] = field(metadata={"help": f"configs to compare; a {REPORTED} among them is no row"})
-    seeds: int = option(2, "number of seeds for each row, counted up from --seed")
-    protocol: Literal["validation", "leave_one_center_out"] = option("validation", "what rows are evaluated on")
-    select: Literal["worst", "mean"] | None = option(None, "recommend a row by its worst or its mean held-out center")
 
 
 @dataclass(frozen=True)
@@ -77,7 +65,7 @@ class Run:
 Values = dict[str, dict[str, dict[int, float | None]]]
 
 
-def compare(base: Config, options: Options) -> None:
+def compare(base: Config, options: CompareOptions) -> None:
     """Train the runs of all rows; print a table, and write PROTOCOL.md, .json and .png.
 
     Args:
@@ -162,12 +150,12 @@ def read_published(paths: Sequence[Path]) -> dict[str, PublishedResult]:
     return every
 
 
-def read_rows(options: Options) -> dict[str, Row]:
+def read_rows(options: CompareOptions) -> dict[str, Row]:
     """The rows by their files' names; raises HistoError where they have the same name or differ in their data."""
     rows: dict[str, Row] = {}
     paths = [Path(name) for name in options.rows if Path(name).name != REPORTED]
     published = read_published(paths)
-    for path, config in zip(paths, parse_each(Options, [str(path) for path in paths]), strict=True):
+    for path, config in zip(paths, parse_each(CompareOptions, [str(path) for path in paths]), strict=True):
         if options.protocol == "leave_one_center_out":
             refuse(config, {"pool_centers": "with --protocol leave_one_center_out a center is held out of training"})
         row = Row(config, published[path.stem], parse(None, ["--config", str(path)]).model.backbone)
@@ -200,7 +188,7 @@ def trainer_of(stem: str, rows: dict[str, Row]) -> str:
 def runs_of(
     config: Config,
     data: datasets.DatasetDict,
-    options: Options,
+    options: CompareOptions,
     held_out_folds: Callable[[int], dict[int, datasets.DatasetDict]],
 ) -> Iterator[Run]:
     """The runs of a row, by seed and, with `leave_one_center_out`, by held-out center, whose folds a seed gives."""
@@ -270,7 +258,7 @@ def summed_up(values: Values, protocol: str) -> dict[str, dict[str, Spread]]:
 
 
 def markdown(
-    rows: dict[str, Row], results: dict[str, dict[str, dict[str, Spread]]], data: str, options: Options
+    rows: dict[str, Row], results: dict[str, dict[str, dict[str, Spread]]], data: str, options: CompareOptions
 ) -> str:
     """The table, and what has to be known to read it."""
     lines: list[list[object]] = [["", "backbone", "reported test accuracy", "split", *METRICS.values(), "seeds"]]

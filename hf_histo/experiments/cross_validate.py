@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from hf_histo import launch
-from hf_histo.config import Config, option
+from hf_histo.config import Config
+from hf_histo.config.experiments import CrossValidateOptions
 from hf_histo.data.load import fingerprint, load
 from hf_histo.data.protocol import refuse
 from hf_histo.data.splits.folds import k_folds
@@ -24,15 +25,7 @@ from hf_histo.files import write_json
 from hf_histo.finetune import Result
 
 
-@dataclass(kw_only=True)
-class Options(grid.Sharing):
-    _argument_group_name = "cross-validation"
-
-    folds: int = option(5, "number of folds")
-    seeds: int = option(1, "number of seeds, each with folds and runs of its own, counted up from --seed")
-
-
-def cross_validate(config: Config, options: Options) -> None:
+def cross_validate(config: Config, options: CrossValidateOptions) -> None:
     """Train a run for each fold and seed; print tables, and write cross_validate.json, predictions and figures.
 
     Raises HistoError for options that can't act here, folds that can't be made, and as `grid.train` does.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import datasets
 import numpy as np
 
 from hf_histo import launch
-from hf_histo.config import Config, option, parse_each
+from hf_histo.config import Config, parse_each
+from hf_histo.config.experiments import ALL_LABELS, FewShotOptions
 from hf_histo.data.protocol import prepare, refuse
 from hf_histo.data.splits.few_shot import select
 from hf_histo.errors import HistoError
@@ -25,25 +26,6 @@ from hf_histo.experiments import grid
 from hf_histo.experiments.frozen_features import FrozenFeatures
 from hf_histo.finetune import Result
 
-ALL = "all"
-
-
-@dataclass(kw_only=True)
-class Options(grid.Sharing):
-    _argument_group_name = "grid"
-
-    methods: list[str] = field(metadata={"help": f"probes ({', '.join(probes.PROBES)}) and configs"})
-    data_sets: list[str] = field(
-        default_factory=list, metadata={"help": "folders of data sets (default: the one of --data)"}
-    )
-    backbones: list[str] = field(
-        default_factory=list, metadata={"help": "their names or folders (default: --backbone)"}
-    )
-    shot_counts: list[str] = field(
-        default_factory=lambda: ["1", "2", "4", "8", "16"], metadata={"help": f"images of each class, or '{ALL}'"}
-    )
-    seeds: int = option(3, "number of seeds, counted up from --seed")
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -56,7 +38,7 @@ class Trial:
     seed: int
 
     def folder(self, parent: Path) -> Path:
-        shots = ALL if self.shots == few_labels.ALL else f"{self.shots:02}"
+        shots = ALL_LABELS if self.shots == few_labels.ALL else f"{self.shots:02}"
         names = (Path(self.data).resolve().name, Path(self.backbone).name, Path(self.method).stem)
         return parent.joinpath(*names, f"{shots}-seed-{self.seed}")
 
@@ -64,7 +46,7 @@ class Trial:
 Results = dict[Trial, dict[str, Any]]
 
 
-def few_shot(base: Config, options: Options) -> None:
+def few_shot(base: Config, options: FewShotOptions) -> None:
     """Fit the probes, train the runs; print tables, and write few_shot.md, .json and a figure for each data set.
 
     Args:
@@ -116,24 +98,26 @@ def few_shot(base: Config, options: Options) -> None:
     print(f"\nwrote few_shot.md, .json and a figure for each data set in {folder}")
 
 
-def read_shots(options: Options) -> list[int]:
+def read_shots(options: FewShotOptions) -> list[int]:
     """The numbers of images of each class, `few_labels.ALL` for all; raises HistoError for anything else."""
     try:
-        shots = [few_labels.ALL if count == ALL else int(count) for count in options.shot_counts]
+        shots = [few_labels.ALL if count == ALL_LABELS else int(count) for count in options.shot_counts]
     except ValueError:
-        raise HistoError(f"--shot_counts is {' '.join(options.shot_counts)}, expected numbers or {ALL!r}") from None
+        raise HistoError(
+            f"--shot_counts is {' '.join(options.shot_counts)}, expected numbers or {ALL_LABELS!r}"
+        ) from None
     if options.seeds < 1 or min(shots) < 0 or len({Path(m).stem for m in options.methods}) < len(options.methods):
         raise HistoError("--seeds and --shot_counts are numbers from 1 on, --methods of different names; correct them")
     return shots
 
 
-def read_methods(options: Options) -> dict[str, Config]:
+def read_methods(options: FewShotOptions) -> dict[str, Config]:
     """The configs among the methods, by their files; raises HistoError for what is neither a probe nor a file."""
     files = [method for method in options.methods if method not in probes.PROBES]
     for file in files:
         if not Path(file).is_file():
             raise HistoError(f"--methods {file}: no such file, and none of {', '.join(probes.PROBES)}")
-    return dict(zip(files, parse_each(Options, files), strict=True))
+    return dict(zip(files, parse_each(FewShotOptions, files), strict=True))
 
 
 def config_of(trial: Trial, config: Config) -> Config:
@@ -187,12 +171,12 @@ def over_seeds(results: Results, metric: str, **wanted: object) -> Spread:
     return spread(of[metric] for of in chosen)
 
 
-def markdown(results: Results, options: Options) -> str:
+def markdown(results: Results, options: FewShotOptions) -> str:
     """For each data set, methods by shots; then methods by data sets, with all that they may learn from."""
     shots = list(dict.fromkeys(trial.shots for trial in results))
     rows_of = list(dict.fromkeys((trial.backbone, trial.method) for trial in results))
     data_sets = list(dict.fromkeys(trial.data for trial in results))
-    titles = {count: ALL if count == few_labels.ALL else f"{count} per class" for count in shots}
+    titles = {count: ALL_LABELS if count == few_labels.ALL else f"{count} per class" for count in shots}
     parts = []
     for data in data_sets:
         lines: list[list[object]] = [["backbone", "method", "trained", *titles.values()]]
@@ -216,7 +200,7 @@ def markdown(results: Results, options: Options) -> str:
     return "\n\n".join(parts)
 
 
-def draw(results: Results, options: Options, folder: Path) -> None:
+def draw(results: Results, options: FewShotOptions, folder: Path) -> None:
     """A figure of accuracy by shots for each data set."""
     several = len(options.backbones) > 1
     for data in dict.fromkeys(trial.data for trial in results):

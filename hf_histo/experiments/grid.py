@@ -11,16 +11,17 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import yaml
 
 from hf_histo import launch
-from hf_histo.config import Config, option
+from hf_histo.config import Config
+from hf_histo.config.experiments import Sharing
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.reporting.summary import METRICS
 from hf_histo.files import atomic_file, locked, write_json
@@ -29,23 +30,6 @@ from hf_histo.training import run_folder
 
 MINUTES = 24 * 60  # of a job, where nothing else is asked for: submitit's default is 5
 POLL = 1.0  # seconds between two looks at cells that other processes train
-
-
-@dataclass(kw_only=True)
-class Sharing:
-    """Options of every experiment: which processes train its cells."""
-
-    workers: int = option(1, "processes, or jobs of --cluster, that share the runs; 1: this process, in order")
-    cluster: Literal["slurm", "local"] | None = option(
-        None, "run the workers as jobs of SLURM, or as processes of submitit: pip install hf_histo[slurm]"
-    )
-    job_parameters: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "of the jobs, NAME=VALUE as submitit names them: timeout_min=240 slurm_partition=gpu "
-            "gpus_per_node=1 cpus_per_task=8 (default: a day, and else submitit's)"
-        },
-    )
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from hf_histo import launch
-from hf_histo.config import Config, option
+from hf_histo.config import Config
+from hf_histo.config.experiments import LeaveOneCenterOutOptions
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare, refuse
 from hf_histo.data.splits import folds
@@ -17,14 +18,7 @@ from hf_histo.files import write_json
 from hf_histo.finetune import Result
 
 
-@dataclass(kw_only=True)
-class Options(grid.Sharing):
-    _argument_group_name = "leave one center out"
-
-    seeds: int = option(2, "number of seeds for each center, counted up from --seed")
-
-
-def leave_one_center_out(config: Config, options: Options) -> None:
+def leave_one_center_out(config: Config, options: LeaveOneCenterOutOptions) -> None:
     """Train a run for each held-out center and seed; print a table, and write leave_one_center_out.json.
 
     Raises HistoError for options that can't act here, and as `grid.train` does.

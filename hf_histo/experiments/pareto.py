@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 from hf_histo import launch
-from hf_histo.config import Config, option
+from hf_histo.config import Config
+from hf_histo.config.experiments import ParetoOptions
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare
 from hf_histo.errors import HistoError
@@ -21,17 +21,7 @@ from hf_histo.finetune import Result
 HEAD_ALONE = "classifier-alone"
 
 
-@dataclass(kw_only=True)
-class Options(grid.Sharing):
-    _argument_group_name = "Pareto sweep"
-
-    layers: list[str] = field(metadata={"help": "presets or regexes of the layers with LoRA, each one of a series"})
-    ranks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "of the update"})
-    seeds: int = option(1, "number of seeds for each combination, counted up from --seed")
-    front_split: Literal["val", "test"] = option("val", "whose accuracy is drawn")
-
-
-def pareto(config: Config, options: Options) -> None:
+def pareto(config: Config, options: ParetoOptions) -> None:
     """Train a run for each combination and seed; print a table, and write pareto.md, .json and .png.
 
     Raises HistoError for impossible options, and as `grid.train` does.
@@ -97,7 +87,7 @@ def pareto(config: Config, options: Options) -> None:
     print(f"\nwrote pareto.md, .json and .png in {folder}")
 
 
-def combinations(config: Config, options: Options) -> dict[str, Config]:
+def combinations(config: Config, options: ParetoOptions) -> dict[str, Config]:
     """The options of each combination, by the name of its folder."""
     found = {HEAD_ALONE: replace(config, adapter=replace(config.adapter, method="linear"))}
     for layers in options.layers:

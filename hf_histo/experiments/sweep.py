@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_histo import launch
-from hf_histo.config import NON_RESULT_OPTIONS, Config, DataOptions, OutputOptions, option, with_options
+from hf_histo.config import NON_RESULT_OPTIONS, Config, DataOptions, OutputOptions, with_options
+from hf_histo.config.experiments import SweepOptions
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare
 from hf_histo.errors import HistoError
@@ -40,17 +41,7 @@ from hf_histo.finetune import fine_tune
 plt.switch_backend("Agg")
 
 
-@dataclass
-class Options:
-    _argument_group_name = "sweep"
-
-    study: str = field(metadata={"help": "YAML file with a grid, or a space and the number of trials"})
-    storage: str | None = option(
-        None, "URL of the database of Optuna that holds the trials (default: SQLite in OUT/study.db)"
-    )
-
-
-def sweep(config: Config, options: Options) -> None:
+def sweep(config: Config, options: SweepOptions) -> None:
     """Run the trials that are left; print a table, and write sweep.md, sweep.json, best.yaml and plots.
 
     Raises HistoError for a study that can't be read or can't be stored, and where no trial finished.

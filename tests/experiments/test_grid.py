@@ -18,7 +18,8 @@ from miniature import SIZE, divide_training, write_backbone, write_data
 from hf_histo.config import Config, parse_with
 from hf_histo.errors import HistoError
 from hf_histo.experiments import grid
-from hf_histo.experiments.leave_one_center_out import Options, leave_one_center_out
+from hf_histo.config.experiments import LeaveOneCenterOutOptions, Sharing
+from hf_histo.experiments.leave_one_center_out import leave_one_center_out
 from hf_histo.training import run_folder
 
 fork = multiprocessing.get_context("fork")
@@ -54,19 +55,19 @@ def test_one_process_trains_in_order(
 ) -> None:
     slow_training(monkeypatch, 0)
     every = cells(tmp_path, 3)
-    found = grid.train(every, tmp_path, grid.Sharing(), describe=lambda cell, result: f"{cell.name} {result}")
+    found = grid.train(every, tmp_path, Sharing(), describe=lambda cell, result: f"{cell.name} {result}")
     assert found == ["cell-0", "cell-1", "cell-2"]
     assert capsys.readouterr().out.splitlines() == [f"cell-{n} cell-{n}" for n in range(3)]
-    assert grid.train(every[::-1], tmp_path, grid.Sharing()) == ["cell-2", "cell-1", "cell-0"]
+    assert grid.train(every[::-1], tmp_path, Sharing()) == ["cell-2", "cell-1", "cell-0"]
     assert all(len(starts(cell)) == 1 for cell in every)
 
 
 def test_launches_on_one_folder_divide_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_training(monkeypatch, 0.2)
     every = cells(tmp_path, 8)
-    other = fork.Process(target=grid.train, args=(every, tmp_path, grid.Sharing()))
+    other = fork.Process(target=grid.train, args=(every, tmp_path, Sharing()))
     other.start()
-    assert len(grid.train(every, tmp_path, grid.Sharing())) == 8
+    assert len(grid.train(every, tmp_path, Sharing())) == 8
     other.join(60)
     assert other.exitcode == 0
     assert [len(starts(cell)) for cell in every] == [1] * 8
@@ -77,12 +78,12 @@ def test_launches_on_one_folder_divide_its_cells(tmp_path: Path, monkeypatch: py
 def test_the_cell_of_a_killed_process_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = cells(tmp_path, 2)
     slow_training(monkeypatch, 600)
-    killed = fork.Process(target=grid.train, args=(every, tmp_path, grid.Sharing()))
+    killed = fork.Process(target=grid.train, args=(every, tmp_path, Sharing()))
     killed.start()
     while not (tmp_path / "cell-0" / "log").is_file() or not starts(every[0]):
         time.sleep(0.02)
     slow_training(monkeypatch, 0)
-    other = fork.Process(target=grid.train, args=(every, tmp_path, grid.Sharing()))
+    other = fork.Process(target=grid.train, args=(every, tmp_path, Sharing()))
     other.start()
     while not run_folder.is_finished(tmp_path / "cell-1"):
         time.sleep(0.02)
@@ -99,14 +100,14 @@ def test_the_cell_of_a_killed_process_is_taken_up(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("sharing", "message"),
     [
-        (grid.Sharing(workers=0), "--workers is 0"),
-        (grid.Sharing(job_parameters=["timeout_min=1"]), "--job_parameters is for --cluster"),
-        (grid.Sharing(cluster="local", job_parameters=["timeout_min"]), "expected NAME=VALUE"),
-        (grid.Sharing(cluster="local", job_parameters=["speed=1"]), "--cluster local: .*speed"),
-        (grid.Sharing(cluster="slurm"), "--cluster slurm: .*srun"),
+        (Sharing(workers=0), "--workers is 0"),
+        (Sharing(job_parameters=["timeout_min=1"]), "--job_parameters is for --cluster"),
+        (Sharing(cluster="local", job_parameters=["timeout_min"]), "expected NAME=VALUE"),
+        (Sharing(cluster="local", job_parameters=["speed=1"]), "--cluster local: .*speed"),
+        (Sharing(cluster="slurm"), "--cluster slurm: .*srun"),
     ],
 )
-def test_impossible_sharing_is_one_line(tmp_path: Path, sharing: grid.Sharing, message: str) -> None:
+def test_impossible_sharing_is_one_line(tmp_path: Path, sharing: Sharing, message: str) -> None:
     if sharing.cluster:
         pytest.importorskip("submitit")
     with pytest.raises(HistoError, match=message):
@@ -117,7 +118,7 @@ def test_workers_do_not_overwrite_each_other(tmp_path: Path) -> None:
     config = Config.of({**Config().flat(), "overwrite_output_dir": True})
     cell = grid.cell(config, datasets.DatasetDict(), tmp_path / "cell", 0)
     with pytest.raises(HistoError, match="--overwrite_output_dir would delete"):
-        grid.train([cell], tmp_path, grid.Sharing(workers=2))
+        grid.train([cell], tmp_path, Sharing(workers=2))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, A
         quick = f"--image_size={SIZE} --resize_size={SIZE} --num_train_epochs=1 --method=linear --seeds=1"
         out = folder / name
         places = [f"--data={data}", f"--backbone={backbone}", f"--output_dir={out}"]
-        config, options = parse_with(Options, None, [*quick.split(), *places, *more])
+        config, options = parse_with(LeaveOneCenterOutOptions, None, [*quick.split(), *places, *more])
         threads = torch.get_num_threads()
         with pytest.MonkeyPatch.context() as patch:  # sums in another order differ in their last bits
             patch.setenv("OMP_NUM_THREADS", "1")

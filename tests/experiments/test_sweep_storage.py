@@ -15,6 +15,7 @@ import pytest
 from miniature import SIZE, write_backbone, write_data
 
 from hf_histo.config import parse_with
+from hf_histo.config.experiments import SweepOptions
 from hf_histo.errors import HistoError
 
 optuna = pytest.importorskip("optuna")
@@ -71,7 +72,7 @@ def test_a_study_in_postgresql_resumes(server: str, tmp_path: Path) -> None:
     places = [f"--data={data}", f"--backbone={backbone}", f"--study={tmp_path / 'study.yaml'}", f"--storage={server}"]
 
     for _ in range(2):  # nothing is left for the second
-        sweep.sweep(*parse_with(sweep.Options, None, [*quick.split(), *places, f"--output_dir={out}"]))
+        sweep.sweep(*parse_with(SweepOptions, None, [*quick.split(), *places, f"--output_dir={out}"]))
     study = optuna.load_study(study_name=str(out.resolve()), storage=server)
     assert [trial.state for trial in study.trials] == [optuna.trial.TrialState.COMPLETE] * 2
     assert not (out / "study.db").exists()
