@@ -18,13 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.table import embed_table_storage
 from filelock import FileLock
 from huggingface_hub.constants import HF_HUB_CACHE
 from numpy.typing import NDArray
 
 from hf_histo.data import cache, schema
-from hf_histo.data.readers import parquet
+from hf_histo.data.readers import shards
 from hf_histo.data.readers.streaming import FAULTS, Prepare, Stream, readable
 from hf_histo.errors import HistoError
 from hf_histo.files import regular
@@ -32,6 +33,7 @@ from hf_histo.files import regular
 logger = logging.getLogger(__name__)
 
 PREFIX = "hub:"
+FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet")  # as `datasets` names them; it reads many more
 OPTIONS = ("gray_bits", "on_bad_image")  # those of `DataOptions` that act here
 BATCH = 1000  # rows of a stream that are read at a time
 SPLITS = {"validation": "val", "valid": "val", "dev": "val"}
@@ -80,24 +82,28 @@ def _converted(name: str, builder: datasets.DatasetBuilder, root: Path) -> datas
         manager = datasets.DownloadManager(
             download_config=datasets.DownloadConfig(cache_dir=str(root / "downloads"), token=builder.token)
         )
-        shards = {} if Path(builder.cache_dir).exists() else dict(_shards_of(name, builder, manager))
-        for where, file in shards.items():
-            parquet.check_content(where, pq.ParquetFile(file, pre_buffer=False), regular(file).stat().st_size)
+        files = {} if Path(builder.cache_dir).exists() else dict(_shards_of(name, builder, manager))
+        schemas = {}
+        for where, path in files.items():
+            with regular(path).open("rb") as file:
+                schemas[where] = shards.schema_of(file, _format(builder))
+            shards.check_types(where, schemas[where])
+        shards.check_content(files)
         builder.download_and_prepare(dl_manager=manager)
         found = builder.as_dataset()
         features = next(iter(found.values())).features
-        for where, file in shards.items():
+        for where, schema_ in schemas.items():
             _, label = columns(name, features)
-            parquet.check_classes(where, pq.ParquetFile(file), label, features[label].names)
+            shards.check_classes(where, schema_, label, features[label].names)
         return found
 
 
 def _shards_of(
     name: str, builder: datasets.DatasetBuilder, manager: datasets.DownloadManager
 ) -> Iterator[tuple[str, str]]:
-    """The parquet files of a data set, brought to this machine, by what names them in messages."""
-    for address, file in zip(_files(builder), manager.download(_files(builder)), strict=True):
-        if address.endswith(".parquet"):
+    """The shards of a data set, brought to this machine, by what names them in messages."""
+    if _format(builder) in shards.FORMATS:
+        for address, file in zip(_files(builder), manager.download(_files(builder)), strict=True):
             yield f"--data {name}: {address}", str(file)
 
 
@@ -166,11 +172,27 @@ def train_stream(
 
 
 def _find(name: str, **options: Any) -> datasets.DatasetBuilder:
+    """Raises HistoError for a name that can't be had, and for files in none of `FORMATS`."""
     source, _, revision = name.removeprefix(PREFIX).partition("@")
+    if Path(source).is_dir():
+        source = str(Path(source).absolute())  # else a folder `parquet` would be taken for the format
+    elif source in _PACKAGED_DATASETS_MODULES:  # of which `datasets` would read all files in the current folder
+        raise HistoError(f"--data {name}: names a format, expected OWNER/NAME or a folder; name one")
     with _faults(name):
         if "://" in source:
             return datasets.load_dataset_builder("parquet", data_files=_shards(source), **options)
-        return datasets.load_dataset_builder(source, revision=revision or None, **options)
+        builder = datasets.load_dataset_builder(source, revision=revision or None, **options)
+    if _format(builder) not in FORMATS:
+        expected = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise HistoError(
+            f"--data {name}: holds {_format(builder)} files, expected {expected}; write it as parquet by `push_to_hub`"
+        )
+    return builder
+
+
+def _format(builder: datasets.DatasetBuilder) -> str:
+    """The module of `datasets` that reads the files, such as "parquet", whatever their suffix."""
+    return type(builder).__module__.rpartition(".")[2]
 
 
 @contextmanager
@@ -198,12 +220,14 @@ def _local_files(builder: datasets.DatasetBuilder) -> list[str]:
 def _check_declared(name: str, builder: datasets.DatasetBuilder, features: datasets.Features) -> None:
     """Raise `HistoError` for a streamed shard that declares other classes than `features`, or more than it can hold."""
     _, label = columns(name, features)
-    for address in _files(builder):
-        if address.endswith(".parquet"):
+    if _format(builder) in shards.FORMATS:
+        for address in _files(builder):
             with _faults(name), fsspec.open(address) as stored:
-                shard, where = pq.ParquetFile(stored), f"--data {name}: {address}"
-                parquet.check_rows(where, shard, stored.size, width=0)
-                parquet.check_classes(where, shard, label, features[label].names)
+                where = f"--data {name}: {address}"
+                if _format(builder) == "parquet":
+                    shards.check_rows(where, pq.ParquetFile(stored), stored.size, width=0)
+                    stored.seek(0)
+                shards.check_classes(where, shards.schema_of(stored, _format(builder)), label, features[label].names)
 
 
 def _shards(address: str) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hf_histo.data import schema
-from hf_histo.data.readers import parquet
+from hf_histo.data.readers import shards
 from hf_histo.data.readers.builder import FolderBuilder, split_generator
 from hf_histo.data.readers.class_folders import SINGLE, SPLITS
 from hf_histo.data.schema import MAX_TEXT
@@ -353,7 +353,7 @@ def _parquet_columns(path: Path) -> dict[str, list[Any]]:
     wanted = {role: names[place] for role, place in special.items()}
     # A text that is repeated is stored once, and read so, lest a small file fill the memory.
     file = pq.ParquetFile(path, read_dictionary=list(wanted.values()))
-    parquet.check_rows(str(path), file, path.stat().st_size, len(values) + 64 * len(wanted))
+    shards.check_rows(str(path), file, path.stat().st_size, len(values) + 64 * len(wanted))
     columns: dict[str, list[Any]] = {role: [] for role in wanted}
     for batch in file.iter_batches(batch_size=BATCH, columns=list(wanted.values())):
         for role, name in wanted.items():

@@ -19,7 +19,7 @@ Prepare = Callable[[torch.Tensor], torch.Tensor]
 BUFFER = 1000  # images among which a pass is shuffled, beside the order of the shards
 REMEMBERED = 10_000  # names of the last images, for messages
 FAULTS = (  # what `datasets` and Arrow were seen to raise of damaged files
-    *(OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError),
+    *(OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, MemoryError),
     *(pa.ArrowException, datasets.exceptions.DatasetsError),
 )
 

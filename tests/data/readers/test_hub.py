@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -119,29 +124,137 @@ def test_images_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert "left out 2 images that can't be read: rows [3, 11]" in caplog.text
 
 
-def declare(path: Path, names: list[str]) -> None:
+def declare(path: Path, names: list[str], column: str = "digit") -> None:
     """Write into a shard that its classes have other names."""
-    table = pq.read_table(path)
+    table = read_shard(path)
     declared = json.loads(table.schema.metadata[b"huggingface"])
-    declared["info"]["features"]["digit"]["names"] = names
-    pq.write_table(table.replace_schema_metadata({b"huggingface": json.dumps(declared)}), path)
+    declared["info"]["features"][column]["names"] = names
+    write_shard(path, table.replace_schema_metadata({b"huggingface": json.dumps(declared)}))
+
+
+def read_shard(path: Path) -> pa.Table:
+    if path.suffix == ".parquet":
+        return pq.read_table(path)
+    with pa.OSFile(str(path)) as file:
+        return (pa.ipc.open_file if file.read(6) == b"ARROW1" else pa.ipc.open_stream)(str(path)).read_all()
+
+
+def write_shard(path: Path, table: pa.Table, *, file: bool = False, compression: str | None = None) -> None:
+    """As parquet or, by its suffix, in the streaming format of Arrow, or its `file` format."""
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+        return
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with (pa.ipc.new_file if file else pa.ipc.new_stream)(str(path), table.schema, options=options) as writer:
+        writer.write_table(table)
+
+
+def as_arrow(folder: Path, *, file: bool = False) -> None:
+    """The shards of a folder in a format of Arrow instead."""
+    for path in folder.glob("*.parquet"):
+        write_shard(path.with_suffix(".arrow"), pq.read_table(path), file=file)
+        path.unlink()
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("format", ["parquet", "arrow stream", "arrow file"])
 @pytest.mark.parametrize("shard", ["train-1", "validation-0"])
 @pytest.mark.parametrize("names", [["b", "a"], ["a", "b", "c"], ["a"]])
-def test_shards_that_declare_other_classes(tmp_path: Path, streaming: bool, shard: str, names: list[str]) -> None:
+def test_shards_that_declare_other_classes(
+    tmp_path: Path, streaming: bool, format: str, shard: str, names: list[str]
+) -> None:
     """`datasets` takes the declaration of one shard for all, and mixes the numbers of the others in."""
     folder = tmp_path / "data"
     write_parquet(folder, splits=("train", "validation"))
     shutil.copy(folder / "train-0.parquet", folder / "train-1.parquet")
+    if format != "parquet":
+        as_arrow(folder, file=format == "arrow file")
+    (path,) = folder.glob(f"{shard}.*")
     load(DataOptions(data=f"hub:{folder}", streaming=streaming), cache_dir=tmp_path / "cache")
-    declare(folder / f"{shard}.parquet", names)
+    declare(path, names)
     for _ in range(2):  # nor are they taken from the cache
-        with pytest.raises(
-            HistoError, match=rf"{shard}\.parquet: declares the classes {', '.join(names)}, expected a, b"
-        ):
+        with pytest.raises(HistoError, match=rf"{path.name}: declares the classes {', '.join(names)}, expected a, b"):
             load(DataOptions(data=f"hub:{folder}", streaming=streaming), cache_dir=tmp_path / "cache")
+
+
+CARD = """---
+dataset_info:
+  features:
+  - {name: IMAGE, dtype: image}
+  - {name: digit, dtype: {class_label: {names: {'0': a, '1': b}}}}
+---
+"""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".parquet", ".geoparquet", ".arrow"])
+def test_shards_that_declare_other_classes_than_the_card(tmp_path: Path, suffix: str, streaming: bool) -> None:
+    """Whatever suffix `datasets` takes for a format."""
+    folder = tmp_path / "data"
+    write_parquet(folder, splits=("train", "validation"))
+    if suffix == ".arrow":
+        as_arrow(folder)
+    for path in folder.iterdir():
+        path.rename(path.with_suffix(suffix))
+    (folder / "README.md").write_text(CARD.replace("IMAGE", "picture").replace("0': a, '1': b", "0': b, '1': a"))
+    with pytest.raises(HistoError, match=r"declares the classes a, b, expected b, a in this order"):
+        load(DataOptions(data=f"hub:{folder}", streaming=streaming), cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+def test_classes_of_text_are_matched_by_name(tmp_path: Path, format: str, streaming: bool) -> None:
+    """A card declares them; each file names the class of a row, whatever comes first in it."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    PIL.Image.new("L", (5, 4)).save(folder / "one.png")
+    (folder / "README.md").write_text(CARD.replace("IMAGE", "picture"))
+    for split, names in (("train", "baab"), ("validation", "ba"), ("test", "ab")):
+        rows = [{"picture": str(folder / "one.png"), "digit": name} for name in names]
+        if format == "csv":
+            lines = ["picture,digit", *(",".join(row.values()) for row in rows)]
+        else:
+            lines = list(map(json.dumps, rows))
+        (folder / f"{split}.{format}").write_text("\n".join(lines))
+    data = load(DataOptions(data=f"hub:{folder}", streaming=streaming), cache_dir=tmp_path / "cache")
+    assert {split: rows["label"][:] for split, rows in data.items()} == {
+        "train": [1, 0, 0, 1],
+        "val": [1, 0],
+        "test": [0, 1],
+    }
+    (folder / f"validation.{format}").write_text((folder / f"test.{format}").read_text().replace("b", "c"))
+    with pytest.raises(HistoError, match="--data hub:"):
+        load(DataOptions(data=f"hub:{folder}", streaming=streaming), cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_formats_that_are_not_checked_are_refused(tmp_path: Path, streaming: bool) -> None:
+    """`datasets` reads many more, such as HDF5, whose links lead anywhere, and archives without a bound."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "README.md").write_text(CARD.replace("IMAGE", "png"))
+    picture = io.BytesIO()
+    PIL.Image.new("L", (5, 4)).save(picture, "png")
+    for split in ("train", "validation"):
+        with tarfile.open(folder / f"{split}.tar", "w") as archive:
+            for name, content in (("1.png", picture.getvalue()), ("1.digit", b"a")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(HistoError, match="holds webdataset files, expected arrow, csv, imagefolder, json or parquet"):
+        load(DataOptions(data=f"hub:{folder}", streaming=streaming), cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_name_of_a_format_is_no_data_set(tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` would read every file of the current folder; a folder of that name is one."""
+    write_parquet(tmp_path / "parquet", splits=("train", "validation"))
+    monkeypatch.chdir(tmp_path)
+    options = DataOptions(data="hub:parquet", streaming=streaming)
+    assert {len(rows) for rows in load(options, cache_dir=tmp_path / "cache").values()} == {20}
+    (tmp_path / "parquet").rename(tmp_path / "moved")
+    with pytest.raises(HistoError, match="--data hub:parquet: names a format, expected OWNER/NAME or a folder"):
+        load(options, cache_dir=tmp_path / "cache")
 
 
 def test_a_shard_that_declares_nothing_has_the_classes_of_the_rest(tmp_path: Path) -> None:
@@ -166,11 +279,111 @@ def test_a_small_shard_that_expands_is_refused(tmp_path: Path, column: str) -> N
     bomb = pa.table(columns)
     pq.write_table(bomb.replace_schema_metadata(table.schema.metadata), path, compression="zstd", version="2.6")
     assert path.stat().st_size < 300_000
-    with pytest.raises(
-        HistoError, match=r"train-0\.parquet: expands to [\d,]+ bytes or more, from [\d,]+, expected at"
-    ):
-        load(f"hub:{tmp_path / 'data'}", cache_dir=tmp_path / "cache")
-    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    assert re.search(r"train-0\.parquet: expands to [\d,]+ bytes or more, from [\d,]+, expected at", refused(tmp_path))
+
+
+def refused(folder: Path) -> str:
+    """The error of loading FOLDER/data, which leaves nothing behind."""
+    error = refusal(f"hub:{folder / 'data'}", folder / "cache")
+    assert not list((folder / "cache").rglob("*.arrow"))
+    return error
+
+
+def with_text(path: Path, texts: pa.Array) -> pa.Table:
+    """As many rows as texts of a shard, with these as a column more."""
+    table = read_shard(path)
+    features = datasets.Features(datasets.Features.from_arrow_schema(table.schema) | {"text": datasets.Value("string")})
+    columns = {name: table[name].take(pa.array([0] * len(texts))) for name in table.column_names}
+    return pa.table(columns | {"text": texts}).replace_schema_metadata(features.arrow_schema.metadata)
+
+
+def test_a_shard_of_arrow_that_expands_is_refused(tmp_path: Path) -> None:
+    """Its buffers may be packed, and unpack to any size."""
+    write_parquet(tmp_path / "data", splits=("train", "validation"))
+    as_arrow(tmp_path / "data")
+    path = tmp_path / "data/train-0.arrow"
+    write_shard(path, with_text(path, pa.array(["x" * 2**24] * 16)), compression="zstd")
+    assert path.stat().st_size < 100_000
+    assert "train-0.arrow: expands to " in refused(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "string_view", "list of null"])
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_columns_whose_values_take_no_bytes_are_refused(tmp_path: Path, kind: str, suffix: str) -> None:
+    """Many rows may share one value, which `datasets` would write out for each."""
+    write_parquet(tmp_path / "data", splits=("train", "validation"))
+    if suffix == ".arrow":
+        as_arrow(tmp_path / "data")
+    path = tmp_path / f"data/train-0{suffix}"
+    texts = {
+        "dictionary": pa.DictionaryArray.from_arrays([0] * 40, ["x" * 1000]),
+        "string_view": pa.array(["x" * 1000] * 40, pa.string_view()),
+        "list of null": pa.array([[None] * 1000] * 40, pa.list_(pa.null())),
+    }
+    write_shard(path, with_text(path, texts[kind]))
+    error = refused(tmp_path)
+    assert f"train-0{suffix}: column text is " in error and "expected texts, bytes, numbers, or lists of them" in error
+
+
+def test_a_column_without_a_value_is_read(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "data", splits=("train", "validation"))
+    path = tmp_path / "data/train-0.parquet"
+    write_shard(path, with_text(path, pa.nulls(40)))
+    assert len(load(f"hub:{tmp_path / 'data'}", cache_dir=tmp_path / "cache")["train"]) == 40
+
+
+def forge_page(path: Path, unpacked: int) -> None:
+    """Replace the only page of a column by one that unpacks to `unpacked` zeros; the footer declares the old size."""
+    content, column = bytearray(path.read_bytes()), pq.ParquetFile(path).metadata.row_group(0).column(0)
+    start, size = column.data_page_offset, column.total_compressed_size
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        for _ in range(unpacked // 2**20):
+            stream.write(bytes(2**20))
+    body = sink.getvalue().to_pybytes()
+
+    def varint(value: int) -> bytes:
+        groups = [value >> shift & 127 for shift in range(0, max(1, value.bit_length()), 7)]
+        return bytes([*(group | 128 for group in groups[:-1]), groups[-1]])
+
+    def number(value: int) -> bytes:  # thrift's compact protocol: a field of i32 after the one before it, zigzag
+        return b"\x15" + varint(2 * value)
+
+    # PageHeader: type 0, both sizes, and field 5: DataPageHeader of one value, plain, levels as runs.
+    header = number(0) + number(unpacked) + number(len(body)) + b"\x2c"
+    header += number(1) + number(0) + number(3) + number(3) + b"\x00\x00"
+    assert len(header) + len(body) <= size, "the page does not fit"
+    content[start : start + size] = (header + body).ljust(size, b"\0")
+    path.write_bytes(content)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is bounded on Linux")
+def test_a_page_that_unpacks_to_more_than_its_file_declares(tmp_path: Path) -> None:
+    """Its header alone knows its size, which the footer and the values hide."""
+    write_parquet(tmp_path / "data", splits=("train", "validation"))
+    path = tmp_path / "data/train-0.parquet"
+    table = with_text(path, pa.array(["x"]))
+    noise = np.random.default_rng(0).bytes(150_000).hex()
+    table = table.set_column(2, "text", pa.array([noise])).select(["text", "picture", "digit"])
+    pq.write_table(table, path, compression="zstd", use_dictionary=False, write_statistics=False)
+    forge_page(path, 2**31 - 2**20)
+    assert path.stat().st_size < 200_000
+    script = f"""
+import resource
+from pathlib import Path
+from hf_histo.data.load import load
+from hf_histo.errors import HistoError
+try:
+    load("hub:{tmp_path / "data"}", cache_dir="{tmp_path / "cache"}")
+except HistoError as error:
+    print(error)
+own = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+print(max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    error, peak = done.stdout.splitlines()
+    assert "train-0.parquet: expands to " in error
+    assert int(peak) < 1200  # MiB
 
 
 def test_a_damaged_conversion_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
