@@ -1,0 +1,91 @@
+"""How many bytes become of parquet and Arrow files, measured by a process that may take little more than these.
+
+    python -P expansion.py {"FILE": BOUND, ...}
+
+A page of parquet and a buffer of Arrow are unpacked whole, to the size that they declare themselves, before anything
+can be counted: a few kilobytes to two gigabytes. So the memory of the process that unpacks them has a limit, on Linux.
+`shards.check_content` runs this file as a script; it imports nothing of this package, and starts quickly.
+
+For each file it prints a line of JSON: the bytes, counted as far as the bound, or the reason why it can't be read.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FEW, MANY = 16, 2**21  # rows of values of any length, and values of a fixed one, that are read at a time
+SLACK, MOST = 2**27, 2**32  # bytes of memory, beside a file and its bound; of a bound
+NULL = 8  # bytes that a missing value counts for: it takes none, and some once it is given a type
+
+
+def main() -> None:
+    for path, bound in json.loads(sys.argv[1]).items():
+        _limit(min(bound, MOST) + Path(path).stat().st_size)
+        try:
+            found: int | str = _expanded(path, bound)
+        except MemoryError:
+            found = bound
+        except Exception as error:  # whatever Arrow raises of a damaged file
+            found = " ".join(str(error).split())[:300] or type(error).__name__
+        print(json.dumps(found), flush=True)
+
+
+def _limit(more: int) -> None:
+    """Let this process take `more` bytes of memory than it has, and `SLACK`."""
+    if sys.platform == "linux":
+        import resource
+
+        status = Path("/proc/self/status").read_text()
+        taken = 1024 * int(status.partition("VmData:")[2].split()[0])
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        wanted = taken + more + SLACK
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted if most < 0 else min(wanted, most), most))
+
+
+def _expanded(path: str, bound: int) -> int:
+    expanded = 0
+    for batch in _parquet(path) if _is_parquet(path) else _arrow(path):
+        expanded += sum(column.nbytes or NULL * len(column) for column in batch.columns)
+        if expanded > bound:
+            break
+    return expanded
+
+
+def _is_parquet(path: str) -> bool:
+    with Path(path).open("rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+def _parquet(path: str) -> Iterator[pa.RecordBatch]:
+    file = pq.ParquetFile(path, pre_buffer=False)
+    fixed = [field.name for field in file.schema_arrow if pa.types.is_primitive(field.type)]
+    others = [name for name in file.schema_arrow.names if name not in set(fixed)]
+    for group in range(file.num_row_groups):
+        step = max(1, MANY // max(1, file.metadata.row_group(group).num_rows))
+        for names, rows in ((others, FEW), *((fixed[i : i + step], MANY // step) for i in range(0, len(fixed), step))):
+            if names:
+                yield from file.iter_batches(rows, row_groups=[group], columns=names, use_threads=False)
+
+
+def _arrow(path: str) -> Iterator[pa.RecordBatch]:
+    """As `datasets` opens it: what is no stream is a file."""
+    with pa.OSFile(path) as file:
+        try:
+            batches = pa.ipc.open_stream(file)
+        except (OSError, pa.ArrowInvalid, MemoryError):  # read so, its first bytes are a length
+            file.seek(0)
+            opened = pa.ipc.open_file(file)
+            batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
+        for batch in batches:
+            batch.validate(full=True)
+            yield batch
+
+
+if __name__ == "__main__":
+    main()
