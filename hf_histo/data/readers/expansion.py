@@ -19,7 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-FEW, MANY = 16, 2**21  # rows of values of any length, and values of a fixed one, that are read at a time
+FEW, BLOCK = 16, 2**21  # rows of values of any length, and values of a fixed one, that are read at a time
 SLACK, MOST = 2**27, 2**32  # bytes of memory, beside a file and its bound; of a bound
 NULL = 8  # bytes that a missing value counts for: it takes none, and some once it is given a type
 
@@ -62,15 +62,16 @@ def _is_parquet(path: str) -> bool:
         return file.read(4) == b"PAR1"
 
 
-def _parquet(path: str) -> Iterator[pa.RecordBatch]:
+def _parquet(path: str) -> Iterator[pa.RecordBatch | pa.Table]:
     file = pq.ParquetFile(path, pre_buffer=False)
+    others = [field.name for field in file.schema_arrow if not pa.types.is_primitive(field.type)]
     fixed = [field.name for field in file.schema_arrow if pa.types.is_primitive(field.type)]
-    others = [name for name in file.schema_arrow.names if name not in set(fixed)]
     for group in range(file.num_row_groups):
-        step = max(1, MANY // max(1, file.metadata.row_group(group).num_rows))
-        for names, rows in ((others, FEW), *((fixed[i : i + step], MANY // step) for i in range(0, len(fixed), step))):
-            if names:
-                yield from file.iter_batches(rows, row_groups=[group], columns=names, use_threads=False)
+        step = max(1, BLOCK // max(1, file.metadata.row_group(group).num_rows))
+        for start in range(0, len(fixed), step):
+            yield file.read_row_group(group, columns=fixed[start : start + step], use_threads=False)
+        if others:
+            yield from file.iter_batches(FEW, row_groups=[group], columns=others, use_threads=False)
 
 
 def _arrow(path: str) -> Iterator[pa.RecordBatch]:

@@ -10,6 +10,7 @@ import re
 import tempfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,8 +292,8 @@ def _names(path: Path) -> list[str]:
         raise _unreadable(path, error) from None
     special, values = _split_names(names)
     known = [name.lower() for name in names if name != ""]
-    for name in names:
-        if names.count(name) > 1 and name != "":
+    for name, times in Counter(names).items():
+        if times > 1 and name != "":
             raise HistoError(f"{path}: two columns are named {name!r}, expected one; rename or remove one")
     if len(special) + len(values) < len(known):
         doubled = next(role for role, spellings in NAMED.items() if sum(name in spellings for name in known) > 1)
@@ -354,6 +355,7 @@ def _parquet_columns(path: Path) -> dict[str, list[Any]]:
     # A text that is repeated is stored once, and read so, lest a small file fill the memory.
     file = pq.ParquetFile(path, read_dictionary=list(wanted.values()))
     shards.check_rows(str(path), file, path.stat().st_size, len(values) + 64 * len(wanted))
+    shards.check_content({str(path): path})
     columns: dict[str, list[Any]] = {role: [] for role in wanted}
     for batch in file.iter_batches(batch_size=BATCH, columns=list(wanted.values())):
         for role, name in wanted.items():

@@ -13,6 +13,7 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forged_parquet import forge_page, load_measured
 from scipy.ndimage import gaussian_filter
 
 from hf_histo.config import DataOptions
@@ -205,9 +206,10 @@ def bomb(path: Path, kind: str) -> None:
     """A small file that would become gigabytes."""
     rows = 7000
     columns = {f"p{i}": np.zeros(rows, np.uint8) for i in range(16)} | {"label": pa.array(["a", "b"] * (rows // 2))}
-    if kind == "text":
+    if kind in ("text", "label"):
+        length = 10**6 if kind == "text" else 2000
         columns["label"] = pa.DictionaryArray.from_arrays(
-            np.arange(rows, dtype=np.int32) % 2, ["a" * 10**6, "b" * 10**6]
+            np.arange(rows, dtype=np.int32) % 2, ["a" * length, "b" * length]
         )
     if kind == "rows":
         rows = 6_000_000
@@ -218,7 +220,8 @@ def bomb(path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("text", r"a label of 1,000,000 characters, expected at most 1,000"),
+        ("text", r"expands to [\d,]+ bytes or more"),
+        ("label", r"a label of 2,000 characters, expected at most 1,000"),
         ("rows", r"expands to [\d,]+ bytes or more"),
     ],
 )
@@ -228,6 +231,17 @@ def test_a_small_file_that_expands_is_refused(tmp_path: Path, kind: str, message
     command = [sys.executable, "-c", BOUNDED, str(tmp_path), str(tmp_path / "cache")]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.search(rf"train\.parquet: {message}", ended.stdout), ended.stdout + ended.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is bounded on Linux")
+def test_a_page_that_unpacks_to_more_than_its_file_declares(tmp_path: Path) -> None:
+    columns = {"p0": np.random.default_rng(0).random(10_000)} | {f"p{i}": np.zeros(10_000) for i in range(1, 16)}
+    table = pa.table(columns | {"label": ["a", "b"] * 5_000})
+    pq.write_table(table, tmp_path / "train.parquet", use_dictionary=False, compression="zstd")
+    forge_page(tmp_path / "train.parquet", 2**31 - 2**20)
+    error, peak = load_measured(str(tmp_path), tmp_path / "cache")
+    assert "train.parquet: expands to " in error
+    assert peak < 1200
 
 
 def edit(folder: Path, change: object) -> None:
