@@ -22,6 +22,8 @@ import nibabel
 import numpy as np
 import pandas as pd
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fixtures import images, write_challenge, write_hicervix, write_lists, write_pcam, write_wilds
 
@@ -132,6 +134,16 @@ def shards(folder: Path) -> None:
         rows.to_parquet(str(folder / f"{split}.parquet"))
 
 
+def arrow_shards(folder: Path) -> None:
+    """As `shards`, in Arrow's own format."""
+    shards(folder)
+    for path in folder.glob("*.parquet"):
+        table = pq.read_table(path)
+        with pa.ipc.new_stream(str(path.with_suffix(".arrow")), table.schema) as writer:
+            writer.write_table(table)
+        path.unlink()
+
+
 def table(folder: Path) -> None:
     made = Predictions.make(range(4), [0] * 4, [""] * 4, [0, 1, 0, 1], [0.5, -1.0, 2.0, 0.1])
     made.with_label_names(["normal", "tumor"]).write(folder / "val.parquet")
@@ -193,6 +205,8 @@ KINDS: dict[str, tuple[str, Callable[[Path], bytes], Callable[[Path], object]]] 
     },
     "hub": ("train.parquet", file_of(shards, "train.parquet"), loads_by_name),
     "streamed": ("train.parquet", file_of(shards, "train.parquet"), streams),
+    "hub-arrow": ("train.arrow", file_of(arrow_shards, "train.arrow"), loads_by_name),
+    "streamed-arrow": ("train.arrow", file_of(arrow_shards, "train.arrow"), streams),
     "sidecar": (SIDECAR, sidecar, reads_sidecar),
     "yaml": ("run.yaml", lambda folder: b"seed: 3\nlora_rank: 4\ndata: x\nhead: mlp\n", reads_yaml),
     "predictions": ("val.parquet", file_of(table, "val.parquet"), lambda f: Predictions.read(f / "val.parquet")),
