@@ -173,9 +173,9 @@ def write_space(target: Path, adapter: Path) -> None:
     """Write a folder that runs as a Space: app.py, the adapter, the package, what to install, and a README."""
     require_output(target, [adapter], folder=True)
     sidecar = Sidecar.read(adapter)
-    if Path(sidecar.backbone["name"]).is_absolute() and sidecar.method != "full":
+    if Path(sidecar.backbone.name).is_absolute() and sidecar.method != "full":
         raise HistoError(
-            f"--space_dir {target}: the backbone is the local folder {sidecar.backbone['name']}, which a Space does "
+            f"--space_dir {target}: the backbone is the local folder {sidecar.backbone.name}, which a Space does "
             "not have; expected 'builtin' or a name on the Hub: push.py --hub_base_model gives one, then give what was "
             "pushed as --adapter"
         )

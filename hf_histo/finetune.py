@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from hf_histo import hub, launch
 from hf_histo.adapter import folder as adapter_folder
-from hf_histo.adapter.sidecar import Sidecar
+from hf_histo.adapter.sidecar import BackboneRecord, DataRecord, Sidecar
 from hf_histo.config import Config, with_role
 from hf_histo.data import hierarchy
 from hf_histo.data.load import check_trainable, fingerprint
@@ -266,11 +266,9 @@ def build(config: Config, data: datasets.DatasetDict, task: Task) -> Setup:
         method=config.adapter.method,
         label_names=task.label_names,
         num_outputs=task.num_outputs,
-        backbone={
-            "name": "builtin" if options.backbone == "builtin" else source,
-            "revision": options.revision,
-            **backbones.identity(backbone),
-        },
+        backbone=BackboneRecord(
+            "builtin" if options.backbone == "builtin" else source, options.revision, *backbones.identity(backbone)
+        ),
         batch_norm=options.batch_norm,
         preprocessing=pipeline.preprocessing,
         head=head,
@@ -278,13 +276,13 @@ def build(config: Config, data: datasets.DatasetDict, task: Task) -> Setup:
         colors=None if config.data.streaming else ColorRange.fit(ImageTable(data["train"])),
         views=pipeline.test_time_views,
         adapt_batch_norm=config.prediction.adapt_batch_norm,
-        data={
-            "name": Path(config.data.data).resolve().name,
-            "fingerprint": task.fingerprint,
-            "splits": composition(data),
-            "description": data["train"].info.description,
-            "near_copies_searched": leakage.were_searched(data),
-        },
+        data=DataRecord(
+            name=Path(config.data.data).resolve().name,
+            fingerprint=task.fingerprint,
+            splits=composition(data),
+            description=data["train"].info.description,
+            near_copies_searched=leakage.were_searched(data),
+        ),
     )
     if config.prediction.adapt_batch_norm:
         batchnorm.require(backbone)

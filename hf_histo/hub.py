@@ -145,7 +145,7 @@ def in_public(folder: Path, here: str, base_model: str | None = None) -> dict[st
 
     Raises `HistoError` as `verify` and `files_of` do, and for a `base_model` where the backbone has a name.
     """
-    name = verify(folder).backbone["name"]
+    name = verify(folder).backbone.name
     is_local = Path(name).is_absolute()
     if base_model and not is_local:
         raise HistoError(f"--hub_base_model {base_model}: the backbone is known as {name} already; leave it out")

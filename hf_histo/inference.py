@@ -68,7 +68,7 @@ class Classifier:
         other, sidecar = load(source, revision=revision, backbone=backbone)
         if not (isinstance(self.model, PeftModel) and isinstance(other, PeftModel)):
             raise HistoError(f"{source}: method full has no adapter to share a backbone; expected linear or lora")
-        if difference := backbones.difference(self.sidecar.backbone, sidecar.backbone):
+        if difference := backbones.difference(self.sidecar.backbone.identity, sidecar.backbone.identity):
             raise HistoError(f"{source}: is of another backbone than the first, {difference}, expected the same one")
         for what, ours, its in (
             ("classes", self.sidecar.label_names, sidecar.label_names),

@@ -213,7 +213,9 @@ def test_the_options_that_are_told_make_the_same_run(results: dict[str, Result],
 def test_the_card_names_a_base_model_that_the_hub_has(results: dict[str, Result], on_hub: bool) -> None:
     sidecar = Sidecar.read(results["frozen"].adapter)
     if on_hub:
-        sidecar = dataclasses.replace(sidecar, backbone={**sidecar.backbone, "name": "timm/resnet18.a1_in1k"})
+        sidecar = dataclasses.replace(
+            sidecar, backbone=dataclasses.replace(sidecar.backbone, name="timm/resnet18.a1_in1k")
+        )
     card = model_card.card(sidecar, results["frozen"].metrics)
     assert card.data.base_model == ("timm/resnet18.a1_in1k" if on_hub else None)
     if on_hub:
@@ -222,8 +224,8 @@ def test_the_card_names_a_base_model_that_the_hub_has(results: dict[str, Result]
 
 def test_leaks_are_told(results: dict[str, Result]) -> None:
     sidecar = Sidecar.read(results["frozen"].adapter)
-    test = {**sidecar.data["splits"]["test"], "copies_of_train": 3, "groups_of_train": 2, "centers": {}}
-    sidecar.data["splits"]["test"] = test
+    splits = sidecar.data.splits
+    splits["test"] = dataclasses.replace(splits["test"], copies_of_train=3, groups_of_train=2, centers={})
     text = model_card.card(sidecar, results["frozen"].metrics).text
     assert (
         "- test: 3 of 7 images are byte for byte also in train, 2 of 4 groups are also in train, centers are unknown."
@@ -235,8 +237,9 @@ def test_any_name_of_a_class_is_shown_as_it_is(results: dict[str, Result], tmp_p
     strange = ["<script>alert(1)</script>", "a|b *c* `d`\n# e \"'&"]
     folder = results["frozen"].adapter
     sidecar = dataclasses.replace(Sidecar.read(folder), label_names=strange)
-    for held in sidecar.data["splits"].values():
-        held["classes"] = dict(zip(strange, held["classes"].values(), strict=True))
+    for split, held in sidecar.data.splits.items():
+        classes = dict(zip(strange, held.classes.values(), strict=True))
+        sidecar.data.splits[split] = dataclasses.replace(held, classes=classes)
     model, _ = hub.load(folder)
     adapter_folder.save(tmp_path / "adapter", model, sidecar, metrics=results["frozen"].metrics, tables={})
 
@@ -412,11 +415,60 @@ def test_a_sidecar_older_than_an_option(adapter: Path) -> None:
     newer = Sidecar.read(adapter)
     content["views"] = 8
     del content["preprocessing"]["fit"], content["preprocessing"]["preparation"], content["adapt_batch_norm"]
+    del content["data"]["description"], content["data"]["near_copies_searched"]
     file.write_text(json.dumps(content), encoding="utf-8")
     sidecar = Sidecar.read(adapter)
     assert sidecar.preprocessing == newer.preprocessing
     assert sidecar.views == TestTimeViews(8)
     assert not sidecar.adapt_batch_norm
+    assert sidecar.data == dataclasses.replace(newer.data, description=None)
+    content["data"]["counts"] = {split: held["images"] for split, held in content["data"].pop("splits").items()}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert Sidecar.read(adapter).data.splits == {}
+
+
+def test_a_sidecar_is_written_as_it_was_read(whole: Path, tmp_path: Path) -> None:
+    Sidecar.read(whole).write(tmp_path)
+    assert (tmp_path / "hf_histo.json").read_bytes() == (whole / "hf_histo.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("backbone.name", ""),
+        ("backbone.name", "../elsewhere"),
+        ("backbone.revision", 1),
+        ("backbone.fingerprint", None),
+        ("backbone.configuration", []),
+        ("backbone.more", 1),
+        ("data.name", None),
+        ("data.description", 1),
+        ("data.near_copies_searched", "no"),
+        ("data.more", 1),
+        ("data.splits.test.images", -1),
+        ("data.splits.test.images", "7"),
+        ("data.splits.test.classes.tumor", 1.5),
+        ("data.splits.test.more", 1),
+        ("normalizer.method", "magic"),
+        ("normalizer.reference", [[0, 0, 0], [1, 0, 0], [0, 1, 0]]),
+        ("normalizer.reference", [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0]]),
+        ("normalizer.0", [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1e7]]),
+        ("normalizer.one", [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]),
+    ],
+)
+def test_a_part_of_a_sidecar_with_an_invalid_value(adapter: Path, path: str, value: object) -> None:
+    """The error names the part."""
+    file = adapter / "hf_histo.json"
+    content = json.loads(file.read_text())
+    identity = [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    content["normalizer"] = {"method": "rgb", "reference": identity, "0": identity}
+    part = content
+    *parents, key = path.split(".")
+    for parent in parents:
+        part = part[parent]
+    part[key] = value
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert f"hf_histo.json: {path.split('.')[0]}" in refusal(adapter)
 
 
 def test_a_sidecar_of_a_thousand_brackets(adapter: Path) -> None:

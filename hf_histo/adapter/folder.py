@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -60,16 +59,15 @@ def save(
     with atomic_folder(folder) as temporary:
         if isinstance(model, PeftModel):
             config = model.peft_config["default"]
-            config.base_model_name_or_path = sidecar.backbone["name"]
-            config.revision = sidecar.backbone["revision"]
+            config.base_model_name_or_path = sidecar.backbone.name
+            config.revision = sidecar.backbone.revision
             adapters.save(model, temporary, batch_norm=sidecar.batch_norm)
         else:
             assert isinstance(model, PreTrainedModel)
             model.save_pretrained(temporary)
         if processor := sidecar.preprocessing.image_processor():
             processor.save_pretrained(temporary)
-        color = sidecar.normalizer and sidecar.normalizer.as_json()
-        write_json(temporary / SIDECAR, dataclasses.asdict(sidecar) | {"normalizer": color})
+        sidecar.write(temporary)
         write_json(temporary / METRICS, metrics)
         for split, table in tables.items():
             table.write(temporary / PREDICTIONS / f"{split}.parquet")
@@ -125,7 +123,7 @@ def verify(folder: Path) -> Sidecar:
                 f"{folder}: {error}, expected the files of one run, unchanged; copy or download the folder again"
             ) from None
     sidecar = Sidecar.read(folder)
-    if CHECKSUMS not in files and "configuration" in sidecar.backbone:  # adapters without that are older than checksums
+    if CHECKSUMS not in files and sidecar.backbone.configuration is not None:  # without, it is older than checksums
         raise HistoError(f"{folder}: holds no {CHECKSUMS}, expected it beside {SIDECAR}; copy or download it again")
     for name in MODEL if sidecar.method == "full" else ADAPTER:
         if name not in files:
@@ -161,18 +159,18 @@ def load(folder: Path, *, backbone: str | None = None) -> tuple[nn.Module, Sidec
     """
     sidecar = verify(folder)
     is_full = sidecar.method == "full"
-    name = str(folder) if is_full else backbone or sidecar.backbone["name"]
+    name = str(folder) if is_full else backbone or sidecar.backbone.name
     model: nn.Module = backbones.load(
         name,
         sidecar.num_outputs,
-        revision=None if is_full else sidecar.backbone["revision"],
+        revision=None if is_full else sidecar.backbone.revision,
         image_size=sidecar.preprocessing.image_size,
         head=sidecar.head,
         keep_head=is_full,
     )
     if not is_full:
         assert isinstance(model, PreTrainedModel)
-        if difference := backbones.difference(sidecar.backbone, backbones.identity(model)):
+        if difference := backbones.difference(sidecar.backbone.identity, backbones.identity(model)):
             raise HistoError(
                 f"{folder}: was trained on another backbone than {name}: {difference}; pass the original one as "
                 "--backbone"
@@ -187,9 +185,9 @@ def start_from(model: nn.Module, folder: Path, sidecar: Sidecar) -> None:
     Raises `HistoError` unless the adapter has LoRA on the same layers, with the same ranks, of the same backbone.
     """
     given = verify(folder)
-    if difference := backbones.difference(given.backbone, sidecar.backbone):
+    if difference := backbones.difference(given.backbone.identity, sidecar.backbone.identity):
         raise HistoError(
-            f"--init_adapter {folder}: is for the backbone {given.backbone['name']}, not {sidecar.backbone['name']}: "
+            f"--init_adapter {folder}: is for the backbone {given.backbone.name}, not {sidecar.backbone.name}: "
             f"{difference}; expected an adapter of the same one"
         )
     if sidecar.method != "lora":

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_histo.adapter.sidecar import Sidecar
+from hf_histo.data.splits.checks import Composition
 from hf_histo.evaluation.reporting import documents
 
 CARD = "README.md"
@@ -32,8 +33,7 @@ def card(
 ) -> ModelCard:
     """The model card, from measured facts; arguments as for `save`, and those that timm builds the backbone with."""
     known = facts(sidecar, metrics, figures or {})
-    name = sidecar.backbone["name"]
-    dataset = str(sidecar.data["name"])
+    name, dataset = sidecar.backbone.name, sidecar.data.name
     data = ModelCardData(
         library_name="peft" if sidecar.method != "full" else "transformers",
         pipeline_tag="image-classification",
@@ -74,22 +74,22 @@ def card(
 
 def facts(sidecar: Sidecar, metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> dict[str, Any]:
     """Facts that the card and the report state, each in its format."""
-    name, splits, names = sidecar.backbone["name"], sidecar.data["splits"], sidecar.label_names
-    hidden = any(held["hidden"] for held in splits.values())
+    name, splits, names = sidecar.backbone.name, sidecar.data.splits, sidecar.label_names
+    hidden = any(held.hidden for held in splits.values())
     header = ["", "images", "groups", *sidecar.label_names, *(["hidden"] if hidden else []), "centers (images)"]
     rows = [
         [
             split,
-            held["images"],
-            held["groups"] or None,
-            *held["classes"].values(),
-            *([held["hidden"]] if hidden else []),
-            ", ".join(f"{center} ({count:,})" for center, count in held["centers"].items()) or None,
+            held.images,
+            held.groups or None,
+            *held.classes.values(),
+            *([held.hidden] if hidden else []),
+            ", ".join(f"{center} ({count:,})" for center, count in held.centers.items()) or None,
         ]
         for split, held in splits.items()
     ]
     return {
-        "title": f"{' / '.join(names) if len(names) < 4 else f'{len(names)} classes'} on {sidecar.data['name']}",
+        "title": f"{' / '.join(names) if len(names) < 4 else f'{len(names)} classes'} on {sidecar.data.name}",
         "decision": "The most probable class is predicted."
         if sidecar.num_outputs > 1
         else f"{names[1]} is predicted from a probability of {sidecar.threshold} on.",
@@ -99,34 +99,34 @@ def facts(sidecar: Sidecar, metrics: Mapping[str, Any], figures: Mapping[str, Pa
         "figures": figures,
         "options": metrics["options"],
         "data_rows": list(zip(header, *rows, strict=True)),
-        "leaks": [*_leaks(splits), *([] if sidecar.data.get("near_copies_searched") else [UNSEEN])],
+        "leaks": [*_leaks(splits), *([] if sidecar.data.near_copies_searched else [UNSEEN])],
     }
 
 
-def _leaks(splits: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _leaks(splits: Mapping[str, Composition]) -> Iterator[str]:
     """What is known of training data in the other splits, in sentences."""
-    seen = splits["train"]["centers"].keys()
+    seen = splits["train"].centers.keys()
     for split, held in splits.items():
         if split == "train":
             continue
-        if "copies_of_train" not in held:
+        copies, groups = held.copies_of_train, held.groups_of_train
+        if copies is None:
             yield f"{split}: not compared with the training images, which were streamed."
             continue
-        copies, groups = held["copies_of_train"], held["groups_of_train"]
         yield (
             f"{split}: "
             + ", ".join(
                 [
-                    f"{copies:,} of {held['images']:,} images are byte for byte also in train"
+                    f"{copies:,} of {held.images:,} images are byte for byte also in train"
                     if copies
                     else "no image is byte for byte one of train",
-                    f"{groups:,} of {held['groups']:,} groups are also in train"
+                    f"{groups:,} of {held.groups:,} groups are also in train"
                     if groups
                     else "no group is also in train"
-                    if held["groups"]
+                    if held.groups
                     else "groups are unknown",
-                    f"centers that train has not seen: {', '.join(sorted(held['centers'].keys() - seen)) or 'none'}"
-                    if held["centers"]
+                    f"centers that train has not seen: {', '.join(sorted(held.centers.keys() - seen)) or 'none'}"
+                    if held.centers
                     else "centers are unknown",
                 ]
             )

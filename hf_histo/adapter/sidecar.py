@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import datasets
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, ValidationInfo
 
+from hf_histo.data.splits.checks import Composition
 from hf_histo.errors import HistoError
-from hf_histo.files import STRICT, read_json
-from hf_histo.models import heads
+from hf_histo.files import STRICT, read_json, write_json
+from hf_histo.models import backbones, heads
 from hf_histo.transforms.augmentation import SINGLE_VIEW, TestTimeViews
 from hf_histo.transforms.color_shift import ColorRange
 from hf_histo.transforms.pipeline import Pipeline
@@ -24,7 +25,77 @@ from hf_histo.transforms.stain import CenterNormalizer
 SIDECAR = "hf_histo.json"
 PACKAGES = ("hf_histo", "torch", "transformers", "peft", "timm", "datasets", "accelerate")
 
+
+def _distinct(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError("expected names that differ")
+    return names
+
+
+def _one_or_all(outputs: int, info: ValidationInfo) -> int:
+    classes = len(info.data.get("label_names", ()))
+    if outputs not in (1, classes):
+        raise ValueError(f"expected 1 or the number of classes, {classes}")
+    return outputs
+
+
+def _croppable(preprocessing: Preprocessing) -> Preprocessing:
+    if preprocessing.image_size > preprocessing.resize_size:
+        raise ValueError("expected an image_size of at most resize_size")
+    return preprocessing
+
+
+def _without_parents(name: str) -> str:
+    if ".." in Path(name).parts:
+        raise ValueError("expected a name without ..")
+    return name
+
+
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class BackboneRecord:
+    """The backbone that an adapter is for.
+
+    Attributes:
+        name: as `backbones.locate` takes it; a local folder as its absolute path.
+        revision: on the Hub.
+        fingerprint: of its weights, see `backbones.fingerprint`.
+        configuration: see `backbones.configuration`; None in folders that are older than it.
+    """
+
+    __pydantic_config__ = STRICT
+
+    name: Annotated[str, Field(min_length=1), AfterValidator(_without_parents)]
+    revision: str | None
+    fingerprint: str
+    configuration: dict[str, Any] | None = None
+
+    @property
+    def identity(self) -> backbones.Identity:
+        return backbones.Identity(self.fingerprint, self.configuration)
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """The data that an adapter was trained and evaluated on.
+
+    Attributes:
+        name: of the folder, file or data set.
+        fingerprint: of the content, see `data.load.fingerprint`.
+        splits: composition of each; empty in folders that are older than it.
+        description: of the files, by their reader; None in folders that are older than it.
+        near_copies_searched: whether near copies were looked for among the images.
+    """
+
+    __pydantic_config__ = STRICT
+
+    name: str
+    fingerprint: str
+    splits: dict[str, Composition] = dataclasses.field(default_factory=dict)
+    description: str | None = None
+    near_copies_searched: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,8 +106,7 @@ class Sidecar:
         method: "linear", "lora", "pca" or "full"; a "full" folder holds the whole model, not an adapter.
         label_names: classes in the order of their indices.
         num_outputs: logits of the head; 1 for a binary task, that of the second class.
-        backbone: name as `backbones.locate` takes it (a local folder as its absolute path), "revision" on the Hub or
-            None, the "fingerprint" of its weights and its "configuration", see `backbones.identity`.
+        backbone: that the adapter is for.
         batch_norm: "frozen" or "track".
         preprocessing: of an evaluation image.
         normalizer: of the centers' color, or None.
@@ -49,20 +119,19 @@ class Sidecar:
             split, where the checkpoint was chosen, too; 1 without calibration.
         head: what the classifier is made of.
         bare: transformers and peft alone can load it; False where this package took attention or a CLIP model apart.
-        data: "name", content "fingerprint", "splits": what each holds, see `splits.composition`, and a "description" of
-            the files.
+        data: that it was trained and evaluated on.
         versions: of the packages that trained it.
     """
 
     __pydantic_config__ = STRICT
 
     method: Annotated[str, Field(pattern="^(linear|lora|pca|full)$")]
-    label_names: Annotated[list[str], Field(min_length=2)]
-    num_outputs: Annotated[int, Field(ge=1)]
-    backbone: dict[str, Any]
+    label_names: Annotated[list[str], Field(min_length=2), AfterValidator(_distinct)]
+    num_outputs: Annotated[int, AfterValidator(_one_or_all)]
+    backbone: BackboneRecord
     batch_norm: Annotated[str, Field(pattern="^(frozen|track)$")]
-    preprocessing: Preprocessing
-    data: dict[str, Any]
+    preprocessing: Annotated[Preprocessing, AfterValidator(_croppable)]
+    data: DataRecord
     head: heads.HeadConfig = dataclasses.field(default_factory=heads.HeadConfig)
     bare: bool = True
     normalizer: CenterNormalizer | None = None
@@ -110,20 +179,25 @@ class Sidecar:
         file = folder / SIDECAR
         try:
             content = read_json(file)
-            color = content.pop("normalizer", None)
+            if isinstance(content.get("data"), dict):
+                content["data"].pop("counts", None)  # before the composition of splits: the images of each
             if isinstance(content.get("views"), int):  # before views could be drawn: a number of those of the square
                 content["views"] = {"count": content["views"]}
             sidecar: Sidecar = TypeAdapter(cls).validate_json(json.dumps(content))
-            normalizer = None if color is None else CenterNormalizer.from_json(color)
         except FileNotFoundError:
             raise HistoError(f"{folder}: holds no {SIDECAR}; expected the adapter folder of a finished run") from None
         except ValidationError as error:
             raise HistoError(f"{file}: {_first(error)}; update hf_histo, or copy the adapter again") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, HistoError) as error:
+        except (OSError, ValueError, AttributeError, HistoError) as error:
             raise HistoError(f"{file}: not a description of an adapter ({type(error).__name__}: {error})") from None
-        sidecar = dataclasses.replace(sidecar, normalizer=normalizer)
-        sidecar._check(file)
         return sidecar
+
+    def write(self, folder: Path) -> None:
+        """Write it into an adapter folder; what a split's composition lacks is left out."""
+        content = dataclasses.asdict(self) | {"normalizer": self.normalizer and self.normalizer.as_json()}
+        for split, held in content["data"]["splits"].items():
+            content["data"]["splits"][split] = {key: value for key, value in held.items() if value is not None}
+        write_json(folder / SIDECAR, content)
 
     def labels_of(self, dataset: datasets.Dataset) -> list[int]:
         """The labels of a schema table as indices into `label_names`, matched by name; -1 where they are hidden.
@@ -171,22 +245,6 @@ class Sidecar:
                 f"--threshold is {name!r}, expected a probability, or a name that the adapter holds: {known}"
             )
         return value
-
-    def _check(self, file: Path) -> None:
-        """Raise `HistoError` for parts that do not go together."""
-        names, views = self.label_names, self.preprocessing
-        faults = {
-            "label_names": len(set(names)) < len(names),
-            "num_outputs": self.num_outputs not in (1, len(names)),
-            "backbone": not all(isinstance(self.backbone.get(key), str) for key in ("name", "fingerprint"))
-            or not isinstance(self.backbone.get("revision", 0), str | None)
-            or not isinstance(self.backbone.get("configuration", {}), dict)
-            or ".." in Path(self.backbone["name"]).parts,
-            "preprocessing": views.image_size > views.resize_size,
-        }
-        for key, fault in faults.items():
-            if fault:
-                raise HistoError(f"{file}: {key} is {getattr(self, key)!r}, which no adapter of this package has")
 
 
 def _first(error: ValidationError) -> str:

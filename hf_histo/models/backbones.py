@@ -6,10 +6,10 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -176,20 +176,29 @@ def configuration(model: PreTrainedModel) -> dict[str, Any]:
     return {key: value for key, value in declared.items() if key not in IRRELEVANT_SETTINGS}
 
 
-def identity(model: PreTrainedModel) -> dict[str, Any]:
-    """Identity of a backbone: the "fingerprint" of its weights, and its "configuration"."""
-    return {"fingerprint": fingerprint(model), "configuration": configuration(model)}
+class Identity(NamedTuple):
+    """What a backbone is, wherever it lies: the `fingerprint` of its weights, and its `configuration`.
+
+    Adapters that are older than the latter have None.
+    """
+
+    fingerprint: str
+    configuration: dict[str, Any] | None
 
 
-def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """How two of `identity` differ, the second as what was found; None if they are of the same backbone.
+def identity(model: PreTrainedModel) -> Identity:
+    return Identity(fingerprint(model), configuration(model))
+
+
+def difference(one: Identity, other: Identity) -> str | None:
+    """How two backbones differ, the second as what was found; None if they are the same.
 
     A configuration is compared in the settings that both have: older adapters have none, and versions of transformers
     add some.
     """
-    if one["fingerprint"] != other["fingerprint"]:
-        return f"other weights (fingerprint {one['fingerprint']}, found {other['fingerprint']})"
-    ours, theirs = (of.get("configuration") or {} for of in (one, other))
+    if one.fingerprint != other.fingerprint:
+        return f"other weights (fingerprint {one.fingerprint}, found {other.fingerprint})"
+    ours, theirs = one.configuration or {}, other.configuration or {}
     for key in sorted(ours.keys() & theirs.keys()):
         if ours[key] != theirs[key]:
             return f"{key} in its configuration is {str(ours[key])[:100]}, found {str(theirs[key])[:100]}"

@@ -21,24 +21,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import kornia.color
 import numpy as np
 import torch
 import torchstain
 from numpy.typing import NDArray
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 from hf_histo.config import Normalization
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
+from hf_histo.files import STRICT
 
 METHODS = get_args(Normalization)
 PIXELS_PER_IMAGE = 256  # that stand for an image in a stain estimate: 400 images give 100,000 pixels
 WHITE = 240.0  # intensity of unstained glass, the value of Macenko's published code
-ROWS = TypeAdapter(list[list[float]], config=ConfigDict(strict=True))  # of statistics in JSON
 MIN_STD = 1e-3  # of a channel; below it a center is blank, and dividing by it would make noise
+Row = Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=3, max_length=3)]
+Rows = Annotated[list[Row], Field(min_length=4, max_length=4)]
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,31 @@ class Statistics:
 
     location: tuple[float, ...]
     scale: tuple[tuple[float, ...], ...]
+
+    def as_json(self) -> list[list[float]]:
+        """The location, then the scale row by row."""
+        return [list(self.location), *map(list, self.scale)]
+
+    @classmethod
+    def _of_json(cls, rows: list[list[float]]) -> Statistics:
+        if abs(np.linalg.det(rows[1:])) < 1e-12:
+            raise ValueError("expected a scale that can be inverted")
+        location, *scale = (tuple(map(float, row)) for row in rows)
+        return cls(location, tuple(scale))
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(cls._of_json, handler.generate_schema(Rows))
+
+
+class StoredNormalizer(BaseModel):
+    """A `CenterNormalizer` in JSON: its method, its reference, and the statistics of each center by its number."""
+
+    model_config = ConfigDict({**STRICT, "extra": "allow"})
+    __pydantic_extra__: dict[str, Statistics] = Field(init=False)
+
+    method: Annotated[str, Field(pattern=f"^({'|'.join(METHODS[1:])})$")]
+    reference: Statistics
 
 
 @dataclass(frozen=True)
@@ -129,26 +157,17 @@ class CenterNormalizer:
 
     def as_json(self) -> dict[str, Any]:
         """JSON for the sidecar, with the training centers only: others are measured where they are predicted."""
-        every = {"reference": self.reference} | {str(center): self.centers[center] for center in self.training}
-        numbers = {key: [list(found.location), *map(list, found.scale)] for key, found in every.items()}
-        return {"method": self.method, **numbers}
+        centers = {str(center): self.centers[center].as_json() for center in self.training}
+        return {"method": self.method, "reference": self.reference.as_json(), **centers}
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> CenterNormalizer:
-        """Parse the output of `as_json`. Raises ValueError, KeyError or TypeError for anything else."""
-        content = dict(content)
-        method = content.pop("method")
-        if method not in METHODS[1:]:
-            raise ValueError(f"normalizer method {method!r}")
-        every = {}
-        for key, rows in content.items():
-            numbers = np.array(ROWS.validate_python(rows), dtype=float)
-            if numbers.shape != (4, 3) or not np.isfinite(numbers).all() or abs(np.linalg.det(numbers[1:])) < 1e-12:
-                raise ValueError(f"statistics of {key}: {numbers.tolist()}")
-            every[key] = Statistics(tuple(numbers[0].tolist()), tuple(map(tuple, numbers[1:].tolist())))
-        reference = every.pop("reference")
-        centers = {int(center): statistics for center, statistics in every.items()}
-        return cls(method, reference, centers, tuple(centers))
+    def _of_json(cls, stored: StoredNormalizer) -> CenterNormalizer:
+        centers = {int(center): statistics for center, statistics in (stored.__pydantic_extra__ or {}).items()}
+        return cls(stored.method, stored.reference, centers, tuple(centers))
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(cls._of_json, handler.generate_schema(StoredNormalizer))
 
 
 def measure(images: ImageTable, method: str) -> dict[int, Statistics]:

@@ -14,8 +14,9 @@ from fixtures import write_challenge
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from hf_histo.adapter import folder as adapter_folder
-from hf_histo.adapter.sidecar import Sidecar
+from hf_histo.adapter.sidecar import BackboneRecord, DataRecord, Sidecar
 from hf_histo.config import AdapterOptions, Config, parse
+from hf_histo.data.splits.checks import Composition
 from hf_histo.models import adapters, backbones, batchnorm
 from hf_histo.models.model_size import account
 from hf_histo.transforms import preprocessing
@@ -59,17 +60,16 @@ def write_adapter(folder: Path, backbone: Path, *, seed: int = 0, outputs: int =
     head = options.get("head")
     model = backbones.load(str(backbone), outputs, image_size=SIZE, head=head)
     views = preprocessing.resolve(model.config, str(backbone), SIZE, SIZE)
-    held = {"images": 0, "hidden": 0, "groups": 0, "classes": dict.fromkeys(names, 0), "centers": {}}
-    held |= {"copies_of_train": 0, "groups_of_train": 0}
+    held = Composition(0, 0, 0, dict.fromkeys(names, 0), {}, copies_of_train=0, groups_of_train=0)
     sidecar = Sidecar(
         **{
             "method": lora.method,
             "label_names": names,
             "num_outputs": outputs,
-            "backbone": {"name": str(backbone), "revision": None, **backbones.identity(model)},
+            "backbone": BackboneRecord(str(backbone), None, *backbones.identity(model)),
             "batch_norm": "frozen",
             "preprocessing": views,
-            "data": {"name": "miniature", "fingerprint": "0", "splits": dict.fromkeys(COUNTS, held)},
+            "data": DataRecord("miniature", "0", dict.fromkeys(COUNTS, held)),
             **options,
         }
     )

@@ -6,17 +6,48 @@ What is returned is other data than its source, and has a fingerprint of its own
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import datasets
 import numpy as np
 import pandas as pd
 import xxhash
+from pydantic import Field
 
 from hf_histo.data.audit.near_duplicates import components
 from hf_histo.data.load import fingerprint
 from hf_histo.errors import HistoError
+from hf_histo.files import STRICT
+
+Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What a split holds, and what of `train` is in it.
+
+    Attributes:
+        images: all of them.
+        hidden: images whose label is hidden.
+        groups: known ones.
+        classes: images by the class's name.
+        centers: images by the center's number; unknown ones are left out.
+        copies_of_train: images that are byte for byte one of train's. None of train itself, of a data set without
+            that split, and where it is streamed.
+        groups_of_train: groups that train has, too; None as above.
+    """
+
+    __pydantic_config__ = STRICT
+
+    images: Count
+    hidden: Count
+    groups: Count
+    classes: dict[str, Count]
+    centers: dict[str, Count]
+    copies_of_train: Count | None = None
+    groups_of_train: Count | None = None
 
 
 def shared_groups(splits: Mapping[str, datasets.Dataset]) -> dict[tuple[str, str], list[str]]:
@@ -29,33 +60,27 @@ def shared_groups(splits: Mapping[str, datasets.Dataset]) -> dict[tuple[str, str
     return {pair: names for pair, names in shared.items() if names}
 
 
-def composition(data: Mapping[str, datasets.Dataset]) -> dict[str, dict[str, Any]]:
-    """What each split holds, and what of `train` is in it, ready for JSON.
+def composition(data: Mapping[str, datasets.Dataset]) -> dict[str, Composition]:
+    """What each split holds, and what of `train` is in it.
 
     One pass over the stored bytes, at the speed of the disk; nothing is decoded. Files that hold the same pixels in
     other bytes and near copies are not found: that is what `inventory` and `audit` are for.
-
-    Returns:
-        For each split {"images", "hidden" (labels), "groups" (known ones), "classes": {name: images}, "centers":
-        {number: images}, known ones}; for those beside `train`, where that is one of them and is not streamed, also
-        "copies_of_train", the number of images that are byte for byte one of train's, and "groups_of_train", of groups
-        that train has, too.
     """
     shared = {other: len(groups) for (one, other), groups in shared_groups(data).items() if one == "train"}
     known = set(_digests(data["train"])) if "train" in data else set()
-    result: dict[str, dict[str, Any]] = {}
+    result = {}
     for split, rows in data.items():
         labels, centers = np.array(rows["label"]), np.array(rows["center"])
-        result[split] = {
-            "images": len(rows),
-            "hidden": int((labels < 0).sum()),
-            "groups": len(set(rows.unique("group")) - {""}),
-            "classes": {name: int((labels == place).sum()) for place, name in enumerate(rows.features["label"].names)},
-            "centers": {str(center): int((centers == center).sum()) for center in np.unique(centers) if center >= 0},
-        }
+        result[split] = Composition(
+            images=len(rows),
+            hidden=int((labels < 0).sum()),
+            groups=len(set(rows.unique("group")) - {""}),
+            classes={name: int((labels == place).sum()) for place, name in enumerate(rows.features["label"].names)},
+            centers={str(center): int((centers == center).sum()) for center in np.unique(centers) if center >= 0},
+        )
         if known and split != "train":
             copies = sum(digest in known for digest in _digests(rows))
-            result[split] |= {"copies_of_train": copies, "groups_of_train": shared.get(split, 0)}
+            result[split] = replace(result[split], copies_of_train=copies, groups_of_train=shared.get(split, 0))
     return result
 
 

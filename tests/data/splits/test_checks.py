@@ -14,7 +14,7 @@ from hf_histo.data import schema
 from hf_histo.data.audit.near_duplicates import components, inventory
 from hf_histo.data.load import fingerprint, load
 from hf_histo.data.schema import ImageTable
-from hf_histo.data.splits.checks import clean, composition, shared_groups, with_families
+from hf_histo.data.splits.checks import Composition, clean, composition, shared_groups, with_families
 from hf_histo.errors import HistoError
 
 
@@ -142,18 +142,18 @@ def test_what_splits_hold_and_what_of_train_is_in_them() -> None:
     )
     found = composition(data)
     names = data["train"].features["label"].names
-    assert found["train"] == {
-        "images": 4,
-        "hidden": 0,
-        "groups": 2,
-        "classes": dict(zip(names, [1, 3], strict=False)) | dict.fromkeys(names[2:], 0),
-        "centers": {"0": 4},
-    }
-    assert (found["val"]["hidden"], found["val"]["groups"]) == (1, 0)
-    leaks = {split: (held["copies_of_train"], held["groups_of_train"]) for split, held in list(found.items())[1:]}
+    assert found["train"] == Composition(
+        images=4,
+        hidden=0,
+        groups=2,
+        classes=dict(zip(names, [1, 3], strict=False)) | dict.fromkeys(names[2:], 0),
+        centers={"0": 4},
+    )
+    assert (found["val"].hidden, found["val"].groups) == (1, 0)
+    leaks = {split: (held.copies_of_train, held.groups_of_train) for split, held in list(found.items())[1:]}
     assert leaks == {"val": (0, 0), "test": (2, 2)}
 
 
 def test_a_split_alone_has_nothing_of_train_in_it() -> None:
     data, _ = made({"full": [(0, 0, ""), (1, 1, "")]})
-    assert "copies_of_train" not in composition(data)["full"]
+    assert composition(data)["full"].copies_of_train is None
