@@ -42,6 +42,7 @@ from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones, batchnorm, heads, qkv
 from hf_histo.models.model_size import account
 from hf_histo.training import feature_cache, losses, run_folder, trainer
+from hf_histo.training.run_folder import Run
 from hf_histo.transforms.color_shift import ColorRange
 from hf_histo.transforms.pipeline import Pipeline
 from hf_histo.transforms.preprocessing import Preprocessing
@@ -172,10 +173,11 @@ def fine_tune(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence
     pushes = output.push_to_hub and launch.is_main_process()
     if pushes:
         hub.check_access(str(output.hub_model_id), pull_request=output.hub_create_pr)
-    run_folder.require_agreement(config, fingerprint(data))
-    folder = run_folder.check(config, fingerprint(data))
-    with run_folder.alone_in(folder), run_folder.system_failures(folder):
-        result = _fine_tune(config, data, folder, started, callbacks)
+    run = Run.of(config, fingerprint(data))
+    run_folder.require_agreement(run)
+    run_folder.check(run)
+    with run_folder.alone_in(run.folder), run_folder.system_failures(run.folder):
+        result = _fine_tune(config, data, run, started, callbacks)
     if not pushes:
         return result
     address = hub.push(
@@ -190,19 +192,19 @@ def fine_tune(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence
 
 
 def _fine_tune(
-    config: Config, data: datasets.DatasetDict, folder: Path, started: float, callbacks: Sequence[TrainerCallback]
+    config: Config, data: datasets.DatasetDict, run: Run, started: float, callbacks: Sequence[TrainerCallback]
 ) -> Result:
-    adapter = folder / run_folder.ADAPTER
-    if run_folder.is_finished(folder) and not config.output.overwrite_output_dir:
+    adapter = run.folder / run_folder.ADAPTER
+    if run_folder.is_finished(run.folder) and not run.overwrites:
         adapter_folder.verify(adapter)
         return Result(adapter, adapter_folder.read_metrics(adapter), None)
     set_seed(config.training.seed)
     task = check(config, data)
     setup = build(config, data, task)
-    trained = train(config, data, task, setup, folder, callbacks)
+    trained = train(config, data, task, setup, run, callbacks)
     evaluation = evaluate(config, data, task, setup, trained)
     if trained.session.is_world_process_zero():
-        write(config, data, trained, evaluation, folder, started)
+        write(config, data, trained, evaluation, run.folder, started)
     launch.process().wait_for_everyone()
     return Result(adapter, evaluation.metrics, time.monotonic() - started)
 
@@ -303,7 +305,7 @@ def train(
     data: datasets.DatasetDict,
     task: Task,
     setup: Setup,
-    folder: Path,
+    run: Run,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Train head and adapter, or fit the head with `--method pca`, and keep the weights that are best on `val`."""
@@ -311,22 +313,19 @@ def train(
     weights = losses.balancing_weights(labels, task.label_names) if balanced else None
     session = trainer.build(
         config,
-        folder,
+        run.folder,
         model=setup.model,
         train=setup.train,
         validation=setup.validation,
         pipeline=setup.pipeline.extended(data["val"]),
         loss=losses.classification(task.num_outputs, weights),
         compute_metrics=classification.for_trainer(negative=task.negative),
-        callbacks=[
-            run_folder.CheckpointRecord(folder, run_folder.identity(config, task.fingerprint)),
-            *callbacks,
-        ],
+        callbacks=[run_folder.CheckpointRecord(run), *callbacks],
     )
-    checkpoint = run_folder.checkpoint(config, folder, task.fingerprint)
-    run_folder.begin(config, task.fingerprint)  # only now: all options were checked
+    checkpoint = run_folder.checkpoint(run, config.training.resume_from_checkpoint)
+    run_folder.begin(run)  # only now: all options were checked
     if config.output.preview and isinstance(setup.train, ImageTable) and session.is_world_process_zero():
-        preview(session.pipeline, data["train"], folder / run_folder.PREVIEW)
+        preview(session.pipeline, data["train"], run.folder / run_folder.PREVIEW)
     selection: dict[str, Any] = {"split": "val", "metric": config.training.metric_for_best_model}
     if config.adapter.method == "pca":
         selection |= pca_baseline.fit(
@@ -336,7 +335,7 @@ def train(
             metric=config.training.metric_for_best_model,
             negative=task.negative,
             balanced=config.training.class_balance != "none",
-            figure=folder / run_folder.FIGURES / COMPONENTS,
+            figure=run.folder / run_folder.FIGURES / COMPONENTS,
         )
     else:
         caching = feature_cache.cached_prefix(session, config.speed.cache_features, config.data.cache_dir)

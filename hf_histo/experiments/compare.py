@@ -222,7 +222,9 @@ def measure(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) 
 
 def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
     """The folder with an adapter's predictions by the prediction options of `config`, in the folder of its run."""
-    folder = run_folder.begin(config, fingerprint(fold)) / run_folder.PREDICTIONS
+    run = run_folder.Run.of(config, fingerprint(fold))
+    run_folder.begin(run)
+    folder = run.folder / run_folder.PREDICTIONS
     missing = [split for split in fold if split != "train" and not (folder / f"{split}.parquet").is_file()]
     launch.process().wait_for_everyone()
     if missing:

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,48 @@ def folder_of(config: Config) -> Path:
     return Path("runs") / f"{data}-{backbone}-{config.adapter.method}-seed{config.training.seed}"
 
 
-def identity(config: Config, data: str) -> dict[str, Any]:
-    """What decides the result of a run, ready for JSON: its options, and the fingerprint of its data."""
-    options = {key: value for key, value in config.flat().items() if key not in NON_RESULT_OPTIONS}
-    return {**options, "data fingerprint": data}
+@dataclass(frozen=True)
+class Run:
+    """A run: where it is, and what decides its result.
+
+    Attributes:
+        folder: of the run.
+        options: all of them, by name; run.yaml records them.
+        data: fingerprint of its data.
+        overwrites: delete what an earlier run left in the folder, unless that is an unfinished one of the same command.
+        reads: files, folders and Hub names that the run reads, which overwriting must not delete.
+    """
+
+    folder: Path
+    options: Mapping[str, Any]
+    data: str
+    overwrites: bool
+    reads: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: Config, data: str = "") -> Run:
+        """The run that the options ask for, on data of that fingerprint."""
+        places = [config.data.data, config.model.backbone, config.adapter.init_adapter, config.data.cache_dir]
+        places.append(config.training.resume_from_checkpoint)
+        reads = tuple(filter(None, places))
+        return cls(folder_of(config), config.flat(), data, config.output.overwrite_output_dir, reads)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, ready for JSON: the options that do, and the fingerprint of the data."""
+        options = {key: value for key, value in self.options.items() if key not in NON_RESULT_OPTIONS}
+        return {**options, "data fingerprint": self.data}
 
 
-def require_agreement(config: Config, data: str) -> None:
+def require_agreement(run: Run) -> None:
     """Raise `HistoError` unless the processes of a launch have the same data, options and folder.
 
-    Every process calls it, with the fingerprint of its own `data`. Where the files of the data are may differ.
+    Every process calls it, with its own run. Where the files of the data are may differ.
     """
     launch.process()
-    own = identity(config, data) | {
-        "mixed_precision": launch.mixed_precision(config.speed.mixed_precision),
-        "output_dir": str(folder_of(config)),
+    own = run.identity | {
+        "mixed_precision": launch.mixed_precision(run.options["mixed_precision"]),
+        "output_dir": str(run.folder),
     }
     del own["data"]
     first, *others = gather_object([own])
@@ -71,54 +99,49 @@ def require_agreement(config: Config, data: str) -> None:
             )
 
 
-def check(config: Config, data: str = "") -> Path:
-    """The folder of this run, which `begin` may take. Nothing is written.
+def check(run: Run) -> None:
+    """Check that `begin` may take the folder of this run. Nothing is written.
 
-    Raises `HistoError` if the folder holds a run with other options or data, unless `--overwrite_output_dir` is
-    given, if it holds anything but a run, and if it is a link or no folder.
+    Raises `HistoError` if the folder holds a run with other options or data, unless this one overwrites it, if it
+    holds anything but a run, and if it is a link or no folder.
     """
-    folder = folder_of(config)
-    if other := _other_run(folder, config, data):
-        if not config.output.overwrite_output_dir:
+    if other := _other_run(run):
+        if not run.overwrites:
             remedy = "choose another --output_dir, or delete the run with --overwrite_output_dir"
-            raise HistoError(f"--output_dir {folder}: {other}; {remedy}")
-        places = [config.data.data, config.model.backbone, config.adapter.init_adapter, config.data.cache_dir]
-        places.append(config.training.resume_from_checkpoint)
-        for path in _written(folder):
-            for place in places:
-                if place and Path(place).expanduser().resolve().is_relative_to(path.resolve()):
+            raise HistoError(f"--output_dir {run.folder}: {other}; {remedy}")
+        for path in _written(run.folder):
+            for place in run.reads:
+                if Path(place).expanduser().resolve().is_relative_to(path.resolve()):
                     raise HistoError(
                         f"--overwrite_output_dir: {path} would be deleted, and {place}, which this run reads, is in "
                         "it; choose another --output_dir"
                     )
-    return folder
 
 
-def begin(config: Config, data: str = "") -> Path:
+def begin(run: Run) -> None:
     """Make the folder of this run, or find the one that the same command began, and record what decides its result.
 
-    run.yaml gets the options, and data.txt the fingerprint of the data, `data`. With `--overwrite_output_dir`, a run
-    with other options or data, or a finished one, is deleted: the files that it wrote and nothing else. A run that the
-    same command began and did not finish stays, so that a job that is queued again resumes.
+    run.yaml gets the options, and data.txt the fingerprint of the data. Where this run overwrites, one with other
+    options or data, or a finished one, is deleted: the files that it wrote and nothing else. A run that the same
+    command began and did not finish stays, so that a job that is queued again resumes.
 
     Every process of a launch calls it. Raises `HistoError` as `check` does.
     """
-    folder = check(config, data)
+    check(run)
     state = launch.process()
-    overwrites = _overwrites(folder, config, data)
+    deletes = _deletes(run)
     state.wait_for_everyone()
     if state.is_main_process:
-        if overwrites:
-            _delete(_written(folder))
-        folder.mkdir(parents=True, exist_ok=True)
-        _delete(folder.glob(".*.incomplete*"))  # of a process that was killed
-        options = config.flat() | {"overwrite_output_dir": False}  # the record may serve as --config
-        for name, content in ((RECORD, yaml.safe_dump(options, sort_keys=False)), (DATA, data)):
-            if not (folder / name).exists():
-                with atomic_file(folder / name) as temporary:
+        if deletes:
+            _delete(_written(run.folder))
+        run.folder.mkdir(parents=True, exist_ok=True)
+        _delete(run.folder.glob(".*.incomplete*"))  # of a process that was killed
+        options = {**run.options, "overwrite_output_dir": False}  # the record may serve as --config
+        for name, content in ((RECORD, yaml.safe_dump(options, sort_keys=False)), (DATA, run.data)):
+            if not (run.folder / name).exists():
+                with atomic_file(run.folder / name) as temporary:
                     temporary.write_text(content, encoding="utf-8")
     state.wait_for_everyone()
-    return folder
 
 
 def require_begun(folder: Path) -> None:
@@ -184,51 +207,49 @@ def is_finished(folder: Path) -> bool:
 
 
 class CheckpointRecord(TrainerCallback):
-    """Binds each checkpoint to its run: `files.write_checksums` with the run's identity, once all else is written.
+    """Binds each checkpoint to its run: `files.write_checksums` with the run's identity, once all else is written."""
 
-    Args:
-        folder: of the run.
-        run: its `identity`.
-    """
-
-    def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
-        self.folder, self.run = folder, dict(run)
+    def __init__(self, run: Run) -> None:
+        self.run = run
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        require_begun(self.folder)
+        require_begun(self.run.folder)
         process = launch.process()
         process.wait_for_everyone()  # each writes its random state
         if process.is_main_process:
-            write_checksums(self.folder / f"checkpoint-{state.global_step}", run=self.run)
+            write_checksums(self.run.folder / f"checkpoint-{state.global_step}", run=self.run.identity)
         process.wait_for_everyone()
 
 
-def checkpoint(config: Config, folder: Path, data: str = "") -> str | None:
-    """The checkpoint to resume from: the one asked for, else the last complete one in `folder`, else None.
+def checkpoint(run: Run, wanted: str | None = None) -> str | None:
+    """The checkpoint to resume from: the one that is wanted, else the last complete one in the folder, else None.
 
     A checkpoint is complete if all files that `CheckpointRecord` listed last are as they were written. An incomplete
-    one in `folder` is reported in the log and the one before it is taken.
+    one in the folder is reported in the log and the one before it is taken.
 
-    Raises `HistoError` if the one that is asked for is incomplete, or of a run with other options or data.
+    Args:
+        run: that resumes.
+        wanted: path of a checkpoint, or "last" for one that must be in the folder.
+
+    Raises `HistoError` if the one that is wanted is incomplete, or of a run with other options or data.
     """
-    wanted, run = config.training.resume_from_checkpoint, identity(config, data)
     if wanted and wanted != "last":
-        if fault := _fault(Path(wanted), run):
+        if fault := _fault(Path(wanted), run.identity):
             raise HistoError(
                 f"--resume_from_checkpoint {wanted}: {fault}; expected a complete checkpoint of a run with these "
                 "options and this data"
             )
         return wanted
-    kept = [] if _overwrites(folder, config, data) else folder.glob("*")
+    kept = [] if _deletes(run) else run.folder.glob("*")
     steps = {int(match[1]): path for path in kept if (match := CHECKPOINT.fullmatch(path.name))}
     for path in (steps[step] for step in sorted(steps, reverse=True)):
-        fault = _fault(path, run)
+        fault = _fault(path, run.identity)
         if fault is None:
             logger.warning("resuming from %s", path)
             return str(path)
         logger.warning("%s is not used: %s", path, fault)
     if wanted:
-        raise HistoError(f"--resume_from_checkpoint last: {folder} holds no complete checkpoint")
+        raise HistoError(f"--resume_from_checkpoint last: {run.folder} holds no complete checkpoint")
     return None
 
 
@@ -276,17 +297,17 @@ def _delete(paths: Iterable[Path]) -> None:
             path.unlink()
 
 
-def _overwrites(folder: Path, config: Config, data: str) -> bool:
-    """Whether the run in `folder` is to be deleted: not an unfinished one of the same options and data."""
-    wanted = config.output.overwrite_output_dir
-    return wanted and (is_finished(folder) or _other_run(folder, config, data) is not None)
+def _deletes(run: Run) -> bool:
+    """Whether what is in the folder is to be deleted: not an unfinished run of the same options and data."""
+    return run.overwrites and (is_finished(run.folder) or _other_run(run) is not None)
 
 
-def _other_run(folder: Path, config: Config, data: str) -> str | None:
-    """How the run in `folder` differs from this one; None where it is this one, or there is none.
+def _other_run(run: Run) -> str | None:
+    """How the run in the folder differs from this one; None where it is this one, or there is none.
 
     Raises `HistoError` for a folder that holds something else, and what is no folder.
     """
+    folder, data = run.folder, run.data
     if folder.is_symlink():
         raise HistoError(f"--output_dir {folder}: a link to {folder.resolve()}, expected a folder; give that itself")
     # What a killed process left unfinished is nothing.
@@ -302,13 +323,12 @@ def _other_run(folder: Path, config: Config, data: str) -> str | None:
         return f"its {RECORD} is damaged, expected the options of a run"
     # An option that is newer than the run: its default is what the run did.
     before = effective(Config().flat() | before)
-    now = effective(config.flat())
+    now = effective(run.options)
     changed = [key for key in now if key not in NON_RESULT_OPTIONS and before.get(key) != now[key]]
     if changed:
         return f"holds another run: {', '.join(f'{key} {before.get(key)!r} (now {now[key]!r})' for key in changed)}"
     recorded = (folder / DATA).read_text(encoding="utf-8") if (folder / DATA).is_file() else data
     if recorded != data:
-        return (
-            f"its run was on other data than --data {config.data.data} holds now (fingerprint {recorded}, now {data})"
-        )
+        found = f"its run was on other data than --data {run.options['data']} holds now"
+        return f"{found} (fingerprint {recorded}, now {data})"
     return None

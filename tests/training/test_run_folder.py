@@ -16,15 +16,26 @@ from hf_histo.config import Config, parse
 from hf_histo.errors import HistoError
 from hf_histo.files import write_checksums
 from hf_histo.training import run_folder
+from hf_histo.training.run_folder import Run
 
 
 def config(folder: Path, *more: str) -> Config:
     return parse(None, [f"--output_dir={folder}", *more])
 
 
+def begin(options: Config, data: str = "") -> Path:
+    run = Run.of(options, data)
+    run_folder.begin(run)
+    return run.folder
+
+
+def checkpoint(options: Config, data: str = "") -> str | None:
+    return run_folder.checkpoint(Run.of(options, data), options.training.resume_from_checkpoint)
+
+
 def refusal(folder: Path, *more: str) -> str:
     with pytest.raises(HistoError) as caught:
-        run_folder.begin(config(folder, *more))
+        begin(config(folder, *more))
     message = str(caught.value)
     assert message.startswith(f"--output_dir {folder}: ")
     assert "\n" not in message
@@ -37,35 +48,35 @@ def complete_checkpoint(folder: Path, step: int, options: Config | None = None) 
     path.mkdir()
     for name in ("trainer_state.json", "optimizer.pt"):
         (path / name).write_text("{}", encoding="utf-8")
-    write_checksums(path, run=run_folder.identity(options or config(folder), ""))
+    write_checksums(path, run=Run.of(options or config(folder)).identity)
     return path
 
 
 def test_the_options_are_recorded(tmp_path: Path) -> None:
-    folder = run_folder.begin(config(tmp_path / "run", "--lora_rank=4"))
+    folder = begin(config(tmp_path / "run", "--lora_rank=4"))
     assert folder == tmp_path / "run"
     assert yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["lora_rank"] == 4
     assert parse(None, ["--config", str(folder / "run.yaml")]) == config(folder, "--lora_rank=4")
 
 
 def test_the_same_command_goes_on(tmp_path: Path) -> None:
-    folder = run_folder.begin(config(tmp_path / "run"))
+    folder = begin(config(tmp_path / "run"))
     kept = complete_checkpoint(folder, 3)
-    assert run_folder.begin(config(folder)) == folder
+    assert begin(config(folder)) == folder
     assert kept.exists()
-    assert run_folder.begin(config(folder, "--num_workers=3", "--per_device_eval_batch_size=7")) == folder
+    assert begin(config(folder, "--num_workers=3", "--per_device_eval_batch_size=7")) == folder
 
 
 def test_a_run_from_before_an_option_existed_goes_on_with_its_default(tmp_path: Path) -> None:
-    folder = run_folder.begin(config(tmp_path / "run"))
+    folder = begin(config(tmp_path / "run"))
     record = folder / run_folder.RECORD
     record.write_text("".join(line for line in record.read_text().splitlines(True) if not line.startswith("head:")))
-    assert run_folder.begin(config(folder)) == folder
+    assert begin(config(folder)) == folder
     assert "head 'linear' (now 'mlp')" in refusal(folder, "--head=mlp")
 
 
 def test_other_options_are_refused_by_name(tmp_path: Path) -> None:
-    folder = run_folder.begin(config(tmp_path / "run"))
+    folder = begin(config(tmp_path / "run"))
     message = refusal(folder, "--lora_rank=4", "--learning_rate=0.5")
     assert "lora_rank 8 (now 4)" in message
     assert "learning_rate 0.001 (now 0.5)" in message
@@ -92,40 +103,40 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
-    folder = run_folder.begin(config(tmp_path / "run"))
+    folder = begin(config(tmp_path / "run"))
     (folder / "adapter").mkdir()
     complete_checkpoint(folder, 3)
     for name in ("images/train/a.png", "thesis.tex", "checkpoint-best/weights.bin"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    run_folder.begin(config(folder, "--lora_rank=4", "--overwrite_output_dir"))
+    begin(config(folder, "--lora_rank=4", "--overwrite_output_dir"))
     kept = ["checkpoint-best", "data.txt", "images", "run.yaml", "thesis.tex"]
     assert sorted(path.name for path in folder.iterdir()) == kept
     assert (folder / "images" / "train" / "a.png").exists()
-    assert run_folder.begin(config(folder, "--lora_rank=4")) == folder  # the switch itself is not part of the run
+    assert begin(config(folder, "--lora_rank=4")) == folder  # the switch itself is not part of the run
 
 
 def test_overwriting_keeps_an_unfinished_run_of_the_same_command(tmp_path: Path) -> None:
     """A job that is queued again must resume, not start anew for ever."""
     again = config(tmp_path / "run", "--overwrite_output_dir")
-    folder = run_folder.begin(again)
+    folder = begin(again)
     kept = complete_checkpoint(folder, 3)
-    assert run_folder.begin(again) == folder
-    assert run_folder.checkpoint(again, folder) == str(kept)
+    assert begin(again) == folder
+    assert checkpoint(again) == str(kept)
     (folder / "adapter").mkdir()
-    assert run_folder.checkpoint(again, folder) is None
-    run_folder.begin(again)
+    assert checkpoint(again) is None
+    begin(again)
     assert not kept.exists()
     assert not (folder / "adapter").exists()
 
 
 def test_overwriting_refuses_to_delete_what_it_reads(tmp_path: Path) -> None:
-    folder = run_folder.begin(config(tmp_path / "run"))
+    folder = begin(config(tmp_path / "run"))
     data = folder / "figures" / "images"
     data.mkdir(parents=True)
     other = config(folder, "--lora_rank=4", "--overwrite_output_dir", f"--data={data}")
     with pytest.raises(HistoError, match=r"figures/images, which this run reads"):
-        run_folder.begin(other)
+        begin(other)
     assert data.exists()
 
 
@@ -133,12 +144,12 @@ def test_a_file_of_options_can_not_overwrite(tmp_path: Path) -> None:
     (tmp_path / "options.yaml").write_text("overwrite_output_dir: true\n")
     with pytest.raises(HistoError, match="give it on the command line"):
         parse(None, ["--config", str(tmp_path / "options.yaml")])
-    folder = run_folder.begin(config(tmp_path / "run", "--overwrite_output_dir"))
+    folder = begin(config(tmp_path / "run", "--overwrite_output_dir"))
     assert not parse(None, ["--config", str(folder / run_folder.RECORD)]).output.overwrite_output_dir
 
 
 def test_nothing_is_claimed_by_a_look(tmp_path: Path) -> None:
-    assert run_folder.check(config(tmp_path / "run")) == tmp_path / "run"
+    run_folder.check(Run.of(config(tmp_path / "run")))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -146,7 +157,7 @@ def test_the_empty_folder_that_one_is_in_serves(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")
     with run_folder.alone_in(Path()):
-        assert run_folder.begin(config(Path())) == Path()
+        assert begin(config(Path())) == Path()
     assert (tmp_path / "run" / "run.yaml").is_file()
 
 
@@ -157,7 +168,7 @@ def test_a_link_is_no_folder_for_a_run(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_vanished_is_an_error(tmp_path: Path) -> None:
-    folder = run_folder.begin(config(tmp_path / "run"))
+    folder = begin(config(tmp_path / "run"))
     run_folder.require_begun(folder)
     (folder / "run.yaml").unlink()
     with pytest.raises(HistoError, match="deleted or moved"):
@@ -202,7 +213,7 @@ def test_overwriting_never_deletes_what_is_no_run(tmp_path: Path) -> None:
 
 
 def test_a_run_is_finished_once_its_adapter_is_there(tmp_path: Path) -> None:
-    folder = run_folder.begin(config(tmp_path / "run"))
+    folder = begin(config(tmp_path / "run"))
     assert not run_folder.is_finished(folder)
     (folder / ".adapter.x.incomplete").mkdir()
     assert not run_folder.is_finished(folder)
@@ -226,39 +237,39 @@ def remove_list(checkpoint: Path) -> None:
 def test_the_last_complete_checkpoint_is_taken(
     tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = run_folder.begin(config(tmp_path / "run"))
-    assert run_folder.checkpoint(config(folder), folder) is None
+    folder = begin(config(tmp_path / "run"))
+    assert checkpoint(config(folder)) is None
     for step in (9, 10, 100):
         complete_checkpoint(folder, step)
     for name in ("checkpoint-best", "checkpoint-"):
         (folder / name).mkdir()
-    assert run_folder.checkpoint(config(folder), folder) == str(folder / "checkpoint-100")
+    assert checkpoint(config(folder)) == str(folder / "checkpoint-100")
     damage(folder / "checkpoint-100")
     with caplog.at_level(logging.WARNING):
-        assert run_folder.checkpoint(config(folder), folder) == str(folder / "checkpoint-10")
+        assert checkpoint(config(folder)) == str(folder / "checkpoint-10")
     assert f"{folder / 'checkpoint-100'} is not used" in caplog.text
 
 
 def test_a_checkpoint_that_is_asked_for_must_be_complete(tmp_path: Path) -> None:
-    folder = run_folder.begin(config(tmp_path / "run"))
+    folder = begin(config(tmp_path / "run"))
     asked = complete_checkpoint(tmp_path, 5)
-    assert run_folder.checkpoint(config(folder, f"--resume_from_checkpoint={asked}"), folder) == str(asked)
+    assert checkpoint(config(folder, f"--resume_from_checkpoint={asked}")) == str(asked)
     for missing in (str(tmp_path / "checkpoint-6"), "last"):
         with pytest.raises(HistoError, match=r"^--resume_from_checkpoint .* no complete checkpoint"):
-            run_folder.checkpoint(config(folder, f"--resume_from_checkpoint={missing}"), folder)
+            checkpoint(config(folder, f"--resume_from_checkpoint={missing}"))
     truncate(asked)
     with pytest.raises(HistoError, match=r"damaged checkpoint \(trainer_state\.json"):
-        run_folder.checkpoint(config(folder, f"--resume_from_checkpoint={asked}"), folder)
+        checkpoint(config(folder, f"--resume_from_checkpoint={asked}"))
 
 
 def test_the_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    folder = run_folder.begin(config(tmp_path / "run"))
+    folder = begin(config(tmp_path / "run"))
     other = complete_checkpoint(tmp_path, 5, config(folder, "--lora_rank=4"))
     with pytest.raises(HistoError, match=r"is of another run: lora_rank 4 there and 8 here"):
-        run_folder.checkpoint(config(folder, f"--resume_from_checkpoint={other}"), folder)
+        checkpoint(config(folder, f"--resume_from_checkpoint={other}"))
     own = complete_checkpoint(tmp_path, 6)
     with pytest.raises(HistoError, match=r"data fingerprint '' there and 'other images' here"):
-        run_folder.checkpoint(config(folder, f"--resume_from_checkpoint={own}"), folder, "other images")
+        checkpoint(config(folder, f"--resume_from_checkpoint={own}"), "other images")
 
 
 def test_the_default_folder_names_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -269,10 +280,10 @@ def test_the_default_folder_names_the_run(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_other_data_is_another_run(tmp_path: Path) -> None:
     options = parse(None, [f"--output_dir={tmp_path / 'run'}"])
-    run_folder.begin(options, "one")
-    run_folder.begin(options, "one")
+    begin(options, "one")
+    begin(options, "one")
     with pytest.raises(HistoError, match=r"other data .*fingerprint one, now two.*--overwrite_output_dir"):
-        run_folder.begin(options, "two")
+        begin(options, "two")
 
 
 def test_two_launches_are_not_in_one_folder(tmp_path: Path) -> None:
