@@ -6,7 +6,6 @@ import importlib.metadata
 import re
 import shutil
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from torchvision.transforms.v2 import functional
 
 import hf_histo
 from hf_histo import hub
-from hf_histo.adapter.sidecar import SIDECAR, Sidecar
+from hf_histo.adapter.sidecar import Sidecar
+from hf_histo.config.commands import AppOptions
 from hf_histo.data.schema import decode
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.figures.explanation import blend
@@ -33,18 +33,15 @@ SHOWN = 1024  # pixels on a side of what the page shows, at most
 # The program of a Space, beside its adapter and this package.
 SPACE_APP = '''"""A page for the adapter in this folder."""
 
+import sys
 from pathlib import Path
 
 from hf_histo import app
-from hf_histo.launch import run
+from hf_histo.config import parse_command
+from hf_histo.config.commands import AppOptions
 
-
-def main() -> None:
-    app.main(__doc__, Path(__file__).parent / "adapter")
-
-
-if __name__ == "__main__":
-    run(main)
+beside = ["--adapter", str(Path(__file__).parent / "adapter")]
+app.run(parse_command(AppOptions, __doc__, [*beside, *sys.argv[1:]]))
 '''
 STYLE = """
 .gradio-container {max-width: 1080px !important; margin: auto}
@@ -52,21 +49,8 @@ STYLE = """
 """
 
 
-def main(usage: str | None, beside: Path) -> None:
-    """Show the page, or write a Space; `beside` is the adapter that is shown by default, where it exists."""
-    parser = ArgumentParser(description=usage, formatter_class=RawDescriptionHelpFormatter)
-    default = str(beside) if (beside / SIDECAR).is_file() else None
-    parser.add_argument(
-        "--adapter", required=not default, default=default, help="adapter folder, or its name on the Hub"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of an adapter on the Hub")
-    parser.add_argument("--backbone", help="the base model, where it is no longer where the adapter was trained")
-    parser.add_argument("--port", type=int, help="of the page (default: the first free one from 7860 on)")
-    parser.add_argument(
-        "--space_dir", type=Path, help="write a Space of the Hub into this folder, which must not exist"
-    )
-    options = parser.parse_args()
-
+def run(options: AppOptions) -> None:
+    """Show the page, or write a Space. Raises HistoError without gradio, and as `hub.fetch` and `write_space` do."""
     folder = hub.fetch(options.adapter, options.revision)
     if options.space_dir:
         return write_space(options.space_dir, folder)

@@ -9,14 +9,16 @@ the image's channel statistics with those of the training images: see `hf_histo.
 the page: the page, the adapter and the package itself.
 """
 
-from pathlib import Path
-
-from hf_histo import app
+from hf_histo.config import parse_command
+from hf_histo.config.commands import AppOptions
 from hf_histo.launch import run
 
 
 def main() -> None:
-    app.main(__doc__, Path(__file__).parent / "adapter")
+    options = parse_command(AppOptions, __doc__)
+    from hf_histo import app
+
+    app.run(options)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,16 @@ of the features (PCA) is drawn by class, and by center, or split where there are
 of its base model, and the map is drawn after adaptation, too.
 """
 
-from hf_histo.experiments import audit
+from hf_histo.config import parse_command
+from hf_histo.config.commands import AuditOptions
 from hf_histo.launch import run
 
 
 def main() -> None:
-    audit.main(__doc__)
+    options = parse_command(AuditOptions, __doc__)
+    from hf_histo.experiments.audit import audit
+
+    audit(options)
 
 
 if __name__ == "__main__":

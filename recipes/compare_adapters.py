@@ -8,22 +8,16 @@ with its own preprocessing, color statistics and views, and decides at probabili
 groups (patients, slides).
 """
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
-
-from hf_histo.experiments.compare_adapters import compare_adapters
+from hf_histo.config import parse_command
+from hf_histo.config.commands import CompareAdaptersOptions
 from hf_histo.launch import run
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", required=True, nargs="+", help="adapter folders, or names on the Hub")
-    parser.add_argument("--backbone", help="the base model, where it is no longer where the adapters were trained")
-    parser.add_argument("--data", required=True, help="HDF5 file or folder, with labels")
-    parser.add_argument("--split", default="val", help="part of the folder to predict (default: val)")
-    parser.add_argument("--average", action="store_true", help="also the mean of the adapters")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
-    parser.add_argument("--cache_dir", help="folder of the converted data (default: the datasets library's cache)")
-    print(compare_adapters(**vars(parser.parse_args())))
+    options = parse_command(CompareAdaptersOptions, __doc__)
+    from hf_histo.experiments.compare_adapters import compare_adapters
+
+    print(compare_adapters(**vars(options)))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,16 @@ that is so, and "threshold_choice": how the threshold was chosen and from which 
 needed.
 """
 
-from hf_histo.evaluation import evaluate
+from hf_histo.config import parse_command
+from hf_histo.config.commands import EvaluateOptions
 from hf_histo.launch import run
 
 
 def main() -> None:
-    evaluate.main(__doc__)
+    options = parse_command(EvaluateOptions, __doc__)
+    from hf_histo.evaluation.evaluate import evaluate
+
+    evaluate(options)
 
 
 if __name__ == "__main__":

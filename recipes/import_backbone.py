@@ -9,12 +9,16 @@ This package unpickles nothing. Some models are published as a pickle only: then
 to convert it, if you trust its source, and `--snapshot` reads the result.
 """
 
+from hf_histo.config import parse_command
+from hf_histo.config.commands import ImportBackboneOptions
 from hf_histo.launch import run
-from hf_histo.models import conversion
 
 
 def main() -> None:
-    conversion.main(__doc__)
+    options = parse_command(ImportBackboneOptions, __doc__)
+    from hf_histo.models.conversion import import_backbone
+
+    print(import_backbone(options))
 
 
 if __name__ == "__main__":

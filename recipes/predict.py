@@ -11,12 +11,16 @@ An `ID` or `Label` that a spreadsheet would run as a formula (`=...`) gets a lea
 `--balanced` is transductive: its threshold calls a share of these very images class 1, and is none for others.
 """
 
-from hf_histo.experiments.predict import parse, predict
+from hf_histo.config import parse_command
+from hf_histo.config.commands import PredictOptions
 from hf_histo.launch import run
 
 
 def main() -> None:
-    print(predict(parse(__doc__)))
+    options = parse_command(PredictOptions, __doc__)
+    from hf_histo.experiments.predict import predict
+
+    print(predict(options))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,16 @@ The packaged one was made by this command; it takes about three minutes on two f
     python recipes/pretrain_backbone.py --output_dir /tmp/backbone --steps 10 --images 480
 """
 
+from hf_histo.config import parse_command
+from hf_histo.config.commands import PretrainBackboneOptions
 from hf_histo.launch import run
-from hf_histo.training import pretraining
 
 
 def main() -> None:
-    pretraining.main(__doc__)
+    options = parse_command(PretrainBackboneOptions, __doc__)
+    from hf_histo.training.pretraining import pretrain
+
+    pretrain(options)
 
 
 if __name__ == "__main__":

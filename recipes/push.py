@@ -9,22 +9,14 @@ or by `--hub_base_model`. Look into the folder before you make it public: predic
 shows some of them.
 """
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
-
-from hf_histo import hub
+from hf_histo.config import parse_command
+from hf_histo.config.commands import PushOptions
 from hf_histo.launch import run
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", required=True, help="adapter folder of a finished run")
-    parser.add_argument("--hub_model_id", required=True, help="repository on the Hub: owner/name")
-    parser.add_argument("--hub_base_model", help="name on the Hub (owner/name) of a backbone that was a local folder")
-    parser.add_argument("--hub_private", action="store_true", help="create the repository as private")
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument("--hub_revision", help="branch of it to write to, made where it is missing (default: main)")
-    way.add_argument("--hub_create_pr", action="store_true", help="open a pull request there instead of writing")
-    options = parser.parse_args()
+    options = parse_command(PushOptions, __doc__)
+    from hf_histo import hub
 
     hub.check_access(options.hub_model_id, pull_request=options.hub_create_pr)
     address = hub.push(

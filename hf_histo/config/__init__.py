@@ -24,7 +24,7 @@ from hf_histo.config.options import (
     option,
     with_role,
 )
-from hf_histo.config.parser import parse, parse_each, parse_with, with_options
+from hf_histo.config.parser import parse, parse_command, parse_each, parse_with, refuse_given, with_options
 
 __all__ = [
     "NON_RESULT_OPTIONS",
@@ -49,8 +49,10 @@ __all__ = [
     "effective",
     "option",
     "parse",
+    "parse_command",
     "parse_each",
     "parse_with",
+    "refuse_given",
     "with_options",
     "with_role",
 ]

@@ -7,8 +7,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_histo.config.options import OPTIONS, RULES, SET, CenterOptions, Config, ProtocolOptions, rule_of
+from hf_histo.config.options import OPTIONS, SET, CenterOptions, Config, Except, ProtocolOptions, rule_of
 from hf_histo.errors import HistoError
+
+Options = Mapping[str, dataclasses.Field[Any]]
 
 
 def check_bounds(group: Any) -> None:
@@ -21,19 +23,22 @@ def check_bounds(group: Any) -> None:
             raise HistoError(f"--{option.name} is {value}, expected {expected}")
 
 
-def ineffective(values: Mapping[str, Any]) -> dict[str, str]:
+def ineffective(values: Mapping[str, Any], options: Options = OPTIONS) -> dict[str, str]:
     """The options that are not at their default and cannot act beside the others, with the reason.
 
     Args:
         values: options by name; those that are absent are at their default.
+        options: all that there are, by name.
     """
     found = {}
-    for name in values.keys() & RULES.keys():
-        if values[name] != OPTIONS[name].default:
-            for other, wanted in RULES[name].needs.items():
-                if not _holds(other, values.get(other, OPTIONS[other].default), wanted):
-                    found[name] = f"acts only {needed(other, wanted)}"
-    return {name: found[name] for name in OPTIONS if name in found}
+    for name in values.keys() & options.keys():
+        rule = rule_of(options[name])
+        if values[name] not in (_default_of(options[name]), *rule.exempt):
+            for other, wanted in rule.needs.items():
+                default = _default_of(options[other])
+                if not _holds(default, values.get(other, default), wanted):
+                    found[name] = f"acts only {needed(other, wanted, default)}"
+    return {name: found[name] for name in options if name in found}
 
 
 def effective(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,18 +46,26 @@ def effective(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, **{name: OPTIONS[name].default for name in ineffective(values)}}
 
 
-def _holds(other: str, value: Any, wanted: Any) -> bool:
+def _default_of(option: dataclasses.Field[Any]) -> Any:
+    return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+
+
+def _holds(default: Any, value: Any, wanted: Any) -> bool:
     if wanted == SET:
-        return bool(value != OPTIONS[other].default)
+        return bool(value != default)
+    if isinstance(wanted, Except):
+        return value not in wanted.values
     return value in wanted if isinstance(wanted, tuple) else bool(value == wanted)
 
 
-def needed(other: str, wanted: Any) -> str:
-    """An entry of `Rule.needs` in words, e.g. "with --method lora"."""
-    if wanted is None:
+def needed(other: str, wanted: Any, default: Any = None) -> str:
+    """An entry of `Rule.needs` in words, e.g. "with --method lora"; `default` is that of `other`."""
+    if wanted is None or wanted is False:
         return f"without --{other}"
     if wanted == SET:
-        return f"with --{other} other than {OPTIONS[other].default}"
+        return f"with --{other}" + (f" other than {default}" if default is not None else "")
+    if isinstance(wanted, Except):
+        return f"with --{other} other than {' or '.join(wanted.values)}"
     if isinstance(wanted, tuple):
         return f"with --{other} {', '.join(wanted[:-1])} or {wanted[-1]}"
     return f"with --{other}" if wanted is True else f"with --{other} {wanted}"
@@ -85,9 +98,15 @@ def _check_updates(config: Config, given: Collection[str]) -> None:
         raise HistoError(
             f"--iterations_per_shot is {protocol.iterations_per_shot}, which acts only with --shots; leave it out"
         )
-    if protocol.shots and protocol.iterations_per_shot and config.training.max_steps:
+    training, counts = config.training, protocol.shots and protocol.iterations_per_shot
+    if counts and "num_train_epochs" in given:
         raise HistoError(
-            f"--max_steps is {config.training.max_steps} and --iterations_per_shot is {protocol.iterations_per_shot}, "
+            f"--num_train_epochs is {training.num_train_epochs:g}, which acts only without "
+            f"--iterations_per_shot, and that is {protocol.iterations_per_shot}; leave it out"
+        )
+    if counts and training.max_steps:
+        raise HistoError(
+            f"--max_steps is {training.max_steps} and --iterations_per_shot is {protocol.iterations_per_shot}, "
             "which both set the number of updates; leave one out"
         )
 

@@ -18,10 +18,20 @@ Contrast = Literal["none", "clahe", "stretch"]
 Normalization = Literal["none", "rgb", "reinhard", "macenko"]
 
 Role = Literal["result", "source", "place", "speed", "output"]
+
+
+@dataclass(frozen=True)
+class Except:
+    """In `needs`: any value but these."""
+
+    values: tuple[str, ...]
+
+
 SET = "set"  # in `needs`: anything but the default
 LORA = {"method": "lora"}
 GRADIENT = {"method": ("linear", "lora", "full")}  # training in steps, which pca has none of
 PUSHED = {"push_to_hub": True}
+WARMED_UP = {"lr_scheduler_type": Except(("constant", "reduce_lr_on_plateau"))}  # transformers starts these at once
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,10 @@ class Rule:
         role: "result": decides what comes out of a run; "source": that, too, and is recorded elsewhere, without its
             place on this machine (data, backbone); "place": where something lies; "speed": how fast a run goes;
             "output": what is written besides the result.
-        needs: the values that other options must have for this one to act: one value, a tuple of them, or `SET`.
+        needs: the values that other options must have for this one to act: one value, a tuple of them, `Except`,
+            or `SET`.
+        exempt: values that are true whatever `needs` asks for, e.g. no warm-up.
+        bare: the value where the option is given without one; None if it needs one.
         common: whether `--help` shows it; `--help_all` shows every option.
         details: what `--help_all` adds to the help text.
     """
@@ -47,6 +60,8 @@ class Rule:
     at_most: float | None = None
     role: Role = "result"
     needs: Mapping[str, Any] = field(default_factory=dict)
+    exempt: tuple[Any, ...] = ()
+    bare: Any = None
     common: bool = False
     details: str = ""
 
@@ -161,12 +176,14 @@ class ModelOptions:
     train_output_layer: bool = option(False, "train the backbone's output layer as well", needs={"head_on": "logits"})
     head_softmax: bool = option(False, "end the classifier in a softmax before the loss, which has its own: to compare")
     text_prompt: str | None = option(
-        None, "CLIP: start the classifier from this sentence about each class, e.g. 'a slide showing a {} cell'"
+        None,
+        "CLIP: start the classifier from this sentence about each class, e.g. 'a slide showing a {} cell'",
+        needs=GRADIENT,
     )
     head_dropout: float = option(
         0.0, "dropout before each linear layer of the classifier, in [0, 1)", at_least=0, below=1, needs=GRADIENT
     )
-    batch_norm: BatchNorm = option("frozen", "keep batch-norm statistics, or let them follow the data")
+    batch_norm: BatchNorm = option("frozen", "keep batch-norm statistics, or let them follow the data", needs=GRADIENT)
     image_size: int | None = option(None, "pixels on a side (default: the backbone's)", above=0, common=True)
     resize_size: int | None = option(
         None, "pixels of the resize before the center crop (default: the backbone's)", above=0
@@ -201,7 +218,9 @@ class AdapterOptions:
         None, "adapter of another data set whose LoRA weights to start from: folder or Hub", needs=LORA
     )
     init_lora_weights: str = option(
-        "default", "initializer: default (A Kaiming, B zero), gaussian, pissa, ...", needs=LORA
+        "default",
+        "initializer: default (A Kaiming, B zero), gaussian, pissa, ...",
+        needs=LORA | {"init_adapter": None},
     )
 
 
@@ -222,7 +241,12 @@ class AugmentationOptions:
     _argument_group_name = "augmentation"
 
     augmentation: str = option(
-        "crop-jitter", "a preset", details="none, flips, resized-crop, crop-jitter, affine, strong, mri", common=True
+        "crop-jitter",
+        "a preset",
+        details="none, flips, resized-crop, crop-jitter, affine, strong, mri",
+        needs=GRADIENT,
+        exempt=("none",),
+        common=True,
     )
     training_views: int | None = option(
         None, "views of an image that epochs take in turn (default: always a new one)", above=0, needs=GRADIENT
@@ -310,17 +334,24 @@ class TrainingOptions:
         needs=GRADIENT | {"lr_scheduler_type": "reduce_lr_on_plateau"},
     )
     warmup_steps: float = option(
-        0.1, "steps of warm-up, or a share of all steps if below 1", at_least=0, needs=GRADIENT
+        0.1,
+        "steps of warm-up, or a share of all steps if below 1",
+        at_least=0,
+        needs=GRADIENT | WARMED_UP,
+        exempt=(0,),
     )
     early_stopping_patience: int = option(
         10, "epochs without progress before training stops; 0: never", at_least=0, needs=GRADIENT
     )
     metric_for_best_model: str = option("auroc", "validation metric that chooses the checkpoint: auroc, accuracy, loss")
     class_balance: Literal["weights", "sampling", "none"] = option(
-        "weights", "against class imbalance: weight the loss, or draw every class equally often"
+        "weights",
+        "against class imbalance: weight the loss, or draw every class equally often",
+        needs=GRADIENT,
+        exempt=("none",),
     )
     resume_from_checkpoint: str | None = option(
-        None, "folder of a checkpoint, or 'last' (the default in a begun run)", role="place"
+        None, "folder of a checkpoint, or 'last' (the default in a begun run)", role="place", needs=GRADIENT
     )
     logging_steps: int = option(10, "updates between two lines of the training log", above=0, needs=GRADIENT)
 
@@ -337,12 +368,18 @@ class SpeedOptions:
         needs=GRADIENT,
     )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "auto", "arithmetic of training; auto: the launcher's, else bf16 on a GPU that has it, else float32"
+        "auto",
+        "arithmetic of training; auto: the launcher's, else bf16 on a GPU that has it, else float32",
+        needs=GRADIENT,
+        exempt=("no",),
     )
     activation_checkpointing: bool = option(
-        False, "compute activations again for the gradient: less memory, more time", role="speed", needs=GRADIENT
+        False,
+        "compute activations again for the gradient: less memory, more time",
+        role="speed",
+        needs={"method": ("lora", "full")},
     )
-    torch_compile: bool = option(False, "compile the model, for minutes, into faster steps")
+    torch_compile: bool = option(False, "compile the model, for minutes, into faster steps", needs=GRADIENT)
 
 
 @dataclass
@@ -356,7 +393,7 @@ class OutputOptions:
         False, "delete a finished run in the folder, or one with other options", role="output"
     )
     preview: bool = option(
-        False, "before training, draw preview.png: what training makes of some images", role="output"
+        False, "before training, draw preview.png: what training makes of some images", role="output", needs=GRADIENT
     )
     explain: bool = option(
         False, "draw explanations.png: where the model sees the class it predicts on val", role="output"

@@ -13,17 +13,21 @@ import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from hf_histo.config.checks import check_bounds, check_pairs, effective, ineffective, needed
-from hf_histo.config.options import OPTIONS, RULES, Config
+from hf_histo.config.options import OPTIONS, RULES, Config, rule_of
 from hf_histo.errors import HistoError
 from hf_histo.files import read_text
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Extra = TypeVar("Extra")
+Command = TypeVar("Command", bound="DataclassInstance")
 
 
 def parse(usage: str | None, arguments: Sequence[str] | None = None, **defaults: Any) -> Config:
@@ -51,11 +55,16 @@ def parse_with(
 
     A YAML file can't set these, so that it means the same to every recipe. With `is_shared`, the command line holds
     for several configs, of which none is its `--config`: an option that cannot act with this one takes its default.
+
+    Raises `HistoError` as `parse` does.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if is_shared and "config" in _given(arguments):
         raise HistoError("--config is one config, expected the option that takes several; give it there")
     config, (own,) = _parse(usage, arguments, [extra], defaults, is_shared)
+    by_name = {option.name: option for option in dataclasses.fields(extra)}  # type: ignore[arg-type]
+    for name, reason in ineffective(vars(own), by_name).items():
+        raise HistoError(f"--{name} is {getattr(own, name)!r}, which {reason}; leave it out")
     return config, own
 
 
@@ -74,6 +83,17 @@ def parse_each(extra: type[Any], files: Sequence[str], arguments: Sequence[str] 
     return [_parse(None, ["--config", file, *arguments], [extra], {}, is_shared=True)[0] for file in files]
 
 
+def refuse_given(config: Config, reasons: Mapping[str, str], arguments: Sequence[str] | None = None) -> None:
+    """Raise `HistoError` for an option on the command line (or in `arguments`) that a recipe's own options decide.
+
+    `reasons` are sentences by the names of such options. Those options win over a YAML file, as the command line does.
+    """
+    given = _given(sys.argv[1:] if arguments is None else arguments)
+    for name, reason in reasons.items():
+        if name in given:
+            raise HistoError(f"--{name} is {config.flat()[name]!r}, which can't act here: {reason}; leave it out")
+
+
 def with_options(config: Config, options: Mapping[str, Any]) -> Config:
     """The same options but for some, with bounds checked as on the command line; raises `HistoError` as `parse` does.
 
@@ -82,6 +102,21 @@ def with_options(config: Config, options: Mapping[str, Any]) -> Config:
     values = config.flat() | dict(options)
     arguments = [f"--{name}={value}" for name, value in values.items() if value is not None]
     return _parse(None, arguments, [], {}, is_shared=True)[0]
+
+
+def parse_command(kind: type[Command], usage: str | None, arguments: Sequence[str] | None = None) -> Command:
+    """Parse `arguments` (default: the command line) into the options of a command that is no run.
+
+    `usage` is the recipe's docstring, shown by `--help`. Raises `HistoError` for an unknown option (with the nearest
+    known one), one that is missing, a value of the wrong type or out of bounds, and an option that cannot act.
+    """
+    groups: list[Any] = [kind]  # Any: the type of transformers is one
+    parser = _Parser(groups, usage="%(prog)s [--OPTION VALUE ...]", description=usage, **_STYLE)
+    (options,) = _fill(parser, groups, list(sys.argv[1:] if arguments is None else arguments))
+    by_name = {option.name: option for option in dataclasses.fields(kind)}
+    for name, reason in ineffective(vars(options), by_name).items():
+        raise HistoError(f"--{name} is {getattr(options, name)!r}, which {reason}; leave it out")
+    return options  # type: ignore[no-any-return]
 
 
 class _Refusing(argparse.ArgumentParser):
@@ -112,7 +147,11 @@ def _common_help(name: str) -> str:
 def _every_help(name: str) -> str:
     """The help text of an option, with the bounds of its values and what it acts with."""
     rule = RULES[name]
-    notes = [rule.details, rule.expected(), *(needed(other, wanted) for other, wanted in rule.needs.items())]
+    notes = [
+        rule.details,
+        rule.expected(),
+        *(needed(other, wanted, OPTIONS[other].default) for other, wanted in rule.needs.items()),
+    ]
     return "; ".join([OPTIONS[name].metadata["help"], *filter(None, notes)])
 
 
@@ -120,7 +159,11 @@ class _Parser(_Refusing, HfArgumentParser):
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
         bare = copy.copy(field)
-        bare.metadata = MappingProxyType({"help": field.metadata["help"]})  # argparse takes no other entries
+        value = rule_of(field).bare
+        optional = {} if value is None else {"nargs": "?", "const": value}
+        bare.metadata = MappingProxyType(
+            {"help": field.metadata["help"], **optional}
+        )  # argparse takes no other entries
         HfArgumentParser._parse_dataclass_field(parser, bare)
 
 
@@ -136,8 +179,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     def _format_action_invocation(self, action: argparse.Action) -> str:
         """One spelling of an option, not also the one with hyphens; its choices, or what kind of value it takes."""
         spellings = [s for s in action.option_strings if "_" in s or "-" not in s.lstrip("-")]
-        kind = "" if action.nargs == 0 or action.const else f" {_kind(action)}"
+        kind = "" if action.nargs == 0 or action.const is True else f" {_kind(action)}"
+        kind = f" [{kind[1:]}]" if kind and action.const else kind
         return ", ".join(spellings) + kind + (" ..." if action.nargs == "+" else "")
+
+
+_STYLE: dict[str, Any] = {"formatter_class": _HelpFormatter, "allow_abbrev": False}  # Any: arguments of argparse
 
 
 def _kind(action: argparse.Action) -> str:
@@ -151,14 +198,8 @@ def _read(
 ) -> tuple[Config, list[Any], str | None]:
     """The options as they are given, the recipe's own ones, and the file; values are within their bounds."""
     groups = [*get_type_hints(Config).values(), *extra]
-    parser = _Parser(
-        groups,
-        usage="%(prog)s [--config YAML] [--OPTION VALUE ...]",
-        description=usage,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-    )
+    usage_line = "%(prog)s [--config YAML] [--OPTION VALUE ...]"
+    parser = _Parser(groups, usage=usage_line, description=usage, add_help=False, **_STYLE)
     parser.set_defaults(**defaults)
     parser.add_argument("--config", metavar="YAML", help="file with options; the command line wins")
     parser.add_argument("-h", "--help", action=_Help, help="show the main options")
@@ -167,18 +208,22 @@ def _read(
     config_only = _Refusing(add_help=False, allow_abbrev=False)
     config_only.add_argument("--config")
     file = config_only.parse_known_args(list(arguments))[0].config
-    *options, _, unknown = parser.parse_args_into_dataclasses(
-        [*(_yaml_arguments(file) if file else []), *arguments],
-        return_remaining_strings=True,
-        look_for_args_file=False,
-    )
-    if unknown:
-        known = [option.name for group in groups for option in dataclasses.fields(group)]
-        raise HistoError(_unknown("option", unknown[0], [f"--{name}" for name in known]))
-    for group in options:
-        check_bounds(group)
+    *options, _ = _fill(parser, groups, [*(_yaml_arguments(file) if file else []), *arguments])
     shared = len(options) - len(extra)
     return Config(*options[:shared]), options[shared:], file
+
+
+def _fill(parser: HfArgumentParser, groups: Sequence[type[DataclassInstance]], arguments: Sequence[str]) -> list[Any]:
+    """An instance of each of the groups, within their bounds, then what else the parser knows."""
+    *options, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        known = [f"--{option.name}" for group in groups for option in dataclasses.fields(group)]
+        raise HistoError(_unknown("option", unknown[0], known))
+    for group in options[: len(groups)]:
+        check_bounds(group)
+    return options
 
 
 def _parse(

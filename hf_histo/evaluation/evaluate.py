@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
 
+from hf_histo.config.commands import EvaluateOptions
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, thresholds
 from hf_histo.evaluation.ensembling import average
@@ -14,42 +13,6 @@ from hf_histo.evaluation.metrics.classification import report
 from hf_histo.evaluation.predictions import Predictions, class_index
 from hf_histo.evaluation.reporting.report import center_table, confusion_matrix, roc_curve, table, transductive
 from hf_histo.files import require_output, write_json
-
-
-def parse(usage: str | None) -> Namespace:
-    parser = ArgumentParser(description=usage, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--predictions", nargs="+", required=True, help="predictions files, one for each split")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder for metrics.json and the figures")
-    parser.add_argument("--ensemble", action="store_true", help="average the files, of one split by several models")
-    parser.add_argument("--calibrate_on", nargs="+", metavar="VAL", help="labeled files to fit a temperature on")
-    threshold = parser.add_mutually_exclusive_group()
-    threshold.add_argument("--threshold", type=float, help="probability from which on class 1 is predicted (0.5)")
-    threshold.add_argument("--threshold_on", nargs="+", metavar="VAL", help="labeled files to choose a threshold on")
-    threshold.add_argument(
-        "--balanced",
-        nargs="?",
-        type=float,
-        const=0.5,
-        metavar="SHARE",
-        help="predict class 1 for this share of the images (0.5); transductive",
-    )
-    parser.add_argument(
-        "--criterion",
-        choices=get_args(thresholds.Criterion),
-        help="what --threshold_on maximizes (default: balanced_accuracy)",
-    )
-    parser.add_argument("--specificity", type=float, help="for --criterion sensitivity (default: 0.95)")
-    parser.add_argument("--negative_class", help="class that means 'nothing found', for sensitivity at a specificity")
-    parser.add_argument("--submission", type=Path, metavar="CSV", help="write ID, Pred, Prob of the one split")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier metrics.json and its figures")
-    options = parser.parse_args()
-    if options.criterion and not options.threshold_on:
-        raise HistoError(f"--criterion {options.criterion} is for --threshold_on, which is missing: add it")
-    if options.specificity is not None and options.criterion != "sensitivity":
-        raise HistoError(
-            f"--specificity {options.specificity} is for --criterion sensitivity, which is missing: add it"
-        )
-    return options
 
 
 def read(option: str, paths: list[str], ensemble: bool) -> Predictions:
@@ -67,8 +30,11 @@ def check_classes(where: str, predictions: Predictions, names: list[str]) -> Non
         )
 
 
-def main(usage: str | None) -> None:
-    options = parse(usage)
+def evaluate(options: EvaluateOptions) -> None:
+    """Print tables of the predictions, and write metrics.json, predictions and figures.
+
+    Raises HistoError for files that can't be read or do not belong together, and for outputs among the inputs.
+    """
     output = options.output_dir
     if (output / "metrics.json").exists() and not options.overwrite:
         raise HistoError(f"--output_dir {output} already holds a metrics.json: pass another folder or --overwrite")
@@ -113,13 +79,13 @@ def main(usage: str | None) -> None:
             validation = validation.with_temperature(temperature.value)
         chosen = thresholds.choose(
             validation,
-            options.criterion or "balanced_accuracy",
-            specificity=0.95 if options.specificity is None else options.specificity,
+            options.criterion,
+            specificity=options.specificity,
         )
 
     metrics = {}
     for split, predictions in splits.items():
-        source = options.threshold_on
+        source = options.threshold_on or []
         if options.balanced is not None:
             chosen, source = thresholds.for_share(predictions, options.balanced), files[split]
         threshold = chosen.value if chosen else 0.5 if options.threshold is None else options.threshold

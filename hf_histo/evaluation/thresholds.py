@@ -8,16 +8,15 @@ in a later prediction turns no image over. Images of equal probability always fa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_histo.config.commands import Criterion
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.predictions import Predictions
 
 Floats = NDArray[np.float64]
-Criterion = Literal["balanced_accuracy", "f1", "accuracy", "sensitivity"]
 
 
 @dataclass(frozen=True)

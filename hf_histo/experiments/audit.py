@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,7 +11,8 @@ from peft import PeftModel
 
 from hf_histo import hub
 from hf_histo.config import DataOptions
-from hf_histo.data.audit.findings import audit
+from hf_histo.config.commands import AuditOptions
+from hf_histo.data.audit import findings
 from hf_histo.data.audit.near_duplicates import NEAR, SIMILARITY, inventory
 from hf_histo.data.load import load
 from hf_histo.data.splits.checks import with_families
@@ -28,32 +27,21 @@ from hf_histo.transforms import preprocessing
 from hf_histo.transforms.pipeline import Pipeline
 
 
-def main(usage: str | None) -> None:
-    parser = ArgumentParser(description=usage, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder, HDF5 file, or 'synthetic'")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder for audit.json and the figures")
-    help = f"correlation of details, up to 1, from which on images are copies (default: {SIMILARITY})"
-    parser.add_argument("--similarity", type=float, default=SIMILARITY, help=help)
-    help = f"also count families of near images, such as neighboring slices (every pair is compared, from {NEAR} on)"
-    parser.add_argument("--near", action="store_true", help=help)
-    parser.add_argument("--strict", action="store_true", help="exit with code 1 where there are findings")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier audit.json and its figures")
-    parser.add_argument("--adapter", help="adapter folder or Hub name, for a map before and after adaptation")
-    help = "model whose frozen features measure how unlike the splits are; with --adapter, its base model"
-    parser.add_argument("--backbone", help=help)
-    help = "stop at an image that can't be read, or leave it out (default: error)"
-    parser.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help=help)
-    parser.add_argument("--cache_dir", help="folder of the converted data (default: the datasets library's cache)")
-    options = parser.parse_args()
-    output: Path = options.output_dir
+def audit(options: AuditOptions) -> None:
+    """Print the findings, and write audit.json, inventory.parquet and figures.
+
+    Raises HistoError for data that can't be read, for outputs among the inputs, and, with `strict`, for findings.
+    """
+    output = options.output_dir
     require_output(output, [options.data, options.adapter, options.backbone], folder=True)
     if (output / "audit.json").exists() and not options.overwrite:
         raise HistoError(f"--output_dir {output} already holds an audit.json: pass another folder or --overwrite")
 
     data = load(DataOptions(data=options.data, cache_dir=options.cache_dir, on_bad_image=options.on_bad_image))
     classes = next(iter(data.values())).features["label"].names
-    table = inventory(data, similarity=options.similarity, near=NEAR if options.near else None)
-    report = audit(table, classes)
+    similarity = SIMILARITY if options.similarity is None else options.similarity
+    table = inventory(data, similarity=similarity, near=NEAR if options.near else None)
+    report = findings.audit(table, classes)
     print(report.summary())
     found = report.to_json()
 

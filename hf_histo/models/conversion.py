@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from hf_histo.config.commands import ImportBackboneOptions
 from hf_histo.errors import HistoError
 from hf_histo.files import atomic_folder
 from hf_histo.models import backbones, clip, heads, registry
@@ -76,21 +76,19 @@ def convert(name: str, snapshot: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def main(usage: str | None) -> None:
-    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", choices=registry.ENTRIES, help="short name")
-    parser.add_argument("--output_dir", type=Path, help="new folder for the backbone")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--snapshot", type=Path, help="its files, where they were downloaded before")
-    parser.add_argument("--list", action="store_true", help="show the registered models")
-    options = parser.parse_args()
+def import_backbone(options: ImportBackboneOptions) -> str:
+    """A table of the models, or one that was fetched and converted; returns what to print.
+
+    Raises HistoError for a name that is not registered, a folder that exists, and weights that can't be had.
+    """
     if options.list:
-        print(listing())
-        return
+        return listing()
     if not options.backbone or not options.output_dir:
         raise HistoError("--backbone and --output_dir are not both given, expected a short name and a new folder")
     if options.output_dir.exists():
         raise HistoError(f"--output_dir={options.output_dir}: exists, expected a new folder; choose another")
+    if options.backbone not in registry.ENTRIES:
+        raise HistoError(f"--backbone is {options.backbone!r}, expected one of {', '.join(registry.ENTRIES)}")
     source = registry.ENTRIES[options.backbone].source
     try:
         snapshot = options.snapshot or Path(
@@ -100,4 +98,4 @@ def main(usage: str | None) -> None:
         raise HistoError(backbones.unavailable(options.backbone, source, error)) from None
     with atomic_folder(options.output_dir) as folder:
         convert(options.backbone, snapshot, folder)
-    print(f"{options.backbone}: {options.output_dir}")
+    return f"{options.backbone}: {options.output_dir}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import platform
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_histo.config.commands import PretrainBackboneOptions
 from hf_histo.data.synthetic.patterns import CLASSES, PROCESSES, pattern
 from hf_histo.errors import HistoError
 from hf_histo.files import atomic_folder
@@ -28,53 +27,47 @@ from hf_histo.files import atomic_folder
 SIZE, BATCH = 96, 128
 
 
-def main(usage: str | None) -> None:
-    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="new folder for the backbone")
-    parser.add_argument("--steps", type=int, default=500, help="optimizer steps, 128 images each")
-    parser.add_argument("--images", type=int, default=8000, help="training patterns; a tenth more are held out")
-    parser.add_argument("--learning_rate", type=float, default=3e-3, help="the peak of AdamW's cosine schedule")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.output_dir.exists():
-        raise HistoError(f"--output_dir={args.output_dir}: exists, expected a new folder; remove it or choose another")
-    if args.steps < 1 or args.images < 10:
-        raise HistoError(f"--steps={args.steps} --images={args.images}: expected at least 1 and 10; raise them")
+def pretrain(options: PretrainBackboneOptions) -> None:
+    """Draw the patterns, train the backbone on them, and write its folder; raises HistoError for one that exists."""
+    if options.output_dir.exists():
+        raise HistoError(
+            f"--output_dir={options.output_dir}: exists, expected a new folder; remove it or choose another"
+        )
 
-    set_seed(args.seed)
+    set_seed(options.seed)
     model = AutoModelForImageClassification.from_config(config())
     model.to(memory_format=torch.channels_last)
-    patterns = draw(args.seed, args.images + args.images // 10)
-    with atomic_folder(args.output_dir) as folder:
+    patterns = draw(options.seed, options.images + options.images // 10)
+    with atomic_folder(options.output_dir) as folder:
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
                 output_dir=str(folder),
-                max_steps=args.steps,
+                max_steps=options.steps,
                 per_device_train_batch_size=BATCH,
                 per_device_eval_batch_size=BATCH,
-                learning_rate=args.learning_rate,
+                learning_rate=options.learning_rate,
                 weight_decay=0.02,
                 lr_scheduler_type="cosine",
                 warmup_steps=0.1,
                 bf16=True,
                 use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU has to be asked for
-                seed=args.seed,
+                seed=options.seed,
                 logging_steps=100,
                 save_strategy="no",
                 remove_unused_columns=False,
             ),
             data_collator=colored,
-            train_dataset=patterns[: args.images],
-            eval_dataset=patterns[args.images :],
+            train_dataset=patterns[: options.images],
+            eval_dataset=patterns[options.images :],
             compute_metrics=accuracy,
         )
         trainer.train()
         estimate_batch_norm(model, trainer)
         measured = trainer.evaluate()["eval_accuracy"]
         model.config.pretrained_cfg["made_by"] = {
-            "command": f"python recipes/pretrain_backbone.py --steps {args.steps} --images {args.images} "
-            f"--learning_rate {args.learning_rate} --seed {args.seed}",
+            "command": f"python recipes/pretrain_backbone.py --steps {options.steps} --images {options.images} "
+            f"--learning_rate {options.learning_rate} --seed {options.seed}",
             "pretext": f"{CLASSES} classes of procedural patterns",
             "pretext_accuracy": round(measured, 4),
             "versions": {
@@ -84,7 +77,7 @@ def main(usage: str | None) -> None:
         }
         model.config.problem_type = None  # what the loss inferred here would refuse num_labels=1 on loading
         model.half().save_pretrained(folder)
-    print(f"held-out accuracy {measured:.3f} on {CLASSES} classes (chance {1 / CLASSES:.3f}): {args.output_dir}")
+    print(f"held-out accuracy {measured:.3f} on {CLASSES} classes (chance {1 / CLASSES:.3f}): {options.output_dir}")
 
 
 def config() -> TimmWrapperConfig:

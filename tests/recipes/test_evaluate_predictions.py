@@ -167,8 +167,11 @@ def test_bad_input_is_one_line(files: list[Path], tmp_path: Path) -> None:
         (["--predictions", files[1], "--threshold", 2], "threshold is 2"),
         (["--predictions", files[1], "--threshold", "nan"], "threshold is nan"),
         (["--predictions", files[1], "--balanced", -1], "share is -1.0"),
-        (["--predictions", files[1], "--criterion", "f1"], "--criterion f1 is for --threshold_on"),
-        (["--predictions", files[1], "--threshold_on", files[1], "--specificity", 0.9], "--specificity 0.9 is for"),
+        (["--predictions", files[1], "--criterion", "f1"], "--criterion is 'f1', which acts only with --threshold_on"),
+        (
+            ["--predictions", files[1], "--threshold_on", files[1], "--specificity", 0.9],
+            "--specificity is 0.9, which acts only with --criterion sensitivity",
+        ),
         (["--predictions", three, "--threshold", 0.4], "--threshold is for two classes, found 3"),
     ]:
         done = evaluate(*arguments, "--output_dir", output)

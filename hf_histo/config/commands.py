@@ -1,0 +1,136 @@
+"""The options of the commands that are no training run; one dataclass each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_histo.config.options import SET, option
+
+Criterion = Literal["balanced_accuracy", "f1", "accuracy", "sensitivity"]  # of a threshold
+CACHE = "folder of the converted data (default: the datasets library's cache)"
+
+
+def required(help: str) -> Any:
+    """A dataclass field that must be given, with its line in `--help`."""
+    return field(metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class AdapterSource:
+    """An adapter, and the model that it was trained on."""
+
+    adapter: str = required("adapter folder, or its name on the Hub")
+    revision: str | None = option(None, "branch, tag or commit of an adapter on the Hub")
+    backbone: str | None = option(None, "the base model, where it is no longer where the adapter was trained")
+
+
+@dataclass(kw_only=True)
+class PredictOptions(AdapterSource):
+    data: str = required("HDF5 file or folder")
+    split: str = option("test", "part of a folder to predict")
+    output: Path = required("CSV file to write")
+    details: bool = option(False, "also the class's name and the calibrated probability")
+    threshold: str | None = option(None, "a probability, or a name that the adapter holds, e.g. validation")
+    balanced: float | None = option(
+        None, "call this share of the images 1 (0.5 if none is given)", bare=0.5, needs={"threshold": None}
+    )
+    test_time_views: int | None = option(None, "mean logit of 1 or 8 views of the square, or any drawn ones")
+    test_time_augmentation: str | None = option(None, "square, or a preset of --augmentation to draw views from")
+    adapt_batch_norm: bool | None = option(None, "take batch-norm statistics from these images", bare=True)
+    explain: Path | None = option(None, "PNG file: draw where the model sees the predicted class")
+    batch_size: int = option(64, "images at a time", at_least=1)
+    cache_dir: str | None = option(None, CACHE)
+
+
+@dataclass(kw_only=True)
+class CompareAdaptersOptions:
+    adapters: list[str] = required("adapter folders, or names on the Hub")
+    backbone: str | None = option(None, "the base model, where it is no longer where the adapters were trained")
+    data: str = required("HDF5 file or folder, with labels")
+    split: str = option("val", "part of the folder to predict")
+    average: bool = option(False, "also the mean of the adapters")
+    batch_size: int = option(64, "images at a time", at_least=1)
+    cache_dir: str | None = option(None, CACHE)
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions:
+    predictions: list[str] = required("predictions files, one for each split")
+    output_dir: Path = required("folder for metrics.json and the figures")
+    ensemble: bool = option(False, "average the files, of one split by several models")
+    calibrate_on: list[str] | None = option(None, "labeled files to fit a temperature on")
+    threshold: float | None = option(None, "probability from which on class 1 is predicted (default: 0.5)")
+    threshold_on: list[str] | None = option(None, "labeled files to choose a threshold on", needs={"threshold": None})
+    balanced: float | None = option(
+        None,
+        "predict class 1 for this share of the images (0.5 if none is given); transductive",
+        bare=0.5,
+        needs={"threshold": None, "threshold_on": None},
+    )
+    criterion: Criterion = option("balanced_accuracy", "what --threshold_on maximizes", needs={"threshold_on": SET})
+    specificity: float = option(0.95, "the least, for --criterion sensitivity", needs={"criterion": "sensitivity"})
+    negative_class: str | None = option(None, "class that means 'nothing found', for sensitivity at a specificity")
+    submission: Path | None = option(None, "CSV file: write ID, Pred, Prob of the one split")
+    overwrite: bool = option(False, "replace an earlier metrics.json and its figures")
+
+
+@dataclass(kw_only=True)
+class AuditOptions:
+    data: str = required("folder, HDF5 file, or 'synthetic'")
+    output_dir: Path = required("folder for audit.json and the figures")
+    similarity: float | None = option(
+        None, "correlation of details, up to 1, from which on images are copies (default: as in --split clean)"
+    )
+    near: bool = option(
+        False, "also count families of near images, such as neighboring slices (every pair is compared)"
+    )
+    strict: bool = option(False, "exit with code 1 where there are findings")
+    overwrite: bool = option(False, "replace an earlier audit.json and its figures")
+    adapter: str | None = option(None, "adapter folder or Hub name, for a map before and after adaptation")
+    backbone: str | None = option(
+        None, "model whose frozen features measure how unlike the splits are; with --adapter, its base model"
+    )
+    on_bad_image: Literal["error", "skip"] = option("error", "stop at an image that can't be read, or leave it out")
+    cache_dir: str | None = option(None, CACHE)
+
+
+@dataclass(kw_only=True)
+class AppOptions(AdapterSource):
+    port: int | None = option(None, "of the page (default: the first free one from 7860 on)", needs={"space_dir": None})
+    space_dir: Path | None = option(None, "write a Space of the Hub into this folder, which must not exist")
+
+
+@dataclass(kw_only=True)
+class ExportOptions(AdapterSource):
+    format: Literal["merged", "onnx"] = required("what to write")
+    output_dir: Path = required("folder to write, which must not exist")
+
+
+@dataclass(kw_only=True)
+class PushOptions:
+    adapter: str = required("adapter folder of a finished run")
+    hub_model_id: str = required("repository on the Hub: owner/name")
+    hub_base_model: str | None = option(None, "name on the Hub (owner/name) of a backbone that was a local folder")
+    hub_private: bool = option(False, "create the repository as private")
+    hub_revision: str | None = option(None, "branch of it to write to, made where it is missing (default: main)")
+    hub_create_pr: bool = option(False, "open a pull request there instead of writing", needs={"hub_revision": None})
+
+
+@dataclass(kw_only=True)
+class ImportBackboneOptions:
+    backbone: str | None = option(None, "short name")
+    output_dir: Path | None = option(None, "new folder for the backbone")
+    revision: str | None = option(None, "branch, tag or commit on the Hub", needs={"snapshot": None})
+    snapshot: Path | None = option(None, "its files, where they were downloaded before")
+    list: bool = option(False, "show the registered models", needs={"backbone": None, "output_dir": None})
+
+
+@dataclass(kw_only=True)
+class PretrainBackboneOptions:
+    output_dir: Path = required("new folder for the backbone")
+    steps: int = option(500, "optimizer steps, 128 images each", at_least=1)
+    images: int = option(8000, "training patterns; a tenth more are held out", at_least=10)
+    learning_rate: float = option(3e-3, "the peak of AdamW's cosine schedule", above=0)
+    seed: int = option(0, "of weights and patterns", at_least=0)
