@@ -103,8 +103,12 @@ def check(run: Run) -> None:
     """Check that `begin` may take the folder of this run. Nothing is written.
 
     Raises `HistoError` if the folder holds a run with other options or data, unless this one overwrites it, if it
-    holds anything but a run, and if it is a link or no folder.
+    holds anything but a run, if it is a link or no folder, and if it is a new one in the folder of the data.
     """
+    data = Path(str(run.options["data"])).expanduser()
+    # Where a run is, it may resume; a new one could be taken for a class of images.
+    if data.is_dir() and run.folder.resolve().is_relative_to(data.resolve()) and not (run.folder / RECORD).is_file():
+        raise HistoError(f"--output_dir {run.folder}: lies in --data {data}, expected another folder; choose one")
     if other := _other_run(run):
         if not run.overwrites:
             remedy = "choose another --output_dir, or delete the run with --overwrite_output_dir"

@@ -167,6 +167,15 @@ def test_a_link_is_no_folder_for_a_run(tmp_path: Path) -> None:
     assert f"a link to {tmp_path / 'elsewhere'}" in refusal(tmp_path / "run")
 
 
+def test_a_folder_of_data_is_no_place_for_a_run(tmp_path: Path) -> None:
+    """Among folders of images it would be one more class. A run that began there resumes."""
+    (tmp_path / "data").mkdir()
+    folder = tmp_path / "data" / "run"
+    assert "lies in --data" in refusal(folder, f"--data={tmp_path / 'data'}")
+    begin(config(folder))
+    assert begin(config(folder, f"--data={tmp_path / 'data'}", "--overwrite_output_dir")) == folder
+
+
 def test_a_folder_that_vanished_is_an_error(tmp_path: Path) -> None:
     folder = begin(config(tmp_path / "run"))
     run_folder.require_begun(folder)
