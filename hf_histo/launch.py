@@ -1,7 +1,7 @@
 """The process of a run: entry point and signals, device and precision, and which process of a launch writes.
 
-Environment variables are read and written here alone: `RANK` and `ACCELERATE_*` are those of torchrun and accelerate;
-`HF_HISTO_TRACEBACK=1` shows the traceback of an error.
+Environment variables are read and written here alone: `RANK`, `LOCAL_WORLD_SIZE` and `ACCELERATE_*` are those of
+torchrun and accelerate; `HF_HISTO_TRACEBACK=1` shows the traceback of an error.
 
 A recipe imports this module before it has parsed its options. So torch and accelerate, which take seconds, are imported
 by the functions that need them.
@@ -15,16 +15,27 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from hf_histo.errors import HistoError
 
 if TYPE_CHECKING:
+    import psutil
     from accelerate import PartialState
 
 logger = logging.getLogger(__name__)
+
+
+# The first words of a command that starts processes, and sets OMP_NUM_THREADS=1 for them where nobody did.
+LAUNCHERS = {
+    *("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli"),
+    *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
+}
+# Processes of a launch on this machine: torchrun's variable, then those of kinds of MPI.
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -35,18 +46,22 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
-def run(main: Callable[[], object]) -> None:
+def run(main: Callable[[], object], *, threads: int | None = None) -> None:
     """Run a recipe's `main`; end in one clear line on standard error and a non-zero exit where it fails.
+
+    It computes with `threads` CPU threads, by default with what `thread_count` gives each process of the launch.
 
     `HistoError` and `OSError` (a full disk, a read-only folder) exit with 1; SIGTERM and Ctrl-C with 128 and their
     number (143, 130), and a line with the command that resumes. A traceback is shown only where the environment
     variable `HF_HISTO_TRACEBACK` is 1, and for any other exception, which is a bug.
     """
     if os.environ.get("HF_HISTO_TRACEBACK") == "1":
+        _use_threads(threads or thread_count(_first_number(LOCAL_SIZES, 1)))
         main()
         return
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
+        _use_threads(threads or thread_count(_first_number(LOCAL_SIZES, 1)))
         main()
     except (HistoError, OSError) as error:
         _write(f"error: {' '.join(str(error).split())}")
@@ -70,8 +85,62 @@ def _write(line: str) -> None:
 
 def rank() -> int:
     """Number of this process among those of the launch, from 0; known before torch is imported."""
-    names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # torchrun, then kinds of MPI
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+    return _first_number(("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"), 0)
+
+
+def _first_number(names: Sequence[str], default: int) -> int:
+    """The number in the first of some environment variables that is set."""
+    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+
+
+def thread_count(processes: int = 1) -> int:
+    """CPU threads for each of `processes` on this machine: OMP_NUM_THREADS, else an even share of its cores.
+
+    The cores are the physical ones that this process may use: of its affinity and its control group
+    (`joblib.cpu_count`), and no more than SLURM gave the task. Raises HistoError where OMP_NUM_THREADS is not a number.
+    """
+    if (chosen := _chosen_threads()) is not None:
+        if not chosen.isdecimal() or int(chosen) < 1:
+            raise HistoError(f"OMP_NUM_THREADS is {chosen!r}, expected a number from 1 on; set or unset it")
+        return int(chosen)
+    from joblib import cpu_count
+
+    cores: int = min(cpu_count(only_physical_cores=True), _first_number(("SLURM_CPUS_PER_TASK",), sys.maxsize))
+    return max(cores // processes, 1)
+
+
+def _chosen_threads() -> str | None:
+    """OMP_NUM_THREADS where a person set it; None for the 1 of accelerate and torchrun, which nobody asked for."""
+    import psutil
+
+    own = psutil.Process()
+    value: str | None = own.environ().get("OMP_NUM_THREADS")  # as this process was started
+    if value != "1":
+        return value
+    launchers = [process for process in own.parents() if LAUNCHERS & _words(process)]
+    try:
+        was_set = any(
+            "OMP_NUM_THREADS" in process.environ() or "--num_cpu_threads_per_process" in _words(process)
+            for process in launchers
+        )
+    except psutil.Error:  # somebody else's process, whose environment can't be read
+        was_set = True
+    return value if was_set or not launchers else None
+
+
+def _words(process: psutil.Process) -> set[str]:
+    """The words of a process's command: programs without their folders, options without their values."""
+    words = (Path(word.split("=")[0]).name for word in process.cmdline())
+    return {"--" + word[2:].replace("-", "_") if word.startswith("--") else word for word in words}
+
+
+def _use_threads(number: int) -> None:
+    """Compute with this number of CPU threads, whether or not torch is imported yet."""
+    os.environ["OMP_NUM_THREADS"] = str(number)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(number)
 
 
 def show(text: str) -> None:

@@ -1,0 +1,74 @@
+"""The CPU threads of a process: all cores that are its own, unless a person chose a number."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import joblib
+import pytest
+
+CORES = joblib.cpu_count(only_physical_cores=True)
+several_cores = pytest.mark.skipif(CORES < 2, reason="this machine has one core")
+
+# A recipe that prints its number of threads, and a launcher that starts it as accelerate does.
+RECIPE = "import os\nfrom hf_histo.launch import run\nrun(lambda: print('threads', os.environ['OMP_NUM_THREADS']))\n"
+LAUNCHER = """
+import os, subprocess, sys
+environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+sys.exit(subprocess.run([sys.executable, sys.argv[-1]], env=environment).returncode)
+"""
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("scripts")
+    recipe, launcher = folder / "recipe.py", folder / "accelerate"
+    recipe.write_text(RECIPE)
+    launcher.write_text(LAUNCHER)
+    return recipe, launcher
+
+
+def started(command: Sequence[str | Path], prepare: Callable[[], None] | None = None, **environment: str) -> str:
+    """What the recipe prints, or its error."""
+    bare = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK")}
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(words, env=bare | environment, capture_output=True, text=True, preexec_fn=prepare)
+    return (done.stdout + done.stderr).strip()
+
+
+@several_cores
+def test_a_process_uses_the_cores_that_are_its_own(scripts: tuple[Path, Path]) -> None:
+    recipe, _ = scripts
+    assert started([recipe]) == f"threads {CORES}"
+    assert started([recipe], LOCAL_WORLD_SIZE="2") == f"threads {CORES // 2}"
+    assert started([recipe], SLURM_CPUS_PER_TASK="1") == "threads 1"
+    one = min(os.sched_getaffinity(0))
+    assert started([recipe], prepare=lambda: os.sched_setaffinity(0, {one})) == "threads 1"
+
+
+@several_cores
+def test_the_default_of_a_launcher_is_no_choice(scripts: tuple[Path, Path]) -> None:
+    recipe, launcher = scripts
+    assert started([launcher, "launch", recipe]) == f"threads {CORES}"
+
+
+def test_accelerate_itself(scripts: tuple[Path, Path]) -> None:
+    recipe, _ = scripts
+    assert f"threads {CORES}" in started(["-m", "accelerate.commands.launch", recipe]).splitlines()
+
+
+def test_a_number_that_a_person_chose_holds(scripts: tuple[Path, Path]) -> None:
+    recipe, launcher = scripts
+    assert started([recipe], OMP_NUM_THREADS="1") == "threads 1"
+    assert started([recipe], OMP_NUM_THREADS="3") == "threads 3"
+    assert started([launcher, "launch", recipe], OMP_NUM_THREADS="1") == "threads 1"
+    assert started([launcher, "--num-cpu-threads-per-process=1", recipe]) == "threads 1"
+
+
+def test_what_is_no_number_is_refused(scripts: tuple[Path, Path]) -> None:
+    recipe, _ = scripts
+    assert started([recipe], OMP_NUM_THREADS="many").startswith("error: OMP_NUM_THREADS is 'many', expected a number")
