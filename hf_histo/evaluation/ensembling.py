@@ -37,8 +37,7 @@ def average(
     if given.shape != (len(tables),) or not np.isfinite(given).all() or (given < 0).any() or not given.any():
         raise HistoError(f"weights are {weights}, expected {len(tables)} numbers, at least 0 and not all 0")
     first = aligned[0]
-    logits = np.average([table.log_odds[1] if first.num_classes == 2 else table.logits for table in aligned], 0, given)
-    result = first.with_logits(logits)
+    result = first.with_logits(np.average([table.task_logits for table in aligned], 0, given))
     recorded = [table.transductive for table in aligned]
     measured = sorted({what for each in recorded for what in each or ()})
     result.attrs["transductive"] = measured if measured or None not in recorded else None

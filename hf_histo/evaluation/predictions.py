@@ -12,7 +12,7 @@
 | `probability` | float64, or K of them | sigmoid or softmax of `logit`, in [0, 1] |
 
 Whether a table has one logit or K is decided in the class alone: all else takes `class_probabilities` (n, K),
-`positive_probability`, `log_odds` or `predicted_classes`.
+`positive_probability`, `class_log_odds`, `task_logits` or `predicted_classes`.
 """
 
 from __future__ import annotations
@@ -201,16 +201,27 @@ class Predictions(pd.DataFrame):
         return probability[:, 1]
 
     @property
-    def log_odds(self) -> dict[int, NDArray[np.float64]]:
-        """log(p / (1 - p)) of each class, (n,); of class 1 alone where there are two.
+    def class_log_odds(self) -> NDArray[np.float64]:
+        """log(p / (1 - p)) of each class, (n, K).
 
         It orders rows as the probability does, without the ties: in float64 that is 1 for every logit from 37 on.
         """
         logits = self.logits
-        if logits.ndim == 1:
-            return {1: logits}
-        classes = range(logits.shape[1]) if logits.shape[1] > 2 else (1,)
-        return {c: logits[:, c] - logsumexp(np.delete(logits, c, axis=1), axis=1) for c in classes}
+        if logits.ndim == 1 or logits.shape[1] == 2:
+            positive = logits if logits.ndim == 1 else logits[:, 1] - logits[:, 0]
+            return np.stack([-positive, positive], axis=1)
+        rest = [logsumexp(np.delete(logits, c, axis=1), axis=1) for c in range(logits.shape[1])]
+        return logits - np.stack(rest, axis=1)
+
+    @property
+    def task_logits(self) -> NDArray[np.float64]:
+        """Logits of one shape for all tables of a task: (n,) of class 1 where there are two classes, else (n, K)."""
+        return self.class_log_odds[:, 1] if self.num_classes == 2 else self.logits
+
+    @property
+    def ranked_classes(self) -> range:
+        """The classes by whose log odds rows are ranked; of two only class 1, since class 0 has the reverse order."""
+        return range(1, 2) if self.num_classes == 2 else range(self.num_classes)
 
     def numbers(self, column: str) -> NDArray[np.float64]:
         """A column of one number per row, or of K, as an array (n,) or (n, K)."""

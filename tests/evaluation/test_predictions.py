@@ -242,9 +242,9 @@ def test_log_odds_are_those_of_the_probabilities() -> None:
     for logits in (np.array([0.5, -1.0, 2.0]), np.random.default_rng(0).normal(size=(3, 4))):
         table = small(logits)
         p = table.probabilities.reshape(3, -1)
-        odds = np.stack(list(table.log_odds.values()), axis=1)
+        odds = table.class_log_odds[:, table.ranked_classes]
         np.testing.assert_allclose(odds, np.log(p / (1 - p)))
-    np.testing.assert_allclose(small([[1.0, 3.0]] * 3).log_odds[1], [2, 2, 2])
+    np.testing.assert_allclose(small([[1.0, 3.0]] * 3).class_log_odds, [[-2, 2]] * 3)
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3])

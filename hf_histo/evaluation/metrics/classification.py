@@ -158,18 +158,14 @@ class _Rows:
         self.predicted = predictions.predicted_classes(threshold)[labeled]
         self.groups = pd.factorize(groups[labeled])[0]
         self.group_count = int(self.groups.max(initial=-1)) + 1
-        scores = {c: score[labeled] for c, score in predictions.log_odds.items()}
-        self.orders = {c: _order(score) for c, score in scores.items()}
-        self.classes = max(scores) + 1
+        odds = predictions.class_log_odds[labeled]
+        self.classes = odds.shape[1]
+        self.orders = {c: _order(odds[:, c]) for c in predictions.ranked_classes}
         self.negative = 0 if negative is None and self.classes == 2 else negative
         if self.negative is not None:
-            suspicion = -scores[self.negative] if self.negative in scores else scores[1]
-            self.suspicion = _order(suspicion)
-        if self.classes == 2:
-            of_truth = np.where(self.labels == 1, scores[1], -scores[1])
-        else:
-            of_truth = np.stack(list(scores.values()))[self.labels, np.arange(len(self.labels))]
-        self.losses = np.logaddexp(0, -of_truth)  # -log p of the true class, from its log odds
+            self.suspicion = _order(-odds[:, self.negative])
+        # -log p of the true class, from its log odds
+        self.losses = np.logaddexp(0, -odds[np.arange(len(self.labels)), self.labels])
 
     def metrics(self, counts: Floats | None = None) -> dict[str, Floats]:
         """Return every metric, shape (B,), NaN where undefined, under `counts`: (groups, B), default all 1, B = 1."""

@@ -63,9 +63,10 @@ def roc_curve(predictions_by_split: Mapping[str, Predictions], path: str | Path)
     panels: dict[str, dict[str, tuple[NDArray[np.bool_], NDArray[np.float64]]]] = {}
     for split, predictions in predictions_by_split.items():
         names, labeled = predictions.label_names, predictions.labeled
-        for c, score in labeled.log_odds.items():
+        odds = labeled.class_log_odds
+        for c in labeled.ranked_classes:
             panel, curve = ("", split) if len(names) == 2 else (split, names[c])
-            panels.setdefault(panel, {})[curve] = (labeled["label"] == c).to_numpy(), score
+            panels.setdefault(panel, {})[curve] = labeled.labels == c, odds[:, c]
     with drawing(path, 5.2 * max(1, len(panels)), 5.2) as figure:
         if not panels:
             return write_message(figure, "There are no predictions.")
