@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -194,3 +196,33 @@ def test_the_trial_of_an_image_size_changes_nothing(resnet: Path) -> None:
     first, second = (backbones.load(str(resnet), 2, image_size=size) for size in (None, 48))
     assert first.training == second.training
     assert backbones.identity(first) == backbones.identity(second)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"}},
+        {"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "unheard_of"},
+        {"architecture": "local-dir:../elsewhere"},
+        {"model_args": {"checkpoint_path": "../elsewhere/weights.pth"}},
+        {"_attn_implementation": "nobody/kernel"},
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        {"model_args": {"layers": [10**9] * 4}},
+        {"model_args": {"stem_width": 10**6}},
+        {"model_args": "text"},
+        {"pretrained_cfg": {"input_size": [3, 10**9, 10**9], "mean": [0, 0, 0], "std": [1, 1, 1]}},
+    ],
+)
+def test_a_backbone_made_to_do_harm(
+    source: tuple[Path, Path], tmp_path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(source[0], tmp_path / "backbone")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'witness')!r}, 'w')\n")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change), encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    with pytest.raises(HistoError) as caught:
+        backbones.load(str(folder), 1)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "witness").exists()
