@@ -144,7 +144,8 @@ def _check(cells: Sequence[Cell], sharing: Sharing) -> None:
 def _start(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
     """Train the cells in processes of this machine, and wait for these. The GPUs are divided among them."""
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_work, args=(cells, number)) for number in range(sharing.workers)]
+    threads = launch.thread_count(sharing.workers)
+    workers = [context.Process(target=_work, args=(cells, number, threads)) for number in range(sharing.workers)]
     try:
         for worker in workers:
             worker.start()
@@ -157,10 +158,10 @@ def _start(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
                 worker.join()
 
 
-def _work(cells: Sequence[Cell], number: int = 0) -> None:
-    """Be a worker of `_start` or of a job."""
+def _work(cells: Sequence[Cell], number: int = 0, threads: int | None = None) -> None:
+    """Be a worker of `_start`, with a number of CPU threads, or of a job."""
     launch.use_gpu(number)
-    launch.run(partial(_train, cells))
+    launch.run(partial(_train, cells), threads=threads)
 
 
 def _submit(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
