@@ -24,6 +24,7 @@ from hf_histo.adapter.sidecar import BackboneRecord, DataRecord, Sidecar
 from hf_histo.config import Config, with_role
 from hf_histo.data import hierarchy
 from hf_histo.data.load import check_trainable, fingerprint
+from hf_histo.data.protocol import refuse
 from hf_histo.data.readers.hub import train_stream
 from hf_histo.data.readers.streaming import Stream
 from hf_histo.data.schema import ImageTable, recorded_bits
@@ -226,6 +227,8 @@ def check(config: Config, data: datasets.DatasetDict) -> Task:
     if missing:
         raise HistoError(f"--data {config.data.data}: has no split {missing.pop()!r}, only {', '.join(data)}; make one")
     check_trainable(data["train"])
+    if not config.data.streaming:
+        _refuse_idle_in_one_center(config, data["train"].unique("center"))
     for (one, other), groups in shared_groups(data).items():
         if "train" in (one, other):
             logger.warning("%d groups are both in %s and %s, e.g. %s", len(groups), one, other, groups[0])
@@ -241,6 +244,13 @@ def check(config: Config, data: datasets.DatasetDict) -> Task:
             "another metric or another validation split"
         )
     return Task(names, num_outputs, negative, fingerprint(data))
+
+
+def _refuse_idle_in_one_center(config: Config, centers: Sequence[int]) -> None:
+    """Raise `HistoError` for options of centers that change nothing for the training images of `centers`."""
+    if len(centers) < 2:
+        names = ("stain_mixing", "balance_centers", "domain_loss")
+        refuse(config, dict.fromkeys(names, "the training images are not of several centers"))
 
 
 def build(config: Config, data: datasets.DatasetDict, task: Task) -> Setup:
@@ -286,8 +296,8 @@ def build(config: Config, data: datasets.DatasetDict, task: Task) -> Setup:
             near_copies_searched=leakage.were_searched(data),
         ),
     )
-    if config.prediction.adapt_batch_norm:
-        batchnorm.require(backbone)
+    if not batchnorm.layers(backbone):
+        refuse(config, dict.fromkeys(("batch_norm", "adapt_batch_norm"), f"{options.backbone} has no batch norm"))
     if options.text_prompt:
         _start_from_text(config, backbone, data["train"], task, pipeline)
     if options.batch_norm == "frozen":
@@ -324,6 +334,8 @@ def train(
     )
     checkpoint = run_folder.checkpoint(run, config.training.resume_from_checkpoint)
     run_folder.begin(run)  # only now: all options were checked
+    precision = session.accelerator.mixed_precision.replace("no", "float32")
+    launch.show(f"training on {session.args.device.type} in {precision}, {torch.get_num_threads()} CPU threads")
     if config.output.preview and isinstance(setup.train, ImageTable) and session.is_world_process_zero():
         preview(session.pipeline, data["train"], run.folder / run_folder.PREVIEW)
     selection: dict[str, Any] = {"split": "val", "metric": config.training.metric_for_best_model}

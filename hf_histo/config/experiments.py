@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hf_histo.config.options import option
+from hf_histo.config.options import Rule, option
 
 REPORTED = "reported.yaml"  # published results, beside the rows of a comparison
 ALL_LABELS = "all"  # among the numbers of shots
+UNHURRIED = {"quick": False}  # --quick sets its own numbers
 PROBES = ("prototype", "knn", "linear")  # of frozen features
 
 
@@ -97,7 +98,10 @@ class BenchmarkOptions:
     _argument_group_name = "benchmark"
 
     quick: bool = option(False, "few images, steps and repetitions: to see that it runs, not to measure")
-    repetitions: int = option(5, "of each measurement")
-    steps: int = option(3, "training steps in each, after one that does not count")
-    images: int = option(512, "that are generated for training")
-    rows: list[int] = field(default_factory=lambda: [1_000, 10_000, 100_000], metadata={"help": "of growing tables"})
+    repetitions: int = option(5, "of each measurement", needs=UNHURRIED)
+    steps: int = option(3, "training steps in each, after one that does not count", needs=UNHURRIED)
+    images: int = option(512, "that are generated for training", needs=UNHURRIED)
+    rows: list[int] = field(
+        default_factory=lambda: [1_000, 10_000, 100_000],
+        metadata={"help": "of growing tables", "rule": Rule(needs=UNHURRIED)},
+    )

@@ -51,9 +51,11 @@ def at_level(data: datasets.DatasetDict, level: int) -> datasets.DatasetDict:
     As in Dausort et al. 2024 (their datasets/hicervix.py): at level 3 a class without one falls back to its level 2,
     and images without a level 2 are left out at the levels 2 and 3. Hidden labels stay.
 
-    Raises HistoError for a level that the classes do not have.
+    Raises HistoError for a level that the classes do not have, and for any where there is no hierarchy.
     """
     names = next(iter(data.values())).features["label"].names
+    if depth(names) == 1:
+        raise HistoError(f"--level is {level}, which can't act here: the classes have no levels; leave it out")
     if not 1 <= level <= depth(names):
         raise HistoError(f"--level is {level}, expected 1 to {depth(names)}, the levels of the classes")
     new = sorted({at(name, level) for name in names if level == 1 or len(path_of(name)) > 1})

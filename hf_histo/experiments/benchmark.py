@@ -62,11 +62,15 @@ def benchmark(config: Config, options: BenchmarkOptions) -> None:
     """
     folder = config.parent_folder()
     measured = {f.name for group in MEASURED for f in dataclasses.fields(group)} | TAKEN
-    refuse(config, dict.fromkeys(config.flat().keys() - measured, "it changes nothing that is measured"))
+    idle = config.flat().keys() - measured | {"init_adapter"}
+    refuse(config, dict.fromkeys(idle, "it changes nothing that is measured"))
+    if config.adapter.method == "pca":
+        refuse(config, {"method": "it trains in no steps"})
     if options.repetitions < 1 or options.steps < 1 or min(options.rows) < 1:
         raise HistoError("--repetitions, --steps and --rows: expected numbers from 1 on")
     config = replace(config, training=replace(config.training, early_stopping_patience=0))
     if options.quick:
+        refuse(config, {"per_device_train_batch_size": "--quick takes batches of 4"})
         options = replace(options, repetitions=1, steps=1, images=32, rows=[100, 1000])
         config = replace(config, training=replace(config.training, per_device_train_batch_size=4))
     with tempfile.TemporaryDirectory() as temporary:

@@ -125,7 +125,7 @@ class Bench:
         lora = peft.LoraConfig(
             r=o.lora_rank,
             lora_alpha=o.lora_alpha,  # type: ignore[arg-type]
-            target_modules=lora_targets.targets(model, o.target_modules, o.lora_rank),
+            target_modules=lora_targets.targets(model, o.target_modules, o.lora_rank, o.lora_blocks),
             lora_dropout=o.lora_dropout,
             bias="none",
             modules_to_save=[heads.name_of(model)],

@@ -157,7 +157,9 @@ def read_rows(options: CompareOptions) -> dict[str, Row]:
     published = read_published(paths)
     for path, config in zip(paths, parse_each(CompareOptions, [str(path) for path in paths]), strict=True):
         if options.protocol == "leave_one_center_out":
-            refuse(config, {"pool_centers": "with --protocol leave_one_center_out a center is held out of training"})
+            reason = "with --protocol leave_one_center_out a center is held out of training"
+            refuse(config, {"pool_centers": reason, "streaming": reason})
+        config.parent_folder()  # a file, too, may ask for what is for one run
         row = Row(config, published[path.stem], parse(None, ["--config", str(path)]).model.backbone)
         if path.stem in rows or row.published.name in [other.published.name for other in rows.values()]:
             raise HistoError(f"--rows {path}: {row.published.name!r} is the name of two rows; rename one")

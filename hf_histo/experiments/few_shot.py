@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 
 from hf_histo import launch
-from hf_histo.config import Config, parse_each
+from hf_histo.config import Config, DataOptions, PredictionOptions, PreparationOptions, parse_each
 from hf_histo.config.experiments import ALL_LABELS, FewShotOptions
 from hf_histo.data.protocol import prepare, refuse
 from hf_histo.data.splits.few_shot import select
@@ -43,6 +43,14 @@ class Trial:
         return parent.joinpath(*names, f"{shots}-seed-{self.seed}")
 
 
+# The options by which images are read and drawn, and the backbone: of all methods alike.
+SHARED = {option.name for option in fields(DataOptions)} - {"negative_class", "num_workers", "cache_dir"}
+SHARED |= {"level", "pool_centers", "backbone"}
+# The options that act on probes, which see images by frozen features.
+PROBED = {option.name for group in (PreparationOptions, PredictionOptions) for option in fields(group)} | SHARED
+PROBED |= {"revision", "random_weights", "image_size", "resize_size", "fit", "normalization"}
+PROBED |= {"seed", "cache_dir", "output_dir"}
+
 Results = dict[Trial, dict[str, Any]]
 
 
@@ -58,7 +66,7 @@ def few_shot(base: Config, options: FewShotOptions) -> None:
     folder = base.parent_folder()
     shots = read_shots(options)
     configs = read_methods(options)
-    refuse(base, dict.fromkeys(("shots", "percentage"), "--shot_counts draws the images"))
+    refuse_idle(base, options, configs)
     launch.process()
     seeds = grid.seeds(base, options.seeds)
 
@@ -118,6 +126,29 @@ def read_methods(options: FewShotOptions) -> dict[str, Config]:
         if not Path(file).is_file():
             raise HistoError(f"--methods {file}: no such file, and none of {', '.join(probes.PROBES)}")
     return dict(zip(files, parse_each(FewShotOptions, files), strict=True))
+
+
+def refuse_idle(base: Config, options: FewShotOptions, configs: Mapping[str, Config]) -> None:
+    """Raise HistoError for an option of the command line, or of a config, that can't act here."""
+    for config in (base, *configs.values()):
+        config.parent_folder()  # a file, too, may ask for what is for one run
+        refuse(config, dict.fromkeys(("shots", "percentage"), "--shot_counts draws the images"))
+        refuse(config, {"streaming": "images are drawn from those that are kept"})
+    if options.data_sets:
+        refuse(base, {"data": "--data_sets gives the data"})
+    if options.backbones:
+        refuse(base, {"backbone": "--backbones gives the backbones"})
+    if not configs:
+        names = base.flat().keys() - PROBED
+        refuse(base, {name: "probes train nothing, and no config is among --methods" for name in sorted(names)})
+    shared = SHARED - ({"data"} if options.data_sets else set()) - ({"backbone"} if options.backbones else set())
+    for file, config in configs.items():
+        for name in sorted(shared):
+            if (own := config.flat()[name]) != (given := base.flat()[name]):
+                raise HistoError(
+                    f"--methods {file}: {name} is {own!r}, expected {given!r} as without it: all methods have the same "
+                    f"data and backbone; give --{name} on the command line"
+                )
 
 
 def config_of(trial: Trial, config: Config) -> Config:

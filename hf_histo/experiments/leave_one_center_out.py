@@ -25,7 +25,7 @@ def leave_one_center_out(config: Config, options: LeaveOneCenterOutOptions) -> N
     """
     folder = config.parent_folder()
     seeds = grid.seeds(config, options.seeds)
-    refuse(config, {"pool_centers": "a center is held out of training"})
+    refuse(config, {"pool_centers": "a center is held out of training", "streaming": "it knows no centers"})
     data = prepare(config)
     cells = {
         (center, seed): grid.cell(config, fold, folder / f"center-{center}-seed-{seed}", seed)

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from hf_histo import launch
-from hf_histo.config import Config
+from hf_histo.config import Config, refuse_given
 from hf_histo.config.experiments import ParetoOptions
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare
@@ -30,6 +30,8 @@ def pareto(config: Config, options: ParetoOptions) -> None:
     seeds = grid.seeds(config, options.seeds)
     if not all(rank > 0 for rank in options.ranks):
         raise HistoError(f"--ranks {options.ranks}, expected numbers from 1 on; correct them")
+    reasons = {"method": "LoRA and the classifier alone are compared", "target_modules": "--layers gives the layers"}
+    refuse_given(config, reasons)
     chosen = combinations(config, options)
 
     data = prepare(config)

@@ -28,7 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_histo import launch
-from hf_histo.config import NON_RESULT_OPTIONS, Config, DataOptions, OutputOptions, with_options
+from hf_histo.config import NON_RESULT_OPTIONS, Config, DataOptions, OutputOptions, refuse_given, with_options
 from hf_histo.config.experiments import SweepOptions
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare
@@ -101,6 +101,7 @@ def read_plan(path: str, config: Config) -> Plan:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise HistoError(f"--study {path}: {reason}; expected grid, or space and trials; see --help") from None
+    refuse_given(config, dict.fromkeys(ranges, "the study varies it"))
     decided = {
         *(field.name for field in dataclasses.fields(DataOptions)),
         "pool_centers",

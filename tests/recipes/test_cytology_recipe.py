@@ -1,4 +1,4 @@
-"""Cytology as commands: a handful of labels, a grid that goes on, an adapter to start from, levels of a hierarchy."""
+"""Cytology as commands: a handful of labels, a grid that resumes, an adapter to start from, levels of a hierarchy."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from hf_histo.errors import HistoError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUICK = "--image_size=32 --resize_size=32 --per_device_train_batch_size=8 --learning_rate=0.01 --augmentation=flips"
+CONFIG = str(RECIPES / "configs" / "cytology_lora.yaml")
 Call = Callable[..., None]
 
 COLORS = {"ASC > ASC-H": (200, 40, 40), "ASC > ASC-US": (200, 120, 40), "Normal > Basal": (40, 80, 200)}
 
 
 def write_cells(folder: Path, count: int = 6) -> Path:
-    """HiCervix in miniature: noisy images whose color tells the class."""
+    """HiCervix in miniature: noisy images whose color reveals the class."""
     random = np.random.default_rng(0)
     for split in ("train", "val", "test"):
         rows = ["image_name,level_1,level_2,level_3"]
@@ -49,7 +50,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def call(backbone: Path, cells: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Run a recipe's main in this process, on the cells unless told otherwise."""
+    """Run a recipe's main in this process, on the cells by default."""
 
     def call(recipe: str, *arguments: str) -> None:
         main = runpy.run_path(str(RECIPES / recipe), run_name="recipe")["main"]
@@ -83,7 +84,7 @@ def test_a_handful_of_labels(call: Call, tmp_path: Path, capsys: pytest.CaptureF
     assert sidecar["data"]["splits"]["train"]["images"] == 9
 
 
-def test_a_grid_goes_on_and_compares_the_same_images(
+def test_a_grid_resumes_and_compares_the_same_images(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tiny.yaml").write_text("method: lora\nlora_rank: 2\nmax_steps: 4\neval_steps: 2\n")
@@ -97,7 +98,7 @@ def test_a_grid_goes_on_and_compares_the_same_images(
     by_method = {Path(cell["method"]).stem: cell["trainable"] for cell in found}
     assert by_method["prototype"] == by_method["knn"] == 0 < by_method["linear"] < by_method["tiny"]
     full = [cell for cell in found if cell["shots"] == 0 and cell["method"] == "linear"]
-    assert min(cell["accuracy"] for cell in full) > 0.8  # color tells the class
+    assert min(cell["accuracy"] for cell in full) > 0.8  # color reveals the class
     text = (out / "few_shot.md").read_text()
     assert "| model    | prototype |" in text
     assert text in capsys.readouterr().out
@@ -150,7 +151,7 @@ def test_probes_and_training_see_the_same_images(
         (["--methods", "knn", "--shots=3"], "--shots is 3, which can't act here: --shot_counts draws the images"),
         (["--methods", "boosting"], "--methods boosting: no such file, and none of prototype, knn, linear"),
         (["--methods", "knn", "--shot_counts", "few"], "--shot_counts is few, expected numbers or 'all'"),
-        (["--methods", "knn", "--shot_counts", "7"], "train: ASC > ASC-H has 6 images, expected at least 7"),
+        (["--methods", "knn", CONFIG, "--shot_counts", "7"], "train: ASC > ASC-H has 6 images, expected at least 7"),
         (["--methods", "knn", "--config=x.yaml"], "--config is one config, expected the option that takes several"),
         (["--methods", "knn", "--seeds=0"], "--seeds and --shot_counts are numbers from 1 on"),
     ],

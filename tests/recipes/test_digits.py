@@ -61,7 +61,7 @@ def test_digits_with_a_head_on_the_output_layer(call: Call, tmp_path: Path, data
     np.testing.assert_allclose(found.logits[0], saved.logits[0], rtol=0, atol=1e-5)
 
 
-def test_a_sweep_draws_its_front_and_goes_on(call: Call, tmp_path: Path) -> None:
+def test_a_sweep_draws_its_front_and_resumes(call: Call, tmp_path: Path) -> None:
     more = ["--layers", "last-conv", r".*layer3.*conv1", "--learning_rate=0.01", "--lora_rank=4", "--lora_alpha=8"]
     shown = call("pareto.py", tmp_path / "out", *more, "--ranks", "1", "2")
     names = {f"{layers}-rank-{rank}" for layers in ("last-conv", "layer3-conv1") for rank in (1, 2)}
@@ -100,7 +100,8 @@ def test_a_sweep_draws_its_front_and_goes_on(call: Call, tmp_path: Path) -> None
         ("--layers all-conv --seeds=0", "--seeds is 0"),
         ("--layers all-conv all-conv --ranks 1", "give all-conv-rank-1 twice"),
         ("--ranks 1", "--layers"),
-        ("--layers no-such --ranks 1 --method=linear", "--target_modules 'no-such' matches no layer"),
+        ("--layers no-such --ranks 1", "--target_modules 'no-such' matches no layer"),
+        ("--layers all-conv --method=linear", "--method is 'linear', which can't act here"),
     ],
 )
 def test_bad_options_of_the_sweep(call: Call, tmp_path: Path, more: str, message: str) -> None:

@@ -60,10 +60,13 @@ def pool_centers(data: datasets.DatasetDict, *, seed: int, validation_share: flo
 
     For the last run, when everything has been decided: `val` is then of the same centers as `train` (other groups), so
     it can choose a checkpoint but measures nothing of an unseen center. Ids, groups and strata are as in
-    `leave_one_center_out`, and so are the errors.
+    `leave_one_center_out`, and so are the errors; HistoError, too, where the images are of one center.
     """
     _check_share(validation_share)
     pool = _pool(data)
+    if len(centers := pool.unique("center")) < 2:
+        found = "no image has a known center" if centers == [-1] else f"all images are of center {centers[0]}"
+        raise HistoError(f"--pool_centers is True, which can't act here: {found}; leave it out")
     parts = _parts(pool, np.arange(len(pool)), seed, validation_share, "all centers pooled")
     others = {name: split for name, split in data.items() if name not in POOLED}
     return named(datasets.DatasetDict({**{n: pool.select(rows) for n, rows in parts.items()}, **others}), data)
