@@ -74,10 +74,10 @@ def test_the_folder_of_a_merged_checkpoint_is_a_pipeline(name: str, outputs: int
     adapter = write_adapter(tmp_path / "adapter", backbone, outputs=outputs, lora=lora)
     exported(adapter, tmp_path / "out", "merged")
     image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
-    said = pipeline("image-classification", model=str(tmp_path / "out"))(image)
+    predicted = pipeline("image-classification", model=str(tmp_path / "out"))(image)
     table = Classifier.from_pretrained(adapter)(image)
     expected = dict(zip(table.attrs["label_names"][-outputs:], np.atleast_1d(table["probability"][0]), strict=True))
-    assert {entry["label"]: entry["score"] for entry in said} == pytest.approx(expected, abs=1e-5)
+    assert {entry["label"]: entry["score"] for entry in predicted} == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "test_vit.r160_in1k"])
@@ -127,7 +127,7 @@ def test_an_onnx_file_with_other_logits_is_not_written(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_what_is_left_out_is_said(backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_left_out_is_reported(backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     adapter = write_adapter(tmp_path / "adapter", backbone, views=TestTimeViews(8))
     _, statement = exported(adapter, tmp_path / "out", "merged")
     assert statement["not_included"] == ["the mean over 8 views"]

@@ -1,4 +1,4 @@
-"""Runs on backbones that bare transformers and peft don't build: their adapters load again, and their cards say so."""
+"""Runs on backbones that bare transformers and peft don't build: adapters load again, and the cards state it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The classifier takes images in any form and says the same of each."""
+"""The classifier takes images in any form and predicts the same for each."""
 
 from __future__ import annotations
 
@@ -416,15 +416,15 @@ def test_the_pipeline_of_the_card_says_the_same(
     exec(bare, names)
     table = Classifier.from_pretrained(folder)(arrays)
     for array, probability in zip(arrays, table["probability"], strict=True):
-        said = {entry["label"]: entry["score"] for entry in names["classify"](PIL.Image.fromarray(array))}
+        predicted = {entry["label"]: entry["score"] for entry in names["classify"](PIL.Image.fromarray(array))}
         labels = table.attrs["label_names"]
         expected = {"tumor": probability} if outputs == 1 else dict(zip(labels, probability, strict=True))
-        assert said == pytest.approx(expected, abs=1e-5)
+        assert predicted == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="this version warns and goes on")
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="this version only warns")
 def test_a_pipeline_of_the_folder_alone_is_refused(run: Path, tmp_path: Path) -> None:
-    """As the card says: transformers builds the backbone with its own classes, and does not predict with those."""
+    """As the card states: transformers builds the backbone with its own classes, and does not predict with those."""
     folder = write_adapter(tmp_path / "adapter", run / "backbone")
     with pytest.raises(ValueError, match="ignore_mismatched_sizes"):
         pipeline("image-classification", model=str(folder))

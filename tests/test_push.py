@@ -167,8 +167,8 @@ def test_no_path_of_this_machine_is_pushed(
         assert len(pushed) > 10
         for place in (tmp_path.parent, source[0].parent.parent, Path.home()):
             assert [name for name, content in pushed.items() if f"{place}/".encode() in content] == []
-    told = json.loads(server.files("ana/lora")["metrics.json"])["options"]
-    assert told["init_adapter"] == "run/adapter"
+    recorded = json.loads(server.files("ana/lora")["metrics.json"])["options"]
+    assert recorded["init_adapter"] == "run/adapter"
 
 
 def test_a_backbone_from_a_folder_is_told_by_its_name(
@@ -316,7 +316,7 @@ def test_a_push_through_xet_that_is_refused(
     assert server.files(NAME) == on_the_hub(adapter)
 
 
-def test_a_fault_that_passes_is_not_told(server: Hub, adapter: Path) -> None:
+def test_a_fault_that_passes_is_not_reported(server: Hub, adapter: Path) -> None:
     server.fail("upload", 500, times=2)
     server.fail("batch", CUT, times=1)
     hub.push(adapter, NAME)

@@ -87,7 +87,7 @@ def test_the_same_command_gives_the_same_bytes(
     again = fine_tune(config(tmp_path / "again", *source, *QUICK), load(source[1]))
     for path in results["frozen"].adapter.rglob("*.*"):
         name = path.relative_to(results["frozen"].adapter)
-        if name.name != "README.md":  # it tells the seconds
+        if name.name != "README.md":  # it states the seconds
             assert (again.adapter / name).read_bytes() == path.read_bytes(), name
 
 

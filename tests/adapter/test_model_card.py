@@ -83,8 +83,8 @@ def test_the_card_is_one_for_the_hub(results: dict[str, Result]) -> None:
     assert {"hf_histo", "lora"} <= set(card.data.tags)
     metrics = results["frozen"].metrics["splits"]
     assert card.data.model_name == "normal / tumor on data"
-    told = {(result.dataset_split, result.metric_type): result.metric_value for result in card.data.eval_results}
-    assert told == {
+    recorded = {(result.dataset_split, result.metric_type): result.metric_value for result in card.data.eval_results}
+    assert recorded == {
         (split, kind): metrics[split]["overall"][name]["value"]
         for split in ("val", "test")
         for name, kind in (("accuracy", "accuracy"), ("auroc", "roc_auc"), ("f1", "f1"))
@@ -93,7 +93,7 @@ def test_the_card_is_one_for_the_hub(results: dict[str, Result]) -> None:
     assert again == (card.data.model_name, card.data.eval_results)
 
 
-def test_the_card_tells_what_was_measured(results: dict[str, Result]) -> None:
+def test_the_card_states_what_was_measured(results: dict[str, Result]) -> None:
     folder = results["frozen"].adapter
     text = (folder / "README.md").read_text(encoding="utf-8")
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -115,12 +115,12 @@ def test_the_card_tells_what_was_measured(results: dict[str, Result]) -> None:
     assert parse(None, [f"--{key}={value}" for key, value in options.items() if value is not None])
 
 
-def test_the_options_that_are_told_make_the_same_run(results: dict[str, Result], source: tuple[Path, Path]) -> None:
-    told = results["frozen"].metrics["options"]
+def test_the_recorded_options_make_the_same_run(results: dict[str, Result], source: tuple[Path, Path]) -> None:
+    recorded = results["frozen"].metrics["options"]
     run = yaml.safe_load((results["frozen"].adapter.parent / "run.yaml").read_text(encoding="utf-8"))
-    assert told == {key: value for key, value in run.items() if key in told}
-    assert not {str(path) for path in source} & set(map(str, told.values()))
-    assert "num_train_epochs" in told
+    assert recorded == {key: value for key, value in run.items() if key in recorded}
+    assert not {str(path) for path in source} & set(map(str, recorded.values()))
+    assert "num_train_epochs" in recorded
 
 
 @pytest.mark.parametrize("on_hub", [True, False])
@@ -136,7 +136,7 @@ def test_the_card_names_a_base_model_that_the_hub_has(results: dict[str, Result]
         assert "from_pretrained('timm/resnet18.a1_in1k', num_labels=1" in card.text
 
 
-def test_leaks_are_told(results: dict[str, Result]) -> None:
+def test_leaks_are_reported(results: dict[str, Result]) -> None:
     sidecar = Sidecar.read(results["frozen"].adapter)
     splits = sidecar.data.splits
     splits["test"] = dataclasses.replace(splits["test"], copies_of_train=3, groups_of_train=2, centers={})
@@ -148,22 +148,22 @@ def test_leaks_are_told(results: dict[str, Result]) -> None:
 
 def test_any_name_of_a_class_is_shown_as_it_is(results: dict[str, Result], tmp_path: Path) -> None:
     """In the card as Markdown and in the report as HTML, and not as what it would mean there."""
-    strange = ["<script>alert(1)</script>", "a|b *c* `d`\n# e \"'&"]
+    unusual = ["<script>alert(1)</script>", "a|b *c* `d`\n# e \"'&"]
     folder = results["frozen"].adapter
-    sidecar = dataclasses.replace(Sidecar.read(folder), label_names=strange)
+    sidecar = dataclasses.replace(Sidecar.read(folder), label_names=unusual)
     for split, held in sidecar.data.splits.items():
-        classes = dict(zip(strange, held.classes.values(), strict=True))
+        classes = dict(zip(unusual, held.classes.values(), strict=True))
         sidecar.data.splits[split] = dataclasses.replace(held, classes=classes)
     model, _ = hub.load(folder)
     adapter_folder.save(tmp_path / "adapter", model, sidecar, metrics=results["frozen"].metrics, tables={})
 
     page = Page.read(tmp_path / "adapter" / "report.html")
     assert "script" not in page.tags
-    assert strange[0] in page.text
-    assert " ".join(strange[1].split()) in " ".join(page.text.split())
+    assert unusual[0] in page.text
+    assert " ".join(unusual[1].split()) in " ".join(page.text.split())
 
     card = ModelCard.load(tmp_path / "adapter" / "README.md")
-    assert card.data.model_name == " / ".join(strange) + " on data"
+    assert card.data.model_name == " / ".join(unusual) + " on data"
     assert "<script>" not in card.text
     header, rule = next(pair for pair in pairwise(card.text.splitlines()) if pair[0].startswith("|"))
     assert len(re.findall(r"(?<!\\)\|", header)) == rule.count("|")
@@ -207,7 +207,7 @@ def test_the_report_holds_all_that_it_shows(results: dict[str, Result]) -> None:
     assert ("name", "viewport") in page.attributes
 
 
-def test_the_report_tells_the_metrics_of_each_center(results: dict[str, Result]) -> None:
+def test_the_report_states_the_metrics_of_each_center(results: dict[str, Result]) -> None:
     text = Page.read(results["frozen"].adapter / "report.html").text
     for split in ("val", "test"):
         for row in report.center_rows(results["frozen"].metrics["splits"][split])[1:]:

@@ -17,7 +17,7 @@ from hf_histo.transforms.augmentation import TestTimeViews
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "null", "{}", '"text"', "\ud800".encode("utf-8", "surrogatepass").decode("latin-1")]
 )
-def test_a_sidecar_that_is_none(adapter: Path, content: str) -> None:
+def test_an_unreadable_sidecar(adapter: Path, content: str) -> None:
     (adapter / "hf_histo.json").write_text(content, encoding="utf-8")
     assert "hf_histo.json" in refusal(adapter)
 
@@ -67,7 +67,7 @@ def test_a_sidecar_that_is_none(adapter: Path, content: str) -> None:
         ("unknown", 1),
     ],
 )
-def test_a_sidecar_with_a_strange_value(adapter: Path, key: str, value: object) -> None:
+def test_a_sidecar_with_an_invalid_value(adapter: Path, key: str, value: object) -> None:
     file = adapter / "hf_histo.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}), encoding="utf-8")
     assert "hf_histo.json" in refusal(adapter)
@@ -81,7 +81,7 @@ def test_a_sidecar_with_a_strange_value(adapter: Path, key: str, value: object) 
      ("resize_size", 8), ("interpolation", "magic"), ("std", [0, 1, 1]),
      ("mean", [0.5]), ("fit", "magic"), ("preparation", {"contrast": "magic"}), ("preparation", {"unknown": True})],
 )  # fmt: skip
-def test_a_sidecar_with_a_strange_preprocessing(adapter: Path, key: str, value: object) -> None:
+def test_a_sidecar_with_invalid_preprocessing(adapter: Path, key: str, value: object) -> None:
     file = adapter / "hf_histo.json"
     content = json.loads(file.read_text())
     content["preprocessing"][key] = value
@@ -169,7 +169,7 @@ def test_a_sidecar_of_a_thousand_brackets(adapter: Path) -> None:
                            "mean": [0, 0, 0], "std": [1, 1, 1]}},
     ],
 )  # fmt: skip
-def test_a_sidecar_that_asks_for_the_moon(adapter: Path, change: dict[str, Any]) -> None:
+def test_a_sidecar_that_asks_for_too_much(adapter: Path, change: dict[str, Any]) -> None:
     file = adapter / "hf_histo.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change), encoding="utf-8")
     assert "hf_histo.json" in refusal(adapter)

@@ -306,7 +306,7 @@ def test_a_missing_weight_is_refused(resnet: Path, saved: Path, part: str) -> No
     gone = next(key for key in state if part in key)
     del state[gone]
     save_file(state, saved / WEIGHTS, metadata={"format": "pt"})
-    message = refused(resnet, saved)  # which layers have LoRA is what the weights say, so half of one is what's strange
+    message = refused(resnet, saved)  # which layers have LoRA follows from the weights, so half of one is invalid
     assert gone.replace("lora_A", "lora_B") in message
 
 
@@ -322,7 +322,7 @@ def test_a_weight_of_another_shape_is_refused(resnet: Path, saved: Path, part: s
     state[key] = torch.cat([state[key], state[key]]).contiguous()
     save_file(state, saved / WEIGHTS, metadata={"format": "pt"})
     message = refused(resnet, saved)
-    if part == "lora_A":  # its rows are the rank, which adapter_config.json tells as well
+    if part == "lora_A":  # its rows are the rank, which adapter_config.json holds as well
         assert "adapter_config.json: r is 8" in message
     else:
         assert "size mismatch" in message

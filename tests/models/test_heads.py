@@ -40,7 +40,7 @@ def build(backbone: Path, options: str, outputs: int = 3) -> PreTrainedModel:
     return backbones.load(str(backbone), outputs, head=design)
 
 
-# The numbers are those of the article's table, as told in this project's issue 7. With random weights: sizes only.
+# The numbers are those of the article's table. With random weights: sizes only.
 @pytest.mark.parametrize(("case", "expected"), [(1, 646_410), (2, 2_733_810), (3, 2_097_410), (4, 20_490)])
 def test_trainable_parameters_of_the_published_cases(case: int, expected: int) -> None:
     options = parse(None, ["--config", str(CONFIGS / f"digits_case{case}.yaml"), "--random_weights"])
@@ -99,8 +99,8 @@ def test_a_head_comes_back_with_its_adapter(backbone: Path, tmp_path: Path, opti
 
     file = result.adapter / "hf_histo.json"
     content = json.loads(file.read_text(encoding="utf-8"))
-    for strange in ({"on": "air"}, {"widths": [0]}, {"widths": 3}, {"depth": 2}):
-        broken = content | {"head": content["head"] | strange}
+    for invalid in ({"on": "air"}, {"widths": [0]}, {"widths": 3}, {"depth": 2}):
+        broken = content | {"head": content["head"] | invalid}
         file.write_text(json.dumps(broken), encoding="utf-8")
         with pytest.raises(HistoError, match=r"hf_histo\.json"):
             hub.load(result.adapter)
@@ -143,7 +143,7 @@ def test_dropout_is_before_every_new_layer(backbone: Path) -> None:
         ({"head": "mlp", "head_widths": "8,0"}, "--head_widths is (8, 0)"),
     ],
 )
-def test_a_design_that_is_none(options: dict[str, object], message: str) -> None:
+def test_an_invalid_head(options: dict[str, object], message: str) -> None:
     with pytest.raises(HistoError) as caught:
         heads.HeadConfig.of(ModelOptions(**options))  # type: ignore[arg-type]
     assert str(caught.value).startswith(message)

@@ -16,7 +16,7 @@ from hf_histo.models.model_size import account
 
 
 def tensor_bytes(file: Path) -> int:
-    """Of a safetensors file, which is 8 bytes, a header of as many bytes as these say, and the tensors."""
+    """Of a safetensors file, which is 8 bytes, a header of as many bytes as these state, and the tensors."""
     content = file.read_bytes()
     return len(content) - 8 - int.from_bytes(content[:8], "little")
 
@@ -49,7 +49,7 @@ def test_bytes_are_those_of_the_files(tmp_path: Path, method: str, batch_norm: s
 
 
 def test_the_size_of_the_article() -> None:
-    """Case 3 on ResNet-50, for which the article tells 7.9 MiB, as this project's issue 7 has it: it's 8.0."""
+    """Case 3 on ResNet-50, for which the article reports 7.9 MiB: it's 8.0."""
     model = backbones.load("resnet50.tv_in1k", 10, random_weights=True, head=heads.HeadConfig((), "logits", True))
     adapted = adapters.add(model, AdapterOptions(target_modules=".*.2.conv3"))
     size = account(adapted, batch_norm="frozen")["bytes"]

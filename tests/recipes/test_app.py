@@ -131,15 +131,15 @@ def test_an_image_is_dropped_and_answered(page: tuple[str, Path], tmp_path: Path
             wait.until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "img[src*='gradio_api/file']")) >= 2)
             return str(browser.find_element(By.TAG_NAME, "body").text)
 
-        said = answered((0.7, 0.5, 0.7), "like that of the training centers")
+        answer = answered((0.7, 0.5, 0.7), "like that of the training centers")
         browser.save_screenshot(os.environ.get("HF_HISTO_SCREENSHOT") or str(tmp_path / "page.png"))
         table = Classifier.from_pretrained(adapter)(tmp_path / "patch.png")
         for probability in (table["calibrated"][0], 1 - table["calibrated"][0]):
-            assert f"{100 * probability:.0f}%" in said
-        assert table["predicted"][0] in said
-        assert "unlike" not in said
-        said = answered((0.2, 0.8, 0.2), "unlike that of the training centers")
-        assert "distance" in said
+            assert f"{100 * probability:.0f}%" in answer
+        assert table["predicted"][0] in answer
+        assert "unlike" not in answer
+        answer = answered((0.2, 0.8, 0.2), "unlike that of the training centers")
+        assert "distance" in answer
         browser.find_element(By.XPATH, "//*[text()='Model card']").click()
         wait.until(lambda b: "validated for diagnosis" in b.find_element(By.TAG_NAME, "body").text)
     finally:

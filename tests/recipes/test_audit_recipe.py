@@ -96,14 +96,14 @@ def test_splits_that_a_frozen_backbone_tells_apart(
     data = write_data(tmp_path / "data")
     places = (f"--data={data}", f"--cache_dir={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'report'}")
     shown = shown_by("audit.py", *places, f"--backbone={backbone}")
-    told = json.loads((tmp_path / "report" / "audit.json").read_text())["separations"]
-    assert [(of["split"], of["label"], of["train"], of["images"]) for of in told][:3] == [
+    separations = json.loads((tmp_path / "report" / "audit.json").read_text())["separations"]
+    assert [(of["split"], of["label"], of["train"], of["images"]) for of in separations][:3] == [
         ("val", "(all)", 24, 13),
         ("val", "normal", 12, 7),
         ("val", "tumor", 12, 6),
     ]
-    assert 0 <= told[0]["auroc"] <= 1 and f"{told[0]['auroc']:.3f}" in shown
-    assert told[-1]["split"] == "test" and told[-1]["auroc"] is None  # too few slides
+    assert 0 <= separations[0]["auroc"] <= 1 and f"{separations[0]['auroc']:.3f}" in shown
+    assert separations[-1]["split"] == "test" and separations[-1]["auroc"] is None  # too few slides
     assert (tmp_path / "report" / "embedding.png").stat().st_size > 5000
 
 

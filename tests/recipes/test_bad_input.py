@@ -20,7 +20,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def only_error(text: str) -> str:
-    """The one line of an error stream that says what is wrong; a progress bar may close after it."""
+    """The one line of an error stream that names the fault; a progress bar may close after it."""
     assert "Traceback" not in text
     (line,) = (line for line in text.splitlines() if line.startswith("error: "))
     return line
@@ -107,7 +107,7 @@ def test_an_image_of_another_size(fails: Callable[..., str], tmp_path: Path) -> 
         ("--backbone=timm/resnet18.a1_in1k", "hf download"),
         ("--target_modules=nothing_like_it", "all-conv"),
         ("--metric_for_best_model=speed", "accuracy"),
-        ("--augmentation=strange", "crop-jitter"),
+        ("--augmentation=unknown", "crop-jitter"),
         ("--learning_rat=1", "--learning_rate"),
         ("--resume_from_checkpoint=nowhere", "nowhere"),
         ("--lr_scheduler_type=cosine_with_min_lr", "cosine_with_restarts"),

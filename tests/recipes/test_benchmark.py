@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
     return out
 
 
-def test_every_side_is_measured_and_every_aim_told(folder: Path) -> None:
+def test_every_side_is_measured_and_every_aim_reported(folder: Path) -> None:
     found = json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
     sides = {"stock, float32", "stock", "tuned peer", "this package", "full fine-tuning", "forward"}
     sides |= {"floor: forward, gradient to the input"}

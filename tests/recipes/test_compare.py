@@ -49,7 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> list[Path]:
-    """Two rows and what is told of them, as a glob finds them."""
+    """Two rows and what is published of them, as a glob finds them."""
     for name, text in {**ROWS, "reported.yaml": TOLD}.items():
         (tmp_path / "rows").mkdir(exist_ok=True)
         (tmp_path / "rows" / name).write_text(text)
@@ -140,7 +140,7 @@ def test_held_out_centers_and_a_recommendation(call: Call, rows: list[Path], tmp
 
 
 def test_rows_that_differ_at_prediction_share_a_training(call: Call, rows: list[Path], tmp_path: Path) -> None:
-    base, balanced, told = rows
+    base, balanced, published = rows
     first, views, adapted = (base.with_name(f"{name}.yaml") for name in ("a_both", "c_views", "d_adapted"))
     balanced.write_text(base.read_text())
     views.write_text(base.read_text() + "test_time_views: 8\n")
@@ -148,7 +148,7 @@ def test_rows_that_differ_at_prediction_share_a_training(call: Call, rows: list[
     first.write_text(views.read_text() + "adapt_batch_norm: true\n")  # comes before the row that trains
     output = tmp_path / "out"
 
-    call([first, base, balanced, views, adapted, told], output, "--seeds=1")
+    call([first, base, balanced, views, adapted, published], output, "--seeds=1")
     assert {path.parents[1].name for path in output.glob("*/*/adapter")} == {"a_linear"}
     written = json.loads((output / "validation.json").read_text())["rows"]
     assert list(written) == ["a_both", "a_linear", "b_balanced", "c_views", "d_adapted"]
@@ -173,7 +173,7 @@ def test_rows_that_differ_at_prediction_share_a_training(call: Call, rows: list[
 
 
 @pytest.mark.parametrize(
-    ("told", "options", "message"),
+    ("published", "options", "message"),
     [
         ("a_linear: {reported: 0.9}", "", "a_linear reports 0.9, expected a number from 0 to 1 and its source"),
         ("a_linear: {reported: 94.5, source: x}", "", "a_linear reports 94.5"),
@@ -193,11 +193,11 @@ def test_bad_input_is_one_line(
     rows: list[Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    told: str,
+    published: str,
     options: str,
     message: str,
 ) -> None:
-    (tmp_path / "rows" / "reported.yaml").write_text(told)
+    (tmp_path / "rows" / "reported.yaml").write_text(published)
     with pytest.raises(SystemExit) as end:
         call(rows, tmp_path / "out", *options.split())
     assert end.value.code == 1
@@ -219,25 +219,25 @@ def test_rows_must_be_configs_of_one_data_set(
     assert "two rows" in errors[2]
 
 
-def test_every_row_of_the_report_is_a_config_and_told() -> None:
+def test_every_row_of_the_report_is_a_config_and_published() -> None:
     stems = [path.stem for path in REPORT]
     assert stems.count("reported") == 1
     assert len(stems) == 7
-    told = yaml.safe_load(REPORT[stems.index("reported")].read_text())
-    assert sorted([*told, "reported"]) == stems
+    published = yaml.safe_load(REPORT[stems.index("reported")].read_text())
+    assert sorted([*published, "reported"]) == stems
     for path in REPORT:
         if path.stem != "reported":
             assert parse(None, ["--config", str(path)]) != Config(), path
-    assert {stem: row["reported"] for stem, row in told.items() if "reported" in row} == {"5_lora": 0.9451}
-    assert told["5_lora"]["source"]
+    assert {stem: row["reported"] for stem, row in published.items() if "reported" in row} == {"5_lora": 0.9451}
+    assert published["5_lora"]["source"]
 
 
 def test_the_brain_mri_backbones_differ_in_nothing_else() -> None:
     folder = RECIPE.parent / "configs" / "mri_backbones"
-    told = yaml.safe_load((folder / "reported.yaml").read_text())
+    published = yaml.safe_load((folder / "reported.yaml").read_text())
     files = [path for path in folder.glob("*.yaml") if path.stem != "reported"]
-    assert sorted(told) == sorted(["mri_vgg16_lora", *(path.stem for path in files)])
-    assert told["mri_vgg16_lora"]["reported"] == 0.2919
+    assert sorted(published) == sorted(["mri_vgg16_lora", *(path.stem for path in files)])
+    assert published["mri_vgg16_lora"]["reported"] == 0.2919
     vgg = parse(None, ["--config", str(folder.parent / "mri_vgg16_lora.yaml")]).flat()
     for path in files:
         own = parse(None, ["--config", str(path)]).flat()
@@ -249,15 +249,15 @@ def test_the_brain_mri_backbones_differ_in_nothing_else() -> None:
 def test_what_is_told_in_the_folder_of_another_row(tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "reported.yaml").write_text("base: {name: the base, reported: 0.5, source: x}")
-    told = read_published([tmp_path / "base.yaml", tmp_path / "rows" / "one.yaml"])
-    assert (told["base"].name, told["base"].reported, told["one"].name) == ("the base", 0.5, "one")
+    published = read_published([tmp_path / "base.yaml", tmp_path / "rows" / "one.yaml"])
+    assert (published["base"].name, published["base"].reported, published["one"].name) == ("the base", 0.5, "one")
 
 
 def test_every_row_of_the_ablation_is_told_and_close_to_another() -> None:
-    told = yaml.safe_load((RECIPE.parent / "configs" / "ablation" / "reported.yaml").read_text())
+    published = yaml.safe_load((RECIPE.parent / "configs" / "ablation" / "reported.yaml").read_text())
     rows = {path.stem: set(path.read_text().splitlines()[1:]) for path in ABLATION if path.stem != "reported"}
-    assert sorted(told) == sorted(rows)
-    assert not any("reported" in row for row in told.values())
+    assert sorted(published) == sorted(rows)
+    assert not any("reported" in row for row in published.values())
     for stem, lines in rows.items():
         parse(None, ["--config", str(RECIPE.parent / "configs" / "ablation" / f"{stem}.yaml")])
         others = [other for name, other in rows.items() if name != stem]

@@ -1,4 +1,4 @@
-"""Brain MRI as commands: the copies told, every result twice, and the folds of a cross-validation."""
+"""Brain MRI as commands: the copies reported, every result twice, and the folds of a cross-validation."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_every_result_twice(call: Call, tmp_path: Path, data: Path, caplog: pyte
     assert len(Classifier.from_pretrained(adapter)([str(data / "Testing" / "none" / "1.png")])) == 1
 
 
-def test_a_class_that_is_none_is_told(call: Call, tmp_path: Path) -> None:
+def test_an_unknown_class_is_refused(call: Call, tmp_path: Path) -> None:
     shown = call("mri_lora.py", tmp_path / "run", "--negative_class=healthy")
     assert "--negative_class is 'healthy', expected the name of a class: glioma, none, pituitary" in shown
 

@@ -94,7 +94,7 @@ def test_a_grid_is_run_once_and_its_best_cell_is_a_config(
     assert "a sweep of other weight_decay" in capsys.readouterr().err
 
 
-def test_a_search_prunes_and_goes_on(call: Call, tmp_path: Path) -> None:
+def test_a_search_prunes_and_resumes(call: Call, tmp_path: Path) -> None:
     space = "space: {learning_rate: {low: 1.0e-7, high: 1.0e-1, log: true}, head_dropout: [0.0, 0.5]}"
     more = ("--num_train_epochs=3", "--metric_for_best_model=loss")
     call(f"trials: 6\n{space}", *more)
@@ -183,7 +183,9 @@ def test_a_bad_study_is_one_line(call: Call, capsys: pytest.CaptureFixture[str],
     assert message in line
 
 
-def test_settings_that_no_run_takes_are_told(call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_no_run_takes_are_named(
+    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         call("grid: {target_modules: [nothing]}", "--method=lora")
     assert "finished; the first error: --target_modules 'nothing'" in capsys.readouterr().err

@@ -89,7 +89,7 @@ def write_wilds(directory: Path) -> list[Path]:
     """Write metadata.csv and 4 patches for train, 2 for id_val, val and test, in this order; return their paths."""
     header = ["", "patient", "node", "x_coord", "y_coord", "tumor", "slide", "center", "split"]
     rows, paths = [], []
-    # As in the original, `split` says 0 or 1 in the centers of val and test, too.
+    # As in the original, `split` is 0 or 1 in the centers of val and test, too.
     for i, (center, split) in enumerate(
         [(0, 0), (3, 0), (4, 0), (0, 0), (3, 1), (4, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     ):
@@ -105,7 +105,7 @@ def write_wilds(directory: Path) -> list[Path]:
 
 
 def write_image(path: Path, seed: int = 0) -> None:
-    """Write random pixels, 11 wide and 9 to 11 high, in the format that the name says."""
+    """Write random pixels, 11 wide and 9 to 11 high, in the format of the name's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (9 + seed % 3, 11, 3), dtype=np.uint8)
     PIL.Image.fromarray(pixels).save(path)

@@ -352,7 +352,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _card_faults(metadata: Any) -> list[str]:
-    """What of the Hub's rules for a model card's metadata can be told without it.
+    """What of the Hub's rules for a model card's metadata can be checked without it.
 
     https://huggingface.co/docs/hub/model-cards#model-card-metadata
     """

@@ -84,7 +84,7 @@ def test_a_second_control_c_ends_at_once(
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-def test_a_recipe_names_the_command_that_goes_on(
+def test_a_recipe_names_the_command_that_resumes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["recipe.py", "--data", "a folder"])
@@ -93,9 +93,9 @@ def test_a_recipe_names_the_command_that_goes_on(
         launch.run(lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert signal.getsignal(signal.SIGTERM) == before
     assert end.value.code == 128 + signal.SIGTERM
-    said = capsys.readouterr().err
-    assert "interrupted by SIGTERM: this command resumes from the last checkpoint" in said
-    assert said.rstrip().endswith("recipe.py --data 'a folder'")
+    shown = capsys.readouterr().err
+    assert "interrupted by SIGTERM: this command resumes from the last checkpoint" in shown
+    assert shown.rstrip().endswith("recipe.py --data 'a folder'")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,4 +1,4 @@
-"""The folder of a run: the same command goes on, another one is refused."""
+"""The folder of a run: the same command resumes, another one is refused."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_options_are_recorded(tmp_path: Path) -> None:
     assert parse(None, ["--config", str(folder / "run.yaml")]) == config(folder, "--lora_rank=4")
 
 
-def test_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_the_same_command_resumes(tmp_path: Path) -> None:
     folder = begin(config(tmp_path / "run"))
     kept = complete_checkpoint(folder, 3)
     assert begin(config(folder)) == folder
@@ -67,7 +67,7 @@ def test_the_same_command_goes_on(tmp_path: Path) -> None:
     assert begin(config(folder, "--num_workers=3", "--per_device_eval_batch_size=7")) == folder
 
 
-def test_a_run_from_before_an_option_existed_goes_on_with_its_default(tmp_path: Path) -> None:
+def test_a_run_from_before_an_option_existed_resumes_with_its_default(tmp_path: Path) -> None:
     folder = begin(config(tmp_path / "run"))
     record = folder / run_folder.RECORD
     record.write_text("".join(line for line in record.read_text().splitlines(True) if not line.startswith("head:")))

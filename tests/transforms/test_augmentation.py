@@ -136,7 +136,7 @@ def test_normalization_commutes_with_resampling() -> None:
 
 @pytest.mark.parametrize("shape", [(40, 40), (30, 50)])
 def test_crops_stay_within_the_image(shape: tuple[int, int]) -> None:
-    """The picture holds its own coordinates, so a view tells where it was taken: never mirrored at the border."""
+    """The picture holds its own coordinates, so a view shows where it was taken: never mirrored at the border."""
     height, width = shape
     images = torch.zeros(64, 3, height, width, dtype=torch.uint8)
     images[:, 0] = torch.arange(width) * 5

@@ -33,8 +33,8 @@ def test_a_percent_of_the_training_images_and_every_stranger_are_beyond_the_limi
     colors = ColorRange.fit(train)
     distances = [colors.distance(train[row]["image"]) for row in range(len(train))]
     assert np.mean(np.array(distances) > colors.limit) == pytest.approx(0.01, abs=0.01)
-    strange = table({7: (150, 20, 20)})
-    assert min(colors.distance(strange[row]["image"]) for row in range(len(strange))) > colors.limit
+    unusual = table({7: (150, 20, 20)})
+    assert min(colors.distance(unusual[row]["image"]) for row in range(len(unusual))) > colors.limit
     between = torch.full((3, 8, 8), 140, dtype=torch.uint8)  # between the two centers, and of neither
     assert colors.distance(between) > colors.limit
 

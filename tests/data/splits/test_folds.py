@@ -18,7 +18,7 @@ Rows = list[tuple[int, int, str]]  # label, center, group
 
 
 def split(rows: Rows) -> datasets.Dataset:
-    """Images whose only pixel tells the row, with ids that count from 0, as in the challenge's files."""
+    """Images whose only pixel encodes the row, with ids that count from 0, as in the challenge's files."""
     labels, centers, groups = zip(*rows, strict=True)
     columns = {
         "id": [str(i) for i in range(len(rows))],

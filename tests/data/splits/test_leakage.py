@@ -1,4 +1,4 @@
-"""Splits of class folders that hold copies: what is said, what is cut, and that nothing is on two sides."""
+"""Splits of class folders that hold copies: what is reported, what is cut, and that nothing is on two sides."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLASSES = ("glioma", "none", "pituitary")
 
 
 def picture(number: int) -> PIL.Image.Image:
-    """A gray picture of its own, smooth enough to be told from others on a thumbnail."""
+    """A gray picture of its own, smooth enough to be distinct from others on a thumbnail."""
     noise = gaussian_filter(np.random.default_rng(number).normal(size=(48, 40)), 1.5)
     return PIL.Image.fromarray(np.uint8(np.clip(128 + 200 * noise, 0, 255)))
 
@@ -60,8 +60,8 @@ def test_published_splits_cut_val_and_part_the_copies(folder: Path, caplog: pyte
     assert ("train", "val") not in shared and ("train", "test_clean") not in shared
     assert ("val", "test_clean") not in shared
     assert len(set(data["train"]["group"]) | set(data["val"]["group"])) == 60
-    said = data["train"].info.description
-    assert f"val: {len(data['val'])} images of train" in said and "test: 12 of 30 have copies" in said
+    description = data["train"].info.description
+    assert f"val: {len(data['val'])} images of train" in description and "test: 12 of 30 have copies" in description
     assert fingerprint(data) == fingerprint(arrange(load(folder), "published")) != fingerprint(files)
     assert fingerprint(data) == fingerprint(data["test_clean"])
 

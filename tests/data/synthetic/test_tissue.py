@@ -1,4 +1,4 @@
-"""The synthetic patches: their layout, their determinism, and that color alone does not tell the class."""
+"""The synthetic patches: their layout, their determinism, and that color alone does not reveal the class."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def color_features(image: NDArray[np.uint8]) -> NDArray[np.float64]:
     return np.concatenate([*marginal, joint, percentiles, pixels.mean(1), pixels.std(1)])
 
 
-def test_colors_do_not_tell_the_class(splits: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> None:
+def test_colors_do_not_reveal_the_class(splits: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> None:
     """A random forest, on the center that it never saw and, in folds of whole pairs, on those that it did."""
     known = {name: np.stack([color_features(image) for image in images]) for name, (images, _) in splits.items()}
     labels = {name: metadata[:, 2] for name, (_, metadata) in splits.items()}
@@ -107,7 +107,7 @@ def test_a_seed_fixes_every_array(tmp_path: Path) -> None:
     tissue.generate(tmp_path / "again", seed=3, train=9, val=2, test=2)
     tissue.generate(tmp_path / "other", seed=4, train=6, val=2, test=2)
     first, again, other = (read(tmp_path / name / "train.h5") for name in ("first", "again", "other"))
-    np.testing.assert_array_equal(first[0], again[0][:6])  # a larger split goes on from the smaller one
+    np.testing.assert_array_equal(first[0], again[0][:6])  # a larger split continues the smaller one
     np.testing.assert_array_equal(first[1], again[1][:6])
     assert not np.array_equal(first[0], other[0])
     for name in ("val", "test"):

@@ -1,4 +1,4 @@
-"""A class of which another split has other images is told; one of the same source is not, whatever its copies."""
+"""A class of which another split has other images is found; one of the same source is not, whatever its copies."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_class_that_differs_is_found() -> None:
 
 @pytest.mark.parametrize("grouped", [True, False])
 def test_groups_of_one_side_are_not_known_from_another_fold(grouped: bool) -> None:
-    """Patients whose slices resemble each other alone: by the slices of the same patient, a side could be told."""
+    """Patients whose slices resemble each other alone: by the slices of the same patient, a side could be known."""
     random = np.random.default_rng(0)
     patients = random.normal(size=(24, 64))
     rows = np.repeat(np.arange(24), 10)
@@ -56,7 +56,7 @@ def test_groups_of_one_side_are_not_known_from_another_fold(grouped: bool) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(("groups", "images"), [(24, 10), (80, 5), (180, 1)])
 def test_sides_of_one_source_are_not_told_apart(groups: int, images: int) -> None:
-    """The interval of the AUROC holds 0.5 in about 95% of data sets in which nothing tells the sides apart."""
+    """The interval of the AUROC holds 0.5 in about 95% of data sets in which the sides do not differ."""
     random, held = np.random.default_rng(0), []
     for _ in range(200):
         rows = np.repeat(np.arange(groups), images)

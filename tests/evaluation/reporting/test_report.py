@@ -25,7 +25,7 @@ def random_table(classes: int = 1, n: int = 80) -> pd.DataFrame:
 
 @pytest.fixture
 def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the figures that are written say, text by text."""
+    """The texts in the figures that are written."""
     found: list[str] = []
     save = Figure.savefig
 
@@ -166,8 +166,8 @@ def test_tables_of_classes_and_of_screening() -> None:
     lines = report.table(report.class_rows(classification.report(table, negative=1), names)).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == names
     assert "0.667 (" in lines[2] and "0.500 (" in lines[4]
-    said = report.screening(classification.report(table, negative=1), names)
-    assert said.startswith("Sensitivity for any class but none: 1.000 at specificity 0.9, ")
+    sentence = report.screening(classification.report(table, negative=1), names)
+    assert sentence.startswith("Sensitivity for any class but none: 1.000 at specificity 0.9, ")
     assert report.screening(classification.report(table), names) == ""
     no_negative = report.screening(classification.report(table[table["label"] == 0], negative=1), names)
     assert no_negative == "Sensitivity for any class but none: – at specificity 0.9, – at specificity 0.95."
