@@ -452,6 +452,7 @@ def other_sources(source: Source) -> dict[str, list[str]]:
     return {
         "one center": [f"--data={source.folder / 'one_center'}"],
         "no batch norm": [f"--backbone={source.folder / 'vit'}"],
+        "streamed": [f"--data=hub:{source.folder / 'shards'}"],
         "published": ["--methods", str(source.folder / "published.yaml")],
         "two backbones": ["--methods", str(source.folder / "config.yaml"), "--backbones", str(source.backbone)],
     }
@@ -479,6 +480,11 @@ def other_sources(source: Source) -> dict[str, list[str]]:
         ("histo_lora", ["--method=pca", "--torch_compile"], "--torch_compile is True"),
         ("histo_lora", ["--method=pca", "--preview"], "--preview is True"),
         ("histo_lora", ["--method=pca", "--text_prompt=a {}"], "--text_prompt is 'a {}'"),
+        ("leave_one_center_out", ["--pool_centers"], "--pool_centers is True"),
+        ("leave_one_center_out", ["streamed", "--streaming"], "--streaming is True"),
+        ("cross_validate", ["--pool_centers"], "--pool_centers is True"),
+        ("cross_validate", ["streamed", "--split=files", "--streaming"], "--streaming is True"),
+        ("few_shot", ["streamed", "--streaming"], "--streaming is True"),
         ("pareto", ["--target_modules=all-conv"], "--target_modules is 'all-conv'"),
         ("pareto", ["--method=linear"], "--method is 'linear'"),
         ("sweep", ["--lora_dropout=0.2"], "--lora_dropout is 0.2"),
