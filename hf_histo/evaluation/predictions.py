@@ -211,7 +211,8 @@ class Predictions(pd.DataFrame):
             positive = logits if logits.ndim == 1 else logits[:, 1] - logits[:, 0]
             return np.stack([-positive, positive], axis=1)
         rest = [logsumexp(np.delete(logits, c, axis=1), axis=1) for c in range(logits.shape[1])]
-        return logits - np.stack(rest, axis=1)
+        odds: NDArray[np.float64] = logits - np.stack(rest, axis=1)
+        return odds
 
     @property
     def task_logits(self) -> NDArray[np.float64]:
