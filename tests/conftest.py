@@ -24,6 +24,17 @@ def _session() -> Iterator[None]:
     _cache.cleanup()
 
 
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Undo what a recipe that was called in this process set: its number of threads."""
+    before = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
+    yield
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if before[0] is not None:
+        os.environ["OMP_NUM_THREADS"] = before[0]
+    torch.set_num_threads(before[1])
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A backbone and a data set in miniature."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from hf_histo.errors import HistoError
+from hf_histo.files import require_output
 
 Method = Literal["linear", "lora", "full", "pca"]
 BatchNorm = Literal["frozen", "track"]
@@ -157,7 +158,10 @@ class ProtocolOptions:
         None, "level of a hierarchy of classes, 1 for the coarsest (default: the finest)", above=0
     )
     iterations_per_shot: int | None = option(
-        None, "with --shots: so many updates for each shot, and those of the warm-up, instead of passes", above=0
+        None,
+        "with --shots: so many updates for each shot, and those of the warm-up, instead of passes",
+        above=0,
+        needs=GRADIENT,
     )
 
 
@@ -404,7 +408,9 @@ class OutputOptions:
         None, "name there (owner/name) of a backbone that was a local folder", role="output", needs=PUSHED
     )
     hub_license: str = option("unknown", "license in the model card, by its identifier on the Hub, e.g. apache-2.0")
-    hub_private: bool = option(False, "create the repository as private", role="output", needs=PUSHED)
+    hub_private: bool = option(
+        False, "create the repository as private", role="output", needs=PUSHED | {"hub_create_pr": False}
+    )
     hub_revision: str | None = option(
         None, "branch of it to write to, made where it is missing (default: main)", role="output", needs=PUSHED
     )
@@ -455,7 +461,10 @@ class Config:
         )
 
     def parent_folder(self) -> Path:
-        """`--output_dir`, where it is to hold several runs; raises `HistoError` for options that are of one run."""
+        """`--output_dir`, where it is to hold several runs.
+
+        Raises `HistoError` where it is not given, or is a link or a file, and for options that are of one run.
+        """
         if self.output.output_dir is None:
             raise HistoError("--output_dir is not given, expected a folder for the runs")
         for name, value in (
@@ -467,6 +476,7 @@ class Config:
                     f"--{name} is {value!r}, which is for one run and not for several; leave it out (begun runs resume "
                     "by themselves)"
                 )
+        require_output(self.output.output_dir, folder=True)
         return Path(self.output.output_dir)
 
 
