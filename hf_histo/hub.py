@@ -43,10 +43,13 @@ REMEDIES: dict[int | type[BaseException], str] = {
 def fetch(source: str | Path, revision: str | None = None) -> Path:
     """The local folder of an adapter: `source` itself, or the Hub's snapshot of it in the cache.
 
-    Without a network, a snapshot that was fetched before is used. Raises `HistoError` if there is none.
+    Without a network, a snapshot that was fetched before is used. Raises `HistoError` if there is none, and for a
+    revision of a local folder.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise HistoError(f"--revision is {revision!r}, which acts only on an adapter from the Hub; leave it out")
         return folder
     try:
         return Path(snapshot_download(str(source), revision=revision))

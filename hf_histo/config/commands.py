@@ -113,7 +113,7 @@ class PushOptions:
     adapter: str = required("adapter folder of a finished run")
     hub_model_id: str = required("repository on the Hub: owner/name")
     hub_base_model: str | None = option(None, "name on the Hub (owner/name) of a backbone that was a local folder")
-    hub_private: bool = option(False, "create the repository as private")
+    hub_private: bool = option(False, "create the repository as private", needs={"hub_create_pr": False})
     hub_revision: str | None = option(None, "branch of it to write to, made where it is missing (default: main)")
     hub_create_pr: bool = option(False, "open a pull request there instead of writing", needs={"hub_revision": None})
 

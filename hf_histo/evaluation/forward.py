@@ -16,8 +16,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_histo import launch
-from hf_histo.models import batchnorm
+from hf_histo.models import adapters, batchnorm
+from hf_histo.models.speed import folding
 from hf_histo.transforms.pipeline import Batch, Pipeline, collate
+
+FEW = 16  # images, for which merging the adapter would take longer than it saves
 
 
 @torch.no_grad()
@@ -34,8 +37,9 @@ def forward(
 ) -> NDArray[np.float64]:
     """Logits (n, outputs) of the schema table `dataset`, in its order, the same in every process.
 
-    Each is the mean over the pipeline's test-time views. Computed in float32 whatever the launcher's mixed precision,
-    so that a saved prediction can be reproduced. `model` is moved to the device and left in evaluation mode.
+    Each is the mean over the pipeline's test-time views. Of more than `FEW` images, it is that of the adapter merged
+    into the backbone, the same up to rounding (`folding.merged`). Computed in float32 whatever the launcher's mixed
+    precision, so that a saved prediction can be reproduced. `model` is moved to the device and left in evaluation mode.
 
     Args:
         model: takes `pixel_values` and returns an object with `logits` (B, outputs).
@@ -51,10 +55,11 @@ def forward(
     # Of the launch; the model is not prepared, so the launch's mixed precision stays out.
     accelerator = Accelerator(cpu=launch.use_cpu())
     device = device or accelerator.device
-    model = model.to(device).to(memory_format=torch.channels_last).eval()  # as it was trained
+    model = adapters.channels_last(model.to(device)).eval()  # as it was trained
     pipeline = pipeline.extended(dataset)
+    images = pipeline.read(dataset)
     loader = DataLoader(
-        pipeline.read(dataset),
+        images,
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=collate,
@@ -68,7 +73,11 @@ def forward(
 
     gathered = []
     adaptation = map(pipeline.evaluate, batches(loader, "Adapting batch norm"))
-    with batchnorm.adapted(model, adaptation) if adapt_batch_norm else nullcontext():
+    sample = pipeline.evaluate(collate([images[0]])).to(device)
+    with (
+        batchnorm.adapted(model, adaptation) if adapt_batch_norm else nullcontext(),
+        folding.merged(model, sample) if len(images) > FEW else nullcontext(),
+    ):
         for batch in batches(accelerator.prepare(loader, device_placement=[False]), description):
             views = pipeline.test_time(batch)
             logits = torch.stack([model(pixel_values=view).logits.float() for view in views]).mean(0)

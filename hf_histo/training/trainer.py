@@ -335,7 +335,7 @@ def build(
     patience = options.early_stopping_patience
     stopping = [EarlyStoppingCallback(patience)] if patience else []
     return Trainer(
-        model=model.to(memory_format=torch.channels_last),
+        model=adapters.channels_last(model),
         loss=loss,
         args=training_arguments(config, folder),
         train_dataset=train,
