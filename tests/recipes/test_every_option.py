@@ -83,7 +83,8 @@ VALUES: dict[str, Any] = {
 NEEDS: dict[str, dict[str, Any]] = {
     "iterations_per_shot": {"shots": 2},
     "init_adapter": {"target_modules": "last-conv"},
-    "lr_scheduler_patience": {"logging_steps": 1, "learning_rate": 1e-5},  # no progress, and a log of each step
+    # Without progress, and with a log of each step.
+    "lr_scheduler_patience": {"metric_for_best_model": "accuracy", "learning_rate": 1e-5, "logging_steps": 1},
 }
 # Options that a run on images of two classes in an HDF5 file, by a convolutional backbone on this machine, refuses.
 REFUSED_IN_MINIATURE = {"level", "revision", "head_softmax", "text_prompt", "lora_blocks"}
