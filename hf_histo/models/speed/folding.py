@@ -1,4 +1,7 @@
-"""Frozen batch norm, and LoRA, as part of the convolution before: the same function, with fewer passes over memory."""
+"""Batch norm and LoRA as part of the layers that they follow or adapt: the same function, fewer passes over memory.
+
+`folded` is for training, where LoRA's factors change at each step; `merged` is for prediction, where nothing does.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Conv2d as LoraConv2d
+from peft.tuners.tuners_utils import BaseTunerLayer
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from hf_histo.models.speed import low_rank
 from hf_histo.models.speed.activation_cut import Call, record, replaced
+
+TOLERANCE = 1e-5  # between the logits of a model and of its merged form, times the largest logit if above 1
 
 
 @contextmanager
@@ -46,8 +52,7 @@ def folded(model: nn.Module, pixels: torch.Tensor) -> Iterator[int]:
                 weight, bias = fuse_conv_bn_weights(*_parts(convolution, norm))
                 assert norm.running_var is not None
                 factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-                rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
-                stack.enter_context(replaced(norm, rest.forward))
+                stack.enter_context(replaced(norm, _rest(norm).forward))
             if isinstance(layer, LoraConv2d):
                 stack.enter_context(replaced(layer, low_rank.forward(layer, weight, bias, factor)))
             else:
@@ -61,16 +66,79 @@ def folded(model: nn.Module, pixels: torch.Tensor) -> Iterator[int]:
             yield len(pairs) if close else 0
 
 
-def _pairs(calls: list[Call]) -> Iterator[tuple[nn.Module, nn.BatchNorm2d | None]]:
-    """Convolutions, frozen or under LoRA, and the batch norms that took what they gave, each called once."""
+@contextmanager
+def merged(model: nn.Module, pixels: torch.Tensor) -> Iterator[bool]:
+    """Within the block, LoRA is added into the layers that it adapts, and batch norm into the convolutions before it.
+
+    The same logits up to rounding, which is checked on `pixels`: the largest difference is below `TOLERANCE` times the
+    largest logit, or 1. Where it is not, or the batch norm in use is the batch's own, nothing is changed. Afterwards
+    the model is what it was, to the last bit; within, its weights must not be saved or trained.
+
+    Args:
+        model: called as `model(pixel_values=...)`, in evaluation mode.
+        pixels: a sample batch (B, 3, H, W), which shows what follows what.
+
+    Yields whether the model is changed.
+    """
+    with ExitStack() as stack:
+        with torch.no_grad():
+            logits = model(pixel_values=pixels).logits
+            for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+                _merge(layer, stack)
+            calls, _ = record(model, pixels)
+            for convolution, norm in _pairs(calls, frozen=False):
+                assert isinstance(convolution, nn.Conv2d)
+                if norm is not None and not norm.training:
+                    stack.callback(_set, convolution, convolution.weight, convolution.bias)
+                    _set(convolution, *fuse_conv_bn_weights(*_parts(convolution, norm)))
+                    stack.enter_context(replaced(norm, _rest(norm).forward))
+            difference = (model(pixel_values=pixels).logits - logits).abs().max()
+        is_close = bool(difference <= TOLERANCE * max(1.0, float(logits.abs().max())))
+        if not is_close:
+            stack.close()
+        yield is_close
+
+
+def _merge(layer: BaseTunerLayer, stack: ExitStack) -> None:
+    """Add an adapted layer's update into a copy of its weight until `stack` closes; leave one that peft can't merge."""
+    base = layer.get_base_layer()
+    if layer.merged or layer.disable_adapters or not isinstance(base, nn.Linear | nn.Conv2d):
+        return
+    weight, bias = base.weight, base.bias
+
+    def restore() -> None:
+        _set(base, weight, bias)
+        layer.merged_adapters.clear()
+
+    _set(base, _copy(weight), None if bias is None else _copy(bias))
+    try:
+        layer.merge()
+    except (NotImplementedError, ValueError, RuntimeError):
+        restore()
+    else:
+        stack.callback(restore)
+
+
+def _copy(parameter: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().clone(), requires_grad=False)
+
+
+def _rest(norm: nn.BatchNorm2d) -> nn.Module:
+    """What is left of a batch norm whose affine map is part of the convolution before."""
+    return nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+
+
+def _pairs(calls: list[Call], *, frozen: bool = True) -> Iterator[tuple[nn.Module, nn.BatchNorm2d | None]]:
+    """Convolutions, frozen (or any) or under LoRA, and the batch norms that took what they gave, each called once."""
     often = Counter(call.name for call in calls)
     norms = {id(c.given): c for c in calls if isinstance(c.module, nn.BatchNorm2d) and often[c.name] == 1}
     for call in calls:
         found = norms.get(id(call.output))
         norm = found.module if found else None
         assert norm is None or isinstance(norm, nn.BatchNorm2d)
-        frozen = type(call.module) is nn.Conv2d and not any(p.requires_grad for p in call.module.parameters())
-        if often[call.name] == 1 and (low_rank.is_simple(call.module) or (frozen and norm is not None)):
+        is_fixed = not frozen or not any(p.requires_grad for p in call.module.parameters())
+        folds = type(call.module) is nn.Conv2d and is_fixed and norm is not None
+        if often[call.name] == 1 and (low_rank.is_simple(call.module) or folds):
             yield call.module, norm
 
 
@@ -79,5 +147,5 @@ def _parts(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Any, ...]:
     return convolution.weight, convolution.bias, mean, variance, norm.eps, norm.weight, norm.bias
 
 
-def _set(convolution: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    convolution.weight, convolution.bias = weight, bias
+def _set(layer: nn.Linear | nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    layer.weight, layer.bias = weight, bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,3 +131,71 @@ def test_a_convolution_that_others_take_is_left_alone() -> None:
     with folding.folded(model.eval(), torch.randn(2, 3, 8, 8)) as count:
         assert count == 0
         assert model.conv.weight is weight
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("test_resnet.r160_in1k", {"method": "full"}),
+        ("test_resnet.r160_in1k", {"method": "lora", "target_modules": "all-conv"}),
+        ("test_resnet.r160_in1k", {"method": "lora", "target_modules": "all-conv", "use_dora": True}),
+        ("test_efficientnet.r160_in1k", {"method": "lora", "target_modules": "all-conv"}),
+        ("test_vit.r160_in1k", {"method": "lora", "target_modules": "attention-qkvo"}),
+        ("test_vit.r160_in1k", {"method": "lora", "target_modules": "attention-qv"}),
+    ],
+)
+def test_merged_for_prediction(name: str, settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = backbones.load(name, 3, random_weights=True)
+    for layer in batchnorm.layers(model).values():
+        for tensor in (layer.weight.data, layer.running_var, layer.running_mean, layer.bias.data):
+            assert tensor is not None
+            tensor.uniform_(0.5, 1.5)
+    adapted = adapters.add(model, AdapterOptions(**settings)).eval()
+    for key, parameter in adapted.named_parameters():
+        if "lora_B" in key:
+            nn.init.normal_(parameter, std=0.1)
+    pixels = torch.randn(2, 3, 160, 160)
+    before = {key: tensor.clone() for key, tensor in adapted.state_dict().items()}
+    with torch.no_grad():
+        logits = adapted(pixel_values=pixels).logits
+        ran: list[str] = []
+        hooks = [
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))  # type: ignore[misc]
+            for name, module in adapted.named_modules()
+            if ".lora_A." in name
+        ]
+        with folding.merged(adapted, torch.randn(1, 3, 160, 160)) as is_merged:
+            assert is_merged
+            ran.clear()
+            inside = adapted(pixel_values=pixels).logits
+            assert ran == []  # no update beside its layer
+        torch.testing.assert_close(inside, logits, rtol=0, atol=1e-5 * max(1, float(logits.abs().max())))
+        assert not torch.equal(inside, logits)  # something was merged
+        assert torch.equal(adapted(pixel_values=pixels).logits, logits)
+        assert bool(ran) == (settings["method"] == "lora")
+    for hook in hooks:
+        hook.remove()
+    after = adapted.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+def test_a_model_that_changes_when_merged_is_left_alone() -> None:
+    class Twice(nn.Module):
+        """What the convolution gives is taken by a batch norm and by something else."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.norm.running_mean.fill_(2.0)  # type: ignore[union-attr]
+
+        def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+            features = self.convolution(pixel_values)
+            return SimpleNamespace(logits=(self.norm(features) + features).mean((2, 3)))
+
+    model, pixels = Twice().eval(), torch.randn(2, 3, 8, 8)
+    logits = model(pixels).logits
+    with torch.no_grad(), folding.merged(model, pixels) as is_merged:
+        assert not is_merged
+        assert torch.equal(model(pixels).logits, logits)
