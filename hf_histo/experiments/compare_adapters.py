@@ -33,9 +33,11 @@ def compare_adapters(
         batch_size: images at a time.
         cache_dir: folder of the converted data, by default the cache of `datasets`.
 
-    Raises `HistoError` for a split that `data` lacks or in which no label is known, and as `Classifier.load_adapter`
-    and `Classifier.average` do.
+    Raises `HistoError` for the mean of one adapter, a split that `data` lacks or in which no label is known, and as
+    `Classifier.load_adapter` and `Classifier.average` do.
     """
+    if average and len(adapters) < 2:
+        raise HistoError(f"--average is for several adapters, found {adapters[0]} alone; give more, or leave it out")
     splits = load(data, cache_dir=cache_dir)
     if split not in splits:
         raise HistoError(f"--split {split}: {data} has {', '.join(splits)}")

@@ -33,10 +33,17 @@ def predict(options: PredictOptions) -> str:
 
     classifier = Classifier.from_pretrained(options.adapter, revision=options.revision, backbone=options.backbone)
     sidecar = classifier.sidecar
-    if options.threshold is not None and sidecar.num_outputs > 1:
-        found = f"found {len(sidecar.label_names)}, of which the most probable is predicted"
-        raise HistoError(f"--threshold is for two classes, {found}")
+    for name in ("threshold", "balanced"):
+        if getattr(options, name) is not None and sidecar.num_outputs > 1:
+            found = f"found {len(sidecar.label_names)}, of which the most probable is predicted"
+            raise HistoError(f"--{name} is for two classes, {found}")
     images = _split(options, sidecar.preprocessing.gray_bits)
+    count = sidecar.views.count if options.test_time_views is None else options.test_time_views
+    if options.test_time_augmentation is not None and count == 1:
+        raise HistoError(
+            f"--test_time_augmentation is {options.test_time_augmentation!r}, which can't act on one view; "
+            "give --test_time_views 8, or leave it out"
+        )
     views: dict[str, Any] = {"count": options.test_time_views, "augmentation": options.test_time_augmentation}
     predictions = classifier.predict(
         images,

@@ -16,9 +16,9 @@ import torch
 from miniature import SIZE, divide_training, write_backbone, write_data
 
 from hf_histo.config import Config, parse_with
+from hf_histo.config.experiments import LeaveOneCenterOutOptions, Sharing
 from hf_histo.errors import HistoError
 from hf_histo.experiments import grid
-from hf_histo.config.experiments import LeaveOneCenterOutOptions, Sharing
 from hf_histo.experiments.leave_one_center_out import leave_one_center_out
 from hf_histo.training import run_folder
 

@@ -10,7 +10,9 @@ import pytest
 from miniature import write_adapter, write_data
 
 from hf_histo.data.load import load
+from hf_histo.errors import HistoError
 from hf_histo.evaluation.metrics import classification
+from hf_histo.experiments.compare_adapters import compare_adapters
 from hf_histo.inference import Classifier
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compare_adapters.py"
@@ -31,3 +33,8 @@ def test_the_table_holds_each_adapter_and_the_mean(backbone: Path, tmp_path: Pat
         assert row[1] == "13"
         for name, cell in zip(header[3:], row[3:], strict=True):
             assert float(cell.split()[0]) == pytest.approx(report["overall"][name]["value"], abs=6e-4)
+
+
+def test_the_mean_of_one_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HistoError, match="--average is for several adapters, found A alone"):
+        compare_adapters(["A"], str(tmp_path), average=True)

@@ -55,13 +55,15 @@ def test_the_threshold_is_printed_with_its_origin(backbone: Path, tmp_path: Path
     [
         (1, "--batch_size 0", "--batch_size is 0, expected at least 1"),
         (1, "--test_time_views -1", "--test_time_views is -1"),
-        (1, "--balanced nan", "share is nan"),
+        (1, "--balanced nan", "--balanced is nan, expected a finite number"),
         (
             1,
             "--threshold balanced-test",
             "--threshold is 'balanced-test', a number from the images of an earlier split",
         ),
         (3, "--threshold 0.4", "--threshold is for two classes, found 3"),
+        (3, "--balanced", "--balanced is for two classes, found 3"),
+        (1, "--test_time_augmentation strong", "--test_time_augmentation is 'strong', which can't act on one view"),
     ],
 )
 def test_bad_options_are_one_line(

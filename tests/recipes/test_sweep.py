@@ -183,9 +183,7 @@ def test_a_bad_study_is_one_line(call: Call, capsys: pytest.CaptureFixture[str],
     assert message in line
 
 
-def test_settings_that_no_run_takes_are_named(
-    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_settings_that_no_run_takes_are_named(call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         call("grid: {target_modules: [nothing]}", "--method=lora")
     assert "finished; the first error: --target_modules 'nothing'" in capsys.readouterr().err

@@ -80,7 +80,7 @@ def test_nothing_asked_for_is_all_of_it(data: datasets.DatasetDict) -> None:
     [
         ({"shots": 17}, "train: c has 16 images, expected at least 17 for --shots 17"),
         ({"shots": 1, "percentage": 10.0}, "expected one of them"),
-        ({"level": 2}, "--level is 2, expected 1 to 1"),
+        ({"level": 2}, "--level is 2, which can't act here: the classes have no levels"),
     ],
 )
 def test_what_can_not_be_drawn(options: dict[str, float], expected: str, data: datasets.DatasetDict) -> None:
