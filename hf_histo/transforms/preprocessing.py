@@ -23,10 +23,11 @@ from hf_histo.files import STRICT
 from hf_histo.transforms.mri import Preparation
 
 FITS = get_args(Fit)
+MIN_SIZE = 8  # below is no picture, and torch fails to resize to a single pixel
 MAX_SIZE = 1024  # pixels on a side of what a model sees: more than pretrained ones do, and a batch fits into memory
-Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+Size = Annotated[int, Field(ge=MIN_SIZE, le=MAX_SIZE)]
 Deviation = Annotated[float, Field(gt=0)]
-ResizeSize = Annotated[int, Field(ge=1, le=2 * MAX_SIZE)]
+ResizeSize = Annotated[int, Field(ge=MIN_SIZE, le=2 * MAX_SIZE)]
 _ELONGATED = 8  # longer than this times its width, an image is cropped before it is resized, or it might not fit memory
 
 
@@ -35,7 +36,7 @@ class Preprocessing:
     """Resize, center crop and normalization of an evaluation batch.
 
     Attributes:
-        image_size: pixels on a side of the square that the model sees, at most `MAX_SIZE`.
+        image_size: pixels on a side of the square that the model sees, `MIN_SIZE` to `MAX_SIZE`.
         resize_size: pixels on a side of the square before the center crop, from `image_size` to twice `MAX_SIZE`.
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos"; always antialiased.
         mean, std: per channel (red, green, blue), for values in [0, 1].
@@ -180,8 +181,8 @@ def resolve(
     size = image_size or own.image_size
     resize = resize_size or math.floor(size * own.resize_size / own.image_size)
     for option, value, most in (("image", size, MAX_SIZE), ("resize", resize, 2 * MAX_SIZE)):
-        if not 1 <= value <= most:
-            raise HistoError(f"--{option}_size is {value}, expected 1 to {most} pixels; choose a smaller one")
+        if not MIN_SIZE <= value <= most:
+            raise HistoError(f"--{option}_size is {value}, expected {MIN_SIZE} to {most} pixels; choose one between them")
     if resize < size:
         raise HistoError(f"--resize_size is {resize}, expected at least the image size, {size}")
     return replace(own, image_size=size, resize_size=resize, fit=fit or own.fit)

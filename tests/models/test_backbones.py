@@ -179,7 +179,7 @@ def test_a_config_that_names_another_number_of_classes(resnet: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "test_vit.r160_in1k", "swin_tiny_patch4_window7_224"])
-@pytest.mark.parametrize("size", [-1, 0, 1, 3, 100_000])
+@pytest.mark.parametrize("size", [-1, 0, 1, 7, 9, 100_000])
 def test_an_image_size_that_the_backbone_does_not_take(name: str, size: int) -> None:
     try:
         model = backbones.load(name, 2, random_weights=True, image_size=size)
@@ -187,7 +187,7 @@ def test_an_image_size_that_the_backbone_does_not_take(name: str, size: int) -> 
         assert str(error).startswith(f"--image_size is {size}, expected ")
         assert "\n" not in str(error)
     else:  # a network of convolutions takes small ones
-        assert 0 < size < 100_000
+        assert size == 9
         with torch.no_grad():
             assert model.eval()(pixel_values=torch.zeros(1, 3, size, size)).logits.shape == (1, 2)
 
