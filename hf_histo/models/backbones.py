@@ -92,7 +92,8 @@ def load(
         num_outputs: logits; 1 for a binary task.
         revision: branch, tag or commit on the Hub.
         random_weights: build from the configuration alone. A timm name then needs no network.
-        image_size: pixels on a side, `MIN_SIZE` to `MAX_SIZE`; a vision transformer resamples its position embeddings to it.
+        image_size: pixels on a side, `MIN_SIZE` to `MAX_SIZE`; a vision transformer resamples its position embeddings
+            to it.
         head: what the classifier is made of, by default one linear layer.
         head_dropout: probability of dropout before the head's linear layers while training.
         keep_head: take the head's weights as well, for a model that was trained whole.
@@ -326,7 +327,8 @@ def _allow_image_size(name: str, config: PreTrainedConfig, image_size: int | Non
     if image_size is None:
         return False
     if not MIN_SIZE <= image_size <= MAX_SIZE:
-        raise HistoError(f"--image_size is {image_size}, expected {MIN_SIZE} to {MAX_SIZE} pixels; choose one between them")
+        bounds = f"{MIN_SIZE} to {MAX_SIZE} pixels"
+        raise HistoError(f"--image_size is {image_size}, expected {bounds}; choose one between them")
     declared: dict[str, Any] = getattr(config, "pretrained_cfg", None) or {}
     if isinstance(config, clip.OpenClipConfig):
         own = (config.vision_cfg or {}).get("image_size")

@@ -182,7 +182,8 @@ def resolve(
     resize = resize_size or math.floor(size * own.resize_size / own.image_size)
     for option, value, most in (("image", size, MAX_SIZE), ("resize", resize, 2 * MAX_SIZE)):
         if not MIN_SIZE <= value <= most:
-            raise HistoError(f"--{option}_size is {value}, expected {MIN_SIZE} to {most} pixels; choose one between them")
+            bounds = f"{MIN_SIZE} to {most} pixels"
+            raise HistoError(f"--{option}_size is {value}, expected {bounds}; choose one between them")
     if resize < size:
         raise HistoError(f"--resize_size is {resize}, expected at least the image size, {size}")
     return replace(own, image_size=size, resize_size=resize, fit=fit or own.fit)
