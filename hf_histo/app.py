@@ -39,9 +39,16 @@ from pathlib import Path
 from hf_histo import app
 from hf_histo.config import parse_command
 from hf_histo.config.commands import AppOptions
+from hf_histo.launch import run
 
-beside = ["--adapter", str(Path(__file__).parent / "adapter")]
-app.run(parse_command(AppOptions, __doc__, [*beside, *sys.argv[1:]]))
+
+def main() -> None:
+    beside = ["--adapter", str(Path(__file__).parent / "adapter")]
+    app.run(parse_command(AppOptions, __doc__, [*beside, *sys.argv[1:]]))
+
+
+if __name__ == "__main__":
+    run(main)
 '''
 STYLE = """
 .gradio-container {max-width: 1080px !important; margin: auto}
