@@ -18,3 +18,8 @@ def printable(text: str) -> str:
     """`text` in one line, with characters that aren't printable (e.g. escape sequences) written as `repr` does."""
     line = " ".join(text.splitlines())
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+
+
+def idle_option(name: str, value: object, reason: str) -> HistoError:
+    """The error for an option that was set and can't act; `reason` is a sentence."""
+    return HistoError(f"--{name} is {value!r}, which can't act here: {reason}; leave it out")

@@ -43,8 +43,8 @@ REMEDIES: dict[int | type[BaseException], str] = {
 def fetch(source: str | Path, revision: str | None = None) -> Path:
     """The local folder of an adapter: `source` itself, or the Hub's snapshot of it in the cache.
 
-    Without a network, a snapshot that was fetched before is used. Raises `HistoError` if there is none, and for a
-    revision of a local folder.
+    Without a network, a snapshot that was fetched before is used. Raises `HistoError` if neither can be
+    had, and for a revision of a local folder.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():

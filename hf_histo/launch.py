@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
 # The first words of a command that starts processes, and sets OMP_NUM_THREADS=1 for them where nobody did.
 LAUNCHERS = {
     *("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli"),
@@ -55,14 +54,17 @@ def run(main: Callable[[], object], *, threads: int | None = None) -> None:
     number (143, 130), and a line with the command that resumes. A traceback is shown only where the environment
     variable `HF_HISTO_TRACEBACK` is 1, and for any other exception, which is a bug.
     """
-    if os.environ.get("HF_HISTO_TRACEBACK") == "1":
+
+    def start() -> None:
         _use_threads(threads or thread_count(_first_number(LOCAL_SIZES, 1)))
         main()
+
+    if os.environ.get("HF_HISTO_TRACEBACK") == "1":
+        start()
         return
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        _use_threads(threads or thread_count(_first_number(LOCAL_SIZES, 1)))
-        main()
+        start()
     except (HistoError, OSError) as error:
         _write(f"error: {' '.join(str(error).split())}")
         raise SystemExit(1) from None

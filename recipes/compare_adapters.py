@@ -17,7 +17,7 @@ def main() -> None:
     options = parse_command(CompareAdaptersOptions, __doc__)
     from hf_histo.experiments.compare_adapters import compare_adapters
 
-    print(compare_adapters(**vars(options)))
+    print(compare_adapters(options))
 
 
 if __name__ == "__main__":

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from hf_histo.config.options import SET, option
+from hf_histo.config.options import SET, option, required
 
 Criterion = Literal["balanced_accuracy", "f1", "accuracy", "sensitivity"]  # of a threshold
 CACHE = "folder of the converted data (default: the datasets library's cache)"
-
-
-def required(help: str) -> Any:
-    """A dataclass field that must be given, with its line in `--help`."""
-    return field(metadata={"help": help})
 
 
 @dataclass(kw_only=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from hf_histo.config.options import Rule, option
+from hf_histo.config.options import option, required
 
 REPORTED = "reported.yaml"  # published results, beside the rows of a comparison
 ALL_LABELS = "all"  # among the numbers of shots
-UNHURRIED = {"quick": False}  # --quick sets its own numbers
+WITHOUT_QUICK = {"quick": False}  # --quick sets its own numbers
 PROBES = ("prototype", "knn", "linear")  # of frozen features
 
 
@@ -21,12 +21,10 @@ class Sharing:
     cluster: Literal["slurm", "local"] | None = option(
         None, "run the workers as jobs of SLURM, or as processes of submitit: pip install hf_histo[slurm]"
     )
-    job_parameters: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "of the jobs, NAME=VALUE as submitit names them: timeout_min=240 slurm_partition=gpu "
-            "gpus_per_node=1 cpus_per_task=8 (default: a day, and else submitit's)"
-        },
+    job_parameters: list[str] = option(
+        [],
+        "of the jobs, NAME=VALUE as submitit names them: timeout_min=240 slurm_partition=gpu gpus_per_node=1 "
+        "cpus_per_task=8 (default: a day, and else submitit's)",
     )
 
 
@@ -34,7 +32,7 @@ class Sharing:
 class CompareOptions(Sharing):
     _argument_group_name = "comparison"
 
-    rows: list[str] = field(metadata={"help": f"configs to compare; a {REPORTED} among them is no row"})
+    rows: list[str] = required(f"configs to compare; a {REPORTED} among them is no row")
     seeds: int = option(2, "number of seeds for each row, counted up from --seed")
     protocol: Literal["validation", "leave_one_center_out"] = option("validation", "what rows are evaluated on")
     select: Literal["worst", "mean"] | None = option(None, "recommend a row by its worst or its mean held-out center")
@@ -44,17 +42,10 @@ class CompareOptions(Sharing):
 class FewShotOptions(Sharing):
     _argument_group_name = "grid"
 
-    methods: list[str] = field(metadata={"help": f"probes ({', '.join(PROBES)}) and configs"})
-    data_sets: list[str] = field(
-        default_factory=list, metadata={"help": "folders of data sets (default: the one of --data)"}
-    )
-    backbones: list[str] = field(
-        default_factory=list, metadata={"help": "their names or folders (default: --backbone)"}
-    )
-    shot_counts: list[str] = field(
-        default_factory=lambda: ["1", "2", "4", "8", "16"],
-        metadata={"help": f"images of each class, or '{ALL_LABELS}'"},
-    )
+    methods: list[str] = required(f"probes ({', '.join(PROBES)}) and configs")
+    data_sets: list[str] = option([], "folders of data sets (default: the one of --data)")
+    backbones: list[str] = option([], "their names or folders (default: --backbone)")
+    shot_counts: list[str] = option(["1", "2", "4", "8", "16"], f"images of each class, or '{ALL_LABELS}'")
     seeds: int = option(3, "number of seeds, counted up from --seed")
 
 
@@ -62,8 +53,8 @@ class FewShotOptions(Sharing):
 class ParetoOptions(Sharing):
     _argument_group_name = "Pareto sweep"
 
-    layers: list[str] = field(metadata={"help": "presets or regexes of the layers with LoRA, each one of a series"})
-    ranks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "of the update"})
+    layers: list[str] = required("presets or regexes of the layers with LoRA, each one of a series")
+    ranks: list[int] = option([1, 2, 4, 8, 16], "of the update")
     seeds: int = option(1, "number of seeds for each combination, counted up from --seed")
     front_split: Literal["val", "test"] = option("val", "whose accuracy is drawn")
 
@@ -87,7 +78,7 @@ class LeaveOneCenterOutOptions(Sharing):
 class SweepOptions:
     _argument_group_name = "sweep"
 
-    study: str = field(metadata={"help": "YAML file with a grid, or a space and the number of trials"})
+    study: str = required("YAML file with a grid, or a space and the number of trials")
     storage: str | None = option(
         None, "URL of the database of Optuna that holds the trials (default: SQLite in OUT/study.db)"
     )
@@ -98,10 +89,7 @@ class BenchmarkOptions:
     _argument_group_name = "benchmark"
 
     quick: bool = option(False, "few images, steps and repetitions: to see that it runs, not to measure")
-    repetitions: int = option(5, "of each measurement", needs=UNHURRIED)
-    steps: int = option(3, "training steps in each, after one that does not count", needs=UNHURRIED)
-    images: int = option(512, "that are generated for training", needs=UNHURRIED)
-    rows: list[int] = field(
-        default_factory=lambda: [1_000, 10_000, 100_000],
-        metadata={"help": "of growing tables", "rule": Rule(needs=UNHURRIED)},
-    )
+    repetitions: int = option(5, "of each measurement", needs=WITHOUT_QUICK)
+    steps: int = option(3, "training steps in each, after one that does not count", needs=WITHOUT_QUICK)
+    images: int = option(512, "that are generated for training", needs=WITHOUT_QUICK)
+    rows: list[int] = option([1_000, 10_000, 100_000], "of growing tables", needs=WITHOUT_QUICK)

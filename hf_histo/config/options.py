@@ -85,7 +85,15 @@ class Rule:
 
 def option(default: Any, help: str, **rule: Any) -> Any:
     """A dataclass field with its default, its line in `--help`, and the fields of its `Rule`."""
-    return field(default=default, metadata={"help": help, "rule": Rule(**rule)})
+    metadata = {"help": help, "rule": Rule(**rule)}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def required(help: str) -> Any:
+    """A dataclass field that must be given, with its line in `--help`."""
+    return field(metadata={"help": help})
 
 
 def rule_of(of: dataclasses.Field[Any]) -> Rule:

@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 
 from hf_histo.config.checks import check_bounds, check_pairs, effective, ineffective, needed
 from hf_histo.config.options import OPTIONS, RULES, Config, rule_of
-from hf_histo.errors import HistoError
+from hf_histo.errors import HistoError, idle_option
 from hf_histo.files import read_text
 
 if TYPE_CHECKING:
@@ -62,9 +62,7 @@ def parse_with(
     if is_shared and "config" in _given(arguments):
         raise HistoError("--config is one config, expected the option that takes several; give it there")
     config, (own,) = _parse(usage, arguments, [extra], defaults, is_shared)
-    by_name = {option.name: option for option in dataclasses.fields(extra)}  # type: ignore[arg-type]
-    for name, reason in ineffective(vars(own), by_name).items():
-        raise HistoError(f"--{name} is {getattr(own, name)!r}, which {reason}; leave it out")
+    _refuse_ineffective(own)
     return config, own
 
 
@@ -91,7 +89,7 @@ def refuse_given(config: Config, reasons: Mapping[str, str], arguments: Sequence
     given = _given(sys.argv[1:] if arguments is None else arguments)
     for name, reason in reasons.items():
         if name in given:
-            raise HistoError(f"--{name} is {config.flat()[name]!r}, which can't act here: {reason}; leave it out")
+            raise idle_option(name, config.flat()[name], reason)
 
 
 def with_options(config: Config, options: Mapping[str, Any]) -> Config:
@@ -113,10 +111,15 @@ def parse_command(kind: type[Command], usage: str | None, arguments: Sequence[st
     groups: list[Any] = [kind]  # Any: the type of transformers is one
     parser = _Parser(groups, usage="%(prog)s [--OPTION VALUE ...]", description=usage, **_STYLE)
     (options,) = _fill(parser, groups, list(sys.argv[1:] if arguments is None else arguments))
-    by_name = {option.name: option for option in dataclasses.fields(kind)}
+    _refuse_ineffective(options)
+    return options  # type: ignore[no-any-return]
+
+
+def _refuse_ineffective(options: Any) -> None:
+    """Raise `HistoError` for an option of a recipe's own dataclass that cannot act beside the others there."""
+    by_name = {option.name: option for option in dataclasses.fields(options)}
     for name, reason in ineffective(vars(options), by_name).items():
         raise HistoError(f"--{name} is {getattr(options, name)!r}, which {reason}; leave it out")
-    return options  # type: ignore[no-any-return]
 
 
 class _Refusing(argparse.ArgumentParser):
@@ -161,9 +164,8 @@ class _Parser(_Refusing, HfArgumentParser):
         bare = copy.copy(field)
         value = rule_of(field).bare
         optional = {} if value is None else {"nargs": "?", "const": value}
-        bare.metadata = MappingProxyType(
-            {"help": field.metadata["help"], **optional}
-        )  # argparse takes no other entries
+        # argparse takes no other entries.
+        bare.metadata = MappingProxyType({"help": field.metadata["help"], **optional})
         HfArgumentParser._parse_dataclass_field(parser, bare)
 
 

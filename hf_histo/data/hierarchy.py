@@ -7,7 +7,7 @@ from pathlib import Path
 
 import datasets
 
-from hf_histo.errors import HistoError
+from hf_histo.errors import HistoError, idle_option
 
 SEPARATOR = " > "
 
@@ -55,7 +55,7 @@ def at_level(data: datasets.DatasetDict, level: int) -> datasets.DatasetDict:
     """
     names = next(iter(data.values())).features["label"].names
     if depth(names) == 1:
-        raise HistoError(f"--level is {level}, which can't act here: the classes have no levels; leave it out")
+        raise idle_option("level", level, "the classes have no levels")
     if not 1 <= level <= depth(names):
         raise HistoError(f"--level is {level}, expected 1 to {depth(names)}, the levels of the classes")
     new = sorted({at(name, level) for name in names if level == 1 or len(path_of(name)) > 1})

@@ -25,7 +25,7 @@ from hf_histo.data.readers.idx import Idx
 from hf_histo.data.splits.checks import named
 from hf_histo.data.splits.folds import k_folds, pool_centers, with_test, with_validation
 from hf_histo.data.splits.leakage import grouped, without_copies
-from hf_histo.errors import HistoError
+from hf_histo.errors import HistoError, idle_option
 
 
 def prepare(config: Config) -> datasets.DatasetDict:
@@ -101,4 +101,4 @@ def refuse(config: Config, reasons: Mapping[str, str]) -> None:
     values = config.flat()
     for name, reason in reasons.items():
         if values[name] != OPTIONS[name].default:
-            raise HistoError(f"--{name} is {values[name]!r}, which can't act here: {reason}; leave it out")
+            raise idle_option(name, values[name], reason)

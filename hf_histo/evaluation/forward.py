@@ -73,10 +73,13 @@ def forward(
 
     gathered = []
     adaptation = map(pipeline.evaluate, batches(loader, "Adapting batch norm"))
-    sample = pipeline.evaluate(collate([images[0]])).to(device)
+
+    def sample() -> torch.Tensor:
+        return pipeline.evaluate(collate([images[0]])).to(device)
+
     with (
         batchnorm.adapted(model, adaptation) if adapt_batch_norm else nullcontext(),
-        folding.merged(model, sample) if len(images) > FEW else nullcontext(),
+        folding.merged(model, sample()) if len(images) > FEW else nullcontext(),
     ):
         for batch in batches(accelerator.prepare(loader, device_placement=[False]), description):
             views = pipeline.test_time(batch)

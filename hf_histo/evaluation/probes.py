@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from hf_histo.config.experiments import PROBES as NAMES
+
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
@@ -53,11 +55,9 @@ def linear(train: Floats, labels: Labels, val: Floats, val_labels: Labels, test:
     return np.asarray(model.predict_log_proba(unit(test)))
 
 
-PROBES: dict[str, Callable[[Floats, Labels, Floats, Labels, Floats], Floats]] = {
-    "prototype": prototype,
-    "knn": knn,
-    "linear": linear,
-}
+PROBES: dict[str, Callable[[Floats, Labels, Floats, Labels, Floats], Floats]] = dict(
+    zip(NAMES, (prototype, knn, linear), strict=True)
+)
 
 
 def trainable(name: str, width: int, classes: int) -> int:

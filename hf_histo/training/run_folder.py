@@ -307,7 +307,7 @@ def _deletes(run: Run) -> bool:
 
 
 def _other_run(run: Run) -> str | None:
-    """How the run in the folder differs from this one; None where it is this one, or there is none.
+    """How the run in the folder differs from this one; None if it does not, or the folder holds no run.
 
     Raises `HistoError` for a folder that holds something else, and what is no folder.
     """

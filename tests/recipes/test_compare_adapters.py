@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from miniature import write_adapter, write_data
 
+from hf_histo.config.commands import CompareAdaptersOptions
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.metrics import classification
@@ -37,4 +38,4 @@ def test_the_table_holds_each_adapter_and_the_mean(backbone: Path, tmp_path: Pat
 
 def test_the_mean_of_one_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HistoError, match="--average is for several adapters, found A alone"):
-        compare_adapters(["A"], str(tmp_path), average=True)
+        compare_adapters(CompareAdaptersOptions(adapters=["A"], data=str(tmp_path), average=True))

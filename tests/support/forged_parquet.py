@@ -51,7 +51,7 @@ def forge_page(path: Path, unpacked: int) -> None:
 
 
 def load_measured(name: str, cache: Path) -> tuple[str, int]:
-    """The error of loading a data set, "" where there is none, and the most MiB that it or a child of it took."""
+    """The error of loading a data set ("" if it loads), and the peak memory in MiB of its process or of a child."""
     command = [sys.executable, "-c", SCRIPT, name, str(cache)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, _, error = done.stdout.strip().partition(" ")

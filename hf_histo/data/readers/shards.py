@@ -76,7 +76,7 @@ def schema_of(file: IO[bytes], format: str) -> pa.Schema:
 def check_types(where: str, schema: pa.Schema) -> None:
     """Raise HistoError for a column in which one stored value can stand in many rows, or values take no bytes.
 
-    Then the size of what is read says nothing about that of what is converted.
+    The size that is read would be no bound for the size that is converted.
     """
     for field in schema:
         if not (pa.types.is_null(field.type) or _is_plain(field.type)):

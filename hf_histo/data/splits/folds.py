@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 
 from hf_histo.data.splits.checks import named
-from hf_histo.errors import HistoError
+from hf_histo.errors import HistoError, idle_option
 
 POOLED = ("train", "val")
 FOLDS = 5  # of images that come without splits: one is `test`
@@ -66,7 +66,7 @@ def pool_centers(data: datasets.DatasetDict, *, seed: int, validation_share: flo
     pool = _pool(data)
     if len(centers := pool.unique("center")) < 2:
         found = "no image has a known center" if centers == [-1] else f"all images are of center {centers[0]}"
-        raise HistoError(f"--pool_centers is True, which can't act here: {found}; leave it out")
+        raise idle_option("pool_centers", True, found)
     parts = _parts(pool, np.arange(len(pool)), seed, validation_share, "all centers pooled")
     others = {name: split for name, split in data.items() if name not in POOLED}
     return named(datasets.DatasetDict({**{n: pool.select(rows) for n, rows in parts.items()}, **others}), data)

@@ -56,8 +56,7 @@ def folded(model: nn.Module, pixels: torch.Tensor) -> Iterator[int]:
             if isinstance(layer, LoraConv2d):
                 stack.enter_context(replaced(layer, low_rank.forward(layer, weight, bias, factor)))
             else:
-                stack.callback(_set, convolution, convolution.weight, convolution.bias)
-                _set(convolution, weight, bias)
+                _swap(convolution, weight, bias, stack)
         close = torch.allclose(model(pixel_values=pixels).logits, logits, rtol=1e-3, atol=1e-4)
         if not close:  # something else took what a convolution gave
             stack.close()
@@ -80,6 +79,9 @@ def merged(model: nn.Module, pixels: torch.Tensor) -> Iterator[bool]:
 
     Yields whether the model is changed.
     """
+    if not any(isinstance(module, nn.BatchNorm2d | BaseTunerLayer) for module in model.modules()):
+        yield False
+        return
     with ExitStack() as stack:
         with torch.no_grad():
             logits = model(pixel_values=pixels).logits
@@ -89,8 +91,7 @@ def merged(model: nn.Module, pixels: torch.Tensor) -> Iterator[bool]:
             for convolution, norm in _pairs(calls, frozen=False):
                 assert isinstance(convolution, nn.Conv2d)
                 if norm is not None and not norm.training:
-                    stack.callback(_set, convolution, convolution.weight, convolution.bias)
-                    _set(convolution, *fuse_conv_bn_weights(*_parts(convolution, norm)))
+                    _swap(convolution, *fuse_conv_bn_weights(*_parts(convolution, norm)), stack)
                     stack.enter_context(replaced(norm, _rest(norm).forward))
             difference = (model(pixel_values=pixels).logits - logits).abs().max()
         is_close = bool(difference <= TOLERANCE * max(1.0, float(logits.abs().max())))
@@ -104,19 +105,14 @@ def _merge(layer: BaseTunerLayer, stack: ExitStack) -> None:
     base = layer.get_base_layer()
     if layer.merged or layer.disable_adapters or not isinstance(base, nn.Linear | nn.Conv2d):
         return
-    weight, bias = base.weight, base.bias
-
-    def restore() -> None:
-        _set(base, weight, bias)
-        layer.merged_adapters.clear()
-
-    _set(base, _copy(weight), None if bias is None else _copy(bias))
-    try:
-        layer.merge()
-    except (NotImplementedError, ValueError, RuntimeError):
-        restore()
-    else:
-        stack.callback(restore)
+    with ExitStack() as attempt:
+        attempt.callback(layer.merged_adapters.clear)
+        _swap(base, _copy(base.weight), None if base.bias is None else _copy(base.bias), attempt)
+        try:
+            layer.merge()
+        except (NotImplementedError, ValueError, RuntimeError):
+            return
+        stack.push(attempt.pop_all())
 
 
 def _copy(parameter: torch.Tensor) -> nn.Parameter:
@@ -145,6 +141,12 @@ def _pairs(calls: list[Call], *, frozen: bool = True) -> Iterator[tuple[nn.Modul
 def _parts(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Any, ...]:
     mean, variance = norm.running_mean, norm.running_var
     return convolution.weight, convolution.bias, mean, variance, norm.eps, norm.weight, norm.bias
+
+
+def _swap(layer: nn.Linear | nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor | None, stack: ExitStack) -> None:
+    """Give a layer another weight and bias until `stack` closes."""
+    stack.callback(_set, layer, layer.weight, layer.bias)
+    _set(layer, weight, bias)
 
 
 def _set(layer: nn.Linear | nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -8,10 +8,22 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_histo.config import AdapterOptions
 from hf_histo.models import adapters, backbones, batchnorm
 from hf_histo.models.speed import folding
+
+
+def with_statistics(name: str) -> PreTrainedModel:
+    """A backbone with random weights, whose batch norm does something: its statistics and scales are drawn, too."""
+    torch.manual_seed(0)
+    model = backbones.load(name, 3, random_weights=True)
+    for layer in batchnorm.layers(model).values():
+        for tensor in (layer.weight.data, layer.running_var, layer.running_mean, layer.bias.data):
+            assert tensor is not None
+            tensor.uniform_(0.5, 1.5)
+    return model
 
 
 @pytest.mark.parametrize(
@@ -24,12 +36,7 @@ from hf_histo.models.speed import folding
     ],
 )
 def test_the_same_function_with_fewer_layers(name: str, method: str, target_modules: str | None, expected: int) -> None:
-    torch.manual_seed(0)
-    model = backbones.load(name, 3, random_weights=True)
-    for layer in batchnorm.layers(model).values():
-        for tensor in (layer.weight.data, layer.running_var, layer.running_mean, layer.bias.data):
-            assert tensor is not None
-            tensor.uniform_(0.5, 1.5)
+    model = with_statistics(name)
     batchnorm.freeze(model)
     adapted = adapters.add(model, AdapterOptions(method=method, target_modules=target_modules)).train()  # type: ignore[arg-type]
     pixels = torch.randn(2, 3, 32, 32)
@@ -145,12 +152,7 @@ def test_a_convolution_that_others_take_is_left_alone() -> None:
     ],
 )
 def test_merged_for_prediction(name: str, settings: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    model = backbones.load(name, 3, random_weights=True)
-    for layer in batchnorm.layers(model).values():
-        for tensor in (layer.weight.data, layer.running_var, layer.running_mean, layer.bias.data):
-            assert tensor is not None
-            tensor.uniform_(0.5, 1.5)
+    model = with_statistics(name)
     adapted = adapters.add(model, AdapterOptions(**settings)).eval()
     for key, parameter in adapted.named_parameters():
         if "lora_B" in key:
