@@ -1,4 +1,4 @@
-"""The one error that a user is meant to read."""
+"""`HistoError`, the one error that this package raises for bad input, and helpers that write its message."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def printable(text: str) -> str:
 
 
 def idle_option(name: str, value: object, reason: str) -> HistoError:
-    """The error for an option that was set and can't act; `reason` is a sentence."""
+    """The `HistoError` for an option that was set to `value` but has no effect, and why: `reason`, a sentence."""
     return HistoError(f"--{name} is {value!r}, which can't act here: {reason}; leave it out")

@@ -28,8 +28,8 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 def require_output(path: str | Path, inputs: Iterable[str | Path | None] = (), *, folder: bool = False) -> None:
     """Raise `HistoError` unless a file, or a `folder`, may be written at `path`.
 
-    That is: nothing is there, or a regular file (a folder); it is no link; and it is not, and does not lie in, one of
-    `inputs`, the files and folders that the same command reads. Names on the Hub among them are ignored.
+    `path` must be new, or already a regular file (with `folder`: a folder). It must not be a link, and it must not be,
+    or be inside, one of `inputs`: the files and folders that the same command reads. Hub names in `inputs` are ignored.
     """
     path = Path(path)
     if path.is_symlink():
@@ -88,9 +88,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Yield whether this process holds the lock `path` within the block; it does not wait for another holder.
+    """Try to lock the file `path` for the block, without waiting; yield whether this process now holds the lock.
 
-    The system releases a lock when its process ends, however that ends.
+    The operating system releases the lock when the process ends, even if it is killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, blocking=False)
@@ -106,9 +106,9 @@ def locked(path: Path) -> Iterator[bool]:
 
 
 def regular(path: str | Path) -> Path:
-    """`path`, once it is known to be a regular file, or a link to one: opening a pipe or a device could never return.
+    """Check that `path` is a regular file, or a link to one, and return it: opening a pipe or a device could block.
 
-    Raises HistoError for any other kind of file, and OSError where there is none.
+    Raises HistoError for any other kind of file, and OSError if it does not exist.
     """
     path = Path(path)
     mode = path.stat().st_mode
@@ -139,20 +139,20 @@ def read_text(path: str | Path) -> str:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically; NaN is a ValueError: write None where a value is undefined."""
+    """Write `content` as indented JSON, atomically. Raises ValueError for NaN: pass None for an undefined value."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def checksum(path: str | Path) -> str:
-    """Content hash (xxh3, 128 bits) of a file, 32 hexadecimal digits. It shows damage, not tampering."""
+    """Content hash (xxh3, 128 bits) of a file, 32 hexadecimal digits. It detects damage, not tampering."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def checksums(files: Mapping[str, Path | bytes]) -> dict[str, str]:
-    """`checksum` of each file, or of its content, by name."""
+    """Map each name to the `checksum` of its file, or of the bytes given in its place."""
     return {
         name: xxhash.xxh3_128_hexdigest(content) if isinstance(content, bytes) else checksum(content)
         for name, content in files.items()
@@ -160,9 +160,9 @@ def checksums(files: Mapping[str, Path | bytes]) -> dict[str, str]:
 
 
 def write_checksums(folder: Path, names: Iterable[str] | None = None, **facts: Any) -> None:
-    """Write `CHECKSUMS` into a complete folder: the hash of each file by name, and `facts`, ready for JSON.
+    """Write `CHECKSUMS` into a complete folder: the hash of each file by name, beside `facts`, which are JSON values.
 
-    `names` are relative to `folder`; by default all files in and below it.
+    `names` are paths relative to `folder`; by default, all files in it and its subfolders.
     """
     if names is None:
         found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -171,10 +171,10 @@ def write_checksums(folder: Path, names: Iterable[str] | None = None, **facts: A
 
 
 def read_checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
-    """The content of `CHECKSUMS` in a folder, once the files `names`, by default all listed ones, were verified.
+    """Verify the files `names` (default: all listed ones) of a folder; return the content of its `CHECKSUMS`.
 
-    Other files are ignored. Raises OSError where it or a file can't be read, and ValueError, naming the file, where one
-    was changed or is not listed, or the list is damaged.
+    Other files are ignored. Raises OSError if `CHECKSUMS` or a file can't be read, and ValueError, naming the file, if
+    a file was changed or is not listed, or if the list is damaged.
     """
     try:
         content = read_json(folder / CHECKSUMS)

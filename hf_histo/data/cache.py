@@ -15,14 +15,14 @@ from hf_histo.files import CHECKSUMS, atomic_file, checksum, read_checksums, rea
 
 logger = logging.getLogger(__name__)
 
-DIGITS = 32  # of an xxh3 hash of 128 bits, in hexadecimal
+DIGITS = 32  # hexadecimal digits of a 128-bit xxh3 hash
 
 
 def discard_damaged(folder: Path) -> None:
-    """Remove the converted data in and below `folder` that is not as it was written, with a warning: all of it is read.
+    """Read all converted data in and below `folder`; remove, with a warning, what does not match its checksums.
 
-    Data without checksums is of an older version, or of a process that was killed before it wrote them; its files
-    themselves appeared whole or not at all.
+    Data without checksums is kept: it is from an older version, or from a process that was killed before it wrote
+    them, and its files were written atomically.
     """
     for listed in sorted(folder.rglob(CHECKSUMS)):
         try:
@@ -33,7 +33,7 @@ def discard_damaged(folder: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write the checksums that `discard_damaged` compares, unless all files have one."""
+    """Write the checksums of all files in and below `folder` for `discard_damaged`, unless every file has one."""
     try:
         listed = {*read_json(folder / CHECKSUMS)["files"], CHECKSUMS}
     except FileNotFoundError:
@@ -45,22 +45,22 @@ def seal(folder: Path) -> None:
 def state_of(directory: Path, names: Sequence[str]) -> str:
     """Hash (32 hexadecimal digits) of the paths, sizes, inodes and modification times of files; none is opened.
 
-    Raises HistoError for what is no regular file, and FileNotFoundError for a missing one.
+    Raises HistoError for anything but a regular file, and FileNotFoundError for a missing one.
     """
     state = xxhash.xxh3_128(os.fsencode(directory.resolve()))
     for name in names:
         stat = regular(directory / name).stat()
-        # The change time as well, for a file rewritten in place whose modification time was set back; and the inode,
-        # for one that another was renamed onto.
+        # The change time catches a file that was rewritten and had its modification time set back; the inode, one that
+        # was replaced by a rename.
         seen = f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\0{stat.st_ino}"
         state.update(os.fsencode(seen))
     return state.hexdigest()
 
 
 def content_of(directory: Path, names: Sequence[str], state: str, memos: Path) -> str:
-    """Hash (32 hexadecimal digits) of the names and contents of files, stored in `memos` under their `state`.
+    """Hash (32 hexadecimal digits) of the names and contents of files, cached in the folder `memos` under `state`.
 
-    A damaged entry of `memos` is computed again. Raises HistoError for a file that changes meanwhile.
+    A damaged cache entry is computed again. Raises HistoError for a file that changes while it is read.
     """
     memo = memos / state
     text = memo.read_text(encoding="ascii", errors="replace") if memo.is_file() else ""
@@ -77,7 +77,7 @@ def content_of(directory: Path, names: Sequence[str], state: str, memos: Path) -
 
 
 def check_unchanged(where: str | Path, directory: Path, names: Sequence[str], state: str) -> None:
-    """Raise HistoError, starting with `where`, unless the files still have the `state` that was recorded."""
+    """Raise HistoError, starting with `where`, unless `state_of` the files is still `state`."""
     try:
         unchanged = state_of(directory, names) == state
     except FileNotFoundError:

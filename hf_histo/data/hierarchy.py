@@ -1,4 +1,4 @@
-"""Classes in a hierarchy: a name is the path from the top, such as `ASC > ASC-US`."""
+"""Hierarchical classes: a class is named by its path from the top level, such as `ASC > ASC-US`."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ SEPARATOR = " > "
 
 
 def join(levels: Sequence[str]) -> str:
-    """The name of the class at the end of a path."""
+    """Name of the class at the end of a path of level names."""
     return SEPARATOR.join(levels)
 
 
 def path_of(name: str) -> tuple[str, ...]:
-    """The names of all levels down to that class; of a flat class, its own alone."""
+    """Level names from the top down to the class `name`; for a flat class, a single one."""
     return tuple(name.split(SEPARATOR))
 
 
 def depth(names: Sequence[str]) -> int:
-    """How many levels the classes have; 1 where there is no hierarchy."""
+    """Number of levels of the classes; 1 without a hierarchy."""
     return max(len(path_of(name)) for name in names)
 
 
 def at(name: str, level: int) -> str:
-    """The class of a level, counted from 1, that `name` belongs to; its own where it ends before."""
+    """Ancestor of the class `name` at `level`, counted from 1; `name` itself if its path is shorter."""
     return join(path_of(name)[:level])
 
 
 def check(names: Sequence[str], source: Path) -> None:
-    """Raise HistoError unless each class stands in one place: a level's name is below one other only."""
+    """Raise HistoError, starting with `source`, unless each level name has a single parent."""
     above: dict[str, tuple[str, ...]] = {}
     for name in names:
         path = path_of(name)
@@ -46,12 +46,12 @@ def check(names: Sequence[str], source: Path) -> None:
 
 
 def at_level(data: datasets.DatasetDict, level: int) -> datasets.DatasetDict:
-    """The same images with the classes of one level, 1 for the coarsest.
+    """The same images labeled with the classes of one level, 1 being the coarsest.
 
-    As in Dausort et al. 2024 (their datasets/hicervix.py): at level 3 a class without one falls back to its level 2,
-    and images without a level 2 are left out at the levels 2 and 3. Hidden labels stay.
+    As in Dausort et al. 2024 (their datasets/hicervix.py): at level 3, a class without level 3 keeps its level 2, and
+    images without a level 2 are left out at levels 2 and 3. Hidden labels stay hidden.
 
-    Raises HistoError for a level that the classes do not have, and for any where there is no hierarchy.
+    Raises HistoError for a level that the classes do not have, and for classes without a hierarchy.
     """
     names = next(iter(data.values())).features["label"].names
     if depth(names) == 1:

@@ -1,4 +1,4 @@
-"""From a folder to a `datasets.DatasetDict`, whatever its layout: converted once, then mapped from the cache."""
+"""Load a folder in any supported layout as a `datasets.DatasetDict`: converted once, then memory-mapped."""
 
 from __future__ import annotations
 
@@ -44,25 +44,28 @@ LAYOUTS: tuple[type[FolderBuilder], ...] = (
 
 
 def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = None) -> datasets.DatasetDict:
-    """Load a folder in any known layout as splits `train`, `val` and, where present, `test` and others.
+    """Load a folder in any supported layout as splits `train`, `val` and, where present, `test` and others.
 
-    `source` is that folder, or the options that name it and how it is read. Data may come without `val`,
-    or as the single split `full`: `protocol.prepare` makes what is missing.
+    Args:
+        source: the folder, or options that name it (`data`) and how it is read. "synthetic" is the built-in data set,
+            generated in `cache_dir` on first use; "hub:OWNER/NAME" is a data set on the Hub (see `hub.load`). A single
+            HDF5 file in the multi-center layout is loaded as the split `test`, a single table of pixels as `full`.
+        cache_dir: folder of the converted data; default: the options' one, then `datasets.config.HF_DATASETS_CACHE`.
 
-    The name "synthetic" stands for the built-in data set, generated below `cache_dir` the first time. A single file in
-    the challenge layout is loaded as the split `test` alone, a table of pixels as `full`. "hub:OWNER/NAME" is a data
-    set on the Hub, see `hub.load`.
+    Returns:
+        Splits with the columns of `schema.features`. `val` may be missing, or all images may be in the single split
+        `full`: `protocol.prepare` makes the missing splits. `info.description` records the format of the files, and
+        one line for each image left out by `--on_bad_image skip`; those are also logged as a warning.
 
-    The first time, the files are checked and converted below `cache_dir`, all or nothing and by one process at a time
-    (default: `datasets.config.HF_DATASETS_CACHE`). The cache is keyed by the contents of the files and the options: a
-    folder that moved is not converted again, one with a changed byte is. Each time, all of the converted data is
-    compared with its checksums (xxh3); if it is damaged, it is converted again, with a warning. What was found in the
-    files is in `info.description`, with a line for each image that was left out (`--on_bad_image skip`), which is
-    logged each time.
+    The first time, the files are checked and converted, completely or not at all, by one process at a time. The cache
+    is keyed by the contents of the files and the options: a folder that was moved is not converted again, one with a
+    changed byte is. Each load verifies the checksums (xxh3) of the converted data; damaged data is converted again,
+    with a warning.
 
-    Raises HistoError for an option that changes nothing for data of its kind, for a folder that is missing, of no known
-    layout or incomplete, for every fault in a file, for one that changes while it is read, and as `schema.check_texts`
-    does; OSError where the disk is full or the cache can't be written.
+    Raises:
+        HistoError: an option has no effect on this layout; the folder is missing, incomplete or of no supported
+            layout; a file has a fault, or changes while it is read; and as `schema.check_texts` does.
+        OSError: the disk is full, or the cache can't be written.
     """
     options = source if isinstance(source, DataOptions) else DataOptions(data=str(source))
     cache_dir = Path(cache_dir or options.cache_dir or datasets.config.HF_DATASETS_CACHE)
@@ -94,7 +97,7 @@ def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = Non
             cache_dir=str(cache_dir),
             dataset_name=builder_class.LAYOUT,
             config_name=name,
-            config_id=name,  # given, so that `directory` doesn't enter the key
+            config_id=name,  # set explicitly, so that `directory` is not part of the key
             directory=directory,
             options=options,
             state=state,
@@ -110,7 +113,7 @@ def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = Non
 
 
 def _refuse_idle(options: DataOptions, kind: str, acting: Sequence[str]) -> None:
-    """Raise HistoError for an option of reading that was set and changes nothing for this kind of data."""
+    """Raise HistoError for a reading option that was set but has no effect on this kind of data."""
     every = {name for layout in LAYOUTS for name in layout.OPTIONS}
     for name in sorted(every - set(acting)):
         if (value := getattr(options, name)) != getattr(DataOptions(), name):
@@ -118,7 +121,7 @@ def _refuse_idle(options: DataOptions, kind: str, acting: Sequence[str]) -> None
 
 
 def _reported(builder: FolderBuilder) -> datasets.DatasetDict:
-    """The converted data, after logging what was left out; HistoError where too little remains."""
+    """The converted data, after logging the images left out. Raises HistoError for a split or class without images."""
     directory, info = builder.config.directory, builder.info
     lines = [line.removeprefix(LEFT_OUT) for line in info.description.splitlines() if line.startswith(LEFT_OUT)]
     remedy = "replace some of the images that were left out"
@@ -139,7 +142,7 @@ def _reported(builder: FolderBuilder) -> datasets.DatasetDict:
 
 
 def fingerprint(dataset: datasets.Dataset | datasets.DatasetDict) -> str:
-    """The hash, 32 hexadecimal digits, of the contents of the files that `dataset` was loaded from."""
+    """Content hash (32 hexadecimal digits) of the files that `dataset` was loaded from."""
     if isinstance(dataset, datasets.DatasetDict):
         dataset = next(iter(dataset.values()))
     return str(dataset.info.config_name)
@@ -157,8 +160,8 @@ def check_trainable(dataset: datasets.Dataset) -> None:
 
 
 def _synthetic(cache_dir: Path) -> Path:
-    """The folder of the built-in data set; one process of a launch generates it, the others wait."""
-    generator = xxhash.xxh3_64(Path(tissue.__file__).read_bytes()).hexdigest()  # a changed one makes other images
+    """Folder of the built-in data set; the first process generates it, others wait."""
+    generator = xxhash.xxh3_64(Path(tissue.__file__).read_bytes()).hexdigest()  # changed code may draw other images
     folder = cache_dir / "hf_histo_synthetic" / generator
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):

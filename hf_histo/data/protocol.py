@@ -1,14 +1,14 @@
 """The splits that a run trains, validates and tests on: the one place where they are made and arranged.
 
-A reader gives what the files hold. What is missing is made here, by one rule for each case:
+A reader returns the splits of the files. Missing ones are made here:
 
-| `--split` | without `val` | without any splits |
+| `--split` | data without `val` | data without any splits |
 |---|---|---|
-| files | a tenth of each class of `train`; whole groups where groups are known | also a fifth of each class as `test` |
-| published | a tenth of `train`, whole families of copies | refused |
-| clean | everything is split anew: a fifth is `test`, a tenth of the rest `val`, whole families | the same |
+| files | `val`: a tenth of each class of `train`, in whole groups if known | also `test`: a fifth of each class |
+| published | `val`: a tenth of `train`, in whole families of copies | refused |
+| clean | all images are split anew in whole families: a fifth is `test`, a tenth of the rest `val` | the same |
 
-Then `--pool_centers` makes `train` and `val` anew from both. No rule but that depends on a run's seed.
+Then `--pool_centers` splits the images of `train` and `val` anew. Only that depends on a run's seed.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from hf_histo.errors import HistoError, idle_option
 
 
 def prepare(config: Config) -> datasets.DatasetDict:
-    """The data of `--data` as `train`, `val` and, where there are any, `test` and others.
+    """Load `--data` as the splits `train`, `val` and, where the data has them, `test` and others.
 
-    Raises `HistoError` for data that can't be read, and splits that can't be made.
+    Raises `HistoError` for data that can't be read or split as the options ask.
     """
     data = arranged(config.data)
     return pool_centers(data, seed=config.training.seed) if config.centers.pool_centers else data
 
 
 def arranged(options: DataOptions) -> datasets.DatasetDict:
-    """The data of `--data`, arranged as `--split` and `--family` ask; see `arrange`."""
+    """Load `--data`, split by `--split` and `--family` as `arrange` does."""
     files = load(options)
     if options.split == "files" and options.data.startswith(hub.PREFIX) and "val" not in files:
         whole = complete(files)
-        # The order and the fingerprint by which runs on such data are known.
+        # Order and fingerprint as in earlier versions: a run that is resumed compares them.
         return hub.named(datasets.DatasetDict({name: whole[name] for name in [*files, "val"]}))
     return arrange(files, options.split, options.family)
 
 
 def arrange(files: datasets.DatasetDict, split: str = "files", family: str | None = None) -> datasets.DatasetDict:
-    """The splits that `--split` and `--family` ask for; what was done is added to `info.description`.
+    """Arrange loaded splits by `--split` and `--family`, and record what was done in `info.description`.
 
-    - "files": nothing is looked at, and what is missing is made (`complete`).
-    - "published": the splits of the files, `group` naming families of copies; where other splits hold copies of images
-      of `train` or `val`, their images that are none are a further split: `test_clean` for `test`.
-    - "clean": one image of each family of copies, none of a family with several labels, in the first of five `k_folds`.
+    - "files": the splits of the files, completed by `complete`; copies are not searched for.
+    - "published": the splits of the files, with `group` naming families of copies. A split that holds copies of images
+      of `train` or `val` gets a second split without them: `test_clean` beside `test`.
+    - "clean": the first of five `k_folds`, with one image of each family of copies, and none of a family with several
+      labels.
 
-    With the family "near", families of near images take the place of those of copies, save that "clean" keeps one image
-    of each family of copies.
+    With `family` "near", groups are families of near images instead; "clean" still drops only copies.
 
     Raises HistoError for a split that can't be made, and as `inventory` does.
     """
@@ -78,25 +78,25 @@ def arrange(files: datasets.DatasetDict, split: str = "files", family: str | Non
 
 
 def complete(files: datasets.DatasetDict) -> datasets.DatasetDict:
-    """The same images as `train`, `val` and `test`, where some are missing; data with all splits is as it was.
+    """Add the missing ones of `train`, `val` and `test`, drawn from `train` or the single split `full`.
 
-    Data with neither `train` nor the single split `full` is as it was, too.
+    Data that has them all, or neither `train` nor `full`, is returned unchanged.
     """
     data = with_test(files, SINGLE) if SINGLE in files else files
     if "val" in data or "train" not in data:
         return data
     completed = with_validation(data)
     if files["train" if "train" in files else SINGLE].info.dataset_name == Idx.LAYOUT:
-        for rows in completed.values():  # the fingerprint by which runs on such data are known
+        for rows in completed.values():  # fingerprint as in earlier versions, see `arranged`
             rows.info.config_name = files["train"].info.config_name
             rows.info.description += "; val: a tenth of each class of train"
     return completed
 
 
 def refuse(config: Config, reasons: Mapping[str, str]) -> None:
-    """Raise `HistoError` for an option that was set to something else than its default and can't act in a recipe.
+    """Raise `HistoError` for an option that differs from its default although it has no effect in a recipe.
 
-    `reasons` are sentences by the names of such options.
+    `reasons` maps the names of such options to a sentence that explains why.
     """
     values = config.flat()
     for name, reason in reasons.items():

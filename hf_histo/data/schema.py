@@ -1,4 +1,4 @@
-"""The one schema that every loader yields, and the fast way to read images back out of it."""
+"""The schema of every data set, the decoding of image files, and fast reading of images from a table."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ from numpy.typing import NDArray
 
 from hf_histo.errors import HistoError
 
-MAX_PIXELS = 100_000_000  # of an image, looked at before it is decoded
-# The formats that PIL decodes by itself; of its others, EPS would run Ghostscript.
+MAX_PIXELS = 100_000_000  # largest width x height of an image, checked in the header before decoding
+# Formats that PIL decodes without another program: for EPS it would run Ghostscript.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "WEBP", "JPEG2000")
-MAX_TEXT = 1000  # characters of an id, a group and the name of a class
-GRAY_BITS = (8, 10, 12, 14, 16)  # what scanners give: DICOM PS3.3 C.7.6.3, "Bits Stored"
+MAX_TEXT = 1000  # longest id, group and class name, in characters
+GRAY_BITS = (8, 10, 12, 14, 16)  # bit depths of scanners: DICOM PS3.3 C.7.6.3, "Bits Stored"
 
 _BITS = "bits of 16-bit gray: "  # starts the line of `info.description` about them
 _PPM = re.compile(rb"P6\s+([1-9]\d*)\s+([1-9]\d*)\s+255\s")
 
 
 class Sample(TypedDict):
-    """One image as training sees it.
+    """One row of a data set as a `Dataset` yields it.
 
-    uint8 (3, H, W) in [0, 255], its label (-1: hidden), its center (-1: unknown), its index in the table.
+    `image` is uint8 (3, H, W) in [0, 255], `label` the class (-1: hidden), `center` the acquisition center (-1:
+    unknown), `index` the row in the table.
     """
 
-    image: NotRequired[torch.Tensor]  # a table without images has none
+    image: NotRequired[torch.Tensor]  # absent from an `ImageTable` without images
     label: int
     center: int
     index: int
@@ -68,7 +69,7 @@ def features(label_names: Sequence[str]) -> datasets.Features:
 def check_texts(where: str, data: datasets.DatasetDict) -> None:
     """Raise HistoError, starting with `where`, for ids, groups and class names that a table or terminal can't carry.
 
-    They are text without control characters, of `MAX_TEXT` characters at most, and an id is there once in a split.
+    Each must be printable and have at most `MAX_TEXT` characters, and an id must be unique in its split.
     """
     _check_texts(where, "class", pa.chunked_array([next(iter(data.values())).features["label"].names], pa.string()))
     for split, rows in data.items():
@@ -93,7 +94,7 @@ def _check_texts(where: str, what: str, texts: pa.ChunkedArray) -> None:
 def encode_ppm(image: np.ndarray) -> bytes:
     """Pack a uint8 array (H, W, 3) as a binary PPM ("P6", https://netpbm.sourceforge.net/doc/ppm.html).
 
-    Lossless and uncompressed: `datasets.Image` and PIL open it as any image file, and NumPy reads it where it lies.
+    Lossless and uncompressed: `datasets.Image` and PIL open it like any image file, and NumPy reads it without a copy.
     """
     height, width, _ = image.shape
     return b"P6\n%d %d\n255\n" % (width, height) + image.tobytes()
@@ -109,18 +110,18 @@ def decode(
 ) -> torch.Tensor:
     """Decode the bytes of an image file into a contiguous uint8 RGB tensor (3, H, W) in [0, 255] that owns its memory.
 
-    8-bit PPM is read by NumPy, any other format by PIL, see `rgb`. The first frame of an animation is taken.
+    8-bit PPM is read by NumPy, any other format by PIL (see `rgb`). Of an animation, the first frame is decoded.
 
     Args:
         data: the whole file.
         source: names the image in errors.
-        gray_bits: of 16-bit gray values, see `rgb`.
-        strict: decode a JPEG by libjpeg-turbo as well, which reports what PIL ignores: data that is missing, zeroed
-            or out of step with the image's size. Without it, for bytes that were checked before.
-        max_pixels: that an image may have, by its header, before anything else of it is read.
+        gray_bits: bit depth of 16-bit gray values, see `rgb`.
+        strict: decode a JPEG with libjpeg-turbo as well, which reports faults that PIL ignores: data that is missing,
+            zeroed, or too short or long for the image's size. Pass False for bytes that were checked before.
+        max_pixels: largest width x height, checked in the header before anything else is read.
 
-    Raises HistoError, starting with `source`, for bytes in none of `FORMATS` (a file's name is not looked at), a
-    damaged file, an image larger than `max_pixels`, or one that `rgb` refuses.
+    Raises HistoError, starting with `source`, for a format other than `FORMATS` (by content, not by file name), a
+    damaged file, an image larger than `max_pixels`, and as `rgb` does.
     """
     with _refusing(source, f"{len(data)} bytes starting with {bytes(data[:8])!r}"):
         if header := _PPM.match(data):
@@ -139,11 +140,11 @@ def rgb(image: PIL.Image.Image, source: str = "image", gray_bits: int | None = N
     """A PIL image as uint8 (H, W, 3) in [0, 255], exactly as `decode` reads its file.
 
     EXIF orientation is applied and transparency dropped. 16-bit gray values are divided by 2^(gray_bits - 8), so that
-    those of `gray_bits` bits, 8 to 16, fill the range; 16-bit color keeps its high byte. An image that PIL opened and
-    did not decode yet is read from its file.
+    the range of `gray_bits` (8 to 16) bits becomes 0 to 255; 16-bit color keeps its high byte. An image that PIL opened
+    but has not decoded yet is decoded from its file.
 
-    Raises HistoError, starting with `source`, for 16-bit gray without `gray_bits` or beyond it, for pixels that have no
-    fixed range (32-bit integers, floats), and as `decode` does.
+    Raises HistoError, starting with `source`, for 16-bit gray without `gray_bits` or with values beyond that range, for
+    pixels without a fixed range (32-bit integers, floats), and as `decode` does.
     """
     if (data := _undecoded(image)) is not None:
         return decode(data, source, gray_bits).permute(1, 2, 0).numpy()
@@ -152,7 +153,7 @@ def rgb(image: PIL.Image.Image, source: str = "image", gray_bits: int | None = N
 
 
 def checked(data: bytes, source: str, gray_bits: int | None = None) -> bytes:
-    """The bytes to store for an image file: its own, or an 8-bit PNG of 16-bit gray. Raises HistoError as `decode`."""
+    """Bytes to store for an image file: its own, or an 8-bit PNG of 16-bit gray. Raises HistoError as `decode` does."""
     pixels = decode(data, source, gray_bits)
     if not _is_16_bit_gray(data):
         return data
@@ -162,41 +163,41 @@ def checked(data: bytes, source: str, gray_bits: int | None = None) -> bytes:
 
 
 def brightest(file: Path | io.BytesIO) -> int | None:
-    """The largest value of a 16-bit gray image; None for any other, by its header, and for what `decode` refuses."""
+    """The largest value of a 16-bit gray image; None for other images (by the header) and those `decode` refuses."""
     try:
         with _opened(file) as image:
             return int(np.asarray(image).max()) if image.mode.startswith("I;16") else None
-    except Exception:  # as PIL's readers let any out, and `decode` names it
+    except Exception:  # PIL's readers can raise any exception; `decode` reports it
         return None
 
 
 def bits_for(peaks: Iterable[int | None], gray_bits: int | None = None) -> int | None:
-    """The bits of a data set's 16-bit gray values: `gray_bits`, or the fewest of `GRAY_BITS` that hold every image.
+    """Bit depth of a data set's 16-bit gray images: `gray_bits`, or the smallest of `GRAY_BITS` that holds every value.
 
     Args:
-        peaks: `brightest` of every image.
-        gray_bits: the option of that name, or None.
+        peaks: `brightest` of each image.
+        gray_bits: value of `--gray_bits`, or None.
 
-    Returns None where no image is 16-bit gray.
+    Returns None if no image is 16-bit gray.
     """
     found = [peak for peak in peaks if peak is not None]
     return (gray_bits or next(bits for bits in GRAY_BITS if max(found) < 2**bits)) if found else None
 
 
 def record_bits(info: datasets.DatasetInfo, gray_bits: int | None) -> None:
-    """Add to a data set's description how its 16-bit gray values were read, for `recorded_bits`."""
+    """Record in a data set's description the bit depth that its 16-bit gray values were read with."""
     if gray_bits:
         info.description += f"\n{_BITS}{gray_bits}"
 
 
 def recorded_bits(dataset: datasets.Dataset) -> int | None:
-    """The bits by which the 16-bit gray values of a loaded data set were read; None where it has none."""
+    """Bit depth that the 16-bit gray values of a loaded data set were read with; None if it has no such values."""
     lines = (dataset.info.description or "").splitlines()
     return next((int(line.removeprefix(_BITS)) for line in lines if line.startswith(_BITS)), None)
 
 
 class _RefusedError(Exception):
-    """The message holds what was found, what was expected and the remedy."""
+    """An image is refused; the message gives the value found, what was expected, and the remedy."""
 
 
 @contextmanager
@@ -205,7 +206,7 @@ def _refusing(source: str, found: str) -> Iterator[None]:
         yield
     except _RefusedError as error:
         raise HistoError(f"{source}: {error}") from None
-    # PIL's readers let almost any exception out on broken bytes: SyntaxError, struct.error, zlib.error, MemoryError...
+    # PIL's readers raise almost any exception for broken bytes: SyntaxError, struct.error, zlib.error, MemoryError...
     except Exception as error:
         raise HistoError(f"{source}: not a readable image ({found}: {error}); repair or remove it") from error
 
@@ -218,12 +219,12 @@ def _check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
 
 @contextmanager
 def _opened(file: Path | io.BytesIO, max_pixels: int = MAX_PIXELS) -> Iterator[PIL.Image.Image]:
-    """The image by its header, no larger than `max_pixels`."""
-    PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False  # which other packages set, for the whole process
+    """Open an image, reading only its header, and check its format and size."""
+    PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False  # other packages set it, for the whole process
     with warnings.catch_warnings():
-        # PIL warns from 89 megapixels on and refuses from 179 on, both from the header alone.
+        # PIL warns above 89 megapixels and refuses above 179, both by the header alone.
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", message="Palette images with Transparency")  # which is dropped
+        warnings.filterwarnings("ignore", message="Palette images with Transparency")  # transparency is dropped
         try:
             with PIL.Image.open(file, formats=FORMATS) as image:
                 _check_size(*image.size, max_pixels)
@@ -266,7 +267,7 @@ def _is_16_bit_gray(data: bytes) -> bool:
 
 
 def _check_jpeg(data: bytes | memoryview) -> None:
-    """Raise ValueError for a JPEG on which libjpeg warns, as it does of missing, surplus and impossible data."""
+    """Raise ValueError for a JPEG on which libjpeg warns: for missing, surplus or invalid data."""
     content = bytes(data)
     space = simplejpeg.decode_jpeg_header(content)[2]
     kinds = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}
@@ -274,7 +275,7 @@ def _check_jpeg(data: bytes | memoryview) -> None:
 
 
 def _undecoded(image: PIL.Image.Image) -> bytes | None:
-    """The bytes of the file of an image that PIL opened but did not decode, at its first frame."""
+    """Content of the file behind an image that PIL opened but has not decoded; None unless it is at the first frame."""
     file = getattr(image, "fp", None)
     if file is None or not getattr(image, "tile", None) or image.tell():
         return None
@@ -286,26 +287,26 @@ def _undecoded(image: PIL.Image.Image) -> bytes | None:
 
 
 def size(data: bytes | memoryview) -> tuple[int, int]:
-    """Height and width in pixels that `decode` will give, from the header where possible; raises what PIL raises."""
+    """Height and width in pixels of the image `decode` returns, by the header where possible; raises as PIL does."""
     if header := _PPM.match(data):
         return int(header[2]), int(header[1])
     with _opened(io.BytesIO(data)) as image:
-        # Orientations from 5 on swap the sides, in some formats already here.
+        # EXIF orientations 5 to 8 swap height and width; for some formats PIL has swapped them already.
         turned = image.height != image.width and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
     height, width = decode(data).shape[1:] if turned else (image.height, image.width)
     return height, width
 
 
 class ImageTable(torch.utils.data.Dataset[Sample]):
-    """The images and labels of a schema table as tensors, straight from its Arrow memory (the hot path).
+    """Map-style `Dataset` of `Sample`s over a table of the schema, decoding images straight from Arrow memory.
 
-    Works with `torch.utils.data.DataLoader`, which hands whole batches to `__getitems__`; pickles as the paths of the
-    memory-mapped files, and holds no handle that a fork could break. Reads some 60 thousand PPM patches of 96x96 per
-    second and core, where `datasets.Image` reads some 20 thousand.
+    `torch.utils.data.DataLoader` passes whole batches of indices to `__getitems__`. It is pickled as the paths of the
+    memory-mapped files and holds no open handle, so workers may be forked or spawned. Reads about 60,000 PPM patches of
+    96x96 pixels per second and core, `datasets.Image` about 20,000.
 
     Args:
-        dataset: of the one schema.
-        prepare: function from uint8 (3, H, W) to uint8 (3, H', W'), applied to every image that is read.
+        dataset: a table with the columns of `features`.
+        prepare: function from uint8 (3, H, W) to uint8 (3, H', W'), applied to each image when it is read.
     """
 
     def __init__(
@@ -317,11 +318,11 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
         self._prepare = prepare
 
     def without_images(self) -> ImageTable:
-        """The same rows, each with its label, center and index alone."""
+        """The same rows without `image`: label, center and index only."""
         return ImageTable(self._rows.remove_columns("image"))
 
     def fingerprint(self) -> str:
-        """Content hash (xxh3, 128 bits) of the images and centers in their order, in 32 hexadecimal digits."""
+        """Content hash (xxh3, 128 bits) of all images and centers in row order, 32 hexadecimal digits."""
         digest = xxhash.xxh3_128(np.array(self.centers, dtype=np.int64).tobytes())
         for image in self._stored():
             digest.update(image)
@@ -340,22 +341,22 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
         return labels
 
     def select(self, rows: Sequence[int]) -> ImageTable:
-        """The images of these rows, in this order."""
+        """A table of `rows` only, in that order."""
         return ImageTable(self._rows.select(rows), self._prepare)
 
     def ids(self, rows: Sequence[int]) -> list[str]:
-        """Ids of these rows, in this order."""
+        """Ids of `rows`, in that order."""
         ids: list[str] = self._rows.select_columns("id")[list(rows)]["id"]
         return ids
 
     def is_of_one_size(self) -> bool:
-        """Whether all images are stored with the same height and width, by their headers."""
+        """Whether all stored images have the same height and width, by their headers."""
         sizes = set()
         for row, image in enumerate(self._stored()):
             try:
                 sizes.add(size(image))
             except Exception:
-                decode(image, f"image {row}")  # raises the error that names the fault
+                decode(image, f"image {row}")  # raises an error that names the image
                 raise
             if len(sizes) > 1:
                 return False
@@ -385,5 +386,5 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
         return samples
 
     def _read(self, data: memoryview, index: int) -> torch.Tensor:
-        image = decode(data, f"image {index}", strict=False)  # it was checked when it was stored
+        image = decode(data, f"image {index}", strict=False)  # checked when it was stored
         return image if self._prepare is None else self._prepare(image)

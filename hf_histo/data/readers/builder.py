@@ -1,4 +1,4 @@
-"""What the loaders share: a folder of one layout that is converted once into the schema."""
+"""Base class of the readers: a folder of one layout, converted once into the schema."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hf_histo.data import cache, schema
 from hf_histo.errors import HistoError
 
 LEFT_OUT = "left out "  # starts the line of `info.description` about an image that can't be read
-# How many times its size deflate can expand at most (https://www.zlib.net/zlib_tech.html), and what is never a bomb.
+# Largest expansion factor of deflate (https://www.zlib.net/zlib_tech.html); a size in bytes that is always allowed.
 EXPANSION, SMALL = 1032, 2**20
 
 
 @dataclasses.dataclass
 class FolderConfig(datasets.BuilderConfig):
-    """`name` is the fingerprint of contents and `options`, all that the cache is keyed by.
+    """Config of a `FolderBuilder`. Its `name`, the fingerprint of the file contents and `options`, is the cache key.
 
-    `directory` is where they lie now, and `state` what `cache.state_of` gave of them.
+    `directory` is the current location of the files, `state` the result of `cache.state_of` for them.
     """
 
     directory: Path = dataclasses.field(default_factory=Path)
@@ -32,19 +32,19 @@ class FolderConfig(datasets.BuilderConfig):
 
 
 class FolderBuilder(datasets.GeneratorBasedBuilder):
-    """A folder in one of the known layouts.
+    """A `datasets` builder for a folder in one of the supported layouts.
 
-    A subclass defines how to recognize its layout and which files it reads, and generates the rows. Its module must not
-    construct a `Path`, since `datasets` replaces that name in the modules of builders: derive from the one given.
+    A subclass recognizes its layout, lists the files that it reads, and generates the rows. Its module must not call
+    `Path(...)`, since `datasets` replaces that name in builder modules; derive paths from `self.config.directory`.
     """
 
     VERSION = datasets.Version("1.1.0")  # part of the cache key: raise it where a conversion's output changes
     BUILDER_CONFIG_CLASS = FolderConfig
 
-    LAYOUT: ClassVar[str]  # names the folder in the cache
+    LAYOUT: ClassVar[str]  # name of the layout, and of its folder in the cache
     EXPECTED: ClassVar[str]  # what the folder must hold, for errors
     LABELS: ClassVar[tuple[str, ...]]
-    OPTIONS: ClassVar[tuple[str, ...]] = ()  # those of `DataOptions` that change what is read from the same files
+    OPTIONS: ClassVar[tuple[str, ...]] = ()  # fields of `DataOptions` that have an effect on this layout
 
     @classmethod
     def matches(cls, directory: Path) -> bool:
@@ -53,17 +53,17 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
 
     @classmethod
     def sources(cls, directory: Path) -> list[str]:
-        """The files that the conversion reads: the required ones, present or not, and the optional ones present.
+        """Files that the conversion reads: all required ones, even if missing, and the optional ones that exist.
 
-        Names below `directory`, with forward slashes, in an order that depends on nothing else.
+        Paths relative to `directory`, with forward slashes, in an order that depends only on these paths.
         """
         raise NotImplementedError
 
     @contextmanager
     def skipping(self) -> Iterator[None]:
-        """Around reading and yielding one image: one that can't be read is left out where options ask for it.
+        """Context in which one image is read and yielded; with `--on_bad_image skip`, an unreadable one is left out.
 
-        `info.description` then gets a line with the error, which names the file below the folder.
+        `info.description` then gets a line with the error, which names the file relative to the folder.
         """
         try:
             yield
@@ -72,25 +72,25 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
                 raise
             directory = self.config.directory
             folder = directory.parent if directory.is_file() else directory
-            reason = str(error).removeprefix(str(folder)).lstrip("/\\")  # without the folder, which may move
+            reason = str(error).removeprefix(str(folder)).lstrip("/\\")  # relative, since the folder may be moved
             self.info.description += f"\n{LEFT_OUT}{reason}"
 
     def _download_and_prepare(self, *arguments: Any, **options: Any) -> None:
-        """As `datasets` does. Raises HistoError, which leaves nothing behind, for files that changed meanwhile."""
+        """Convert as `datasets` does. Raises HistoError, and keeps nothing, if a file changed in the meantime."""
         super()._download_and_prepare(*arguments, **options)
         directory = self.config.directory
         cache.check_unchanged(directory, directory, self.sources(directory), self.config.state)
 
     def _find_bits(self, paths: Iterable[Path]) -> None:
-        """Decide how the 16-bit gray images among all of the data set are read, for `_stored`; part of the description.
+        """Find the bit depth of the 16-bit gray images among `paths`, for `_stored`, and add it to the description.
 
-        For layouts of image files with `gray_bits` among their `OPTIONS`.
+        For layouts of image files, with `gray_bits` among their `OPTIONS`.
         """
         self._gray_bits = schema.bits_for(map(schema.brightest, paths), self.config.options.gray_bits)
         schema.record_bits(self.info, self._gray_bits)
 
     def _stored(self, path: Path) -> dict[str, Any]:
-        """The column `image` of an image file. Raises HistoError as `schema.decode` does."""
+        """Value of the column `image` for an image file. Raises HistoError as `schema.decode` does."""
         return {"bytes": schema.checked(path.read_bytes(), str(path), self._gray_bits), "path": None}
 
     def _info(self) -> datasets.DatasetInfo:
@@ -98,7 +98,7 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
 
 
 def split_generator(name: str, count: int, **arguments: Any) -> datasets.SplitGenerator:
-    """A split of `count` rows; the count is what gives the progress bar its total."""
+    """A `SplitGenerator` with a row `count`, which is the total of the progress bar."""
     generator = datasets.SplitGenerator(name=name, gen_kwargs=arguments)
     generator.split_info.num_examples = count
     return generator

@@ -21,32 +21,32 @@ SPLITS = {
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-SINGLE = "full"  # the split of class folders that are not below folders of splits; `datasets` reserves "all"
-CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")  # of operating systems; hidden files are left out as well
+SINGLE = "full"  # name of the only split of data without split folders; `datasets` reserves "all"
+CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")  # written by operating systems; hidden files are ignored as well
 
 
 class ClassFolders(FolderBuilder):
     """`train/`, `val/` and `test/` with one folder per class, or class folders alone.
 
-    Splits may also be called training, valid, validation or testing, in any capitalization, and be missing; without
-    any, the one split is `full`. The classes are the names of the folders in `train` (without one: in all splits),
-    sorted. A class folder holds images of any size in the formats of `schema.FORMATS`, directly or in folders below it,
-    in the text order of their paths. They are stored as they are, 16-bit gray ones with the upper 8 of the bits that
-    hold all images of the data set (`--gray_bits`); `id` is the path below the data set's folder, with forward
-    slashes. `group` is unknown.
+    Splits may also be called training, valid, validation or testing, in any capitalization, and any may be missing;
+    without split folders, the only split is `full`. Classes are the sorted names of the folders in `train`, or in all
+    splits if there is no `train`. A class folder holds images of any size in the formats of `schema.FORMATS`, directly
+    or in subfolders, read in the text order of their paths. Files are stored unchanged, except that 16-bit gray images
+    are scaled to 8 bits, all by the same bit depth (`--gray_bits`). `id` is the path relative to the data set's folder,
+    with forward slashes; `group` is unknown.
 
-    Files whose suffix is of none of these are left out with a warning, hidden ones silently. Links are followed within
-    the data set's folder.
+    Files with another suffix are left out with a warning, hidden ones silently. Links are followed within the data
+    set's folder.
 
     Raises HistoError, naming the file or folder, for an image that can't be decoded or has over 100 megapixels (unless
-    such are left out: `--on_bad_image skip`), a folder without images, an image beside the class folders, a class that
-    `train` lacks, two folders for one split, and a link that leads outside, to a folder above itself or to nothing.
+    `--on_bad_image skip` leaves it out), a folder without images, an image beside the class folders, a class that
+    `train` lacks, two folders for one split, and a link to outside the folder, to one of its parents, or to nothing.
     """
 
     LAYOUT = "class_folders"
     OPTIONS: ClassVar[tuple[str, ...]] = ("on_bad_image", "gray_bits")
     EXPECTED = "train/, val/ and test/ (any of them) with one folder of images per class, or such class folders alone"
-    FILES = "images"  # what the folders hold
+    FILES = "images"  # what the files are called in messages
     GROUP = "unknown"
 
     @classmethod
@@ -56,7 +56,7 @@ class ClassFolders(FolderBuilder):
 
     @classmethod
     def holds(cls, path: Path) -> bool:
-        """Whether a path looks like one of the files that are read."""
+        """Whether a file is one to read, by its name."""
         return is_image(path)
 
     @classmethod
@@ -85,7 +85,7 @@ class ClassFolders(FolderBuilder):
 
     @classmethod
     def _scan(cls, directory: Path) -> dict[str, dict[str, list[Path]]]:
-        """The files by split and class, everything in text order; splits as train, val, test."""
+        """The files by split (train, val, test), then by class, in text order."""
         folders: dict[str, Path] = {}
         for folder in _folders(directory):
             if split := split_of(folder):
@@ -98,7 +98,7 @@ class ClassFolders(FolderBuilder):
         others = [f.name for f in _folders(directory) if f not in folders.values()]
         if folders and others:
             names = printable(", ".join(others))
-            logger.warning("%s: left out the folders %s, which are no split", directory, names)
+            logger.warning("%s: left out the folders %s, which are not splits", directory, names)
         folders = {split: folders[split] for split in SPLITS if split in folders} or {SINGLE: directory}
         root = directory.resolve()
         splits = {split: cls._classes(folder, root) for split, folder in folders.items()}
@@ -113,7 +113,7 @@ class ClassFolders(FolderBuilder):
 
     @classmethod
     def _classes(cls, folder: Path, root: Path) -> dict[str, list[Path]]:
-        """The files of every class folder in `folder`."""
+        """The files of each class folder in `folder`."""
         _check_link(folder, root)
         for path in sorted(folder.iterdir()):
             if cls.holds(path):
@@ -146,7 +146,7 @@ class ClassFolders(FolderBuilder):
             )
         if ignored:
             example = printable(ignored[0])
-            logger.warning("%s: left out %d files that are no %s, e.g. %s", folder, len(ignored), cls.FILES, example)
+            logger.warning("%s: left out %d files that are not %s, e.g. %s", folder, len(ignored), cls.FILES, example)
         return files
 
 
@@ -155,7 +155,7 @@ def _labels(splits: dict[str, dict[str, list[Path]]]) -> list[str]:
 
 
 def _check_link(path: Path, root: Path) -> None:
-    """Raise HistoError for a symbolic link that leads outside `root`, to nothing, or to a folder above itself."""
+    """Raise HistoError for a symbolic link to outside `root`, to nothing, or to a parent of itself."""
     if not path.is_symlink():
         return
     try:
@@ -170,7 +170,7 @@ def _check_link(path: Path, root: Path) -> None:
 
 
 def check_inside(path: Path, root: Path) -> None:
-    """Raise HistoError for an image that is not below `root`, be it by a link or by how its path was written."""
+    """Raise HistoError for an image outside `root`, whether through a link or through `..` in its path."""
     target = path.resolve()
     if not target.is_relative_to(root.resolve()):
         raise HistoError(f"{path}: leads to {target}, expected a file within {root}; put the images themselves there")
@@ -181,24 +181,24 @@ def _folders(directory: Path) -> list[Path]:
 
 
 def split_of(path: Path) -> str | None:
-    """The split that the name of a folder stands for."""
+    """The split that a folder holds, by its name; None for other folders."""
     return next((split for split, names in SPLITS.items() if path.name.lower() in names), None)
 
 
 def is_image(path: Path) -> bool:
-    """Whether a path looks like an image that `schema.decode` reads."""
+    """Whether a path has the suffix of a format that `schema.decode` reads."""
     format = PIL.Image.registered_extensions().get(path.suffix.lower())
     return format in schema.FORMATS and not path.is_dir() and not is_clutter(path)
 
 
 def is_clutter(path: Path) -> bool:
-    """Whether a path is none of the user's own: hidden, or of an operating system."""
+    """Whether a path is hidden, or written by an operating system."""
     return path.name.startswith(".") or path.name.lower() in CLUTTER
 
 
 def name_of(path: Path, directory: Path) -> str:
-    """The id of an image: its path below `directory`, with forward slashes."""
+    """Id of an image: its path relative to `directory`, with forward slashes."""
     name = path.relative_to(directory).as_posix()
-    if not name.isprintable():  # bytes that are no text, which no table could hold
+    if not name.isprintable():  # such as bytes that are not UTF-8, which a table can't hold
         raise HistoError(f"{directory}: a file is named {name!r}, expected printable text; rename it")
     return name

@@ -1,4 +1,4 @@
-"""Cytology data sets as studies lay them out: files named by class, lists of files, and HiCervix's three levels."""
+"""Layouts of cytology data sets: files named after their class, lists of files, and HiCervix's three class levels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_histo.files import regular
 
 logger = logging.getLogger(__name__)
 
-# Number of classes of the data sets that a folder may be named after.
+# Number of classes of each data set that a folder may be named after.
 CLASSES = {
     "sipakmed": 5,  # Plissiti et al. 2018, "SIPaKMeD: a new dataset for feature and image based classification"
     "mlcc": 4,  # Hussain et al. 2020, Mendeley liquid-based cytology, doi 10.17632/zddtpgzv63.4 (CC BY 4.0)
@@ -30,7 +30,7 @@ Listed = dict[str, list[tuple[Path, str]]]  # images and their classes, by split
 
 
 def check_known(directory: Path, names: list[str]) -> None:
-    """Raise HistoError for a folder that is named after a data set with another number of classes."""
+    """Raise HistoError for a folder named after a data set of `CLASSES` that has another number of classes."""
     key = directory.resolve().name.lower().replace("_", "-").split("-")[0]
     if key in CLASSES and len(names) != CLASSES[key]:
         raise HistoError(
@@ -40,22 +40,22 @@ def check_known(directory: Path, names: list[str]) -> None:
 
 
 class ListedImages(FolderBuilder):
-    """What the layouts of this module have in common: a subclass lists the images of each split with their classes.
+    """Base class of the layouts in this module: a subclass lists the images of each split with their classes.
 
-    Each split's images are stored as `ClassFolders` does, in the text order of their paths. `group` is unknown. Raises
-    HistoError for an image that lies outside the folder, by its path in a list or by a link.
+    Images are stored as by `ClassFolders`, in the text order of their paths. `group` is unknown. Raises HistoError for
+    an image outside the folder, whether through its path in a list or through a link.
     """
 
     OPTIONS = ("on_bad_image", "gray_bits")
 
     @classmethod
     def listed(cls, directory: Path) -> Listed:
-        """The images of every split, checked to be there."""
+        """The images of each split with their classes; each file exists."""
         raise NotImplementedError
 
     @classmethod
     def labels(cls, directory: Path, listed: Listed) -> list[str]:
-        """The classes: those of the training images, sorted."""
+        """Class names: those of the training images, sorted."""
         return sorted({name for _, name in listed["train"]})
 
     @classmethod
@@ -88,9 +88,9 @@ class ListedImages(FolderBuilder):
 class NamedImages(ListedImages):
     """`images/train/`, `images/val/` and `images/test/` with files called CLASS_NUMBER.EXT.
 
-    The layout of Dausort et al. 2024 (arXiv 2411.14975) for SIPaKMeD, MLCC and BCFC, which are downloaded as class
-    folders (a layout of its own). The last underscore parts the class from the number, so that a class may have
-    underscores in its name: `normal_columnar_012.bmp` is of class `normal_columnar`.
+    The layout of Dausort et al. 2024 (arXiv 2411.14975) for SIPaKMeD, MLCC and BCFC. (These are published as class
+    folders, which `ClassFolders` reads.) The last underscore separates class and number, so class names may contain
+    underscores: `normal_columnar_012.bmp` is of class `normal_columnar`.
 
     Raises HistoError, naming the file, for a name without an underscore, a split without images, a class that `train`
     lacks, and an image that can't be decoded.
@@ -138,12 +138,12 @@ class NamedImages(ListedImages):
 class SplitLists(ListedImages):
     """`images/CLASS/` with `splits/train.txt`, `val.txt` and `test.txt`, and perhaps `classnames.txt`.
 
-    A line of a list is a path below the folder or below `images/`, perhaps with the number of its class behind it. A
-    line of `classnames.txt` is the name of a class's folder, perhaps with the name to show behind it; the order is that
-    of the numbers. Without it, classes are the folders of the training images, sorted.
+    A line of a list is a path relative to the folder or to `images/`, optionally followed by the number of its class. A
+    line of `classnames.txt` is the name of a class folder, optionally followed by a display name; the order of lines
+    gives the class numbers. Without that file, classes are the sorted folders of the training images.
 
-    Raises HistoError, naming file and line, for an image that is missing, a class that is none of `classnames.txt`, a
-    number that is another class's, and an image in two splits.
+    Raises HistoError, naming file and line, for a missing image, a class that is not in `classnames.txt`, a number that
+    belongs to another class, and an image in two splits.
     """
 
     LAYOUT = "split_lists"
@@ -205,7 +205,7 @@ class SplitLists(ListedImages):
 
     @classmethod
     def _shown(cls, directory: Path) -> dict[str, str]:
-        """The name to show by the class's folder, in the order of `classnames.txt`; nothing without the file."""
+        """Display name of each class folder, in the order of `classnames.txt`; empty without the file."""
         file, shown = directory / "classnames.txt", dict[str, str]()
         for place, line in _lines(file) if file.is_file() else ():
             folder, _, name = line.partition(" ")
@@ -218,7 +218,7 @@ class SplitLists(ListedImages):
 
     @staticmethod
     def _found(directory: Path, line: str) -> tuple[Path | None, int | None]:
-        """The image that a line names, and the number behind it."""
+        """The image that a line names, and the class number behind it; None for each one that is missing."""
         name, _, last = line.rpartition(" ")
         candidates = [(line, None), (name.strip(), int(last))] if name and last.isdigit() else [(line, None)]
         for text, number in candidates:
@@ -232,12 +232,12 @@ class HiCervix(ListedImages):
     """HiCervix (Cai et al. 2024; zenodo.org/records/11087263): `train/`, `val/`, `test/` and a CSV table of each.
 
     The tables have the columns `image_name` and `level_1`, `level_2`, `level_3`, of which the deeper ones may be empty.
-    A class is the path to the deepest level given, such as `ASC > ASC-US`, so that a missing level 3 falls back to
-    level 2; `hierarchy.at_level` makes the task of one level of it. Classes are those of the training images; images
-    of others in `val` and `test`, which no model could name, are left out with a warning.
+    A class is the path to the deepest level given, such as `ASC > ASC-US`; `hierarchy.at_level` reduces the classes to
+    one level. Classes are those of the training images; `val` and `test` images of other classes, which no model could
+    predict, are left out with a warning.
 
-    Raises HistoError, naming file and row, for an image that is missing, an empty `level_1`, a level under two
-    different ones, and a table without these columns.
+    Raises HistoError, naming file and row, for a missing image, an empty `level_1`, a level with two parents, and a
+    table without these columns.
     """
 
     LAYOUT = "hicervix"
@@ -298,7 +298,7 @@ class HiCervix(ListedImages):
 
 
 def _is_there(path: Path, folder: bool = False) -> bool:
-    """Whether a path that somebody wrote is a file, or a folder; one that is too long for a name is not."""
+    """Whether a path from a list is a file, or a folder; False for a name too long for the file system."""
     try:
         return path.is_dir() if folder else path.is_file()
     except OSError:
@@ -306,7 +306,7 @@ def _is_there(path: Path, folder: bool = False) -> bool:
 
 
 def _lines(file: Path) -> list[tuple[str, str]]:
-    """The lines that are not empty, each after the file and its number, for messages."""
+    """The lines that are not empty, each with its place (file and line number) for messages."""
     try:
         lines = regular(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,12 +1,13 @@
-"""How many bytes become of parquet and Arrow files, measured by a process that may take little more than these.
+"""Measure how many bytes parquet and Arrow files expand to, in a process with limited memory.
 
     python -P expansion.py {"FILE": BOUND, ...}
 
-A page of parquet and a buffer of Arrow are unpacked whole, to the size that they declare themselves, before anything
-can be counted: a few kilobytes to two gigabytes. So the memory of the process that unpacks them has a limit, on Linux.
-`shards.check_content` runs this file as a script; it imports nothing of this package, and starts quickly.
+A parquet page or Arrow buffer is decompressed as a whole, to the size that it declares itself, before anything can be
+counted: a few kilobytes may become two gigabytes. Therefore the memory of this process is limited, on Linux.
+`shards.check_content` runs this file as a script; it imports nothing from this package, so that it starts quickly.
 
-For each file it prints a line of JSON: the bytes, counted as far as the bound, or the reason why it can't be read.
+For each file it prints a line of JSON: the number of bytes, counted up to the bound, or the reason why the file can't
+be read.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-FEW, BLOCK = 16, 2**21  # rows of values of any length, and values of a fixed one, that are read at a time
-SLACK, MOST = 2**27, 2**32  # bytes of memory, beside a file and its bound; of a bound
-NULL = 8  # bytes that a missing value counts for: it takes none, and some once it is given a type
+FEW, BLOCK = 16, 2**21  # read at a time: rows of variable-length values, and values of fixed length
+SLACK, MOST = 2**27, 2**32  # bytes: memory allowed beyond a file and its bound, and the largest bound
+NULL = 8  # bytes counted for a null: it takes none in a column of type null, but does after a cast
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
 
 
 def _limit(more: int) -> None:
-    """Let this process take `more` bytes of memory than it has, and `SLACK`."""
+    """Limit the memory of this process to what it uses now plus `more` bytes and `SLACK`."""
     if sys.platform == "linux":
         import resource
 
@@ -75,11 +76,11 @@ def _parquet(path: str) -> Iterator[pa.RecordBatch | pa.Table]:
 
 
 def _arrow(path: str) -> Iterator[pa.RecordBatch]:
-    """As `datasets` opens it: what is no stream is a file."""
+    """Batches of an Arrow stream or, as `datasets` opens it, of an Arrow file."""
     with pa.OSFile(path) as file:
         try:
             batches = pa.ipc.open_stream(file)
-        except (OSError, pa.ArrowInvalid, MemoryError):  # read so, its first bytes are a length
+        except (OSError, pa.ArrowInvalid, MemoryError):  # a file: as a stream's length, its first bytes are invalid
             file.seek(0)
             opened = pa.ipc.open_file(file)
             batches = (opened.get_batch(number) for number in range(opened.num_record_batches))

@@ -12,14 +12,14 @@ from hf_histo.data.readers.builder import EXPANSION, SMALL
 from hf_histo.data.schema import MAX_PIXELS
 from hf_histo.errors import HistoError
 
-MAX_BYTES = 3 * MAX_PIXELS  # of an image, and of a chunk, which HDF5 reads whole; checked before anything is read
+MAX_BYTES = 3 * MAX_PIXELS  # largest image, and largest chunk (HDF5 reads whole chunks); checked before reading
 
-# What h5py raises for objects that are damaged, cut off or of a type that NumPy lacks.
+# What h5py raises for objects that are damaged, truncated or of a type that NumPy lacks.
 UNREADABLE = (OSError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 def open_file(path: Path) -> h5py.File:
-    """Open an HDF5 file for reading. Raises HistoError where it is incomplete or of another format."""
+    """Open an HDF5 file for reading. Raises HistoError if it is incomplete or of another format."""
     try:
         return h5py.File(path, "r")
     except OSError as error:
@@ -30,8 +30,10 @@ def member(parent: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
     """Group or dataset `name` of `parent`; None if it does not exist.
 
     Only hard links are followed: an external link, or a soft link whose path runs through one, leads to another file.
-    The type of a link comes from the low-level interface, because `name in parent` would already follow it. A name
-    with a slash in it, which only a forged file has, would be taken for a path through other links.
+    The type of a link is read by the low-level interface, because `name in parent` would already follow it.
+
+    Raises HistoError for another link, an unreadable object, and a name that contains a slash (only a forged file has
+    one), which h5py would follow as a path through other links.
     """
     links, raw = parent.id.links, name.encode("utf-8", "surrogateescape")
     if "/" in name or name == ".":
@@ -47,7 +49,11 @@ def member(parent: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
 
 
 def array(parent: h5py.Group, name: str, kinds: str) -> h5py.Dataset | None:
-    """The dataset `name` of `parent` with a dtype of these NumPy `kinds` and data inside the file, unread, or None."""
+    """The dataset `name` of `parent`, not yet read, with all data inside the file; None if it does not exist.
+
+    `kinds` are the allowed NumPy dtype kinds, such as "uif". Raises HistoError, naming file and object, for a group,
+    another dtype, and data that is stored elsewhere, missing, or far larger than its bytes on disk.
+    """
     dataset = member(parent, name)
     if dataset is None:
         return None
@@ -74,10 +80,9 @@ def array(parent: h5py.Group, name: str, kinds: str) -> h5py.Dataset | None:
 
 
 def _unwritten(dataset: h5py.Dataset) -> str:
-    """The part of a dataset that was never written, which HDF5 would fill in; "" where all was written.
+    """The part of a dataset that was never written, which HDF5 would replace by a fill value; "" if there is none.
 
-    Storage is allocated when it is first written to, whole chunks of it at a time
-    (https://docs.hdfgroup.org, "H5Pset_alloc_time").
+    Storage is allocated on the first write, by whole chunks (https://docs.hdfgroup.org, "H5Pset_alloc_time").
     """
     try:
         if dataset.size and not dataset.id.get_storage_size():
@@ -93,7 +98,7 @@ def _unwritten(dataset: h5py.Dataset) -> str:
 
 
 def read(dataset: h5py.Dataset, rows: slice | int | tuple[()] = ()) -> np.ndarray:
-    """Read rows of a dataset, by default all of it. Raises HistoError where it is damaged."""
+    """Read `rows` of a dataset, by default all. Raises HistoError if the dataset is damaged."""
     try:
         return np.asarray(dataset[rows])
     except UNREADABLE as error:
@@ -102,5 +107,5 @@ def read(dataset: h5py.Dataset, rows: slice | int | tuple[()] = ()) -> np.ndarra
 
 
 def where(item: h5py.Group | h5py.Dataset, member: str = "") -> str:
-    """File and path of an object, for an error."""
+    """File and path of an object, for messages."""
     return f"{item.file.filename}: {f'{item.name}/{member}'.strip('/')}"

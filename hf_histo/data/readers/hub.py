@@ -1,4 +1,4 @@
-"""Data sets that the `datasets` library finds by name, on the Hub or in a local folder of the same form."""
+"""Data sets that the `datasets` library loads by name, from the Hub or from a local folder of the same form."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from hf_histo.files import regular
 logger = logging.getLogger(__name__)
 
 PREFIX = "hub:"
-FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet")  # as `datasets` names them; it reads many more
-OPTIONS = ("gray_bits", "on_bad_image")  # those of `DataOptions` that act here
+FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet")  # the formats of `datasets` that are supported here
+OPTIONS = ("gray_bits", "on_bad_image")  # fields of `DataOptions` that have an effect here
 BATCH = 1000  # rows of a stream that are read at a time
 SPLITS = {"validation": "val", "valid": "val", "dev": "val"}
 
@@ -42,18 +42,22 @@ SPLITS = {"validation": "val", "valid": "val", "dev": "val"}
 def load(
     name: str, *, cache_dir: str | Path, skip_bad_images: bool = False, gray_bits: int | None = None
 ) -> datasets.DatasetDict:
-    """Load "hub:OWNER/NAME", or "hub:OWNER/NAME@REVISION", into the schema.
+    """Load a data set of the Hub into the schema; checksums of the converted data are verified each time.
 
     The data set must have one column of images and one of class labels. A split called validation, valid or dev
-    becomes `val`. `id` is the row in the split of the source; center and group are unknown: where the source knows
-    patients, write them into one of the other layouts. A local folder that `datasets` can load stands for a name, too,
-    and needs no network. 16-bit gray images are read as by `schema.bits_for`, with `gray_bits`. What is converted is
-    compared with its checksums each time.
+    becomes `val`. `id` is the row number in the source's split; center and group are unknown. (If patients are known,
+    convert the data to another layout, which can hold them.)
 
-    Raises `HistoError` for a name that can't be had, without a split `train`, and with other columns, for a label of
-    no class, for shards that declare other classes than the rest or expand too far (see `parquet`), for a local file
-    that changes meanwhile, and for an image that `schema.decode` does not take, unless such are to be skipped: then
-    their rows are logged.
+    Args:
+        name: "hub:OWNER/NAME" or "hub:OWNER/NAME@REVISION", or "hub:FOLDER" for a local folder that `datasets` can
+            load, which needs no network.
+        cache_dir: folder of the converted data.
+        skip_bad_images: leave out images that can't be decoded, and log their rows.
+        gray_bits: bit depth of 16-bit gray images; None determines it by `schema.bits_for`.
+
+    Raises `HistoError` for a data set that can't be loaded, has no split `train` or other columns; a label without a
+    class; shards that declare other classes than the rest or expand too far (see `shards`); a local file that changes
+    while it is read; and an image that `schema.decode` refuses, unless `skip_bad_images`.
     """
     root = Path(cache_dir) / "hf_histo_hub" / xxhash.xxh3_128_hexdigest(name.encode())
     root.mkdir(parents=True, exist_ok=True)
@@ -77,7 +81,7 @@ def load(
 
 
 def _converted(name: str, builder: datasets.DatasetBuilder, root: Path) -> datasets.DatasetDict:
-    """The splits as `datasets` keeps them below `root`; shards are checked when they are converted."""
+    """The splits as `datasets` converts them in the folder `root`; shards are checked before the conversion."""
     with _faults(name):
         manager = datasets.DownloadManager(
             download_config=datasets.DownloadConfig(cache_dir=str(root / "downloads"), token=builder.token)
@@ -101,7 +105,7 @@ def _converted(name: str, builder: datasets.DatasetBuilder, root: Path) -> datas
 def _shards_of(
     name: str, builder: datasets.DatasetBuilder, manager: datasets.DownloadManager
 ) -> Iterator[tuple[str, str]]:
-    """The shards of a data set, brought to this machine, by what names them in messages."""
+    """Download the parquet or Arrow shards of a data set; yield the name for messages and the local path of each."""
     if _format(builder) in shards.FORMATS:
         for address, file in zip(_files(builder), manager.download(_files(builder)), strict=True):
             yield f"--data {name}: {address}", str(file)
@@ -117,11 +121,12 @@ def _read_all(name: str, found: datasets.DatasetDict, skip: bool, gray_bits: int
 
 
 def load_streaming(name: str, *, gray_bits: int | None = None) -> datasets.DatasetDict:
-    """As `load`, with nothing but the labels of `train`: its images are for `stream` to read, and `image` is empty.
+    """Load as `load` does, but only the labels of `train`: `train_stream` reads its images, and `image` is empty.
 
-    The other splits, of which one must be for validation, are read whole. "hub:s3://BUCKET/FOLDER" (any address that
-    fsspec knows) is a folder of parquet shards. 16-bit gray images need `gray_bits`, since not all are looked at, and
-    shards are bounded by what they declare.
+    The other splits, one of which must be for validation, are read completely. `name` may also be
+    "hub:s3://BUCKET/FOLDER" (or any other URL that fsspec supports): a folder of parquet shards. 16-bit gray images
+    need `gray_bits`, since not all images are read beforehand; for the same reason, the expansion of shards is bounded
+    only by the sizes that they declare.
     """
     builder = _find(name)
     with _faults(name):
@@ -154,7 +159,7 @@ def load_streaming(name: str, *, gray_bits: int | None = None) -> datasets.Datas
 def train_stream(
     name: str, total: int, seed: int, rank: int, processes: int, prepare: Prepare | None, gray_bits: int | None = None
 ) -> Stream:
-    """The training images of `load_streaming`, for one process of a launch; see `Stream`."""
+    """A `Stream` of the training images of `load_streaming`, for process `rank` of `processes`."""
     with _faults(name):
         rows = _find(name).as_streaming_dataset()["train"]
     image, label = columns(name, rows.features)
@@ -172,11 +177,11 @@ def train_stream(
 
 
 def _find(name: str, **options: Any) -> datasets.DatasetBuilder:
-    """Raises HistoError for a name that can't be had, and for files in none of `FORMATS`."""
+    """The builder of a data set. Raises HistoError if it can't be found, or its files are in none of `FORMATS`."""
     source, _, revision = name.removeprefix(PREFIX).partition("@")
     if Path(source).is_dir():
-        source = str(Path(source).absolute())  # else a folder `parquet` would be taken for the format
-    elif source in _PACKAGED_DATASETS_MODULES:  # of which `datasets` would read all files in the current folder
+        source = str(Path(source).absolute())  # a relative folder `parquet` would be taken for the format
+    elif source in _PACKAGED_DATASETS_MODULES:  # `datasets` would read all such files of the current folder
         raise HistoError(f"--data {name}: names a format, expected OWNER/NAME or a folder; name one")
     with _faults(name):
         if "://" in source:
@@ -191,7 +196,7 @@ def _find(name: str, **options: Any) -> datasets.DatasetBuilder:
 
 
 def _format(builder: datasets.DatasetBuilder) -> str:
-    """The module of `datasets` that reads the files, such as "parquet", whatever their suffix."""
+    """Name of the `datasets` module that reads the files, such as "parquet", independent of their suffix."""
     return type(builder).__module__.rpartition(".")[2]
 
 
@@ -202,17 +207,17 @@ def _faults(name: str) -> Iterator[None]:
     except FAULTS as error:
         reason = " ".join(str(error).split())[:300]
         raise HistoError(
-            f"--data {name}: can't be had ({reason}); expected a data set on the Hub and a network"
+            f"--data {name}: can't be loaded ({reason}); expected a data set on the Hub and a network"
         ) from None
 
 
 def _files(builder: datasets.DatasetBuilder) -> list[str]:
-    """The addresses of all files that a data set consists of."""
+    """Addresses (local paths or URLs) of all files of a data set."""
     return [str(file) for files in (builder.config.data_files or {}).values() for file in files]
 
 
 def _local_files(builder: datasets.DatasetBuilder) -> list[str]:
-    """Those of them that lie on this machine."""
+    """Paths of the files of a data set that are on this machine."""
     found = (fsspec.core.url_to_fs(file) for file in _files(builder))
     return [path for system, path in found if isinstance(system, fsspec.implementations.local.LocalFileSystem)]
 
@@ -231,14 +236,14 @@ def _check_declared(name: str, builder: datasets.DatasetBuilder, features: datas
 
 
 def _shards(address: str) -> dict[str, list[str]]:
-    """The parquet files below an address of fsspec, by the split that their names start with."""
+    """The parquet files in a folder that fsspec can open, by the split that their names start with."""
     storage, folder = fsspec.core.url_to_fs(address)
     found = {split: storage.glob(f"{folder}/{split}*.parquet") for split in ("train", *SPLITS, "test")}
     return {split: [storage.unstrip_protocol(file) for file in files] for split, files in found.items() if files}
 
 
 def named(data: datasets.DatasetDict) -> datasets.DatasetDict:
-    """With the fingerprint of its content."""
+    """Set the fingerprint of `data`, in place, to a hash of its images and labels; return `data`."""
     content = xxhash.xxh3_128()
     for split, rows in data.items():
         content.update(split.encode())
@@ -252,7 +257,7 @@ def named(data: datasets.DatasetDict) -> datasets.DatasetDict:
 
 
 def columns(name: str, features: datasets.Features) -> tuple[str, str]:
-    """The one of images and the one of class labels. Raises `HistoError` for more or fewer."""
+    """Names of the image column and the label column. Raises `HistoError` unless there is exactly one of each."""
     images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
     labels = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     if len(images) != 1 or len(labels) != 1:
@@ -264,7 +269,7 @@ def columns(name: str, features: datasets.Features) -> tuple[str, str]:
 
 
 def _brightest(name: str, rows: datasets.Dataset) -> int | None:
-    """The largest value of the 16-bit gray images of a split; None where there is none."""
+    """The largest value in the 16-bit gray images of a split; None if it has no such images."""
     image, _ = columns(name, rows.features)
     _check_paths(name, rows, image)
     bare = rows.select_columns([image]).with_format("arrow")
@@ -303,7 +308,8 @@ def _as_schema(name: str, rows: datasets.Dataset, skip: bool = False, bits: int 
 def _read(
     table: pa.Table, rows: list[int], *, name: str, classes: Sequence[str], skip: bool, bits: int | None
 ) -> pa.Table:
-    """With the bytes of the images, which a local folder holds as files, and `id`; without those that can't be read."""
+    """The rows with `id` and with the bytes of each image, also of one stored as a local file; unreadable ones are
+    left out if `skip`."""
     labels = pa.array(_labels(name, table["label"], classes, first=rows[0]))
     table, kept, stored = embed_table_storage(table.drop_columns("label")).append_column("label", labels), [], []
     for place, (row, image) in enumerate(zip(rows, table["image"], strict=True)):
@@ -322,7 +328,7 @@ def _read(
 
 
 def _whole(name: str, split: str, rows: datasets.IterableDataset) -> pa.Table:
-    """All rows of a streamed split. Raises HistoError for a shard that can't be read, and where there is no row."""
+    """All rows of a streamed split. Raises HistoError if a shard can't be read, or there is no row."""
     tables = list(readable(rows.with_format("arrow").iter(BATCH), f"--data {name}"))
     if not tables:
         raise HistoError(f"--data {name}: {split} has no image, expected some; add images")
@@ -330,7 +336,7 @@ def _whole(name: str, split: str, rows: datasets.IterableDataset) -> pa.Table:
 
 
 def _labels(name: str, found: pa.ChunkedArray, classes: Sequence[str], first: int) -> NDArray[np.int64]:
-    """The labels of rows from `first` on, -1 where there is none. Raises HistoError for one of no class."""
+    """Labels of a batch of rows, -1 where hidden. Raises HistoError, counting rows from `first`, for an invalid one."""
     labels: NDArray[np.int64] = found.fill_null(-1).to_numpy()
     for place in np.flatnonzero((labels < -1) | (labels >= len(classes)))[:1]:
         expected = f"0 to {len(classes) - 1}, or -1 where it is hidden"
@@ -341,7 +347,7 @@ def _labels(name: str, found: pa.ChunkedArray, classes: Sequence[str], first: in
 
 
 def _check_paths(name: str, rows: datasets.Dataset, column: str) -> None:
-    """Raise HistoError for an image that is a path to somewhere else: a table could name any file of this machine."""
+    """Raise HistoError for an image given as a path outside the data set: it could name any file on this machine."""
     source = Path(name.removeprefix(PREFIX).partition("@")[0])
     roots = [root.resolve() for root in (source, Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE))]
     for batch in rows.select_columns([column]).with_format("arrow").iter(1000):

@@ -1,4 +1,4 @@
-"""Gray images and labels in idx files: MNIST, and the data sets that come in its form."""
+"""Gray images and labels in idx files: MNIST, and data sets in the same format."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ MAGIC = {"images": 0x0803, "labels": 0x0801}
 class Idx(FolderBuilder):
     """MNIST, Fashion-MNIST, KMNIST: idx files of gray images and of labels 0 to 9, gzipped or not.
 
-    `train-images-idx3-ubyte.gz`, `train-labels-idx1-ubyte.gz`, and the same with t10k or test for `test`, which may be
-    absent; letters and digits may follow the name of the split (`train10k-...`), and `.gz` may be missing. No official
-    `val` exists. `id` is the row in the file, gray becomes RGB, and center and group are unknown.
+    The files are `train-images-idx3-ubyte.gz` and `train-labels-idx1-ubyte.gz`, and optionally the same with t10k or
+    test for the split `test`. Letters and digits may follow the name of the split (`train10k-...`), and `.gz` may be
+    missing. There is no official `val`. `id` is the row in the file; gray becomes RGB; center and group are unknown.
 
-    Raises HistoError, naming the file, for one that is missing, truncated or longer than in its header, of another
-    kind than in its name, for images and labels of unequal number, and for a label above 9.
+    Raises HistoError, naming the file, for one that is missing, truncated, longer than its header states, or of another
+    type than its name states; for different numbers of images and labels; and for a label above 9.
     """
 
     LAYOUT = "idx"
@@ -85,7 +85,7 @@ class Idx(FolderBuilder):
 
 
 def _files(directory: Path) -> dict[str, str]:
-    """The files by role; the required ones, present or not, and those of test where one of them is present."""
+    """Names of the files by role: those of train, even if missing, and those of test if at least one exists."""
     found: dict[str, str] = {}
     for path in sorted(directory.iterdir()):
         if match := NAME.fullmatch(path.name):
@@ -112,7 +112,7 @@ def _read(path: Path, kind: str) -> NDArray[np.uint8]:
     remedy = "download it again"
     try:
         with path.open("rb") as plain:
-            # By content: browsers unpack a download and keep the suffix.
+            # By content: some browsers decompress a download but keep the suffix.
             is_packed = plain.read(2) == b"\x1f\x8b"
             plain.seek(0)
             with gzip.open(plain) if is_packed else plain as file:
@@ -127,7 +127,7 @@ def _read(path: Path, kind: str) -> NDArray[np.uint8]:
                 shape = np.frombuffer(header[: len(header) // 4 * 4], ">u4").tolist()
                 if len(shape) < (magic & 0xFF) or 0 in shape or math.prod(shape[1:]) > MAX_PIXELS:
                     raise HistoError(f"{path}: a header with the shape {shape}, expected {kind} in it; {remedy}")
-                most = path.stat().st_size * (EXPANSION if is_packed else 1)  # for what a false header declares
+                most = path.stat().st_size * (EXPANSION if is_packed else 1)  # a forged header may declare more
                 data = file.read(min(math.prod(shape) + 1, most))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise HistoError(f"{path}: can't be unpacked ({error}), expected a whole gzip file; {remedy}") from None

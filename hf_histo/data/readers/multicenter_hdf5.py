@@ -1,4 +1,4 @@
-"""The multi-center challenge in HDF5: one group per image, with its center among the metadata."""
+"""Multi-center data in HDF5: one group per image, with the acquisition center in its metadata."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from hf_histo.errors import HistoError
 
 logger = logging.getLogger(__name__)
 
-PROBES = 64  # images from which the pixel format of a file is found
-# Below this, an image that exceeds 1 may be a dark one in [0, 255] as well as one in an unknown range.
+PROBES = 64  # images that the pixel format of a file is detected from
+# Below this maximum, values above 1 could be dark images in [0, 255] or images in an unknown range.
 DARKEST_PEAK = 16
 
 
 class MulticenterHdf5(FolderBuilder):
     """`train.h5`, `val.h5`, `test.h5` with one group per image: `img`, `label` and `metadata`.
 
-    `img` is (3, H, W) or (H, W, 3) in uint8 or float16, 32 or 64, with values in [0, 1] or [0, 255]: read from each
-    file, recorded in `info.description`, and demanded of every image: in floats up to 255, one that is not black and
-    does not exceed 1 is refused, and so is what was declared and never written. `label` is 0 or 1, and may be absent or
-    -1 in `test.h5`. `metadata` is optional; its entry 0 is the center and the only one fit for a model, since a later
-    one may be the label. Rows keep the text order of the keys (0, 1, 10, 2), and `id` is the key.
+    `img` is (3, H, W) or (H, W, 3) in uint8, float16, float32 or float64, with values in [0, 1] or [0, 255]. The format
+    is detected in each file, recorded in `info.description`, and required of every image; in a file of floats up to
+    255, an image that is not black and has no value above 1 is refused. `label` is 0 or 1, and may be absent or -1 in
+    `test.h5`. `metadata` is optional. Its entry 0 is the center; entry 1 may be the slide, which becomes the group;
+    others are not read, since one may be the label. `id` is the key; rows are in the text order of keys (0, 1, 10, 2).
 
-    Raises HistoError, naming file and key, for everything else; an `img` that is at fault can be left out
-    (`--on_bad_image skip`), a label can't.
+    Raises HistoError, naming file and key, for anything else, such as data that was declared but never written. A
+    faulty `img` can be left out (`--on_bad_image skip`), a faulty label can't.
     """
 
     LAYOUT = "challenge"
@@ -52,7 +52,7 @@ class MulticenterHdf5(FolderBuilder):
         return ["train.h5", "val.h5", *(["test.h5"] if (directory / "test.h5").is_file() else [])]
 
     def _files(self) -> dict[str, Path]:
-        """File of each split."""
+        """The file of each split."""
         names = self.sources(self.config.directory)
         return {name.removesuffix(".h5"): self.config.directory / name for name in names}
 
@@ -66,7 +66,7 @@ class MulticenterHdf5(FolderBuilder):
                 if math.prod(formats[path].shape) * len(keys) > SMALL + EXPANSION * path.stat().st_size:
                     raise HistoError(
                         f"{path}: {len(keys)} images of {formats[path].size} in {path.stat().st_size} bytes, expected "
-                        "data for each; they are links to one another: export the file again"
+                        "data for each; several names are links to the same data: export the file again"
                     )
                 if split != "test":
                     slides_known = slides_known and _names_slides(file, keys)
@@ -103,8 +103,8 @@ class MulticenterHdf5(FolderBuilder):
                     "id": key,
                     "label": _label(group, hidden=labels_hidden),
                     "center": center,
-                    # Without the center as a prefix: in the published files a slide number belongs to one center, and
-                    # where numbers did repeat, two slides sharing a group is the mistake that can't leak.
+                    # Without the center as a prefix: a slide number is expected at one center only. If a number did
+                    # repeat, two slides would share a group, which can't leak images between splits.
                     "group": f"slide_{slide}" if slides_known and slide >= 0 else "",
                 }
                 with self.skipping():
@@ -112,7 +112,7 @@ class MulticenterHdf5(FolderBuilder):
 
 
 class MulticenterHdf5File(MulticenterHdf5):
-    """One file in the layout of `MulticenterHdf5`'s test.h5, whatever its name, as the split `test`."""
+    """A single file of any name in the layout of `MulticenterHdf5`'s `test.h5`, as the split `test`."""
 
     LAYOUT = "challenge-file"
     EXPECTED = "an HDF5 file with one group per image"
@@ -150,7 +150,7 @@ class PixelFormat:
         return f"{self.dtype} {'CHW' if self.channels_first else 'HWC'} {self.size} in [0, {self.maximum}]"
 
     def read(self, dataset: h5py.Dataset) -> np.ndarray:
-        """Read one image as uint8 (H, W, 3). Raises HistoError where it isn't of this format."""
+        """Read one image as uint8 (H, W, 3). Raises HistoError if it isn't in this format."""
         image = self.read_raw(dataset)
         if self.dtype != np.uint8:
             if self.maximum == 255 and 0 < image.max() <= 1:
@@ -175,9 +175,9 @@ class PixelFormat:
 
 
 def _detect(file: h5py.File, keys: list[str], skip: bool) -> PixelFormat:
-    """Pixel format of a challenge file, from up to `PROBES` images spread evenly over it.
+    """Pixel format of a file, detected from up to `PROBES` images spread evenly over it.
 
-    With `skip`, images that can't be read are ignored.
+    With `skip`, unreadable images are ignored.
     """
     pixels, peak = None, 0.0
     for key in keys[:: -(-len(keys) // PROBES)]:
@@ -201,7 +201,7 @@ def _detect(file: h5py.File, keys: list[str], skip: bool) -> PixelFormat:
 
 
 def _names_slides(file: h5py.File, keys: list[str]) -> bool:
-    """Whether `metadata[1]` names slides, in that it isn't the label all over a labeled file."""
+    """Whether `metadata[1]` is the slide: in a labeled file, it is not unless it differs from the label somewhere."""
     groups = (_image_group(file, key) for key in keys)
     return any(_metadata(group)[1] not in (-1, _label(group, hidden=False)) for group in groups)
 
@@ -215,7 +215,7 @@ def _keys(file: h5py.File) -> list[str]:
     if not keys:
         raise HistoError(f"{file.filename}: no images, expected one group per image; export the file again")
     for key in keys:
-        if not (isinstance(key, str) and key.isprintable()):  # bytes that are no text, which no table could hold
+        if not (isinstance(key, str) and key.isprintable()):  # e.g. bytes that are not UTF-8, which a table can't hold
             raise HistoError(f"{file.filename}: a group is named {key!r}, expected printable text; rename it")
     return sorted(keys)
 
@@ -228,7 +228,7 @@ def _image_group(file: h5py.File, key: str) -> h5py.Group:
 
 
 def _image(group: h5py.Group) -> h5py.Dataset:
-    """The dataset `img`, with a shape and dtype that an image can have; nothing is read yet."""
+    """The dataset `img`, not yet read, after checking its shape and dtype."""
     dataset = hdf5.array(group, "img", "uf")
     if dataset is None:
         raise HistoError(f"{hdf5.where(group)}: no img, expected the image there; add it or remove the group")
@@ -249,7 +249,7 @@ def _image(group: h5py.Group) -> h5py.Dataset:
 
 
 def _label(group: h5py.Group, hidden: bool) -> int:
-    """0 or 1, or -1 where it is absent or -1 and may be `hidden`."""
+    """The label, 0 or 1; -1 if it is absent or -1, which is an error unless `hidden`."""
     dataset = hdf5.array(group, "label", "biuf")
     if dataset is None and hidden:
         return -1
@@ -262,9 +262,9 @@ def _label(group: h5py.Group, hidden: bool) -> int:
 
 
 def _metadata(group: h5py.Group) -> tuple[int, int]:
-    """Acquisition center, and what may be the slide, each -1 where unknown.
+    """Acquisition center, and the candidate for the slide, each -1 where unknown.
 
-    Entry 1 is used only where there are at least three entries: of two, it is likelier the label.
+    Entry 1 is used only if there are at least three entries: with two, it is more likely the label.
     """
     dataset = hdf5.array(group, "metadata", "iuf")
     if dataset is None:

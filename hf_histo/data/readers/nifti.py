@@ -1,4 +1,4 @@
-"""MRI volumes in NIfTI files, cut into slices."""
+"""MRI volumes in NIfTI files, read as slices."""
 
 from __future__ import annotations
 
@@ -18,34 +18,33 @@ from hf_histo.data.readers.builder import EXPANSION, SMALL
 from hf_histo.data.readers.class_folders import ClassFolders, is_clutter, name_of, split_of
 from hf_histo.errors import HistoError
 
-MAX_VOXELS = 512**3  # of a volume, looked at before it is read; some 2 GB in memory at most
+MAX_VOXELS = 512**3  # largest volume, checked in the header before reading; up to about 2 GB in memory
 SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 # The BIDS specification, https://bids-specification.readthedocs.io, "Filename template": a subject's label.
 SUBJECT = re.compile(r"(?<![a-zA-Z0-9])sub-[a-zA-Z0-9]+")
-PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the axis across the plane, when axes point right, front and up
-PERCENTILES = (0.5, 99.5)  # of the voxels, that become black and white
-# Share of that range above which a voxel is of the head: Smith 2002, "Fast robust automated brain extraction",
+PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # axis normal to the plane, where axes point right, front and up
+PERCENTILES = (0.5, 99.5)  # of the voxels; they become black and white
+# Share of that range above which a voxel belongs to the head: Smith 2002, "Fast robust automated brain extraction",
 # "Estimation of basic image and brain parameters".
 HEAD = 0.1
-FULL = 0.25  # share of the head's area in its widest slice, from which on a slice is kept
+FULL = 0.25  # a slice is kept if its head area is at least this share of the largest one
 
 
 class VolumeFolders(ClassFolders):
-    """NIfTI volumes (`.nii`, `.nii.gz`) in the folders of `ClassFolders`; a slice is an image. Needs nibabel.
+    """NIfTI volumes (`.nii`, `.nii.gz`) in the folders of `ClassFolders`; each slice is an image. Needs nibabel.
 
-    Volumes are turned to the nearest anatomical axes and cut across one (`--slice_plane`). Slices look as radiologists
-    are used to: front or top above, the patient's right on the left (sagittal: the front on the left). A pixel is a
-    voxel, also where voxels are no cubes. Gray levels are the volume's own, from its percentile 0.5 to 99.5; what is
-    no number, or minus infinity, is black. Slices with less than a quarter of the widest slice's head are left out;
-    `--slices` takes so many of the others, evenly spaced, or all where they are fewer.
+    Volumes are reoriented to the nearest anatomical axes and sliced across one (`--slice_plane`). Slices are displayed
+    as in radiology: front or top above, the patient's right on the left (sagittal: the front on the left). A pixel is a
+    voxel, even where voxels are not cubes. Gray levels are scaled per volume, from its percentiles 0.5 to 99.5; NaN and
+    minus infinity are black. Slices with less than a quarter of the largest head area are left out; `--slices` takes
+    that many of the others, evenly spaced, or all if there are fewer.
 
-    `group` is the patient: the first `sub-LABEL` (BIDS) in the path below the class folder, else the folder there,
-    else the name of the file. `id` is the path and the number of the slice, counted from 0 at the left, back or bottom.
+    `group` is the patient: the first `sub-LABEL` (BIDS) in the path below the class folder, else the first folder
+    there, else the file name. `id` is the path and the slice number, counted from 0 at the left, back or bottom.
 
-    Raises HistoError, naming the file, for one that is no NIfTI-1 or NIfTI-2 file, is cut off, is not of three
-    dimensions, of more than 512^3 voxels or of colors or complex numbers, declares more than its bytes can hold,
-    doesn't declare how it is oriented, or has nothing in it (unless such are left out: `--on_bad_image skip`), and as
-    `ClassFolders` does.
+    Raises HistoError as `ClassFolders` does, and, naming the file, for one that is not NIfTI-1 or NIfTI-2, is
+    truncated, does not have three dimensions, has more than 512^3 voxels, holds colors or complex numbers, declares
+    more data than it holds, declares no orientation, or has no contrast (unless `--on_bad_image skip` leaves it out).
     """
 
     LAYOUT = "volume_folders"
@@ -83,20 +82,20 @@ class VolumeFolders(ClassFolders):
 
 
 def _slices(volume: NDArray[np.uint8], plane: str, count: int | None) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Number and pixels, (H, W, 3), of the slices of (right, front, up)."""
+    """Number and pixels, (H, W, 3), of each chosen slice of a volume with axes (right, front, up)."""
     axis = PLANES[plane]
     others = tuple(other for other in PLANES.values() if other != axis)
     area = (volume > HEAD * 255).sum(axis=others)
     numbers = np.flatnonzero(area >= FULL * area.max())
     if count is not None and count < len(numbers):
-        numbers = numbers[((np.arange(count) + 0.5) * len(numbers) / count).astype(int)]  # the middle of equal parts
+        numbers = numbers[((np.arange(count) + 0.5) * len(numbers) / count).astype(int)]  # centers of equal parts
     for number in numbers.tolist():
         gray = np.flip(volume.take(number, axis)).T
         yield number, np.stack([gray] * 3, axis=-1)
 
 
 def _gray(path: Path) -> NDArray[np.uint8]:
-    """The volume as gray levels, its axes pointing right, front and up."""
+    """The volume as gray levels, uint8, with axes (right, front, up)."""
     volume = _read(path)
     finite = volume[np.isfinite(volume)]
     low, high = np.percentile(finite, PERCENTILES).tolist() if len(finite) else (0.0, 0.0)
@@ -111,9 +110,9 @@ def _gray(path: Path) -> NDArray[np.uint8]:
 
 
 def _read(path: Path) -> NDArray[np.float32]:
-    """The volume, its axes pointing right, front and up.
+    """The volume, float32, with axes (right, front, up).
 
-    The header is judged before anything else is read. Its extensions, whose lengths nothing bounds, are not read.
+    The header is checked before anything else is read. Its extensions, whose lengths have no bound, are not read.
     """
     try:
         import nibabel
@@ -144,7 +143,7 @@ def _read(path: Path) -> NDArray[np.float32]:
                 if offset < kind.sizeof_hdr or declared > (SMALL + EXPANSION * stored if packed else stored):
                     raise ValueError(f"declares {declared:,} bytes and has {stored:,}")
                 volume = np.asarray(ArrayProxy(file, header, mmap=False), dtype=np.float32).reshape(shape[:3])
-                file.read(1)  # at its end, a packed file has a checksum
+                file.read(1)  # checks the checksum at the end of a gzip file
         image = nibabel.Nifti1Image(volume, header.get_best_affine())
         return np.asarray(nibabel.as_closest_canonical(image).dataobj)
     except (OSError, EOFError, ValueError, OverflowError, zlib.error, *broken) as error:

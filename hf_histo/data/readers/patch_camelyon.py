@@ -24,14 +24,14 @@ MAX_ROWS = 100_000_000
 
 
 class PatchCamelyon(FolderBuilder):
-    """PatchCamelyon as published (https://github.com/basveeling/pcam), unpacked.
+    """PatchCamelyon as published (https://github.com/basveeling/pcam), with the .gz files decompressed.
 
-    Per split (train, valid, test) a file `..._x.h5` with `x`, uint8 (N, H, W, 3), one `..._y.h5` with `y`, N labels 0
-    or 1 (optional for test), and perhaps `..._meta.csv`, whose column `wsi` is the group. `id` is the row number.
-    The center is unknown.
+    Each split (train, valid, test) has a file `..._x.h5` with `x`, uint8 (N, H, W, 3); a file `..._y.h5` with `y`, N
+    labels 0 or 1 (optional for test); and optionally `..._meta.csv`, whose column `wsi` is the group. `id` is the row
+    number. The center is unknown.
 
-    Raises HistoError, naming the file, where these disagree, and for a patch that can't be read (unless such are left
-    out: `--on_bad_image skip`).
+    Raises HistoError, naming the file, for different numbers of rows, other shapes, types or labels, and a patch that
+    can't be read (unless `--on_bad_image skip` leaves it out).
     """
 
     LAYOUT = "patch_camelyon"
@@ -82,7 +82,7 @@ class PatchCamelyon(FolderBuilder):
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         with hdf5.open_file(path) as file:
             patches = _patches(file)
-            # Whole chunks at a time: reading by row would decompress a chunk again for each of its rows.
+            # Many rows at a time: reading row by row would decompress a chunk again for each of its rows.
             step = min(512, max(1, hdf5.MAX_BYTES // math.prod(patches.shape[1:])))
             step = step - step % (patches.chunks or (1,))[0] or step
             for start in range(0, len(patches), step):
@@ -102,7 +102,7 @@ class PatchCamelyon(FolderBuilder):
                         )
 
     def _block(self, patches: h5py.Dataset, rows: range) -> Sequence[np.ndarray | None]:
-        """The patches, or None for each where one can't be read and is to be left out."""
+        """The patches of `rows`; None for each one that can't be read and is to be left out."""
         try:
             return list(hdf5.read(patches, slice(rows.start, rows.stop)))
         except HistoError:

@@ -1,4 +1,4 @@
-"""Images flattened into the rows of a table: a label and one column per value, in CSV, parquet or npz."""
+"""Images flattened into the rows of a table, with a label and one column per pixel value, in CSV, parquet or npz."""
 
 from __future__ import annotations
 
@@ -33,26 +33,29 @@ from hf_histo.errors import HistoError
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".parquet", ".npz")
-NAMED = {  # what a column, or an array of an npz file, may be called, in any capitalization
+NAMED = {  # accepted names of a column, or of an array in an npz file, in any capitalization
     "label": ("label", "labels", "class", "target", "y"),
     "id": ("id", "image_id"),
     "group": ("group", "patient", "patient_id"),
 }
 PROBES = 16  # images from which range and order are detected
 NUMBERED = re.compile(r"(.*?)(\d+)")  # a text and a number
-BATCH = 1024  # rows of labels and the like that are read at a time
-BLOCK = 2**21  # values of a parquet file that are read at a time, in whole columns of a row group
-DARKEST_PEAK = 16  # below, an image that exceeds 1 may be a dark one in [0, 255] as well as one in an unknown range
-CLEARLY = 0.8  # of the other order's roughness: above, the two can't be distinguished
+BATCH = 1024  # rows of labels, ids and groups read at a time
+BLOCK = 2**21  # values of a parquet file read at a time, in whole columns of a row group
+DARKEST_PEAK = 16  # below this maximum, values above 1 could be dark images in [0, 255] or an unknown range
+CLEARLY = 0.8  # ratio of the roughness of the two orders above which they can't be distinguished
 UNREADABLE = (
     *(OSError, ValueError, KeyError, EOFError, MemoryError, csv.Error, pa.ArrowException),
-    *(zipfile.BadZipFile, zlib.error, RuntimeError),  # the last where an archive is encrypted, or packed in a newer way
+    *(zipfile.BadZipFile, zlib.error, RuntimeError),  # the last: an encrypted archive, or a newer compression
 )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Square images of `side` pixels, in the order "hwc", "chw" or "gray", with values in [0, `maximum`], 1 or 255."""
+    """How the rows of a table store square images of `side` x `side` pixels.
+
+    `order` of the values is "hwc", "chw" or "gray"; they are in [0, `maximum`], which is 1 or 255.
+    """
 
     side: int
     order: str
@@ -82,26 +85,26 @@ class Layout:
 
 
 class PixelTables(FolderBuilder):
-    """`train`, `val` and `test` (spelled as class folders may be) as .csv, .parquet or .npz; one row is one image.
+    """`train`, `val` and `test` (or the names in `class_folders.SPLITS`) as .csv, .parquet or .npz; a row is an image.
 
-    A column `label` names the class, as a number or text; empty or -1 is hidden. There may be `id` and `group` (or
-    `patient`). All other columns are the image's values: 3 x S x S of them, or S x S of a gray one, so that 224 pixels
-    make 150,528. Their order is that of the numbers in their names, where all are one text and a number (`pixel_0`), or
-    else that of the columns of `train`; the other files must have the same columns, in any order. In an npz file they
-    are an array (N, values) beside `y` (N,).
+    The column `label` is the class, as a number or text; empty or -1 is hidden. The columns `id` and `group` (or
+    `patient`) are optional. All other columns are pixel values: 3 x S x S of a color image (150,528 for S = 224), S x S
+    of a gray one. If all their names are one text and a number (`pixel_0`), they are ordered by that number, else as in
+    `train`; the other files must have the same columns, in any order. In an npz file, the values are an array
+    (N, values) beside `y` (N,).
 
     Values are in [0, 1] or [0, 255] and in the order HWC or CHW: stated (`--pixel_range`, `--pixel_order`), or detected
-    in the first 16 images and recorded in `info.description`. The range is that of their maximum; the order is the one
-    in which neighbors differ less, since images are smooth. The range is demanded of every image: in [0, 255], one that
-    is not black and does not exceed 1 is refused.
+    in the first 16 images and recorded in `info.description`. The range is detected by the maximum; the order is the
+    one in which neighboring pixels differ less. The range is required of every image: in [0, 255], an image that is not
+    black and has no value above 1 is refused.
 
-    A row is read at a time, and of parquet files, which are stored by column, as many columns of a row group as hold 2
-    million values, into a temporary file: the table is never in memory.
+    The table is never in memory: files are read row by row; parquet, which is stored by column, is first copied into a
+    temporary file, 2 million values at a time.
 
-    Raises HistoError, naming file and row, for a missing column of labels, a value that is no number or out of range
-    (unless such images are left out: `--on_bad_image skip`), a number of columns that makes no square image, other
-    columns than those of `train`, a name that two columns have, a class that `train` lacks, a range or order that can't
-    be detected, and a parquet file that expands to more than `EXPANSION` times its size.
+    Raises HistoError, naming file and row, for a missing label column, a value that is not a number or out of range
+    (unless `--on_bad_image skip` leaves the image out), a number of columns that makes no square image, other columns
+    than those of `train`, duplicate column names, a class that `train` lacks, a range or order that can't be detected,
+    and a parquet file that expands to more than `EXPANSION` times its size.
     """
 
     LAYOUT = "pixel_tables"
@@ -117,7 +120,7 @@ class PixelTables(FolderBuilder):
         return ["" if path == directory else path.name for path in _files(directory).values()]
 
     def _info(self) -> datasets.DatasetInfo:
-        return datasets.DatasetInfo()  # the classes are read from the files, once
+        return datasets.DatasetInfo()  # `_split_generators` sets the classes, so that the files are read once
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         files = _files(self.config.directory)
@@ -144,12 +147,12 @@ class PixelTables(FolderBuilder):
         return generators
 
     def _layout(self, path: Path, columns: list[str], count: int) -> Layout:
-        """How the file stores its images: stated, or detected in the first ones."""
+        """How the file stores its images: as options state, or as detected in the first ones."""
         options = self.config.options
         probes = np.stack(list(itertools.islice(_rows(path, columns, count), PROBES)))
         probes = probes[np.isfinite(probes).all(axis=1)]
         if not len(probes):
-            raise HistoError(f"{path}: each of the first images has a value that is no number; correct them")
+            raise HistoError(f"{path}: each of the first images has a value that is not a number; correct them")
         maximum, order = 255, options.pixel_order
         if options.pixel_range != "detect":
             maximum = int(options.pixel_range)
@@ -199,18 +202,18 @@ def _files(directory: Path) -> dict[str, Path]:
 
 
 def _roughness(images: NDArray[Any]) -> float:
-    """The mean difference of neighbors in (B, H, W, C)."""
+    """Mean absolute difference of neighboring pixels of images (B, H, W, C)."""
     return float(np.abs(np.diff(images, axis=1)).mean() + np.abs(np.diff(images, axis=2)).mean())
 
 
 def _classes(labels: pd.Series[str]) -> list[str]:
-    """The classes, numbers by their value and text by the alphabet."""
+    """Class names, sorted: by value if all are numbers, else as text."""
     names = sorted(set(labels) - {""})
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
 
 
 def _described(path: Path) -> pd.DataFrame:
-    """Label ("" where hidden), id (default: the row) and group ("" where unknown) of every row, as text."""
+    """Label ("" where hidden), id (default: the row number) and group ("" where unknown) of each row, as text."""
     try:
         columns = {"csv": _csv_columns, "parquet": _parquet_columns, "npz": _npz_columns}[_format(path)](path)
     except UNREADABLE as error:
@@ -234,9 +237,9 @@ def _described(path: Path) -> pd.DataFrame:
 
 
 def _rows(path: Path, columns: list[str], count: int) -> Iterator[NDArray[np.float32]]:
-    """The values of each row, float32 (n,), in the order of `columns`, which an npz file has not.
+    """Yield the values of each row, float32 (n,), in the order of `columns` (ignored for npz files).
 
-    Raises HistoError, naming the file, where it can't be read, and for more or fewer than `count` rows.
+    Raises HistoError, naming the file, if it can't be read or has more or fewer than `count` rows.
     """
     number = 0
     try:
@@ -260,16 +263,16 @@ def _unreadable(path: Path, error: Exception) -> HistoError:
 
 
 def _split_names(names: list[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """The places of label, id and group, and those of the values by their names."""
+    """Column indices: of label, id and group by role, and of the pixel values by column name."""
     roles = {spelling: role for role, spellings in NAMED.items() for spelling in spellings}
     special = {roles[name.lower()]: place for place, name in enumerate(names) if name.lower() in roles}
     return special, {name: place for place, name in enumerate(names) if name.lower() not in roles and name != ""}
 
 
 def _columns_of(paths: list[Path]) -> list[str]:
-    """The names of the columns of values in the order of an image, which all files have; none for npz files.
+    """Names of the value columns, which all files share, in the order of the pixels; empty for npz files.
 
-    Raises HistoError, naming the file, for other columns than those of the first one, and a name or role of two.
+    Raises HistoError, naming the file, for other columns than in the first file, and two columns of one name or role.
     """
     first, *others = (_names(path) for path in paths)
     for path, names in zip(paths[1:], others, strict=True):
@@ -285,7 +288,7 @@ def _columns_of(paths: list[Path]) -> list[str]:
 
 
 def _names(path: Path) -> list[str]:
-    """The names of the columns of values in a file, in its order."""
+    """Names of the value columns of a file, in the file's order."""
     try:
         names = {"csv": _csv_names, "parquet": _parquet_names, "npz": _npz_names}[_format(path)](path)
     except UNREADABLE as error:
@@ -314,7 +317,7 @@ def _parquet_names(path: Path) -> list[str]:
 def _npz_names(path: Path) -> list[str]:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others expand without bounds
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others expand without bound
                 raise HistoError(
                     f"{path}: {member.filename} is packed as NumPy never does, expected deflate; save it anew"
                 )
@@ -352,7 +355,7 @@ def _parquet_columns(path: Path) -> dict[str, list[Any]]:
     names = _parquet_names(path)
     special, values = _split_names(names)
     wanted = {role: names[place] for role, place in special.items()}
-    # A text that is repeated is stored once, and read so, lest a small file fill the memory.
+    # Repeated text is stored once; reading it as a dictionary keeps a small file from filling the memory.
     file = pq.ParquetFile(path, read_dictionary=list(wanted.values()))
     shards.check_rows(str(path), file, path.stat().st_size, len(values) + 64 * len(wanted))
     shards.check_content({str(path): path})

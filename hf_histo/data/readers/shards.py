@@ -1,4 +1,4 @@
-"""Parquet and Arrow files of others: how far they expand, and which classes they declare, before they are converted."""
+"""Checks of parquet and Arrow files before conversion: how far they expand, and which classes they declare."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ FORMATS = ("arrow", "parquet")  # as `datasets` names them
 
 
 def check_rows(where: str, file: pq.ParquetFile, size: int, width: int) -> None:
-    """Raise HistoError, starting with `where`, for a file that declares more than its bytes can hold.
+    """Raise HistoError for a parquet file that declares more than `EXPANSION` times its size.
 
-    A value that is repeated takes nothing in parquet, and `width` bytes in each row here.
+    A repeated value takes no space in parquet, but `width` bytes in each row after the conversion.
 
     Args:
-        where: names the file.
-        file: opened.
-        size: of the file in bytes.
-        width: bytes that become of a row.
+        where: names the file; the error starts with it.
+        file: the open file.
+        size: size of the file in bytes.
+        width: bytes per row after the conversion.
     """
     groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
     declared = sum(max(group.num_rows * width, group.total_byte_size) for group in groups)
@@ -40,17 +40,17 @@ def check_rows(where: str, file: pq.ParquetFile, size: int, width: int) -> None:
 
 
 def check_content(files: Mapping[str, str | Path]) -> None:
-    """Raise HistoError, as `check_rows` does, for files whose values expand too far, or that can't be read.
+    """Raise HistoError for files that can't be read, or whose values expand to more than `EXPANSION` times their size.
 
-    All values are read once, by a process whose memory is bounded; see `expansion`.
+    All values are read once, by a process with limited memory; see `expansion`.
 
     Args:
-        files: their paths by what names them in messages.
+        files: path of each file, by its name in messages.
     """
     sizes = {os.fspath(path): regular(path).stat().st_size for path in files.values()}
     bounds = {path: SMALL + EXPANSION * size for path, size in sizes.items()}
     command = [sys.executable, "-P", expansion.__file__, json.dumps(bounds)]
-    # The system's allocator gives back what is freed, and reserves nothing.
+    # The system's allocator returns freed memory and reserves none.
     environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
     by_path = {os.fspath(path): where for where, path in files.items()}
@@ -63,20 +63,20 @@ def check_content(files: Mapping[str, str | Path]) -> None:
 
 
 def schema_of(file: IO[bytes], format: str) -> pa.Schema:
-    """The columns of a file in one of `FORMATS`."""
+    """Arrow schema of a file in one of `FORMATS`."""
     if format == "parquet":
         return pq.read_schema(file)
     try:
         return pa.ipc.open_stream(file).schema
-    except (OSError, pa.ArrowInvalid, MemoryError):  # read so, its first bytes are a length
+    except (OSError, pa.ArrowInvalid, MemoryError):  # a file: as a stream's length, its first bytes are invalid
         file.seek(0)
         return pa.ipc.open_file(file).schema
 
 
 def check_types(where: str, schema: pa.Schema) -> None:
-    """Raise HistoError for a column in which one stored value can stand in many rows, or values take no bytes.
+    """Raise HistoError for a column type that stores one value for many rows (dictionaries), or values of no bytes.
 
-    The size that is read would be no bound for the size that is converted.
+    For such a column, the size in memory would not bound the size after conversion.
     """
     for field in schema:
         if not (pa.types.is_null(field.type) or _is_plain(field.type)):
@@ -102,10 +102,10 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def check_classes(where: str, schema: pa.Schema, column: str, names: Sequence[str]) -> None:
-    """Raise HistoError for a file that declares other class names than `names`, or another order, for its numbers.
+    """Raise HistoError for a file that declares other class names than `names`, or another order, for a label column.
 
-    `datasets` keeps the declaration in the schema's metadata, takes that of one file and leaves the others unread. A
-    file without one has nothing but numbers, which are the places in `names`.
+    `datasets` stores class names in the schema's metadata, uses those of one file, and ignores the others. A file
+    without class names passes: its labels are taken as indices into `names`.
     """
     declared = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     own = declared.get("info", {}).get("features", {}).get(column, {}).get("names", names)

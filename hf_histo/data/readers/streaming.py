@@ -1,4 +1,4 @@
-"""A training set of any size, read as it is needed from shards here, on the Hub or in object storage."""
+"""Training images of a data set of any size, streamed from shards on disk, on the Hub or in object storage."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from hf_histo.data.schema import Sample, decode
 from hf_histo.errors import HistoError
 
 Prepare = Callable[[torch.Tensor], torch.Tensor]
-BUFFER = 1000  # images among which a pass is shuffled, beside the order of the shards
-REMEMBERED = 10_000  # names of the last images, for messages
-FAULTS = (  # what `datasets` and Arrow were seen to raise of damaged files
+BUFFER = 1000  # size of the shuffle buffer, in images; the order of shards is shuffled as well
+REMEMBERED = 10_000  # latest images whose ids are kept for messages
+FAULTS = (  # exceptions that `datasets` and Arrow raise for damaged files
     *(OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, MemoryError),
     *(pa.ArrowException, datasets.exceptions.DatasetsError),
 )
 
 
 class Stream(torch.utils.data.IterableDataset[Sample]):
-    """The part of one process of a launch in every pass over the training images.
+    """Iterable dataset of the training samples that one process of a launch sees in each epoch.
 
-    A pass is a function of the seed and its number, so that a run that was interrupted in the middle of one resumes
-    with the image that is next (it reads, but does not train on, those before). In a pass the processes see every image
-    once if their number divides that of the shards and these hold equally many, or if it does not; else a process
-    whose shards hold fewer begins again, and the others leave some out.
+    The order depends only on the seed and the epoch, so a run that was interrupted within an epoch resumes with the
+    next image; the images before it are read again, but not trained on. Shards are distributed over the processes if
+    their number is a multiple of the number of processes, else single images are. In an epoch, every image is seen
+    once, unless processes get shards with different numbers of images: then a process with fewer starts over, and
+    another one leaves some out.
 
     `Sample.index` is a hash of the image's column `id`, or of its bytes, so that augmentation depends on the image and
-    not on where it stood.
+    not on its position.
 
-    Iterating raises `HistoError` for a shard or an image that can't be read, and where no shard holds an image.
+    Iterating raises `HistoError` for a shard or an image that can't be read, and if the shards hold no image.
 
     Args:
-        rows: a column of images, whose bytes are in the shards, and one of labels.
-        image, label: these columns.
-        total: images in a pass of all processes.
-        seed: of the order.
-        rank, processes: of the launch.
-        prepare: applied to every image, uint8 (3, H, W), that is read.
-        gray_bits: of 16-bit gray images, see `schema.rgb`; without it, they are refused.
+        rows: streamed rows with a column of images, whose bytes are in the shards, and one of labels.
+        image, label: names of these columns.
+        total: images per epoch, over all processes.
+        seed: seed of the order.
+        rank, processes: number of this process, from 0, and of all processes.
+        prepare: applied to each image, uint8 (3, H, W), when it is read.
+        gray_bits: bit depth of 16-bit gray images, see `schema.rgb`; None refuses them.
     """
 
     def __init__(
@@ -68,11 +69,11 @@ class Stream(torch.utils.data.IterableDataset[Sample]):
         self._ids: dict[int, str] = {}
 
     def set_epoch(self, epoch: int) -> None:
-        """The number of the next pass, from 0."""
+        """Set the number of the next epoch, from 0."""
         self._rows.set_epoch(epoch)
 
     def ids(self, rows: Sequence[int]) -> list[str]:
-        """Of samples by their `index`, among the last `REMEMBERED` that this process read."""
+        """Ids of samples by their `index`, if among the last `REMEMBERED` ones read by this process; else a text."""
         return [self._ids.get(row, f"index {row}") for row in rows]
 
     def __len__(self) -> int:
@@ -106,9 +107,9 @@ class Stream(torch.utils.data.IterableDataset[Sample]):
 
 
 def readable(rows: Iterable[dict[str, Any]], option: str) -> Iterator[dict[str, Any]]:
-    """The rows of streamed shards, with what `datasets` raises of a damaged one as `HistoError`."""
+    """Yield streamed rows. Raises `HistoError`, starting with `option`, for a damaged shard."""
     try:
         yield from rows
     except FAULTS as error:
         reason = str(error)[:300]
-        raise HistoError(f"{option}: a shard can't be read ({reason}), expected whole parquet; replace it") from None
+        raise HistoError(f"{option}: a shard can't be read ({reason}), expected a complete one; replace it") from None

@@ -22,16 +22,15 @@ logger = logging.getLogger(__name__)
 class WildsCamelyon17(FolderBuilder):
     """Camelyon17 as WILDS publishes it (https://wilds.stanford.edu, `wilds/datasets/camelyon17_dataset.py`), CC0.
 
-    `metadata.csv` names the patches, `patches/` holds them as PNG. The official splits, also by these rules: `val` is
-    center 1 and `test` center 2, whatever the column `split` holds; of the other centers, `split` 0 is `train` and 1 is
-    `id_val`. The latter is drawn by patch from the slides of `train`: it measures fit, and must not select a model.
+    `metadata.csv` lists the patches, `patches/` holds them as PNG. Splits follow WILDS: center 1 is `val` and center 2
+    is `test`, whatever the column `split` holds; in the other centers, `split` 0 is `train` and 1 is `id_val`. Patches
+    of `id_val` come from the slides of `train`: it measures the fit, and must not be used to select a model.
 
-    `group` is the patient rather than the slide: several nodes of one patient were cut, stained and scanned together
-    and share the disease, so patches of two of them are no more independent than those of one. `id` is the file's
-    stem.
+    `group` is the patient rather than the slide: lymph nodes of a patient were cut, stained and scanned together and
+    share the disease, so their patches are not independent. `id` is the stem of the file name.
 
-    Raises HistoError, naming the file, for a table without these columns or rows, and for a patch that is missing,
-    can't be decoded or has another size than the first.
+    Raises HistoError, naming the file, for a table that lacks a column of `COLUMNS` or rows of a split, and for a patch
+    that is missing, can't be decoded or has another size than the first.
     """
 
     LAYOUT = "wilds_camelyon17"
@@ -94,10 +93,10 @@ class WildsCamelyon17(FolderBuilder):
 
 
 def _table(directory: Path) -> pd.DataFrame:
-    """The rows of `metadata.csv` with the patch's `path` below `directory` and the name of its official `split`."""
+    """Rows of `metadata.csv`, with `path` of the patch relative to `directory` and the name of its official `split`."""
     path = directory / "metadata.csv"
     try:
-        with np.errstate(invalid="ignore"):  # of what is no number, which is refused
+        with np.errstate(invalid="ignore"):  # from a cell that is not a number, which is refused
             table = pd.read_csv(path, usecols=list(WildsCamelyon17.COLUMNS), dtype="int64")
     except (ValueError, OverflowError, TypeError) as error:
         expected = f"a CSV table with whole numbers in {', '.join(WildsCamelyon17.COLUMNS)}"

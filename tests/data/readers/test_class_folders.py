@@ -177,7 +177,7 @@ def png_header(width: int, height: int) -> bytes:
     return content
 
 
-# PIL refuses the first by itself, warns of the second, and says nothing of the third.
+# PIL refuses the first by itself, warns about the second, and ignores the fault in the third.
 @pytest.mark.parametrize("size", [(30_000, 30_000), (10_001, 10_000), (9_000, 9_000)])
 def test_refuses_giants_before_decoding(folder: Path, size: tuple[int, int], recwarn: pytest.WarningsRecorder) -> None:
     (folder / "train/ant/giant.png").write_bytes(png_header(*size))
@@ -227,7 +227,7 @@ def test_warns_of_what_else_is_left_out(folder: Path, caplog: pytest.LogCaptureF
     (folder / "train/ant/readme.txt").touch()
     (folder / "masks").mkdir()
     assert len(load(folder)["train"]) == 6
-    assert "left out 1 files that are no images, e.g. readme.txt" in caplog.text
+    assert "left out 1 files that are not images, e.g. readme.txt" in caplog.text
     assert "left out the folders masks" in caplog.text
 
 

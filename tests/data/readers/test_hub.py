@@ -82,8 +82,8 @@ def refusal(name: str, cache_dir: Path) -> str:
 
 
 def test_bad_names_and_other_columns(tmp_path: Path) -> None:
-    assert "--data hub:nobody/nothing: can't be had" in refusal("hub:nobody/nothing", tmp_path)
-    assert "--data hub:: can't be had" in refusal("hub:", tmp_path)
+    assert "--data hub:nobody/nothing: can't be loaded" in refusal("hub:nobody/nothing", tmp_path)
+    assert "--data hub:: can't be loaded" in refusal("hub:", tmp_path)
     write_parquet(tmp_path / "testing", splits=("test",))
     assert "has the splits test, expected train" in refusal(f"hub:{tmp_path / 'testing'}", tmp_path / "cache")
     (tmp_path / "text").mkdir()

@@ -62,7 +62,7 @@ def test_other_spellings_of_the_names_and_no_test(tmp_path: Path) -> None:
     write_digits(tmp_path, packed=False, test=False)
     (tmp_path / TRAIN).rename(tmp_path / "train10k-images.idx3-ubyte")
     packed = gzip.compress((tmp_path / LABELS).read_bytes())
-    (tmp_path / LABELS).write_bytes(packed)  # packed, whatever the suffix says
+    (tmp_path / LABELS).write_bytes(packed)  # gzipped, without the suffix
     assert set(load(tmp_path)) == {"train"}
 
 

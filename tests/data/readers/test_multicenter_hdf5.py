@@ -212,9 +212,9 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path: Path, first: str) -> 
     data = load(options)
     assert not {"1", "0" if first == "damaged" else "2"} & set(data["train"]["id"])
     assert [len(rows) for rows in data.values()] == [68, 3, 3]
-    said = data["train"].info.description
-    assert said.count("left out ") == 3 and str(tmp_path) not in said
-    assert "\nleft out train.h5: 1/img: unreadable" in said and "\nleft out val.h5: 3: no img" in said
+    description = data["train"].info.description
+    assert description.count("left out ") == 3 and str(tmp_path) not in description
+    assert "\nleft out train.h5: 1/img: unreadable" in description and "\nleft out val.h5: 3: no img" in description
     edit(tmp_path, "val", "2/label", 7)
     with pytest.raises(HistoError, match=r"val\.h5: 2/label: 7, expected 0 or 1"):  # no image, but still a fault
         load(options)

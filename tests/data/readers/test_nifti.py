@@ -256,7 +256,7 @@ def test_a_class_without_volumes(folder: Path) -> None:
 def test_pictures_beside_volumes_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "train/glioma/preview.png").touch()
     load(folder)
-    assert "left out 1 files that are no NIfTI volumes, e.g. preview.png" in caplog.text
+    assert "left out 1 files that are not NIfTI volumes, e.g. preview.png" in caplog.text
 
 
 def test_without_nibabel_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A generated set of shards, streamed: every image once, shared among processes, and a resumed pass goes on."""
+"""A generated set of shards, streamed: every image once, shared among processes, and a resumed pass continues."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_damaged_shard_is_named_as_such(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[4:200] = bytes(196)  # the first page, behind the magic number
     path.write_bytes(content)
-    with pytest.raises(HistoError, match=r"--streaming: a shard can't be read .*, expected whole parquet; replace it"):
+    with pytest.raises(HistoError, match=r"--streaming: a shard can't be read .*, expected a complete one; replace it"):
         list(part(shards, total=12))
 
 
