@@ -1,4 +1,4 @@
-"""Audit of a data set before training: its composition, and a list of findings."""
+"""Audit of a data set before training: the composition of its splits, and a list of problems (findings)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ class Image:
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem: a `kind` from the list in `audit`, the split it is in and, where two are involved, the
-    `other` one, a sentence, and the images, those that belong together in one group."""
+    """One problem in a data set.
+
+    `kind` is one of the list in `audit`, `split` the split that has the problem, `other` a second split that is
+    involved or None, `message` a sentence, and `groups` the images, each group holding those that belong together.
+    """
 
     kind: str
     split: str
@@ -44,8 +47,8 @@ class Finding:
 class Stratum:
     """The images of one center in one split.
 
-    `classes` counts images by class name, "(hidden)" among them where labels are; `groups` counts known patients or
-    slides; `mean` and `deviation` describe all pixels of R, G, B in gray levels from 0 to 255, images weighing alike.
+    `classes` counts images by class name, hidden labels as "(hidden)"; `groups` counts known patients or slides; `mean`
+    and `deviation` are those of all pixels of R, G, B in gray levels from 0 to 255, with equal weight for each image.
     """
 
     center: int
@@ -58,9 +61,12 @@ class Stratum:
 
 @dataclass(frozen=True)
 class Split:
-    """One split: `distinct` counts images of different pixels, `families` sets of copies and `near_families` sets of
-    near images (see `inventory`; None where these were not searched for), `sizes` the different heights and widths;
-    `smallest` and `largest` are the extremes of [height, width] in pixels."""
+    """One split.
+
+    `distinct` counts images with different pixels, `families` families of copies and `near_families` families of near
+    images (see `inventory`; None if these were not searched for), and `sizes` the different pairs of height and width;
+    `smallest` and `largest` are the extremes of [height, width] in pixels.
+    """
 
     name: str
     images: int
@@ -77,18 +83,18 @@ class Split:
 
 @dataclass(frozen=True)
 class Audit:
-    """Composition of a data set, and its findings, the most serious first."""
+    """Composition of a data set's splits, and its findings, the most serious first."""
 
     classes: list[str]
     splits: list[Split]
     findings: list[Finding]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it in plain lists, mappings, strings and numbers."""
+        """The audit as JSON values: lists, dicts, strings and numbers."""
         return dataclasses.asdict(self)
 
     def summary(self, examples: int = 3) -> str:
-        """A text to read: a paragraph for each split, then the findings with a few examples of each."""
+        """A plain-text report: a paragraph for each split, then the findings, each with a few `examples`."""
         lines = [line for split in self.splits for line in _described(split)]
         lines += ["", f"findings: {len(self.findings)}"]
         for number, finding in enumerate(self.findings, start=1):
@@ -108,18 +114,18 @@ def audit(table: pd.DataFrame, classes: Sequence[str]) -> Audit:
 
     Kinds of findings, in this order:
 
-    - `overlap`: images of a later split whose pixels are those of an image of an earlier one
-    - `similar_overlap`: further ones that are copies of an image of an earlier split
+    - `overlap`: images of a later split with the same pixels as an image of an earlier one
+    - `similar_overlap`: further images that are copies of an image of an earlier split
     - `shared_groups`: known groups (patients, slides) on both sides of two splits
     - `label_conflict`: images of identical pixels with different labels; `similar_label_conflict`: further families of
-      copies with different labels. Groups may well hold several labels: a slide has normal and tumor tissue.
+      copies with different labels. (Groups may have several labels: a slide has normal and tumor tissue.)
     - `repeats`: images of identical pixels within a split; `similar_repeats`: further copies within a split
-    - `blank`: images without any structure; `tiny`: with a side below 32 pixels
-    - `size_shift`: two splits without one image size in common
+    - `blank`: images without any structure; `tiny`: images with a side below 32 pixels
+    - `size_shift`: two splits that have no image size in common
     - `missing_class`: a class that other splits have; `imbalance`: a class 10 times as frequent as another
     - `one_class_center`: a center of which a labeled split has one class only: its appearance predicts the label
 
-    Hidden labels conflict with none.
+    Hidden labels cause no conflict.
     """
     names = np.array([*classes, HIDDEN], dtype=object)
     table = table.assign(name=names[table["label"]])  # -1 is the last
@@ -137,7 +143,7 @@ def audit(table: pd.DataFrame, classes: Sequence[str]) -> Audit:
 
 
 def _overlaps(table: pd.DataFrame, splits: Sequence[str]) -> Iterator[Finding]:
-    """For every image that is in an earlier split, too: the first one there, and itself."""
+    """Findings of images that are also in an earlier split, each grouped with its first copy there."""
     for similar in (False, True):
         for earlier, later in combinations(splits, 2):
             one, other = table[table["split"] == earlier], table[table["split"] == later]
@@ -275,7 +281,7 @@ def _stratum(center: int, rows: pd.DataFrame, classes: Sequence[str]) -> Stratum
         classes=_counts(rows, classes),
         groups=_groups(rows),
         mean=[float(x) for x in means.mean(axis=0)],
-        # The law of total variance: within images, and between their means.
+        # Law of total variance: the variance within images plus that between their means.
         deviation=[float(x) for x in np.sqrt(variances.mean(axis=0) + means.var(axis=0))],
     )
 

@@ -1,4 +1,4 @@
-"""Inventory of a data set in one pass over its pixels: statistics of each image, copies, and near images."""
+"""Inventory of a data set: pixel statistics of each image, and families of copies and of near images."""
 
 from __future__ import annotations
 
@@ -20,53 +20,52 @@ from hf_histo.errors import HistoError
 
 CHANNELS = ("red", "green", "blue")
 
-BLANK = 2.0  # gray levels of 255: a deviation below this in every channel is that of noise or compression
+BLANK = 2.0  # gray levels (of 255): a lower deviation in every channel is only noise or compression
 SIMILARITY = 0.95
-"""Correlation of details from which on two images count as copies. Measured on 150 images of each of four data sets
-(brain MRI, H&E, two of cervical cytology): of the copies that were halved, doubled, or had their gamma changed to 0.7,
-all reach it, of those saved as JPEG of quality 30, 99%. Different images of the last three data sets stay below 0.85.
-Neighboring slices of one MRI volume reach it where they look the same to a person; 0.8 relates more of them."""
+"""Correlation of details at which two images count as copies. Measured on 150 images of each of four data sets (brain
+MRI, H&E, two of cervical cytology): all copies that were halved or doubled in size, or had their gamma changed to 0.7,
+reach it, and 99% of those saved as JPEG of quality 30. Different images of the last three data sets stay below 0.85.
+Neighboring slices of one MRI volume reach it if they look the same to a person; 0.8 finds more of them."""
 
 NEAR = 0.7
-"""Correlation of details from which on two images, both upright, are taken for near ones, such as neighboring slices of
-one volume. Measured with all pairs of images: of 3,264 slices of brain MRI (Kaggle, patients unknown) 66% have a near
-one, and the families that chains of near images form hold up to 19 slices, 99% of them of one class; at 0.6, chains run
-through 119. Of 2,617 H&E patches none has a near one, of 1,867 images of cervical cytology 4."""
+"""Correlation of details at which two images, both upright, count as near images, such as neighboring slices of one
+volume. Measured on all pairs of images: of 3,264 slices of brain MRI (Kaggle, patients unknown) 66% have a near image,
+and the families (chains of near images) have up to 19 slices, 99% of them of one class; at 0.6, up to 119 slices. Of
+2,617 H&E patches none has a near image, of 1,867 images of cervical cytology 4 have one."""
 
 _SIDE = 64  # pixels of the thumbnails on which images are compared
-_SIGMA = 2.0  # pixels there; what a Gaussian filter of this width takes away are the details
-_DISTANCE = 10  # of 64 bits; the copies above differ in up to 8
+_SIGMA = 2.0  # thumbnail pixels: width of the Gaussian blur that is subtracted to get the details
+_DISTANCE = 10  # largest Hamming distance of 64-bit hashes; the copies above differ in up to 8 bits
 _TURNS = 8  # quarter turns, mirrored or not
-_BLOCK = 64  # images that are compared to all others at a time
+_BLOCK = 64  # images compared with all others at a time
 
 
 def inventory(data: datasets.DatasetDict, *, similarity: float = SIMILARITY, near: float | None = None) -> pd.DataFrame:
-    """Measure all images and find families of copies, across splits; deterministic.
+    """Measure all images and find families of copies across splits; the result is deterministic.
 
-    Returns a row for each image, splits one after the other in the order of `data`, with the columns:
+    Returns a row for each image, in the order of splits and rows of `data`, with the columns:
 
-    - `split`, `row` (its index there), `id`, `label` (-1: hidden), `center`, `group`: as the schema has them
+    - `split`, `row` (index in the split), `id`, `label` (-1: hidden), `center`, `group`: as in the schema
     - `height`, `width`: pixels
     - `red`, `green`, `blue`: mean of the channel, 0 to 255; `red_deviation` and so on: its standard deviation
     - `blank`: whether all three deviations are below 2
     - `identical`: number of the family of images with the same size and the same decoded pixels
-    - `family`: number of the family of copies, connected through any chain of pairs of them; holds whole `identical`
-      families
-    - `near`, where a correlation `near` is given (see `NEAR`): number of the family of near images, likewise; holds
-      whole families of copies
+    - `family`: number of the family of copies: images connected by pairs of copies, and so whole `identical` families
+    - `near`, if a correlation `near` is given (see `NEAR`): number of the family of near images, connected likewise;
+      it contains whole families of copies
 
-    Two images are copies if they are the same picture but for compression, size, brightness, contrast, color, quarter
-    turns and mirroring. Not found are crops (3% off two sides is too much already) and many copies that were brightened
-    until parts are plain white.
+    Two images are copies if they are the same picture except for compression, size, brightness, contrast, color,
+    quarter turns and mirroring. Crops are not found (3% off two sides is too much already), nor are many copies that
+    were brightened until parts are saturated.
 
     Candidates differ in at most 10 bits of their perceptual hashes: signs, about the median, of the 8x8 lowest
     frequencies of the cosine transform of the grayscale thumbnail (after pHash: C. Zauner, Implementation and
-    Benchmarking of Perceptual Image Hash Functions, 2010). Of those, copies are the pairs whose details, 64x64
-    thumbnails minus their Gaussian blur, correlate (Pearson) by at least `similarity`, in (0, 1]. Blank images have no
-    details and only identical ones are related.
+    Benchmarking of Perceptual Image Hash Functions, 2010). Candidates are copies if their details, 64x64 thumbnails
+    minus their Gaussian blur, have a Pearson correlation of at least `similarity`, in (0, 1]. Blank images have no
+    details; of them, only identical ones are copies.
 
-    Holds 8 KB per image in memory, and compares all hashes to all: 100 thousand images take some minutes. With `near`,
-    the details of all images are compared to all, which takes longer.
+    Needs 8 KB of memory per image, and compares all pairs of hashes: 100,000 images take some minutes. With `near`, the
+    details of all pairs are compared, which takes longer.
 
     Raises HistoError for a `similarity` or `near` out of range, an image that can't be decoded, and data without
     images.
@@ -110,7 +109,8 @@ def inventory(data: datasets.DatasetDict, *, similarity: float = SIMILARITY, nea
 
 
 def components(labels: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Join the rows that have equal `labels` (n,) or stand in one of `pairs` (m, 2), and whatever is linked by them.
+    """Connected components of n rows, where rows with equal `labels` (n,) and the two rows of each of `pairs` (m, 2)
+    are connected.
 
     Returns the number of each row's component (n,), counted by first appearance.
     """
@@ -132,7 +132,7 @@ def _images(data: datasets.DatasetDict) -> Iterator[NDArray[np.uint8]]:
 
 
 def _thumbnail(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Grayscale, whatever the aspect ratio a square, float32 (64, 64)."""
+    """Grayscale thumbnail, float32 (64, 64); the aspect ratio is not kept."""
     gray = PIL.Image.fromarray(image).convert("L")
     return np.asarray(gray.resize((_SIDE, _SIDE), PIL.Image.Resampling.BILINEAR), np.float32)
 
@@ -144,7 +144,7 @@ def _turned(images: np.ndarray, turn: int) -> np.ndarray:
 
 
 def _hashes(thumbnail: NDArray[np.float32]) -> NDArray[np.uint64]:
-    """The perceptual hash of the thumbnail in each of its turns, uint64 (8,)."""
+    """Perceptual hash of the thumbnail under each of the eight symmetries, uint64 (8,)."""
     turns = np.stack([_turned(thumbnail, turn) for turn in range(_TURNS)])
     lowest = dctn(turns, axes=(1, 2))[:, :8, :8].reshape(_TURNS, 64)
     return np.packbits(lowest > np.median(lowest, axis=1, keepdims=True), axis=1).view(np.uint64)[:, 0]
@@ -158,7 +158,7 @@ def _details(thumbnail: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _near(details: NDArray[np.float16], correlation: float) -> NDArray[np.int64]:
-    """The pairs (m, 2) of rows whose details correlate so much, the smaller row first."""
+    """Pairs (m, 2) of rows whose details correlate by at least `correlation`, the smaller row first."""
     flat = details.reshape(len(details), -1)
     pairs = [np.empty((0, 2), np.int64)]
     for start in datasets.utils.tqdm(range(0, len(flat), 8 * _BLOCK), desc="Comparing details"):
@@ -171,9 +171,9 @@ def _near(details: NDArray[np.float16], correlation: float) -> NDArray[np.int64]
 
 
 def _copies(hashes: NDArray[np.uint64], details: NDArray[np.float16], similarity: float) -> NDArray[np.int64]:
-    """The pairs (m, 2) of rows that are copies, the smaller row first.
+    """Pairs (m, 2) of rows that are copies, the smaller row first.
 
-    Counting the bits that differ takes a few nanoseconds per pair and turn, so all pairs need no index of the hashes.
+    Counting differing bits takes a few nanoseconds per pair and symmetry, so no index of the hashes is needed.
     """
     pairs = [np.empty((0, 2), np.int64)]
     progress = datasets.utils.tqdm(total=len(hashes), desc="Searching for copies", unit=" images")

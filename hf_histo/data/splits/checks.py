@@ -1,6 +1,6 @@
-"""Checks on splits, and splits that pass them: no copy and no group on both sides.
+"""Checks of splits for shared images and groups, and functions that remove them.
 
-What is returned is other data than its source, and has a fingerprint of its own.
+Functions that return other splits than they were given also give these a new fingerprint.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Count = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class Composition:
-    """What a split holds, and what of `train` is in it.
+    """Counts of the images and groups of a split, and of those that `train` has as well.
 
     Attributes:
-        images: all of them.
-        hidden: images whose label is hidden.
-        groups: known ones.
-        classes: images by the class's name.
-        centers: images by the center's number; unknown ones are left out.
-        copies_of_train: images that are byte for byte one of train's. None of train itself, of a data set without
-            that split, and where it is streamed.
-        groups_of_train: groups that train has, too; None as above.
+        images: number of images.
+        hidden: number of images with a hidden label.
+        groups: number of known groups.
+        classes: number of images by class name.
+        centers: number of images by center number, without unknown centers.
+        copies_of_train: number of images whose stored bytes equal those of an image of `train`. None for `train`
+            itself, without a split `train`, and if `train` is streamed.
+        groups_of_train: number of groups that are also in `train`; None as above.
     """
 
     __pydantic_config__ = STRICT
@@ -61,10 +61,10 @@ def shared_groups(splits: Mapping[str, datasets.Dataset]) -> dict[tuple[str, str
 
 
 def composition(data: Mapping[str, datasets.Dataset]) -> dict[str, Composition]:
-    """What each split holds, and what of `train` is in it.
+    """The `Composition` of each split.
 
-    One pass over the stored bytes, at the speed of the disk; nothing is decoded. Files that hold the same pixels in
-    other bytes and near copies are not found: that is what `inventory` and `audit` are for.
+    Reads all stored bytes once, without decoding. Copies with other bytes (the same pixels in another file format, or
+    near copies) are not found: use `inventory` and `audit` for those.
     """
     shared = {other: len(groups) for (one, other), groups in shared_groups(data).items() if one == "train"}
     known = set(_digests(data["train"])) if "train" in data else set()
@@ -94,19 +94,19 @@ def _digests(rows: datasets.Dataset) -> Iterator[bytes]:
 def with_families(
     data: datasets.DatasetDict, table: pd.DataFrame, column: Literal["family", "near"] = "family"
 ) -> datasets.DatasetDict:
-    """The same images, with `group` naming those that must not be on both sides of a split: families and known groups.
+    """The same images, with `group` set so that it joins known groups that share a family of copies.
 
     Args:
         data: any splits.
         table: their `inventory`.
-        column: of the table that numbers the families, of copies or of near images.
+        column: the column of `table` with the families: "family" (copies) or "near" (near images).
 
-    A group that shares no family with another keeps its name. Others, and images of unknown group, get the name of
-    their first group or `family_N`. Raises HistoError if `table` is of other data.
+    A group that shares no family with another one keeps its name. Joined groups get the name of the first one, images
+    of unknown group that of a group in their family or `family_N`. Raises HistoError if `table` is of other data.
     """
     _check_same(data, table)
     group = table["group"].to_numpy()
-    # Rows of unknown group are alone, whatever copies add.
+    # Each row of unknown group starts as a group of its own, before copies are joined.
     labels = np.where(group == "", -1 - np.arange(len(table)), pd.factorize(group)[0])
     first = table[column].drop_duplicates()
     leader = first.index.to_numpy()[pd.Index(first).get_indexer(table[column])]
@@ -124,19 +124,19 @@ def with_families(
 def clean(
     data: datasets.DatasetDict, table: pd.DataFrame, *, first: Sequence[str] = ("train", "val")
 ) -> datasets.DatasetDict:
-    """One image of every family of copies, in the first split that has it: nothing of `train` and `val` in `test`.
+    """Keep one image of each family of copies, in the first split that has one: `test` has no copy from `train`.
 
     Args:
         data: any splits.
         table: their `inventory`.
-        first: the splits that keep what later ones lose, in this order; the others follow as they are in `data`.
+        first: the splits that come first, in this order; the others follow in the order of `data`.
 
-    A family in which labels conflict is left out of every split, for nobody knows which label is true. Raises
+    A family with conflicting labels is removed from all splits, since it is unknown which label is right. Raises
     HistoError if `table` is of other data, and if a split would lose all its images.
     """
     _check_same(data, table)
     rank = {name: i for i, name in enumerate(dict.fromkeys([*first, *data]))}
-    labels = table["label"].where(table["label"] >= 0)  # missing where hidden, which conflicts with nothing
+    labels = table["label"].where(table["label"] >= 0)  # NaN where hidden: no conflict
     clear = labels.groupby(table["family"]).transform("nunique") <= 1
     order = table["split"].map(rank).sort_values(kind="stable").index
     kept = (~table["family"].reindex(order).duplicated()).reindex(table.index) & clear
@@ -150,7 +150,7 @@ def clean(
 
 
 def named(derived: datasets.DatasetDict, source: datasets.DatasetDict) -> datasets.DatasetDict:
-    """`derived`, other splits of the images of `source`, with a fingerprint of its own: it is other data."""
+    """`derived`, other splits of the images of `source`, with a new fingerprint of that source and these splits."""
     content = xxhash.xxh3_128(fingerprint(source).encode())
     for name, split in derived.items():
         content.update("\0".join(["", name, *split["id"], *split["group"]]).encode())

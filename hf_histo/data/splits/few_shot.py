@@ -1,9 +1,9 @@
-"""A handful of labels: so many images of each class, or a share of them, the same ones whatever is trained on them.
+"""Few-shot subsets: a number of images per class, or a percentage of each class.
 
-The protocol of Dausort et al. 2024 (arXiv 2411.14975, its datasets/): shots per class from `train`, min(shots, 4) per
-class from `val`, all of `test`; or a percentage of each class of `train` and `val`. Ours: an image is drawn by (seed,
-split, class) alone, so that 2 shots hold the 1 shot of the same seed, and 10 percent the 1 percent; and a class with
-too few images is an error, where the study repeats images.
+The protocol of Dausort et al. 2024 (arXiv 2411.14975, its datasets/): `shots` images per class of `train`,
+min(shots, 4) per class of `val`, all of `test`; or a percentage of each class of `train` and `val`. Two differences:
+the draw depends only on (seed, split, class), so that larger subsets contain smaller ones of the same seed; and a class
+with too few images is an error, where the study repeats images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hf_histo.data.splits.checks import named
 from hf_histo.data.splits.folds import drawn
 from hf_histo.errors import HistoError
 
-VALIDATION_SHOTS = 4  # at most
+VALIDATION_SHOTS = 4  # most images per class of `val`
 SPLITS = {"train": 0, "val": 1}
 
 
@@ -28,17 +28,17 @@ def select(
     percentage: float | None = None,
     level: int | None = None,
 ) -> datasets.DatasetDict:
-    """The training and validation images of a protocol; other splits whole.
+    """Select few images per class from `train` and `val`; other splits are returned whole.
 
     Args:
-        data: splits with `train` and `val` among them, see `protocol.prepare`.
-        seed: of the draw.
-        shots: images of each class to train on; None for all.
-        percentage: of each class's images to train and to validate on, above 0 and up to 100, rounded down but at least
-            one; None for all. Not beside `shots`.
-        level: of a hierarchy of classes, see `hierarchy.at_level`.
+        data: splits with `train` and `val`, see `protocol.prepare`.
+        seed: seed of the draw.
+        shots: training images per class; None for all.
+        percentage: share of each class of `train` and `val`, in (0, 100], rounded down to at least one image; None for
+            all. Can't be combined with `shots`.
+        level: reduce the classes to one level of their hierarchy first, see `hierarchy.at_level`.
 
-    Raises `HistoError` for a class that has fewer images than are asked for, or none in `val`.
+    Raises `HistoError` for a class with fewer than `shots` images in `train`, or without images in `train` or `val`.
     """
     if shots is not None and percentage is not None:
         raise HistoError(f"--shots is {shots} and --percentage {percentage}, expected one of them; leave the other out")

@@ -1,4 +1,4 @@
-"""Other splits of the labeled images: every center, or every fold, held out of training once."""
+"""New splits of the labeled images: one center or fold held out at a time, and missing splits drawn."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ from hf_histo.data.splits.checks import named
 from hf_histo.errors import HistoError, idle_option
 
 POOLED = ("train", "val")
-FOLDS = 5  # of images that come without splits: one is `test`
-TEST = 2  # the number of that split in `drawn`; those of train and val are 0 and 1
+FOLDS = 5  # of data without splits: one fold becomes `test`
+TEST = 2  # number of the split `test` for `drawn`; `train` is 0 and `val` is 1
 
 
 def leave_one_center_out(
     data: datasets.DatasetDict, *, seed: int, validation_share: float = 0.15
 ) -> dict[int, datasets.DatasetDict]:
-    """For every center, the splits `train` and `val` of the other centers, and `test`: that center.
+    """For each center, three splits: `test` is that center, `train` and `val` are drawn from the other centers.
 
-    The images are the labeled ones of `train` and `val`; any other split stays out. `id` gets its split as a prefix
-    ("train/0"), since both files may count from 0. A group is never on two sides: where the held-out center shares one
-    with others, their images of it are in no split. `val` is that fold of a `StratifiedGroupKFold` over label and
-    center that is nearest to `validation_share` of each; an image of unknown group is its own.
+    The images are the labeled ones of `train` and `val`; other splits are ignored. `id` gets its split as a prefix
+    ("train/0"), since ids need be unique only within a split. No group is in two splits: where a group is in the
+    held-out center and in others, its images in the others are left out. `val` is the fold of a `StratifiedGroupKFold`
+    (strata: label and center) whose share of each stratum is nearest to `validation_share`; an image of unknown group
+    is its own group.
 
     Args:
         data: splits with known centers.
-        seed: of the parts; the same gives the same.
-        validation_share: of the images outside the held-out center that go to `val`, in (0, 0.5]; about, because
-            groups stay whole.
+        seed: seed of the draw of `val`.
+        validation_share: share of the images outside the held-out center that go to `val`, in (0, 0.5]; approximate,
+            since groups stay whole.
 
     Returns:
-        The splits by the center held out, in rising order. The fingerprints of any two that differ in an image differ.
+        The splits by held-out center, in rising order. Splits that differ in an image have different fingerprints.
 
     Raises:
         HistoError: the share is outside its range; there is no labeled image, an unknown center (-1), or fewer than
-            two centers; without a center, there are fewer than two groups, or `train` would have fewer than two
-            classes.
+            two centers; without the held-out center, there are fewer than two groups, or `train` would have fewer than
+            two classes.
     """
     _check_share(validation_share)
     pool = _pool(data)
@@ -56,11 +57,11 @@ def leave_one_center_out(
 
 
 def pool_centers(data: datasets.DatasetDict, *, seed: int, validation_share: float = 0.1) -> datasets.DatasetDict:
-    """Train on every labeled center: `train` and `val` are made anew from both, other splits stay as they are.
+    """Train on all labeled centers: split the images of `train` and `val` anew; other splits stay as they are.
 
-    For the last run, when everything has been decided: `val` is then of the same centers as `train` (other groups), so
-    it can choose a checkpoint but measures nothing of an unseen center. Ids, groups and strata are as in
-    `leave_one_center_out`, and so are the errors; HistoError, too, where the images are of one center.
+    Meant for the final run: `val` then has the same centers as `train` (but other groups), so it can choose a
+    checkpoint but measures nothing about an unseen center. Ids, groups, strata, `validation_share` and errors are as in
+    `leave_one_center_out`; HistoError is also raised if all images are of one center.
     """
     _check_share(validation_share)
     pool = _pool(data)
@@ -75,17 +76,17 @@ def pool_centers(data: datasets.DatasetDict, *, seed: int, validation_share: flo
 def k_folds(
     data: datasets.DatasetDict, *, folds: int = 5, seed: int = 0, validation_share: float = 0.1
 ) -> dict[int, datasets.DatasetDict]:
-    """For every fold, counted from 0: it as `test`, and the splits `train` and `val` of the others.
+    """For each fold, counted from 0, three splits: `test` is the fold, `train` and `val` are drawn from the others.
 
-    All labeled images of all splits are put together and divided by scikit-learn's `StratifiedGroupKFold` over label
-    and group, so that each is in `test` once, folds have about the same shares of the classes, and no group is on two
-    sides. `id` gets its split as a prefix; `val` is chosen as in `leave_one_center_out`.
+    The labeled images of all splits are pooled and divided by scikit-learn's `StratifiedGroupKFold` over label and
+    group: each image is in `test` once, folds have similar class shares, and no group is in two splits. `id` gets its
+    split as a prefix; `val` is chosen as in `leave_one_center_out`.
 
     Args:
-        data: splits whose groups are known (`splits.with_families`); an image of unknown group is its own.
-        folds: at least 2.
-        seed: of the assignment; the same gives the same.
-        validation_share: of the images outside the fold that go to `val`, in (0, 0.5], about.
+        data: splits whose groups are known (`checks.with_families`); an image of unknown group is its own group.
+        folds: number of folds, at least 2.
+        seed: seed of the assignment.
+        validation_share: approximate share of the images outside the fold that go to `val`, in (0, 0.5].
 
     Raises:
         HistoError: `folds` or the share is outside its range; there is no labeled image; a class has fewer groups than
@@ -109,10 +110,10 @@ def k_folds(
 
 
 def with_validation(data: datasets.DatasetDict, *, share: float = 0.1) -> datasets.DatasetDict:
-    """The same data; if `val` is missing, about `share` of each class of `train` becomes `val`, in whole groups.
+    """Add a missing split `val`: about `share` of each class of `train`, in whole groups.
 
-    Where no group is known, it is a tenth of each class, see `hold_out`. The draw is always the same, so that runs of
-    any seed are chosen on the same images. Raises HistoError where `train` is too small for it.
+    If no group is known, it is a tenth of each class, see `hold_out`. The draw does not depend on a run's seed, so that
+    all runs validate on the same images. Raises HistoError if `train` is too small.
     """
     if "val" in data:
         return data
@@ -128,9 +129,9 @@ def with_validation(data: datasets.DatasetDict, *, share: float = 0.1) -> datase
 
 
 def with_test(data: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
-    """The single split `name` as `train` and `test`: a fifth of each class, always the same one.
+    """Divide the single split `name` into `train` and `test`, a fifth of each class; the draw is always the same.
 
-    Where groups are known they stay whole, and `val` is made as well: the first of five `k_folds`.
+    If groups are known, the result is the first of five `k_folds`, which keeps groups whole and includes `val`.
     """
     rows = data[name]
     if any(rows.unique("group")):
@@ -143,11 +144,10 @@ def with_test(data: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
 
 
 def hold_out(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows (in order) to train on and those to validate on, for images without groups: a tenth of each class.
+    """Divide rows without groups into training rows and validation rows, a tenth of each class; both are sorted.
 
-    The draw is always the same, so that runs of any seed are chosen on
-    the same images. A class with a single image keeps it for training; `labels` (N,) are classes, -1 where hidden, and
-    hidden ones stay where they are, too.
+    The draw is always the same, so that all runs validate on the same images. `labels` (N,) are class indices, -1 where
+    hidden. The image of a class that has only one, and images with a hidden label, stay in training.
     """
     random = np.random.default_rng(0)
     held_out = [
@@ -159,7 +159,7 @@ def hold_out(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.i
 
 
 def drawn(labels: NDArray[np.int64], label: int, split: int, seed: int) -> NDArray[np.int64]:
-    """All rows of a class in an order that depends on the seed, the split's number and the class."""
+    """Rows of the class `label` in a random order that depends only on `seed`, the split's number and the class."""
     rows = np.flatnonzero(labels == label)
     return np.random.default_rng([seed, split, int(label)]).permutation(rows)
 
@@ -170,7 +170,7 @@ def _check_share(share: float) -> None:
 
 
 def _pool(data: datasets.DatasetDict, names: Sequence[str] = POOLED) -> datasets.Dataset:
-    """The labeled images of the splits `names`, with ids that name the split."""
+    """The labeled images of the splits `names`, with the split's name as a prefix of `id`."""
     parts = []
     for name in names:
         if name in data:
@@ -194,14 +194,14 @@ def _fold(pool: datasets.Dataset, center: int, seed: int, share: float) -> datas
 
 
 def _groups(pool: datasets.Dataset) -> NDArray[np.str_]:
-    """With a name that no group has for an image of unknown group: it is alone."""
+    """Group of each row; an image of unknown group gets a unique name that no group can have."""
     return np.array([group or f"\0{key}" for group, key in zip(pool["group"], pool["id"], strict=True)])
 
 
 def _parts(
     pool: datasets.Dataset, rest: NDArray[np.int64], seed: int, share: float, what: str
 ) -> dict[str, NDArray[np.int64]]:
-    """The rows `rest` of `pool` as `train` and `val`."""
+    """Divide the rows `rest` of `pool` into `train` and `val`; errors start with `what`."""
     labels, centers, groups = np.array(pool["label"]), np.array(pool["center"]), _groups(pool)
     strata = np.unique(np.stack([labels[rest], centers[rest]]), axis=1, return_inverse=True)[1]
     validation = _nearest_fold(strata, groups[rest], seed, share, what)
@@ -220,7 +220,7 @@ def _parts(
 def _nearest_fold(
     strata: NDArray[np.int64], groups: NDArray[np.str_], seed: int, share: float, what: str
 ) -> NDArray[np.bool_]:
-    """Of equal folds of whole groups, that with about `share` of every stratum, as a mask of shape (n,)."""
+    """Mask (n,) of the fold, among equal folds of whole groups, nearest to `share` of each stratum."""
     counts = np.bincount(strata)
     # The splitter refuses more folds than the most frequent stratum has images.
     folds = min(round(1 / share), len(np.unique(groups)), int(counts.max(initial=0)))
@@ -231,7 +231,7 @@ def _nearest_fold(
         )
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
-        # A stratum with fewer images than there are folds is in some of them only.
+        # scikit-learn warns of a stratum with fewer images than folds, which is fine here.
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
         parts = [part for _, part in splitter.split(strata, strata, groups)]
     distances = [np.abs(np.bincount(strata[part], minlength=len(counts)) - share * counts).sum() for part in parts]

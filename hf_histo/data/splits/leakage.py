@@ -1,4 +1,4 @@
-"""Data sets whose images have copies: families of them, and the images of a split that are none."""
+"""Leakage by copies: families of copies as groups, and splits without the copies of training images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from hf_histo.data.splits.checks import clean, with_families
 
 logger = logging.getLogger(__name__)
 
-SEARCHED = "near copies were searched for"  # in the description of data on which `grouped` did so
+SEARCHED = "near copies were searched for"  # added to the description of data by `grouped`
 LOGGED = ("overlap", "similar_overlap", "shared_groups", "label_conflict", "similar_label_conflict", "repeats")
 
 
 def grouped(data: datasets.DatasetDict, family: str = "copies", *, only_one: bool = False) -> datasets.DatasetDict:
-    """`data` with families of copies, or of near images, for groups; warns of what it finds.
+    """Set `group` to families of copies, or of near images (`family` "near"), and log copies as warnings.
 
-    With `only_one`, it keeps one image of each family of copies.
+    With `only_one`, keep one image of each family of copies (see `checks.clean`). Raises HistoError as `inventory` and
+    `clean` do.
     """
     table = inventory(data, near=NEAR if family == "near" else None)
     for finding in audit(table, next(iter(data.values())).features["label"].names).findings:
@@ -34,18 +35,18 @@ def grouped(data: datasets.DatasetDict, family: str = "copies", *, only_one: boo
 
 
 def were_searched(data: datasets.DatasetDict) -> bool:
-    """Whether near copies among the images of `data` were searched for, whatever was done with them."""
+    """Whether `grouped` searched for near copies among the images of `data`."""
     return any(SEARCHED in part.info.description for part in data.values())
 
 
 def without_copies(data: datasets.DatasetDict) -> tuple[datasets.DatasetDict, list[str]]:
-    """With a further split beside each one with copies of images of `train` or `val`: its images that are none.
+    """For each split that holds copies of images of `train` or `val`, add a split without them.
 
     Args:
-        data: splits, `train` and `val` among them, whose groups are families of copies (`grouped`).
+        data: splits, including `train` and `val`, whose groups are families of copies (`grouped`).
 
     Returns:
-        The splits, `test_clean` beside `test`, and a sentence about each.
+        All splits, e.g. `test_clean` beside `test`, and a sentence about each added one.
     """
     seen = {*data["train"]["group"], *data["val"]["group"]}
     others, notes = {}, []

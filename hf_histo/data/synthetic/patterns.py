@@ -1,8 +1,8 @@
-"""Procedural patterns to pretrain a small backbone on: no photograph, no tissue, no license.
+"""Procedural patterns to pretrain a small backbone on, which need no photographs and no license.
 
-Baradad et al. (2021, "Learning to See by Looking at Noise", NeurIPS) show that images of simple random processes,
-among them spectra of noise and dead leaves, teach a network useful features, by contrast between views. Here the task
-is a supervised one: which of 12 processes drew a gray picture, and at which of 4 levels of its one parameter?
+Baradad et al. (2021, "Learning to See by Looking at Noise", NeurIPS) show that a network learns useful features from
+images of simple random processes, such as spectral noise and dead leaves, by contrastive learning. Here the task is
+supervised: predict which of 12 processes drew a gray image, at which of the 4 levels of its parameter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 
 
 def pattern(rng: np.random.Generator, label: int, size: int = 112) -> NDArray[np.uint8]:
-    """Draw a gray pattern of class `label` in 0..CLASSES-1: uint8 (size, size), stretched to 0..255.
+    """Draw a gray pattern of class `label`, 0 to `CLASSES` - 1: uint8 (size, size), stretched to 0..255.
 
     The class is `4 * process + level`. Scale, rotation, sharpness and grain vary within a class. Raises `HistoError`
     for a label out of range.
@@ -63,14 +63,14 @@ def _warped(rng: np.random.Generator, level: int, size: int) -> Array:
 
 
 def _lattice(rng: np.random.Generator, level: int, size: int) -> Array:
-    """Dots on a lattice that is more and more shaken."""
+    """Dots on a lattice, displaced more at each level."""
     spacing = rng.uniform(9, 20)
     points = _points(rng, size, spacing, (0.0, 0.15, 0.35, 0.9)[level])
     return _dots(rng, points, np.full(len(points), spacing * rng.uniform(0.22, 0.38)), size)
 
 
 def _sizes(rng: np.random.Generator, level: int, size: int) -> Array:
-    """Dots whose sizes differ more and more."""
+    """Dots whose sizes vary more at each level."""
     spacing = rng.uniform(9, 20)
     points = _points(rng, size, spacing, 0.4)
     radii = spacing * rng.uniform(0.22, 0.34) * np.exp(rng.normal(0, (0.0, 0.2, 0.4, 0.7)[level], len(points)))
@@ -78,7 +78,7 @@ def _sizes(rng: np.random.Generator, level: int, size: int) -> Array:
 
 
 def _lobes(rng: np.random.Generator, level: int, size: int) -> Array:
-    """Shapes whose contours are more and more ragged."""
+    """Shapes whose contours are more irregular at each level."""
     spacing = rng.uniform(13, 26)
     points = _points(rng, size, spacing, 0.3)
     radii = np.full(len(points), spacing * rng.uniform(0.28, 0.4))
@@ -86,7 +86,7 @@ def _lobes(rng: np.random.Generator, level: int, size: int) -> Array:
 
 
 def _clusters(rng: np.random.Generator, level: int, size: int) -> Array:
-    """The same number of dots, gathered more and more."""
+    """The same number of dots, more clustered at each level."""
     count, clusters = rng.integers(30, 70), (200, 24, 10, 4)[level]
     homes = rng.uniform(0, size, (clusters, 2))
     points = homes[rng.integers(0, clusters, count)] + rng.normal(0, 7, (count, 2))
@@ -100,7 +100,7 @@ def _cells(rng: np.random.Generator, level: int, size: int) -> Array:
 
 
 def _borders(rng: np.random.Generator, level: int, size: int) -> Array:
-    """The borders of Voronoi cells on a lattice that is more and more shaken."""
+    """Borders of Voronoi cells of lattice points, displaced more at each level."""
     points = _points(rng, size, rng.uniform(9, 22), (0.0, 0.2, 0.4, 0.9)[level])
     gaps, _ = _nearest(points, size, 2)
     return np.exp(-(gaps[..., 1] - gaps[..., 0]) / rng.uniform(0.8, 3.0))
@@ -120,7 +120,7 @@ def _leaves(rng: np.random.Generator, level: int, size: int) -> Array:
 
 
 def _rings(rng: np.random.Generator, level: int, size: int) -> Array:
-    """Circles around each of a few points: a filled disc, and 1, 2, 4 rings."""
+    """Concentric shapes around a few points: a filled disc, then 1, 2 and 4 rings."""
     spacing = rng.uniform(22, 40)
     gaps, _ = _nearest(_points(rng, size, spacing, 0.3), size, 1)
     reach = gaps / (spacing * rng.uniform(0.35, 0.48))
@@ -144,14 +144,14 @@ PROCESSES: tuple[Callable[[np.random.Generator, int, int], Array], ...] = (
     _leaves,
     _rings,
 )
-"""The random processes; each takes (rng, level in 0..3, size) and gives a picture (size, size) in any range."""
+"""The random processes; each takes (rng, level in 0..3, size) and returns an image (size, size) in any range."""
 
 CLASSES = 4 * len(PROCESSES)
 """The number of classes, 48."""
 
 
 def _points(rng: np.random.Generator, size: int, spacing: float, jitter: float) -> Array:
-    """Points (n, 2) of a turned hexagonal lattice, each moved by `jitter` x `spacing` (standard deviation)."""
+    """Points (n, 2) of a rotated hexagonal lattice, each displaced by `jitter` x `spacing` (standard deviation)."""
     reach = np.arange(-1.0, 1.0, spacing / size) * size
     rows, columns = np.meshgrid(reach * np.sqrt(0.75), reach, indexing="ij")
     columns = columns + 0.5 * spacing * (np.arange(len(reach)) % 2)[:, None]
@@ -183,7 +183,7 @@ def _dots(rng: np.random.Generator, points: Array, radii: Array, size: int, lobe
 
 
 def _plane(rng: np.random.Generator, size: int, warp: float) -> Array:
-    """Turned coordinates (2, size, size) in pixels, moved by smooth noise of `warp` pixels (standard deviation)."""
+    """Rotated coordinates (2, size, size) in pixels, displaced by smooth noise with a deviation of `warp` pixels."""
     angle = rng.uniform(0, np.pi)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     noise = np.stack([_noise(rng, size, 14.0), _noise(rng, size, 14.0)])

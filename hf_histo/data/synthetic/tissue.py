@@ -1,11 +1,11 @@
-"""Synthetic H&E-like patches in the challenge's layout: a demo and test set that needs no download and no license.
+"""Synthetic H&E-like patches in the multi-center HDF5 layout: data for demos and tests, without download or license.
 
-The class lies in the structure of the tissue, not in its color. A tumor's nuclei are larger, more varied, more
-irregular, closer packed and coarser inside, and its glands lose the single row of nuclei around one lumen. Colors know
-no class: patches come in pairs of a normal and a tumor, whose amounts of stain are the same, pixel for pixel, in other
-places (`recolored`), so that no histogram of colors can part them.
+The class shows in the structure of the tissue, not in its color. In a tumor, nuclei are larger, more varied, more
+irregular, denser and coarser inside, and glands lose the single row of nuclei around one lumen. Patches come in pairs
+of normal and tumor tissue that have the same pixel values of the stains in different places (`recolored`), so that
+color histograms can't separate the classes.
 
-Each center stains and scans in its own way, and each slide departs a little from its center.
+Each center has its own stain and scanner, and each slide differs a little from its center.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIZE = 96
 """Height and width of a patch in pixels."""
 
 SPLITS: dict[str, tuple[int, ...]] = {"train": (0, 3, 4), "val": (1,), "test": (2,)}
-"""The centers of each split: validation and test each come from a laboratory that training never saw."""
+"""Centers of each split: validation and test are each from a center that is not in training."""
 
 PATCHES_PER_SLIDE = 20
 
@@ -53,9 +53,9 @@ class Slide:
     noise: float
 
 
-# Stain vectors: center 1's hematoxylin is Ruifrok & Johnston's (2001, Anal Quant Cytol Histol 23:291, as scikit-image
-# normalizes it); center 2's pair is the usual reference of Macenko et al.'s method (2009, ISBI p. 1107), as its public
-# implementations ship it. The others, and all the rest of a center, are ours, set by eye.
+# Stain vectors: center 1's hematoxylin is that of Ruifrok & Johnston (2001, Anal Quant Cytol Histol 23:291, as
+# normalized by scikit-image); center 2's pair is the usual reference of Macenko et al.'s method (2009, ISBI p. 1107) in
+# its public implementations. The others, and all other numbers of a center, were set by eye.
 CENTERS: dict[int, Slide] = {
     0: Slide((0.62, 0.74, 0.30), (0.20, 0.80, 0.30), (1.00, 0.90), (0.90, 0.86, 0.93), 1.00, 0.60, 0.012),
     1: Slide((0.65, 0.70, 0.29), (0.30, 0.72, 0.24), (1.15, 0.90), (0.80, 0.76, 0.85), 1.05, 0.95, 0.010),
@@ -66,13 +66,13 @@ CENTERS: dict[int, Slide] = {
 """The five centers. The test center differs most: pale, bright, sharp and grainy."""
 
 ERYTHROCYTE: tuple[float, ...] = (0.12, 0.80, 0.62)
-"""Optical density of red blood cells per unit in red, green, blue (hemoglobin absorbs blue and green; set by eye)."""
+"""Optical density of red blood cells per unit, in red, green, blue (hemoglobin absorbs blue and green; set by eye)."""
 ERYTHROCYTES = 0.9
-"""Amount of that stain in a red blood cell."""
+"""Units of that optical density in a red blood cell."""
 
 
 def slide(rng: np.random.Generator, center: int) -> Slide:
-    """Draw a slide of a center in 0..4: its stain vectors, amounts, white, gamma, blur and noise, each a little off.
+    """Draw a slide of `center`, 0 to 4: each number of the center's `Slide` is varied a little.
 
     Raises `HistoError` for any other center.
     """
@@ -95,12 +95,12 @@ def slide(rng: np.random.Generator, center: int) -> Slide:
 
 
 def pair(rng: np.random.Generator, source: Slide) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Draw a patch of normal and one of tumor tissue as the slide shows them: uint8 (3, 96, 96) each, RGB in 0..255.
+    """Draw a patch of normal and one of tumor tissue as scanned from a slide: RGB, uint8 (3, 96, 96) each.
 
-    Both are of the same composition, and both have the colors of one of them, chosen by a coin.
+    Both have the same composition, and both have the stain values of one of them, chosen at random.
     """
     composition, focus = Composition.draw(rng), _focus(rng, source.blur)
-    # Colors are exchanged behind the optics, whose blur mixes them by the structure, which is the class's.
+    # Stains are exchanged after the optical blur, which mixes them depending on the structure, and so on the class.
     normal, tumor = (
         ndimage.gaussian_filter(tissue(rng, composition, tumor=tumor), (0, focus, focus)) for tumor in (False, True)
     )
@@ -113,7 +113,7 @@ def pair(rng: np.random.Generator, source: Slide) -> tuple[NDArray[np.uint8], ND
 def _scanned(
     rng: np.random.Generator, source: Slide, composition: Composition, tissue: Array, focus: float
 ) -> NDArray[np.uint8]:
-    """The image that a scanner makes of hematoxylin and eosin (2, 96, 96), with red blood cells over them."""
+    """Scanned image, uint8 (3, 96, 96), of hematoxylin and eosin amounts (2, 96, 96), with red blood cells added."""
     blood = ERYTHROCYTES * ndimage.gaussian_filter(_discs(rng, composition.blood, 4.2 * composition.zoom), focus)
     stains = np.stack([*(tissue * (1 - blood)), blood])
     vectors = np.array([source.hematoxylin, source.eosin, ERYTHROCYTE])
@@ -122,23 +122,23 @@ def _scanned(
     density = np.einsum("sc,syx->cyx", vectors * amounts[:, None], stains)
     light = np.array(source.white)[:, None, None] * np.exp(-density)
     image = np.clip(light, 0, 1) ** source.gamma
-    # The grain of a demosaiced and compressed picture reaches over neighboring pixels.
+    # Noise of a demosaiced and compressed image is correlated between neighboring pixels.
     image += source.noise * _normal(ndimage.gaussian_filter(rng.normal(size=image.shape), (0.5, 0.5, 0.5)))
     return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
 @dataclass(frozen=True)
 class Composition:
-    """What a patch is made of, drawn without regard to the class.
+    """What a patch consists of; it does not depend on the class.
 
     Attributes:
-        zoom: size of all structures; 1 is that of the numbers in this module.
+        zoom: scale factor of all structures, relative to the sizes in this module.
         lumen, nuclei: shares of the area in (0, 1).
-        depth: of the epithelium around a lumen, in pixels; 0 is stroma alone.
+        depth: thickness of the epithelium around a lumen in pixels; 0 is only stroma.
         lymphocytes: share of the nuclei in [0, 1).
         vacuoles, blood: number of vacuoles and of red blood cells.
-        basophilia: hematoxylin of the cytoplasm, beside that of nuclei, which is about 1.
-        hematoxylin, eosin: mean amounts, the former for each unit that nuclei and cytoplasm hold.
+        basophilia: amount of hematoxylin in the cytoplasm, relative to about 1 in nuclei.
+        hematoxylin, eosin: mean amounts of stain; for hematoxylin, per share of the area that nuclei take.
     """
 
     zoom: float
@@ -170,11 +170,12 @@ class Composition:
 
 
 def recolored(structure: Array, colors: Array) -> Array:
-    """The `structure` (2, H, W) of a tissue in the amounts of stain of another one, `colors` (2, H, W).
+    """The `structure` of one tissue with the stain values of another one, `colors`; both are (2, H, W).
 
-    The result holds the pixels of `colors`, each once: their order by hematoxylin becomes that of `structure`, and
-    among pixels of about the same hematoxylin, that by eosin likewise. An exact histogram specification (Coltuc, Bolon
-    & Chassery 2006, "Exact histogram specification", IEEE Trans. Image Process. 15(5):1143), in two dimensions.
+    The result is a permutation of the pixels of `colors`: the pixel with the most hematoxylin in `structure` gets the
+    one with the most hematoxylin in `colors`, and so on; pixels with about the same hematoxylin are ordered by eosin.
+    An exact histogram specification (Coltuc, Bolon & Chassery 2006, "Exact histogram specification", IEEE Trans. Image
+    Process. 15(5):1143) in two dimensions.
     """
     target, source = structure.reshape(2, -1), colors.reshape(2, -1)
     result = np.empty_like(target)
@@ -183,21 +184,22 @@ def recolored(structure: Array, colors: Array) -> Array:
 
 
 def _ordered(stains: Array, windows: int) -> NDArray[np.intp]:
-    """The pixels (n,) of stains (2, n) by rising hematoxylin, and within each of so many windows by rising eosin."""
+    """Indices (n,) of the pixels of stains (2, n), by rising hematoxylin and, within each of `windows` equal parts of
+    that order, by rising eosin."""
     order = stains[0].argsort(kind="stable").reshape(windows, -1)
     return np.take_along_axis(order, stains[1][order].argsort(axis=1, kind="stable"), axis=1).ravel()
 
 
 def tissue(rng: np.random.Generator, composition: Composition, *, tumor: bool) -> Array:
     """Draw the amounts of hematoxylin and eosin: float64 (2, 96, 96), zero or more."""
-    # One degree of atypia for the patch; each trait follows it loosely, so that no single trait decides.
+    # One degree of atypia per patch; each trait is loosely correlated with it, so that no single trait decides.
     traits = np.clip((0.78 if tumor else 0.22) + rng.normal(0, 0.10) + rng.normal(0, 0.16, 7), 0, 1)
     size, variety, contour, crowding, disorder, chromatin, architecture = traits
     zoom, depth, share = composition.zoom, composition.depth, composition.nuclei
     warp = 7 * zoom * np.stack([_smooth(rng, 11 * zoom) for _ in range(2)])
     grid = np.mgrid[:SIZE, :SIZE].astype(float)
 
-    # Architecture: the distance to the lumen in pixels, negative inside. One wide lumen is as large as many narrow.
+    # Architecture: the distance to the lumen in pixels, negative inside. Many narrow lumens have the area of one wide.
     lumens = 1 + rng.binomial(5, architecture**2)
     spots = rng.uniform(-20, SIZE + 20, (1, 2)) if lumens == 1 else rng.uniform(0, SIZE, (lumens, 2))
     away = np.min(np.hypot(*(grid + warp * (0.6 + architecture) - spots[:, :, None, None]).swapaxes(0, 1)), axis=0)
@@ -206,7 +208,7 @@ def tissue(rng: np.random.Generator, composition: Composition, *, tumor: bool) -
     epithelium = _edge(depth + 4 * disorder * zoom * _smooth(rng, 6 * zoom) - distance, 1.5) * (1 - lumen)
     fibers, along = _fibers(rng, warp, zoom)
 
-    # Nuclei: points that keep their distance, in a row at the base of an ordered epithelium.
+    # Nuclei: points with a minimum distance, in a row at the base of an ordered epithelium.
     radius = 4.6 * zoom * (1 + 0.45 * size)
     count = max(4, int(1.35 * share * SIZE**2 / (np.pi * radius**2)))
     radii = radius * np.exp(rng.normal(0, 0.06 + 0.26 * variety, 400))
@@ -254,7 +256,7 @@ def tissue(rng: np.random.Generator, composition: Composition, *, tumor: bool) -
 @dataclass(frozen=True)
 class _Nuclei:
     """n nuclei: `points` (n, 2) and `radii` in pixels, `angle` in radians, `lobes` and `phase` (2, n) of the contour's
-    harmonics, and per nucleus its darkness, the clearing of its inside, and its nucleolus (all about 0..1)."""
+    harmonics, and for each nucleus its darkness, how clear its inside is, and its nucleolus (all about 0..1)."""
 
     points: Array
     radii: Array
@@ -302,7 +304,7 @@ def _paint(
 
 
 def _spread(rng: np.random.Generator, points: Array, radii: Array, wish: Array, count: int) -> NDArray[np.intp]:
-    """Indices of up to `count` points, likelier where `wish` is larger, no two closer than the sum of their radii."""
+    """Indices of up to `count` points, drawn with weights `wish`, no two closer than the sum of their radii."""
     order = np.argsort(-np.log(wish + 1e-12) - rng.gumbel(size=len(wish)))
     order = order[wish[order] > 0]
     free = np.ones(len(points), bool)
@@ -338,7 +340,7 @@ def _discs(rng: np.random.Generator, count: int, radius: float) -> Array:
 
 
 def _focus(rng: np.random.Generator, blur: float) -> float:
-    """The point spread of one patch in pixels: the scanner's, and out of focus once in eight."""
+    """Standard deviation of a patch's point spread in pixels: that of the scanner; one patch in eight is defocused."""
     return float(blur * np.exp(rng.normal(0, 0.2)) + rng.choice([0.0, rng.uniform(0.6, 2.0)], p=[0.88, 0.12]))
 
 
@@ -352,19 +354,19 @@ def _normal(values: Array) -> Array:
 
 
 def _edge(inside: Array, width: float) -> Array:
-    """1 where `inside` is positive, 0 where negative, over an edge of about `width`."""
+    """A soft step: 1 where `inside` is positive, 0 where negative, with an edge of about `width`."""
     return 1 / (1 + np.exp(np.clip(-inside / (0.5 * width), -50, 50)))
 
 
 def generate(directory: str | Path, *, seed: int = 0, train: int = 1200, val: int = 400, test: int = 600) -> None:
     """Write `train.h5`, `val.h5` and `test.h5` with that many patches into the new folder `directory`.
 
-    Each file holds one group per image ("0", "1", ...): `img` uint8 (3, 96, 96), `label` int64 () with 0 normal and
-    1 tumor, and `metadata` int64 (3,) with center, slide and label. Within a center pairs follow one another (see
-    `pair`), and a slide gives up to 20 patches; no slide is in two splits. A seed fixes every array, and a larger
-    split starts with the same images as a smaller one.
+    Each file holds one group per image ("0", "1", ...): `img` uint8 (3, 96, 96), `label` int64 () with 0 for normal and
+    1 for tumor, and `metadata` int64 (3,) with center, slide and label. The images of a center are consecutive pairs
+    (see `pair`), with up to 20 patches per slide; no slide is in two splits. The same seed gives the same arrays, and a
+    larger split starts with the images of a smaller one.
 
-    Raises `HistoError` where a size is not positive or the folder exists.
+    Raises `HistoError` if a size is not positive or the folder exists.
     """
     directory = Path(directory)
     sizes = {"train": train, "val": val, "test": test}
@@ -384,7 +386,7 @@ def generate(directory: str | Path, *, seed: int = 0, train: int = 1200, val: in
                     turn, place = divmod(index, len(centers))
                     center, label = centers[place], turn % 2
                     number = turn // PATCHES_PER_SLIDE
-                    # Seeds are lists, so every slide and pair has its own stream whatever was drawn before it.
+                    # Each slide and pair has its own seed, so that it does not depend on what was drawn before.
                     if label == 0:
                         source = slide(np.random.default_rng([seed, center, number]), center)
                         pairs[center] = pair(np.random.default_rng([seed, center, number, turn]), source)
