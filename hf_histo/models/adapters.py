@@ -1,6 +1,6 @@
-"""LoRA on a backbone: built, saved, restored, averaged and merged; `lora_targets` chooses the layers.
+"""LoRA adapters of a backbone: add, save, restore, average and merge; `lora_targets` chooses the layers.
 
-Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models"; the layers and updates are peft's.
+Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", as implemented by peft.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from hf_histo.models import batchnorm, heads, lora_targets, qkv
 
 # Initializers that peft implements for linear layers only.
 LINEAR_ONLY_INITIALIZERS = {"pissa", "olora", "eva", "corda", "orthogonal"}
-# What this package sets of a `LoraConfig`, beside the layers and the head.
+# Fields of `LoraConfig` that this package sets, besides the layers and the head.
 SETTINGS = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "revision"}
 SETTINGS |= {"base_model_name_or_path"}
 PREFIX = "base_model.model."  # of peft's names
 
 
 def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel:
-    """Wrap `model` for training: base frozen, head trainable, and LoRA where `options.method` is 'lora'.
+    """Wrap `model` for training: base frozen, head trainable, and LoRA if `options.method` is "lora".
 
-    Raises `HistoError` as `lora_targets.targets` does, and for an initializer that the targeted layers do not have.
+    Raises `HistoError` as `lora_targets.targets` does, and for an initializer that the target layers don't support.
     """
     lora = options.method == "lora"
     modules: str | list[str] = DUMMY_TARGET_MODULES
@@ -66,9 +66,9 @@ def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel:
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """The model with its weights in the order in which convolutions are fastest; changes it in place.
+    """Convert the weights of `model`, in place, to the memory format channels last, in which convolutions are fastest.
 
-    LoRA matrices with DoRA stay as they are: peft views them as matrices.
+    With DoRA, LoRA weights are not converted, since peft takes a `view` of them.
     """
     model = model.to(memory_format=torch.channels_last)
     if any("lora_magnitude_vector" in name for name, _ in model.named_parameters()):
@@ -79,9 +79,9 @@ def channels_last(model: nn.Module) -> nn.Module:
 
 
 def weights(model: PeftModel, *, batch_norm: str) -> dict[str, torch.Tensor]:
-    """Content of `adapter_model.safetensors`: LoRA and head, and batch-norm statistics if they are 'track'ed.
+    """Content of `adapter_model.safetensors`: LoRA and head, and with `batch_norm` "track" batch-norm statistics.
 
-    Of a model whose weights are divided among processes (FSDP2), every process calls it and gets the whole.
+    If the model is sharded over processes (FSDP2), each process must call this, and gets all weights.
     """
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     if batch_norm == "track":
@@ -90,12 +90,12 @@ def weights(model: PeftModel, *, batch_norm: str) -> dict[str, torch.Tensor]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, gathered if processes hold a part of it each."""
+    """The full tensor, gathered if it is sharded over processes."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gathered(model: nn.Module, into: nn.Module) -> nn.Module:
-    """`into` with the weights of a model of the same kind that is divided among processes, which all call it."""
+    """Load the weights of `model`, which is sharded over processes, into `into`, an unsharded copy; all call it."""
     into.load_state_dict({name: whole(tensor) for name, tensor in model.state_dict().items()})
     return into
 
@@ -103,7 +103,7 @@ def gathered(model: nn.Module, into: nn.Module) -> nn.Module:
 def save(model: PeftModel, folder: Path, *, batch_norm: str, writes: bool = True) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` as `PeftModel.from_pretrained` reads them.
 
-    Of a model that is divided among processes, all call it, and one `writes`.
+    If the model is sharded over processes, all must call this, but only one with `writes`.
     """
     held = weights(model, batch_norm=batch_norm)
     if not writes:
@@ -116,16 +116,16 @@ def save(model: PeftModel, folder: Path, *, batch_norm: str, writes: bool = True
 
 
 def restore(model: PreTrainedModel, folder: Path, *, batch_norm: str) -> PeftModel:
-    """Put the adapter in `folder` on `model`, for prediction.
+    """Load the adapter in `folder` onto `model`, for prediction.
 
-    Of `adapter_config.json` only the plain numbers of LoRA count; its layers and rank are taken from the weights, so
-    that nothing in that file can run a regex, import a module or make a layer of another size.
+    Only the scalar settings of `adapter_config.json` are used; layers and ranks are taken from the weights, so that
+    nothing in that file can run a regex, import a module or create a layer of another size.
 
-    Raises `HistoError` for files that are missing or unreadable, settings that this package never writes, weights that
-    are not finite, and weights that do not fit the model to the last key and shape.
+    Raises `HistoError` for missing or unreadable files, settings that this package never writes, weights that are not
+    finite, and weights whose names or shapes differ from those of the model.
     """
     try:
-        saved = load_file(folder / "adapter_model.safetensors")  # before peft, which would unpickle another file
+        saved = load_file(folder / "adapter_model.safetensors")  # first, since peft would unpickle adapter_model.bin
         _check_names(saved)
         config = _saved_config(model, folder, saved)
         adapted = PeftModel.from_pretrained(model, str(folder), config=config)
@@ -145,16 +145,16 @@ def restore(model: PreTrainedModel, folder: Path, *, batch_norm: str) -> PeftMod
 
 
 def _check_names(weights: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError for a name that a layer can't have: transformers compiles each as a regex."""
+    """Raise ValueError for an invalid layer name: transformers compiles names as regexes."""
     for name in weights:
         if not re.fullmatch(r"[\w.-]{1,500}", name):
             raise ValueError(f"a weight is called {name[:100]!r}, expected layers' names, joined by dots")
 
 
 def start_from(model: PeftModel, folder: Path) -> None:
-    """Load the LoRA matrices of the adapter in `folder`, and nothing else, into a model that has such ones.
+    """Load only the LoRA matrices of the adapter in `folder` into a model with LoRA on the same layers.
 
-    Raises `HistoError` unless both have LoRA on the same layers and of the same shapes and scale.
+    Raises `HistoError` unless layers, shapes and scales are the same.
     """
     try:
         saved = load_file(folder / "adapter_model.safetensors")
@@ -177,13 +177,13 @@ def start_from(model: PeftModel, folder: Path) -> None:
                 f"--init_adapter {folder}: its {name} is {str(given.get(name))[:20]}, here {getattr(own, name)}, "
                 "expected the same"
             )
-    set_peft_model_state_dict(model, present | lora)  # peft wants the head, too
+    set_peft_model_state_dict(model, present | lora)  # peft requires the head as well
 
 
 def join(model: PeftModel, other: PeftModel, name: str) -> None:
-    """Put the adapter of `other`, which is of the same backbone, on `model` as well, and activate it there.
+    """Add the adapter of `other`, a model with the same backbone, to `model` under `name`, and activate it.
 
-    Raises `HistoError` if it is on layers that `model` does not have.
+    Raises `HistoError` for an invalid `name`, and an adapter on layers that `model` does not have.
     """
     config = other.peft_config["default"]
     assert isinstance(config, LoraConfig)
@@ -191,11 +191,11 @@ def join(model: PeftModel, other: PeftModel, name: str) -> None:
 
 
 def average(model: PeftModel, names: Sequence[str], name: str) -> None:
-    """Add the mean of adapters that are on `model`, and activate it: of their updates, and of their heads.
+    """Add the mean of the adapters `names` of `model` under `name`, and activate it: mean updates and mean head.
 
-    It is exact: the model is the one whose weights are the mean of the merged models'. The updates B A are put side by
-    side, as peft's `add_weighted_adapter(combination_type="cat")` does, which takes no adapters with a head; the rank
-    is the sum of theirs. Means of A and of B ("linear") would not give the mean of the products.
+    The mean is exact: merging it gives the mean of the weights of the merged models. The matrices A and B are
+    concatenated, as by peft's `add_weighted_adapter(combination_type="cat")`, which does not support adapters with a
+    head; the rank is the sum of the ranks. (Averaging A and B would not give the mean of the products B A.)
 
     Raises `HistoError` for DoRA, whose magnitudes have no such mean, and for adapters on different layers.
     """
@@ -233,9 +233,9 @@ def _put(model: PeftModel, name: str, config: LoraConfig, state: dict[str, torch
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
-    """The backbone with LoRA added into its weights, of the architecture that it was loaded as, and the trained head.
+    """Merge LoRA into the weights: the backbone in its original architecture, with the trained head.
 
-    `model` is used up. Raises `HistoError` if a layer's update can't be merged.
+    `model` can't be used afterwards. Raises `HistoError` if the update of a layer can't be merged.
     """
     try:
         whole = model.merge_and_unload()
@@ -251,7 +251,7 @@ def merged(model: PeftModel) -> PreTrainedModel:
 
 
 def _saved_config(model: PreTrainedModel, folder: Path, saved: dict[str, torch.Tensor]) -> LoraConfig:
-    """Configuration of the adapter in `folder`; fused layers of `model` are split for it."""
+    """`LoraConfig` of the adapter in `folder`; splits fused layers of `model`, in place, as the adapter requires."""
     content, default = read_json(folder / "adapter_config.json"), LoraConfig().to_dict()
     for key in default.keys() & content.keys() - {*SETTINGS, "target_modules", "modules_to_save", "peft_version"}:
         if content[key] != default[key] and key != "inference_mode":
@@ -269,7 +269,7 @@ def _saved_config(model: PreTrainedModel, folder: Path, saved: dict[str, torch.T
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """{'trainable': ..., 'total': ...}: parameters that training moves, and all that a prediction uses."""
+    """{"trainable": ..., "total": ...}: number of parameters that are trained, and of all that a prediction uses."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     unused = sum(p.numel() for name, p in model.named_parameters() if ".original_module." in name)
     return {"trainable": trainable, "total": sum(p.numel() for p in model.parameters()) - unused}

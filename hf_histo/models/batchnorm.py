@@ -1,7 +1,7 @@
-"""Batch norm under adaptation: frozen, or tracked and saved with the adapter.
+"""Batch norm of an adapted backbone: frozen, or tracked and saved with the adapter.
 
-Even with nothing trainable in it, a batch-norm layer in training mode moves its running statistics, and they are not
-part of a saved adapter: the reloaded model would give other logits.
+A batch-norm layer in training mode updates its running statistics even if its parameters are frozen. peft does not save
+these statistics with an adapter, so a reloaded model would give other logits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hf_histo.errors import HistoError
 
 
 def layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Batch-norm layers that keep running statistics, by full name."""
+    """Batch-norm layers with running statistics, by full name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -52,9 +52,9 @@ def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
 def adapted(model: nn.Module, batches: Iterable[torch.Tensor]) -> Iterator[None]:
     """Within the block, batch norm uses the statistics of `batches` (B, 3, H, W); its own are restored afterwards.
 
-    The statistics are the mean over the batches' (cumulative average), each measured behind layers that normalize with
-    the batch's own: Li et al. 2017, "Revisiting batch normalization for practical domain adaptation" (AdaBN), without
-    labels and without a gradient. Works on frozen layers, too.
+    Li et al. 2017, "Revisiting batch normalization for practical domain adaptation" (AdaBN): neither labels nor
+    gradients are used. The statistics are averaged over batches; each batch is normalized by its own statistics while
+    those of later layers are measured. Works with frozen layers as well.
 
     Raises `HistoError` if the model has no batch norm.
     """

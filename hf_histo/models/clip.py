@@ -1,7 +1,7 @@
 """CLIP models of open_clip: the image tower as a transformers classifier, the text tower for zero-shot weights.
 
-open_clip is an extra (`pip install -e ".[open_clip]"`). A folder of its format holds `open_clip_config.json`,
-`open_clip_model.safetensors` and the files of the tokenizer.
+open_clip is an extra (`pip install "hf_histo[open_clip]"`). A folder in its format holds `open_clip_config.json`,
+`open_clip_model.safetensors` and the tokenizer files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ SLICES = ("q_proj", "k_proj", "v_proj")
 
 
 class OpenClipConfig(PreTrainedConfig):
-    """An image tower: `embed_dim`, `vision_cfg` and `quick_gelu` as in the `model_cfg` of an open_clip_config.json."""
+    """Configuration of an image tower.
+
+    `embed_dim`, `vision_cfg` and `quick_gelu` are those of `model_cfg` in an open_clip_config.json.
+    """
 
     model_type = "open_clip"
 
@@ -37,9 +40,9 @@ class OpenClipConfig(PreTrainedConfig):
 
 
 class OpenClipForImageClassification(PreTrainedModel):
-    """A linear layer on the embedding that open_clip's image tower gives, (B, `embed_dim`), not normalized.
+    """A linear classifier on the embedding of open_clip's image tower, (B, `embed_dim`), which is not normalized.
 
-    The tower's fused attention (`nn.MultiheadAttention`) is split when it is built, see `SelfAttention`.
+    The tower's fused attention (`nn.MultiheadAttention`) is replaced by `SelfAttention`.
     """
 
     config_class = OpenClipConfig
@@ -57,12 +60,12 @@ class OpenClipForImageClassification(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """No-op: open_clip initializes its own modules."""
+        """Do nothing: open_clip initializes its own modules."""
 
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
     ) -> ImageClassifierOutput:
-        """Logits (B, num_labels) of normalized float32 images (B, 3, H, W); the loss is the trainer's."""
+        """Logits (B, num_labels) of normalized float32 images (B, 3, H, W); the loss is computed by the trainer."""
         return ImageClassifierOutput(logits=self.classifier(self.visual(pixel_values)))
 
 
@@ -71,9 +74,9 @@ AutoModelForImageClassification.register(OpenClipConfig, OpenClipForImageClassif
 
 
 class SelfAttention(nn.Module):
-    """`nn.MultiheadAttention` of one input with query, key and value as layers of their own, which LoRA can adapt.
+    """Self-attention with separate linear layers for query, key and value, which LoRA can adapt.
 
-    Gives the same outputs; attention weights are not returned.
+    Built from an `nn.MultiheadAttention`, whose outputs it reproduces; attention weights are not returned.
     """
 
     def __init__(self, fused: nn.MultiheadAttention) -> None:
@@ -94,7 +97,7 @@ class SelfAttention(nn.Module):
 
 
 def split_attention(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State dict of open_clip with the names and tensors that `SelfAttention` has."""
+    """Convert a state dict of open_clip to the names and tensors of `SelfAttention`."""
     separate: dict[str, torch.Tensor] = {}
     for key, tensor in state.items():
         place, fused, part = key.rpartition("in_proj_")
@@ -106,14 +109,14 @@ def split_attention(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def config_of(folder: Path, pretrained_cfg: Mapping[str, Any] | None, num_outputs: int) -> OpenClipConfig:
-    """The configuration that a folder of open_clip's format declares.
+    """The configuration declared by a folder in open_clip's format.
 
     Args:
-        folder: with `open_clip_config.json`.
-        pretrained_cfg: preprocessing as timm declares it; None takes it from the folder.
-        num_outputs: logits.
+        folder: contains `open_clip_config.json`.
+        pretrained_cfg: preprocessing in timm's form; None reads it from the folder.
+        num_outputs: number of logits.
 
-    Raises `OSError`, `ValueError` or `KeyError` for a file that is missing or not of this form.
+    Raises `OSError`, `ValueError` or `KeyError` for a missing or invalid file.
     """
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     model, view = content["model_cfg"], content.get("preprocess_cfg", {})
@@ -135,7 +138,7 @@ def config_of(folder: Path, pretrained_cfg: Mapping[str, Any] | None, num_output
 
 
 def load(folder: Path, config: PreTrainedConfig) -> OpenClipForImageClassification:
-    """Load the image tower from a folder of open_clip's format, with a new classifier.
+    """Load the image tower from a folder in open_clip's format, with a new classifier.
 
     Raises `ValueError` for weights that are missing, of another shape, or unreadable.
     """
@@ -154,15 +157,15 @@ def load(folder: Path, config: PreTrainedConfig) -> OpenClipForImageClassificati
 
 
 def text_embeddings(folder: Path, names: Sequence[str], prompt: str) -> torch.Tensor:
-    """Embeddings of the classes, float32 (K, embed_dim), of length `exp(logit_scale)`: CLIP's zero-shot classifier.
+    """Text embeddings of K classes, float32 (K, embed_dim), scaled to length `exp(logit_scale)`.
 
-    Radford et al. 2021, "Learning transferable visual models from natural language supervision", sec. 3.1.2: an image
-    embedding of length 1 times these are the logits.
+    They are the weights of CLIP's zero-shot classifier on image embeddings of length 1: Radford et al. 2021, "Learning
+    transferable visual models from natural language supervision", sec. 3.1.2.
 
     Args:
-        folder: of open_clip's format.
-        names: of the K classes; underscores are read as spaces.
-        prompt: a sentence with {} where the name goes.
+        folder: a folder in open_clip's format.
+        names: class names; underscores become spaces.
+        prompt: a sentence in which {} is replaced by the class name.
 
     Raises `HistoError` for a prompt without {}, and a folder whose text tower can't be loaded.
     """
@@ -188,7 +191,7 @@ def _tower(config: OpenClipConfig) -> nn.Module:
 
     if not config.vision_cfg:
         raise ValueError("vision_cfg is empty, expected the one of an open_clip_config.json")
-    # A copy of what open_clip declares may ask for weights of timm's, which come with the tower's own.
+    # A copy: open_clip's declaration may request timm's pretrained weights, but the folder holds all weights.
     tower: nn.Module = _build_vision_tower(
         config.embed_dim, {**config.vision_cfg, "timm_model_pretrained": False}, config.quick_gelu
     )

@@ -1,4 +1,4 @@
-"""Foundation models of the Hub as folders of safetensors."""
+"""Download of foundation models from the Hub, and their conversion to folders with safetensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATTERNS = ["*.json", "*.txt", "*.safetensors", "pytorch_model*.bin", "open_clip
 
 
 def listing() -> str:
-    """A table of the registered models."""
+    """A table of the registered models, as text."""
     columns = ["name", "source", "library", "image_size", "license", "gated"]
     rows = [
         [name, entry.source, entry.library, entry.image_size, entry.license, "yes" if entry.terms else ""]
@@ -31,7 +31,10 @@ def listing() -> str:
 
 
 def weights(folder: Path, stem: str) -> dict[str, torch.Tensor]:
-    """Of a snapshot's safetensors. Raises HistoError where there are none, naming the way from a pickle to them."""
+    """Weights in a snapshot's safetensors files whose names start with `stem`.
+
+    Raises HistoError if there are none, with the command that converts pickled weights, or they can't be read.
+    """
     files = sorted(folder.glob(f"{stem}*.safetensors"))
     if not files:
         pickles = sorted(folder.glob(f"*{stem}*.bin"))
@@ -51,16 +54,16 @@ def weights(folder: Path, stem: str) -> dict[str, torch.Tensor]:
 
 
 def convert(name: str, snapshot: Path, folder: Path) -> None:
-    """Write the model of a short name, whose files are in `snapshot`, into the empty `folder`.
+    """Write the registered model `name`, whose downloaded files are in `snapshot`, into the empty `folder`.
 
-    Raises HistoError where the weights are not those of the registered architecture.
+    Raises HistoError if the weights don't fit the registered architecture.
     """
     entry = registry.ENTRIES[name]
     if entry.library == "open_clip":
         for file in [*snapshot.glob("*.json"), *snapshot.glob("*.txt")]:
             shutil.copy(file, folder / file.name)
         save_file(weights(snapshot, "open_clip"), folder / clip.WEIGHTS, metadata={"format": "pt"})
-        backbones.load(str(folder), 1)  # raises where it is not complete
+        backbones.load(str(folder), 1)  # raises if weights are missing
         return
     if entry.library == "transformers":
         model = backbones.load(str(snapshot), 1)
@@ -77,9 +80,10 @@ def convert(name: str, snapshot: Path, folder: Path) -> None:
 
 
 def import_backbone(options: ImportBackboneOptions) -> str:
-    """A table of the models, or one that was fetched and converted; returns what to print.
+    """List the registered models, or download and convert one; returns the text to print.
 
-    Raises HistoError for a name that is not registered, a folder that exists, and weights that can't be had.
+    Raises HistoError for a name that is not registered, an output folder that exists, and weights that can't be
+    downloaded or converted.
     """
     if options.list:
         return listing()

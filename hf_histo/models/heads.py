@@ -1,4 +1,4 @@
-"""The classification head: its configuration, its place in the model, its initialization and its dropout."""
+"""Classification heads: configuration, location in the model, initialization and dropout."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class HeadConfig:
     """Configuration of a classification head; by default one linear layer in place of the backbone's output layer.
 
     Attributes:
-        widths: outputs of the hidden layers, with a ReLU after each; empty for a linear classifier.
-        on: "features": in place of the backbone's output layer, on its pooled features. "logits": on top of that
-            layer, which is kept with its pretrained weights.
-        train_output_layer: with "logits", that layer is trained, too; else it stays as it is.
-        softmax: end in a softmax, so that what the loss takes for logits are probabilities. Cross entropy then takes
-            the softmax of numbers between 0 and 1: of ten classes the right one gets at most e / (e + 9) = 0.23, the
-            loss stays above 1.46, and the gradient vanishes where the classifier is sure, and wrong. For comparison
-            with publications that did so; else leave the softmax to the loss.
+        widths: widths of the hidden layers, each followed by a ReLU; empty for a linear classifier.
+        on: "features": the head replaces the backbone's output layer and takes its pooled features. "logits": the head
+            is on top of that layer, which keeps its pretrained weights.
+        train_output_layer: with "logits", whether that layer is trained as well.
+        softmax: end in a softmax, so that the loss gets probabilities in place of logits. Cross entropy then applies a
+            second softmax to numbers between 0 and 1: with ten classes, the right one gets at most e / (e + 9) = 0.23,
+            the loss stays above 1.46, and the gradient vanishes if the classifier is confident but wrong. Only for
+            comparison with publications that did so.
 
     Raises `HistoError` for values that contradict each other.
     """
@@ -72,14 +72,14 @@ class HeadConfig:
 
     @property
     def is_plain(self) -> bool:
-        """Whether transformers and peft alone can build it."""
+        """Whether transformers and peft can build the head without this package."""
         return self == HeadConfig()
 
 
 class Head(nn.Sequential):
-    """A classifier that is not plain: features (B, d) to logits (B, num_outputs).
+    """A head other than one linear layer on features: maps features (B, d) to logits (B, num_outputs).
 
-    Its parts are `output`, the backbone's own output layer where the config keeps it, and `layers`, which are new.
+    Submodules: `output`, the backbone's own output layer if the config keeps it, and `layers`, the new layers.
     """
 
     def __init__(self, config: HeadConfig, replaced: nn.Linear, num_outputs: int) -> None:
@@ -113,14 +113,14 @@ def name_of(model: PreTrainedModel) -> str:
 
 
 def trained(model: PreTrainedModel) -> list[str]:
-    """Full names of the modules of the head that are trained whole and saved with an adapter."""
+    """Full names of the head's modules that are trained (without LoRA) and saved with an adapter."""
     name = name_of(model)
     head = model.get_submodule(name)
     return [f"{name}.{part}" for part in head.trained] if isinstance(head, Head) else [name]
 
 
 def module_of(model: nn.Module) -> nn.Module:
-    """The head as the backbone calls it: the layer, or peft's wrapper that holds the frozen and the trained copy."""
+    """The module that the backbone calls as its head: the head itself, or peft's wrapper around it."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
     return base.get_submodule(name_of(base).split(".modules_to_save.")[0])
@@ -129,15 +129,15 @@ def module_of(model: nn.Module) -> nn.Module:
 def attach(model: PreTrainedModel, config: HeadConfig, num_outputs: int) -> None:
     """Give the backbone a new classifier of `num_outputs` logits in place of its output layer, or on top of it.
 
-    The last layer starts with weights normal with deviation 0.01 and bias zero, for equal probabilities at the start;
-    hidden ones as He et al. 2015, "Delving deep into rectifiers".
+    The last layer is initialized with normal weights of deviation 0.01 and zero bias, for nearly equal probabilities;
+    hidden layers as in He et al. 2015, "Delving deep into rectifiers".
 
     Args:
-        model: with an output layer of `num_outputs`, or its own one where the config stands on it.
-        config: of the classifier.
-        num_outputs: 1 for a binary task.
+        model: has an output layer of `num_outputs`, or its own pretrained one if `config.on` is "logits".
+        config: configuration of the classifier.
+        num_outputs: number of logits; 1 for a binary task.
 
-    Raises `HistoError` for a softmax over a single output, which would be 1 whatever the image.
+    Raises `HistoError` for a softmax over a single output, which would always be 1.
     """
     if config.softmax and num_outputs == 1:
         raise HistoError("--head_softmax is True for one logit, expected three classes or more; leave it out")
@@ -152,13 +152,13 @@ def attach(model: PreTrainedModel, config: HeadConfig, num_outputs: int) -> None
 
 
 def start_from(model: PreTrainedModel, classes: torch.Tensor, length: float) -> None:
-    """Start a linear classifier from an embedding of each class, without bias; for one logit, from their difference.
+    """Initialize a linear classifier with class embeddings and zero bias; one logit gets the difference of two classes.
 
     Args:
-        model: whose head takes embeddings of images as they are, while `classes` are meant for those of length 1.
-        classes: (K, d), e.g. `clip.text_embeddings`.
-        length: the mean one of images' embeddings, by which the weights are divided: the logits are on the scale of
-            the zero-shot ones, and the predictions are the same.
+        model: its head takes image embeddings (B, d) that are not normalized.
+        classes: (K, d) weights for embeddings of length 1, e.g. `clip.text_embeddings`.
+        length: mean length of image embeddings. Weights are divided by it, so that logits are on the scale of the
+            zero-shot classifier; the predicted classes are the same.
 
     Raises `HistoError` for a classifier that is not one linear layer on features.
     """
@@ -173,9 +173,9 @@ def start_from(model: PreTrainedModel, classes: torch.Tensor, length: float) -> 
 
 
 def add_dropout(model: PreTrainedModel, probability: float) -> None:
-    """Drop the input of each new linear layer of the head with `probability` while training.
+    """Apply dropout with `probability` to the input of each new linear layer of the head, in training mode.
 
-    Hooks rather than layers: the parts of the head keep their names, so the saved weights load without them.
+    By hooks rather than layers, so that modules keep their names, and saved weights load without dropout.
     """
 
     def drop(module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

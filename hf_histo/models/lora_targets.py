@@ -1,4 +1,4 @@
-"""Layers that LoRA is put on: named regexes per family of architectures; a choice that can't work is refused."""
+"""The layers that LoRA adapts: named regexes for each architecture family, and checks of the choice."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hf_histo.models import heads, qkv
 
 @dataclass(frozen=True)
 class Family:
-    """Architectures whose layers are named alike, known by a layer name, and the presets that make sense for them.
+    """Architectures with the same layer names, and their presets.
 
     Attributes:
-        known_by: regex that fully matches the name of at least one layer of each member. The first family that matches
-            counts: a ResNet-D has all the names of a ResNet.
-        presets: name to regex. A preset takes the convolutions without groups and the linear layers among the modules
-            that its regex fully matches, and never the head.
-        default: the preset that is used when none is asked for.
+        known_by: regex that fully matches the name of at least one layer of each member. The first matching family is
+            used, since a ResNet-D has all layer names of a ResNet.
+        presets: regex by name. A preset selects the linear layers and the convolutions without groups whose name its
+            regex fully matches, but never the head.
+        default: the preset that is used by default.
     """
 
     known_by: str
@@ -30,7 +30,7 @@ class Family:
     default: str
 
 
-# `all-conv` and `all-linear` are presets of every architecture.
+# Presets of all architectures.
 EVERY = {"all-conv": r".*", "all-linear": r".*"}
 
 FAMILIES = {
@@ -45,7 +45,7 @@ FAMILIES = {
         "all-conv",
     ),
     # timm ResNet, ResNeXt, Wide ResNet, SE-ResNet: stem conv1, stages layer1 to layer4 of blocks with conv1, conv2(,
-    # conv3); the squeeze-and-excitation of SE-ResNet is of pointwise convolutions, too
+    # conv3); the squeeze-and-excitation of SE-ResNet consists of pointwise convolutions, too
     "resnet": Family(
         r".*layer1\.0\.conv1",
         {
@@ -86,8 +86,8 @@ FAMILIES = {
         },
         "all-conv",
     ),
-    # timm ViT, DeiT, EVA, DINOv2, DINOv3, UNI: q, k and v are one layer, which is split for its slices
-    # (`qkv.split`) and adapted as one by -qkv and -qkvo
+    # timm ViT, DeiT, EVA, DINOv2, DINOv3, UNI: q, k and v are one fused layer, which `qkv.split` splits if only some
+    # of them are targets; -qkv and -qkvo adapt it as a whole
     "timm-vit": Family(
         r".*blocks\.0\.attn\.qkv",
         {
@@ -134,7 +134,7 @@ FAMILIES = {
         },
         "attention-qkvo",
     ),
-    # timm ConvNeXt: its MLP is pointwise convolutions or linear layers, by version
+    # timm ConvNeXt: its MLP has pointwise convolutions or linear layers, depending on the version
     "convnext": Family(
         r".*stages\.0\.blocks\.0\.conv_dw",
         {"mlp": r".*\.stages\.\d\.blocks\.\d+\.mlp\.fc\d"},
@@ -142,7 +142,7 @@ FAMILIES = {
     ),
 }
 
-# Where LoRA goes along the depth: from and to, as shares of the blocks; `top3` is the last three. Zanella & Ben Ayed
+# Range of transformer blocks that LoRA adapts, as shares of the depth; `top3` is the last three. Zanella & Ben Ayed
 # 2024, "Low-rank few-shot adaptation of vision-language models", whose code lists the blocks for depths 12 and 24.
 BLOCKS = {
     "all": (0, 1),
@@ -156,7 +156,7 @@ BLOCK = re.compile(r"(.*\.)?(blocks|layers?|resblocks)\.(?P<index>\d+)\.(?!\d).*
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family that a model's layer names show, or one with the presets of every architecture."""
+    """The family of a model, by its layer names; for an unknown one, a family with only the presets in `EVERY`."""
     names = [name for name, _ in model.named_modules()]
     for family in FAMILIES.values():
         if any(re.fullmatch(family.known_by, name) for name in names):
@@ -168,19 +168,19 @@ def family_of(model: nn.Module) -> Family:
 
 
 def targets(model: PreTrainedModel, target_modules: str | None, rank: int, blocks: str = "all") -> str | list[str]:
-    """Peft's `target_modules`: a regex where it matches exactly the adapted layers, else a list of their names.
+    """`target_modules` of a `LoraConfig`: a regex if it matches exactly the adapted layers, else a list of their names.
 
-    Where slices of a fused layer are asked for, that layer of `model` is split (`qkv.split`).
+    If q, k or v of a fused layer is a target, that layer of `model` is split in place (`qkv.split`).
 
     Args:
         model: a backbone with its head.
-        target_modules: a preset's name, a regex that is matched against full layer names (as by `re.fullmatch`, which
-            is also peft's rule), or None for the default preset of the architecture.
-        rank: of the update; a grouped convolution takes only a multiple of its groups.
-        blocks: of a transformer, a key of `BLOCKS` or "top3".
+        target_modules: name of a preset, a regex for full layer names (matched by `re.fullmatch`, as peft does), or
+            None for the default preset of the architecture.
+        rank: rank of the update; a grouped convolution requires a multiple of its number of groups.
+        blocks: transformer blocks to adapt, a key of `BLOCKS` or "top3".
 
-    Raises `HistoError` for a regex that does not compile, that matches nothing, the head, or a module that LoRA does
-    not fit, and for blocks of a model that has none.
+    Raises `HistoError` for a regex that does not compile, matches nothing, or matches the head or a module that LoRA
+    can't adapt; and for `blocks` other than "all" if the model has no transformer blocks, or no target is in them.
     """
     family = family_of(model)
     wanted = target_modules or family.default
@@ -238,7 +238,7 @@ def _check(wanted: str, chosen: list[str], adaptable: dict[str, nn.Module], head
 
 
 def _within_blocks(chosen: list[str], adaptable: dict[str, nn.Module], blocks: str) -> list[str]:
-    """The layers in the requested blocks."""
+    """The `chosen` layers that are in the requested blocks."""
     if blocks == "all":
         return chosen
     index = {name: int(match["index"]) for name in adaptable if (match := BLOCK.fullmatch(name))}
@@ -254,7 +254,7 @@ def _within_blocks(chosen: list[str], adaptable: dict[str, nn.Module], blocks: s
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers that LoRA can be put on, by name: convolutions and linear layers."""
+    """Layers that LoRA can adapt, by name: convolutions and linear layers."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
 
 
@@ -263,6 +263,6 @@ def _is_within(name: str, module: str) -> bool:
 
 
 def _examples(names: Iterable[str], count: int = 8) -> str:
-    """The first names, with numbers folded into N so that a deep network takes one line."""
+    """The first `count` different names, with numbers replaced by N so that a deep network fits into one line."""
     folded = dict.fromkeys(re.sub(r"\d+", "N", name) for name in names)
     return ", ".join(list(folded)[:count]) + (", ..." if len(folded) > count else "") if folded else "none"

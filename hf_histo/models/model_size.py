@@ -1,4 +1,4 @@
-"""What a run's result weighs: parameters, bytes, and what sending an adapter saves over sending the model."""
+"""Size of a trained model and of its adapter, in parameters and bytes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from hf_histo.models import adapters
 
 
 def account(model: nn.Module, *, batch_norm: str) -> dict[str, dict[str, Any]]:
-    """Size of a model as it is trained, with or without an adapter.
+    """Size of a model in training, with or without an adapter.
 
     Args:
-        model: a `PeftModel`, or the whole model of a "full" run, which is its own adapter.
+        model: a `PeftModel`, or the whole model of a "full" run, which counts as its own adapter.
         batch_norm: "frozen" or "track"; tracked statistics are part of an adapter.
 
     Returns:
-        {"parameters": `adapters.parameter_counts` and "share", the trainable part of the total, in [0, 1];
-        "bytes": of the tensors of "model", what one would send had it been trained whole (without LoRA, with the same
-        head), and of "adapter", what `adapter_model.safetensors` holds; both also with all floating-point numbers in
-        half precision, "model_fp16" and "adapter_fp16"; "saved": the share of the model's bytes that need not be sent}.
+        {"parameters": `adapters.parameter_counts`, and "share": trainable / total, in [0, 1];
+        "bytes": size of the tensors of "model" (without LoRA, with the same head) and of "adapter" (content of
+        `adapter_model.safetensors`), and "model_fp16" and "adapter_fp16", the same with floating-point numbers in half
+        precision; "saved": 1 - adapter / model, the share of bytes that a download of the adapter saves}.
 
-    A safetensors file is larger than its tensors by a header, some hundred bytes for each of them.
+    A safetensors file is larger than its tensors by a header of about a hundred bytes per tensor.
     """
     counts = adapters.parameter_counts(model)
     whole = _whole(model)
@@ -44,7 +44,7 @@ def account(model: nn.Module, *, batch_norm: str) -> dict[str, dict[str, Any]]:
 
 
 def _whole(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights and statistics without LoRA, and with one copy of a head that peft keeps twice."""
+    """Weights and statistics without LoRA, and with one copy of the head, of which peft keeps two."""
     state = model.state_dict()
     return {name: tensor for name, tensor in state.items() if "lora_" not in name and ".original_module." not in name}
 

@@ -1,6 +1,6 @@
 """Fused query-key-value layers (timm's `attn.qkv`), split so that LoRA can adapt query, key or value alone.
 
-Fused again, a merged model has the architecture that it was loaded with.
+After LoRA is merged, they are fused again, so that the model has its original architecture.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ SLICES = ("q", "k", "v")
 
 
 class SplitLinear(nn.Module):
-    """A linear layer with 3 x d outputs as three layers with d, concatenated: the same numbers.
+    """A linear layer with 3 x d outputs as three layers with d outputs, concatenated; it computes the same numbers.
 
-    Their names are q, k and v, so that `blocks.0.attn.qkv.q` is the query's layer.
+    The layers are named q, k and v, so that `blocks.0.attn.qkv.q` is the query layer.
     """
 
     def __init__(self, fused: nn.Linear) -> None:
@@ -34,11 +34,11 @@ class SplitLinear(nn.Module):
                 self.get_submodule(name).bias = nn.Parameter(bias.clone(), requires_grad=fused.bias.requires_grad)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(..., in_features) to (..., 3 x d)."""
+        """Outputs (..., 3 x d) of features (..., in_features)."""
         return torch.cat([self.get_submodule(name)(features) for name in SLICES], dim=-1)
 
     def fused(self) -> nn.Linear:
-        """One layer with the weights of all three."""
+        """The equivalent single linear layer."""
         weights, biases = ([getattr(self.get_submodule(n), kind) for n in SLICES] for kind in ("weight", "bias"))
         layer = nn.Linear(weights[0].shape[1], 3 * len(weights[0]), bias=biases[0] is not None, device="meta")
         layer.weight = nn.Parameter(torch.cat(weights).detach())
@@ -48,14 +48,15 @@ class SplitLinear(nn.Module):
 
 
 def split(model: nn.Module, target_modules: str | Iterable[str]) -> list[str]:
-    """Split the fused layers of which a slice is a target, in place; return the names of these slices.
+    """Split, in place, the fused layers of which q, k or v is a target; return the names of these targets.
 
     Args:
-        model: any.
-        target_modules: as peft takes it, a regex that must match a whole name, or names or their ends. If it
-            matches the fused layer as well, that one is adapted whole.
+        model: any model.
+        target_modules: as for peft: a regex that must match a full name, or a list of names or ends of names. A fused
+            layer that is itself a target is not split.
 
-    Raises `HistoError` for a layer that the model reads without calling it, which LoRA would not reach.
+    Raises `HistoError` for a fused layer whose weights the model reads without calling the layer, so that LoRA would
+    have no effect.
     """
     found = []
     for name, module in list(model.named_modules()):
@@ -76,14 +77,14 @@ def is_split(model: nn.Module) -> bool:
 
 
 def fuse(model: nn.Module) -> None:
-    """Fuse every split layer, in place. Adapters must have been merged before."""
+    """Fuse all split layers again, in place. Adapters must have been merged before."""
     for name, module in list(model.named_modules()):
         if isinstance(module, SplitLinear):
             model.set_submodule(name, module.fused())
 
 
 def is_target(name: str, target_modules: str | Iterable[str]) -> bool:
-    """Whether peft adapts a layer of that name."""
+    """Whether peft's rule for `target_modules` selects a layer of that name."""
     if isinstance(target_modules, str):
         return re.fullmatch(target_modules, name) is not None
     return any(f".{name}".endswith(f".{target}") for target in target_modules)  # as peft reads a list

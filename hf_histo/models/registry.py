@@ -1,8 +1,8 @@
 """Foundation models by short name: location of the weights, expected input, and license.
 
-An entry holds the configuration, as far as it matters for the shape of the model, so that it is built without a
-network. Names, sizes and arguments are those of the model cards and configurations on the Hub; where transformers and
-open_clip load weights, the configuration beside these counts.
+An entry holds as much of the configuration as is needed to build the model without a network. Names, sizes and
+arguments are those of the model cards and configurations on the Hub; when weights are loaded by transformers or
+open_clip, the configuration file beside the weights is used instead.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ CLIP: tuple[Triple, Triple] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954,
 # H-optimus was trained with statistics of its own slides.
 OPTIMUS: tuple[Triple, Triple] = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 
-# A ViT with a SwiGLU MLP can't be declared in JSON, except by a timm architecture that has it; the rest is overridden.
+# timm architecture with a SwiGLU MLP, which arguments in JSON can't select; an entry overrides all its other arguments.
 SWIGLU = "vit_giant_patch14_reg4_dinov2"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A backbone.
+    """A foundation model.
 
     Attributes:
         source: name on the Hub.
-        library: that reads it.
-        normalization: mean and deviation of red, green, blue in [0, 1].
-        license: of the weights, as the model card names it.
-        terms: must be accepted on the Hub before a download.
-        image_size: pixels on a side.
-        crop_pct: the share of the resized image's shorter side that is cropped.
-        interpolation: of the resize.
-        model: what the library builds it from. timm: architecture and model_args; transformers: model_type and the
-            arguments of its configuration; open_clip: `embed_dim`, `vision_cfg` and `quick_gelu`.
-        note: what sets it apart from how its authors use it.
+        library: library that loads it: "timm", "transformers" or "open_clip".
+        normalization: mean and standard deviation of red, green, blue for values in [0, 1].
+        license: license of the weights, as named by the model card.
+        terms: whether terms must be accepted on the Hub before the download.
+        image_size: side of the input in pixels.
+        crop_pct: side of the center crop as a share of the resized image's shorter side.
+        interpolation: interpolation of the resize.
+        model: arguments that the library builds the model from. timm: architecture and model_args; transformers:
+            model_type and arguments of its configuration; open_clip: `embed_dim`, `vision_cfg` and `quick_gelu`.
+        note: how its use here differs from that of its authors.
     """
 
     source: str
@@ -59,7 +59,7 @@ class Entry:
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """What timm calls `pretrained_cfg`."""
+        """The preprocessing in the form of timm's `pretrained_cfg`."""
         mean, std = self.normalization
         return {
             "input_size": [3, self.image_size, self.image_size],
@@ -72,7 +72,7 @@ class Entry:
         }
 
     def config(self, num_outputs: int) -> PreTrainedConfig:
-        """The configuration of an image classifier of `num_outputs` logits, with its preprocessing in it."""
+        """Configuration of an image classifier with `num_outputs` logits; it includes the preprocessing."""
         arguments = {**copy.deepcopy(self.model), "pretrained_cfg": self.preprocessing}
         if self.library == "timm":
             config: PreTrainedConfig = TimmWrapperConfig.from_dict(arguments, num_labels=num_outputs)
@@ -250,7 +250,7 @@ ENTRIES = {
 
 
 def find(name: str) -> Entry | None:
-    """The entry of a short name, or of its name on the Hub; None for any other backbone."""
+    """The entry with this short name or name on the Hub; None for any other backbone."""
     if name in ENTRIES:
         return ENTRIES[name]
     return next((entry for entry in ENTRIES.values() if entry.source == name), None)

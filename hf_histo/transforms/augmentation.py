@@ -1,9 +1,9 @@
-"""Training augmentation of a uint8 batch on the training device, with one set of random parameters per sample.
+"""Training augmentation of a uint8 batch on the training device, with random parameters for each sample.
 
-All geometry of a sample is one affine map and all color one affine map, as in Karras et al. 2020, "Training Generative
-Adversarial Networks with Limited Data", appendix B: a batch costs one resampling and one 3x3 product per pixel. The
-parameters are a function of (seed, epoch, sample), so neither workers, nor processes, nor a resumed run change what a
-sample looks like.
+The geometric changes of a sample are combined into one affine map, and its color changes into another, as in Karras et
+al. 2020, "Training Generative Adversarial Networks with Limited Data", appendix B: a batch costs one resampling and one
+3x3 product per pixel. The parameters depend only on (seed, epoch, sample), so a sample looks the same whatever the
+number of workers and processes, and in a resumed run.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from hf_histo.errors import HistoError
 from hf_histo.files import STRICT
 from hf_histo.transforms.preprocessing import Preprocessing
 
-MAX_VIEWS = 64  # that one prediction is the mean of: beyond it time grows, and the mean hardly moves
+MAX_VIEWS = 64  # test-time views of a prediction; with more, the mean hardly changes
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights of torchvision's and PIL's gray conversion
 RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))  # NTSC 1953
-# Optical density of red, green and blue for hematoxylin, eosin and DAB: Ruifrok & Johnston 2001, table 1, unit rows
+# Optical density in red, green and blue of hematoxylin, eosin and DAB: Ruifrok & Johnston 2001, table 1, unit rows
 HED = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 
 
@@ -37,21 +37,21 @@ class Augmentation:
     """Ranges from which each sample's parameters are drawn.
 
     Attributes:
-        scale: share of the image's area that the random crop takes, (low, high) in (0, 1].
-        ratio: width / height of the crop, (low, high), drawn uniformly in the logarithm.
+        scale: area of the random crop as a share of the image's, (low, high) in (0, 1].
+        ratio: width / height of the crop, (low, high), drawn log-uniformly.
         horizontal_flip, vertical_flip: probability in [0, 1].
         quarter_turns: whether to rotate by 0, 90, 180 or 270 degrees with equal chance.
         rotation: further rotation drawn from [-value, value], in degrees.
         shear: horizontal shear drawn from [-value, value], in degrees.
-        translation: shift drawn from [-value, value], as a share of the image's side. Beyond the border the image is
-            reflected.
+        translation: shift drawn from [-value, value], as a share of the image's side; the image is continued by
+            reflection.
         brightness, contrast, saturation: factor drawn from [1 - value, 1 + value].
         hue: rotation of the hue drawn from [-value, value], in turns (0.5 is half the circle).
-        hed: jitter of each stain's density, a factor from [1 - value, 1 + value] and an offset from [-value, value]
+        hed: jitter of each stain's density: a factor from [1 - value, 1 + value] and an offset from [-value, value]
             in units of optical density (Tellez et al. 2018, "Whole-slide mitosis detection ... using PHH3 as a
             reference", section III-E, where it is 0.05).
-        blur: deviation of a Gaussian point spread drawn from [0, value], in pixels of the image as it is stored.
-        noise: deviation of sensor noise drawn from [0, value], for values in [0, 1].
+        blur: standard deviation of a Gaussian blur drawn from [0, value], in pixels of the stored image.
+        noise: standard deviation of Gaussian noise drawn from [0, value], for pixel values in [0, 1].
     """
 
     scale: tuple[float, float] = (1.0, 1.0)
@@ -71,15 +71,15 @@ class Augmentation:
     noise: float = 0.0
 
     def side(self, size: int) -> int:
-        """Pixels on a side of a square image of which the smallest crop has as many pixels as a view of `size`."""
+        """Side in pixels of a square image whose smallest crop has as many pixels as a view of `size` x `size`."""
         return math.ceil(size / math.sqrt(self.scale[0]))
 
 
 PRESETS = {
     "none": Augmentation(),
     "flips": Augmentation(horizontal_flip=0.5, vertical_flip=0.5),
-    # Random resized crop, flips and color jitter, as in an unpublished report without strengths; these keep half of
-    # the tissue in view and move color about as much as one scanner differs from the next.
+    # Random resized crop, flips and color jitter, as in an unpublished report that gives no strengths. These were
+    # chosen to keep half of the tissue in view, and to change color about as much as scanners differ.
     "crop-jitter": Augmentation(
         scale=(0.5, 1.0),
         ratio=(3 / 4, 4 / 3),
@@ -90,14 +90,14 @@ PRESETS = {
         saturation=0.2,
         hue=0.05,
     ),
-    # What CLIP is adapted with, e.g. by Zanella & Ben Ayed 2024 (arXiv 2405.18541) and Dausort et al. 2024 (arXiv
-    # 2411.14975, their main.py).
+    # Used to adapt CLIP, e.g. by Zanella & Ben Ayed 2024 (arXiv 2405.18541) and Dausort et al. 2024 (arXiv 2411.14975,
+    # their main.py).
     "resized-crop": Augmentation(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), horizontal_flip=0.5),
-    # Flip, rotation and affine map, with strengths of our own.
+    # Flips, rotation, shear and translation; the strengths are our choice.
     "affine": Augmentation(
         scale=(0.8, 1.0), horizontal_flip=0.5, vertical_flip=0.5, rotation=180.0, shear=10.0, translation=0.1
     ),
-    # For a shift of domain: every orientation of the tissue, other stains, scanners and sensors.
+    # For domain shift: all orientations of the tissue, and variations of stain, scanner and sensor.
     "strong": Augmentation(
         scale=(0.4, 1.0),
         ratio=(3 / 4, 4 / 3),
@@ -112,7 +112,7 @@ PRESETS = {
         blur=1.0,
         noise=0.03,
     ),
-    # For slices of a head: about upright as scanners give them, left or right as good as the other.
+    # For slices of a head, which are nearly upright; left and right are interchangeable.
     "mri": Augmentation(
         scale=(0.7, 1.0), horizontal_flip=0.5, rotation=20.0, translation=0.05, brightness=0.2, contrast=0.3
     ),
@@ -120,13 +120,13 @@ PRESETS = {
 
 
 def preset(name: str) -> Augmentation:
-    """The augmentation of that name; `HistoError` lists the known ones."""
+    """The augmentation preset `name`. Raises `HistoError`, listing the presets, for an unknown name."""
     if name not in PRESETS:
         raise HistoError(f"--augmentation is {name!r}, expected one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
-# What is drawn for a sample, in this order: a new parameter goes to the end, so that the others keep their values.
+# The parameters drawn for a sample, in this order: new ones are appended, so that the others keep their values.
 PARAMETERS = (
     *("area", "aspect", "crop_x", "crop_y", "flip_x", "flip_y", "quarter", "angle", "shear", "shift_x", "shift_y"),
     *("brightness", "contrast", "saturation", "hue", "blur", "noise"),
@@ -145,13 +145,19 @@ def augment(
     index: torch.Tensor,
     normalize: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Augment (B, 3, H, W), uint8 or float in [0, 1], into float32 (B, 3, size, size) in [0, 1] on the same device.
+    """Augment images (B, 3, H, W), uint8 or float in [0, 1]: float32 (B, 3, size, size) in [0, 1] on the same device.
 
-    It is laid out as the model reads it, channels last. Color, focus and noise change the image as it is stored, then
-    the geometry resamples it: as in a scanner.
-    `index` (B,) int64 holds each sample's place in the data set: with `seed` and `epoch` it decides the parameters.
-    `normalize`, an affine map of each channel such as `Preprocessing.normalize`, is applied in between: resampling
-    takes weighted means, which commute with it, and there are mostly fewer pixels before than after.
+    The result is in the memory format channels last. Color, blur and noise are applied to the stored image, as a
+    scanner would; then it is resampled by the geometric map.
+
+    Args:
+        images: the batch.
+        augmentation: ranges of the parameters.
+        size: height and width of the result in pixels.
+        seed, epoch: determine the parameters together with `index`.
+        index: index of each sample in the data set, (B,) int64.
+        normalize: an affine map of each channel, such as `Preprocessing.normalize`. It is applied before resampling,
+            which commutes with it: there are usually fewer pixels before than after.
     """
     draws = dict(zip(PARAMETERS, uniform(seed, epoch, index, len(PARAMETERS)).T, strict=True))
     floats = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -164,15 +170,15 @@ def augment(
 
 @dataclass(frozen=True)
 class TestTimeViews:
-    """The views of an image whose mean logit is its prediction.
+    """Test-time views: the views of an image whose mean logit is its prediction.
 
     Attributes:
-        count: how many, at most `MAX_VIEWS`.
-        augmentation: "square" for the image itself and, if `count` is 8, its quarter turns and all their mirror
-            images; or the preset from which each view is drawn.
-        seed: of what is drawn.
+        count: number of views, at most `MAX_VIEWS`.
+        augmentation: "square" for the image itself (`count` 1) or all its quarter turns and their mirror images
+            (`count` 8); or the augmentation preset that each view is drawn from.
+        seed: seed of drawn views.
 
-    Raises `HistoError` for a number of views that the square does not have, or an unknown preset.
+    Raises `HistoError` for another number of "square" views, or an unknown preset.
     """
 
     __pydantic_config__ = STRICT
@@ -193,15 +199,16 @@ class TestTimeViews:
 
     @classmethod
     def of(cls, config: Config) -> TestTimeViews:
-        """The ones that the options ask for."""
+        """The test-time views set by `--test_time_views` and `--test_time_augmentation`."""
         return cls(config.prediction.test_time_views, config.prediction.test_time_augmentation, config.training.seed)
 
     def __call__(
         self, images: torch.Tensor, preprocessing: Preprocessing, index: torch.Tensor
     ) -> Iterator[torch.Tensor]:
-        """Views (B, 3, image_size, image_size), normalized, of (B, 3, H, W), uint8 or float in [0, 1].
+        """Yield each view of images (B, 3, H, W), uint8 or float in [0, 1]: normalized float32 (B, 3, S, S).
 
-        `index` as in `augment`, where a view's number stands for the epoch: neither batches nor processes change it.
+        S is `preprocessing.image_size`. `index` is as in `augment`; the number of the view takes the place of the
+        epoch, so that views do not depend on batches and processes.
         """
         if self.augmentation != "square":
             augmentation, size = PRESETS[self.augmentation], preprocessing.image_size
@@ -227,10 +234,10 @@ SINGLE_VIEW = TestTimeViews()
 
 
 def uniform(seed: int, epoch: int, index: torch.Tensor, count: int) -> np.ndarray:
-    """Numbers in [0, 1), (B, count) float64, a pure function of (seed, epoch, index, place).
+    """Uniform random numbers in [0, 1), float64 (B, count), a pure function of (seed, epoch, index, column).
 
     A counter-based generator: SplitMix64's mixing function (Steele, Lea & Flood 2014, "Fast splittable pseudorandom
-    number generators", figure 17) is applied to each coordinate in turn.
+    number generators", figure 17) is applied to each of these numbers in turn.
     """
     state = _mix(np.array(seed, dtype=np.uint64))
     state = _mix(state ^ np.uint64(epoch))
@@ -240,7 +247,7 @@ def uniform(seed: int, epoch: int, index: torch.Tensor, count: int) -> np.ndarra
 
 
 def _restain(images: torch.Tensor, draws: Draws, augmentation: Augmentation) -> torch.Tensor:
-    """Jitter the densities of the stains: an affine map in the space of optical density."""
+    """Jitter the densities of the stains, by an affine map in optical-density space."""
     if not augmentation.hed:
         return images
     stains = ("hematoxylin", "eosin", "residual")
@@ -253,9 +260,9 @@ def _restain(images: torch.Tensor, draws: Draws, augmentation: Augmentation) -> 
 
 
 def _recolor(images: torch.Tensor, draws: Draws, augmentation: Augmentation) -> torch.Tensor:
-    """Brightness b, contrast c, saturation and hue as x -> b c M x + b (1 - c) m, m being the image's mean luma.
+    """Change brightness b, contrast c, saturation and hue: x -> b c M x + b (1 - c) m, with the image's mean luma m.
 
-    M mixes with the gray (saturation) and rotates in the IQ plane (hue); both keep the luma.
+    The matrix M mixes each pixel with its gray value (saturation) and rotates it in the IQ plane (hue), keeping luma.
     """
     strengths = {name: getattr(augmentation, name) for name in ("brightness", "contrast", "saturation")}
     if not any((*strengths.values(), augmentation.hue)):
@@ -275,7 +282,7 @@ def _recolor(images: torch.Tensor, draws: Draws, augmentation: Augmentation) -> 
 
 
 def _scan(images: torch.Tensor, draws: Draws, augmentation: Augmentation) -> torch.Tensor:
-    """Point spread and sensor noise."""
+    """Add blur (point spread) and sensor noise."""
     if augmentation.blur:
         radius = math.ceil(2 * augmentation.blur)
         deviation = torch.from_numpy(np.maximum(draws["blur"] * augmentation.blur, 0.1)).to(images)
@@ -297,13 +304,13 @@ def _scan(images: torch.Tensor, draws: Draws, augmentation: Augmentation) -> tor
 
 def _resample(images: torch.Tensor, draws: Draws, augmentation: Augmentation, size: int) -> torch.Tensor:
     maps, levels = _geometry(draws, augmentation, images.shape[-2:], size)
-    # Where no map leaves its image, the cheaper padding gives the same.
+    # If no map reaches outside its image, the cheaper padding gives the same result.
     padding = "border" if maps.abs().sum(-1).max() <= 1 + 1e-6 else "reflection"
     maps = maps.to(images.device)
     if not levels.any():
         return _sample(images, maps, size, padding)
     views = torch.empty(len(images), 3, size, size, device=images.device)
-    for level in np.unique(levels):  # a crop that shrinks is averaged down first, so that it does not alias
+    for level in np.unique(levels):  # average a large crop down first, against aliasing
         chosen = torch.from_numpy(np.flatnonzero(levels == level)).to(images.device)
         source = F.avg_pool2d(images[chosen], 2 ** int(level)) if level else images[chosen]
         views[chosen] = _sample(source, maps[chosen], size, padding)
@@ -311,10 +318,10 @@ def _resample(images: torch.Tensor, draws: Draws, augmentation: Augmentation, si
 
 
 def _sample(images: torch.Tensor, maps: torch.Tensor, size: int, padding: str) -> torch.Tensor:
-    """Views (B, 3, size, size) of images (B, 3, H, W) through maps (B, 2, 3) from the view, both in [-1, 1]."""
+    """Resample images (B, 3, H, W) to (B, 3, size, size) by maps (B, 2, 3) from view to image, both in [-1, 1]."""
     steps = torch.arange(1, 2 * size, 2, device=maps.device) / size - 1  # centers of pixels
     across, down, shift = maps[..., None, None].unbind(2)
-    # What `affine_grid` gives, in a third of the time: x and y are planes, which `grid_sample` reads as well.
+    # The same as `affine_grid` in a third of the time: x and y are separate planes, which `grid_sample` accepts.
     grid = (across * steps + (down * steps[:, None] + shift)).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)
 
@@ -322,11 +329,11 @@ def _sample(images: torch.Tensor, maps: torch.Tensor, size: int, padding: str) -
 def _geometry(
     draws: Draws, augmentation: Augmentation, shape: torch.Size, size: int
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Affine maps (B, 2, 3) from the view to the image, both in [-1, 1], and how often to halve the image before."""
+    """Affine maps (B, 2, 3) from view to image, both in [-1, 1], and how often to halve each image before, (B,)."""
     height, width = shape
     area = _between(draws["area"], *augmentation.scale)
     aspect = np.exp(_between(draws["aspect"], *np.log(augmentation.ratio)))
-    # As in torchvision's RandomResizedCrop the ratio is that of pixels; a box that does not fit is cut to the image.
+    # As in torchvision's RandomResizedCrop, the ratio is in pixels; a box larger than the image is cut to it.
     box_width = np.minimum(np.sqrt(area * aspect * height / width), 1.0)
     box_height = np.minimum(np.sqrt(area / aspect * width / height), 1.0)
     shift = augmentation.translation
@@ -339,7 +346,7 @@ def _geometry(
     quarters = np.floor(draws["quarter"] * 4) * augmentation.quarter_turns
     free = np.radians(_between(draws["angle"], -augmentation.rotation, augmentation.rotation))
     cos, sin = np.cos(free), np.sin(free)
-    for turn in range(1, 4):  # exactly, so that a quarter turn moves pixels and mixes none
+    for turn in range(1, 4):  # exact, so that a quarter turn permutes pixels
         cos, sin = np.where(quarters >= turn, -sin, cos), np.where(quarters >= turn, cos, sin)
     rows = [
         [to_x * cos / width, to_y * (shear * cos - sin) / width, center_x],
@@ -351,7 +358,7 @@ def _geometry(
 
 
 def _affine(images: torch.Tensor, matrix: np.ndarray, shift: np.ndarray) -> torch.Tensor:
-    """matrix (B, 3, 3) @ color + shift (B, 3), for every pixel."""
+    """Apply matrix (B, 3, 3) @ color + shift (B, 3) to each pixel."""
     mixed = torch.einsum("bij,bjhw->bihw", torch.from_numpy(matrix).to(images), images)
     return mixed.add_(torch.from_numpy(shift).to(images)[:, :, None, None])
 

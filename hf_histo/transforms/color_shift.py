@@ -1,4 +1,4 @@
-"""Distance of an image's color from that of the training centers, as a warning beside a prediction."""
+"""Distance of an image's color from the colors of the training centers, to warn about unusual images."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pydantic import Field
 from hf_histo.data.schema import ImageTable
 from hf_histo.files import STRICT
 
-MOST = 1000  # images of a center that are measured, evenly spread: enough for a mean, a deviation and a 99th percentile
+MOST = 1000  # most images measured per center, evenly spread: enough for a mean, a deviation and a 99th percentile
 QUANTILE = 0.99
-LEAST_DEVIATION = 1 / 255  # of a statistic within a center: one step of a stored value
+LEAST_DEVIATION = 1 / 255  # smallest deviation of a statistic within a center: one step of a stored value
 
 Means = Annotated[Sequence[float], Field(min_length=6, max_length=6)]
 Deviations = Annotated[Sequence[Annotated[float, Field(gt=0)]], Field(min_length=6, max_length=6)]
@@ -24,15 +24,15 @@ Deviations = Annotated[Sequence[Annotated[float, Field(gt=0)]], Field(min_length
 
 @dataclass(frozen=True)
 class ColorRange:
-    """Color statistics of the training images, and how far from them is unusual.
+    """Color statistics of the training images, and the distance from them that is unusual.
 
-    An image is described by the mean and the deviation of its channels, six numbers for values in [0, 1]. Its distance
-    to a center is the root mean square of their z-scores among the center's training images, and its distance to the
-    training data is that to the nearest center.
+    An image is described by six statistics: the mean and the standard deviation of each channel, for values in [0, 1].
+    Its distance to a center is the root mean square of their z-scores among the center's training images; its distance
+    to the training data is the one to the nearest center.
 
     Attributes:
-        centers: of each center, by its number as text, the means and the deviations of the six statistics.
-        limit: distance that 99% of the training images keep within.
+        centers: means and standard deviations of the six statistics for each center, by its number as text.
+        limit: distance that 99% of the training images do not exceed.
     """
 
     __pydantic_config__ = STRICT
@@ -42,7 +42,7 @@ class ColorRange:
 
     @classmethod
     def fit(cls, images: ImageTable) -> ColorRange:
-        """Measure up to `MOST` images of each center; labels are not read."""
+        """Measure up to `MOST` images of each center; labels are not used."""
         every, centers = np.array(images.centers), {}
         measured = []
         for center in np.unique(every):
@@ -56,7 +56,7 @@ class ColorRange:
         return cls(centers, float(np.quantile(distances, QUANTILE)))
 
     def distance(self, image: torch.Tensor) -> float:
-        """Of a uint8 image (3, H, W) to the nearest training center, in deviations."""
+        """Distance of a uint8 image (3, H, W) to the nearest training center, in standard deviations."""
         return float(_distances(_statistics(image)[None], self.centers)[0])
 
 
@@ -68,7 +68,7 @@ def _statistics(image: torch.Tensor) -> NDArray[np.float64]:
 def _distances(
     statistics: NDArray[np.float64], centers: Mapping[str, tuple[Sequence[float], Sequence[float]]]
 ) -> NDArray[np.float64]:
-    """Of statistics (n, 6) to the nearest center, (n,)."""
+    """Distances (n,) of statistics (n, 6) to the nearest center."""
     scores = [(statistics - np.array(mean)) / np.array(deviation) for mean, deviation in centers.values()]
     nearest: NDArray[np.float64] = np.sqrt((np.stack(scores) ** 2).mean(axis=2)).min(axis=0)
     return nearest

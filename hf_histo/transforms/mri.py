@@ -1,4 +1,4 @@
-"""Preparation of MRI slices before the resize, applied to each image when it is read, in this order."""
+"""Preparation of MRI slices, applied to each image when it is read, before it is resized."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from hf_histo.config import Contrast, PreparationOptions
 from hf_histo.files import STRICT
 
 CONTRASTS = get_args(Contrast)
-MARGIN = 0.02  # of the box's longer side, around the head on each side
-SMALLEST = 0.1  # share of the image's area; a component below is no head, and the image stays whole
-WINDOW = 1 / 3  # of the mean that estimates the field, as a share of the shorter side
-TISSUE = 0.3  # of Otsu's threshold: above it is tissue, which in a bright scalp may be below the threshold itself
-FAINTEST = 0.2  # of the mean; no part of the field is taken for weaker, or noise would be amplified
-PERCENTILES = (1.0, 99.0)  # of the image, that the stretch maps to black and white
+MARGIN = 0.02  # margin around the head, as a share of the box's longer side
+SMALLEST = 0.1  # smallest area of a head, as a share of the image's; below it, the image is not cropped
+WINDOW = 1 / 3  # window of the mean that estimates the bias field, as a share of the shorter side
+TISSUE = 0.3  # pixels above this share of Otsu's threshold are tissue: a bright scalp can raise it above the brain
+FAINTEST = 0.2  # lower bound of the bias field, as a share of its mean, so that noise is not amplified
+PERCENTILES = (1.0, 99.0)  # percentiles of the image that "stretch" maps to black and white
 CLIP_LIMIT, TILES = 2.0, 8
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """From uint8 (3, H, W) to uint8 (3, H, W), by default as it is; with any of the steps, gray in three channels.
+    """Maps an image, uint8 (3, H, W), to a prepared one, uint8 (3, H', W'); the default leaves it unchanged.
+
+    The steps are applied in the order of the attributes. With any of them, the result is gray in three channels.
 
     Attributes:
-        gray: take out color, by the luma.
-        crop_to_brain: cut the background off: the box around the largest component that is brighter than Otsu's
-            threshold (1979, "A threshold selection method from gray-level histograms", equation 18), with a margin.
-        even_field: divide by the local mean of the tissue, so that a coil's slow changes of brightness (the bias field)
-            go: mean-based homomorphic unsharp masking with a wide window (Brinkmann, Manduca & Robb 1998, "Optimized
-            homomorphic unsharp masking for MR grayscale inhomogeneity correction"). It tolerates the field rather
-            than model it as N4 does, and lowers the contrast of a bright region as large as its window.
+        gray: convert to gray, by the luma.
+        crop_to_brain: crop to the box around the largest component that is brighter than Otsu's threshold (1979, "A
+            threshold selection method from gray-level histograms", equation 18), with a margin.
+        even_field: divide by the local mean of the tissue, to remove a coil's slow changes of brightness (the bias
+            field): mean-based homomorphic unsharp masking with a wide window (Brinkmann, Manduca & Robb 1998,
+            "Optimized homomorphic unsharp masking for MR grayscale inhomogeneity correction"). Unlike N4 it does not
+            model the field, and it lowers the contrast of a bright region as large as its window.
         contrast: "clahe" (Zuiderveld 1994, "Contrast limited adaptive histogram equalization", 8 x 8 tiles, limit 2),
             "stretch" (the image's percentiles 1 and 99 become black and white), or "none".
     """
@@ -55,7 +57,7 @@ class Preparation:
 
     @property
     def is_none(self) -> bool:
-        """Whether images stay as they are."""
+        """Whether images stay unchanged."""
         return self == Preparation()
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
@@ -69,12 +71,12 @@ class Preparation:
         if self.contrast == "stretch":
             luma = _stretched(luma)
         gray = torch.from_numpy(np.rint(luma.clip(0, 255)) / 255).float()
-        if self.contrast == "clahe" and min(gray.shape) >= 2 * TILES:  # a tile needs pixels to equalize
+        if self.contrast == "clahe" and min(gray.shape) >= 2 * TILES:  # a smaller tile has too few pixels to equalize
             gray = kornia.enhance.equalize_clahe(gray[None, None], CLIP_LIMIT, (TILES, TILES))[0, 0]
         return (gray * 255).round().to(torch.uint8).expand(3, -1, -1).contiguous()
 
     def box(self, image: torch.Tensor) -> tuple[slice, slice]:
-        """Rows and columns of uint8 (3, H, W) that are kept."""
+        """Rows and columns of an image, uint8 (3, H, W), that are kept."""
         return _brain(_luma(image)) if self.crop_to_brain else (slice(0, image.shape[1]), slice(0, image.shape[2]))
 
 
@@ -84,14 +86,14 @@ def _luma(image: torch.Tensor) -> NDArray[np.float32]:
 
 
 def _brain(luma: NDArray[np.float32]) -> tuple[slice, slice]:
-    """The box around the head, or all of the image where none stands out."""
+    """Rows and columns of the box around the head, or of the whole image if no head is found."""
     whole = slice(0, luma.shape[0]), slice(0, luma.shape[1])
-    # Smoothed, so that text and noise outside the head fall apart or below the threshold.
+    # Smoothed, so that text and noise outside the head fall below the threshold or into small components.
     smooth = ndimage.gaussian_filter(luma, min(luma.shape) / 100)
     labels, count = ndimage.label(smooth > _otsu(smooth))
     if not count:
         return whole
-    # By the area of its box: a scalp is a thin ring, and a tumor in it may have more pixels.
+    # The largest by the area of its box: a scalp is a thin ring, and a tumor inside it may have more pixels.
     boxes = ndimage.find_objects(labels)
     rows, columns = max(boxes, key=lambda box: _extent(box[0]) * _extent(box[1]))
     if _extent(rows) * _extent(columns) < SMALLEST * luma.size:
@@ -112,7 +114,7 @@ def _evened(luma: NDArray[np.float32]) -> NDArray[np.float32]:
     if not tissue.any():
         return luma
     window = max(1, round(WINDOW * min(luma.shape)))
-    # A mean over the tissue alone, so that the head's rim does not count as dark.
+    # A mean over tissue only, so that the head's border is not taken for dark.
     total, weight = (ndimage.uniform_filter(x, window) for x in (luma * tissue, tissue.astype(np.float32)))
     mean = luma[tissue].mean()
     even: NDArray[np.float32] = luma * mean / np.maximum(total / np.maximum(weight, 1e-3), FAINTEST * mean)
@@ -125,7 +127,7 @@ def _stretched(luma: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _otsu(luma: NDArray[np.float32]) -> float:
-    """The gray level that parts dark from bright pixels best; the highest one, which none exceeds, if all are alike."""
+    """Otsu's threshold between dark and bright gray levels; the maximum, which no pixel exceeds, if all are equal."""
     counts = np.bincount(luma.clip(0, 255).astype(np.uint8).ravel(), minlength=256) / luma.size
     below, total = np.cumsum(counts), np.cumsum(counts * np.arange(256))
     with np.errstate(divide="ignore", invalid="ignore"):

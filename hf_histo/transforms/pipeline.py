@@ -21,16 +21,17 @@ Batch = dict[str, torch.Tensor]  # "image": uint8 (B, 3, H, W), "labels", "cente
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Prepares each image when it is read, then turns a batch of `collate` into a view on the batch's device.
+    """Prepares each image when it is read, and turns a batch of `collate` into a view on the batch's device.
 
-    A view is normalized float32 (B, 3, image_size, image_size), laid out channels last.
+    A view is a normalized batch, float32 (B, 3, image_size, image_size), in the memory format channels last.
 
     Attributes:
         preprocessing: resize, crop and normalization of an evaluation view, and the preparation of each image.
-        augmentation: of a training view.
-        normalizer: of each center's color; None leaves color as it is stored.
-        stain_mixing: probability in [0, 1] that a training view takes a mixture of the training centers' colors.
-        seed: of what is drawn for training views.
+        augmentation: augmentation of a training view.
+        normalizer: color normalization by center; None keeps the stored colors.
+        stain_mixing: probability in [0, 1] that the color of a training view is moved to a random mixture of the
+            training centers' colors.
+        seed: seed of training views.
         test_time_views: the views of an image whose mean logit is its prediction.
     """
 
@@ -49,7 +50,7 @@ class Pipeline:
             config: all options of a run.
             backbone: configuration of the backbone, see `preprocessing.resolve`.
             source: the backbone's local folder or Hub name.
-            gray_bits: of the 16-bit gray images among those of training; None where there are none.
+            gray_bits: bit depth of 16-bit gray training images; None if there are no such images.
 
         Raises `HistoError` as `preprocessing.resolve` does, and for an unknown augmentation.
         """
@@ -64,30 +65,30 @@ class Pipeline:
         )
 
     def fitted(self, images: ImageTable, method: str) -> Pipeline:
-        """With the color normalization `method`, its statistics measured on training images; "none" leaves it out."""
+        """A copy with the color normalization `method`, or "none", fitted on training images."""
         return self if method == "none" else replace(self, normalizer=CenterNormalizer.fit(images, method))
 
     @property
     def single_view(self) -> Pipeline:
-        """With the evaluation view as the only test-time view."""
+        """A copy with the evaluation view as the only test-time view."""
         return replace(self, test_time_views=SINGLE_VIEW)
 
     def extended(self, rows: datasets.Dataset) -> Pipeline:
-        """With color statistics of the centers of a schema table that are not known yet, measured on it alone."""
+        """A copy that also has color statistics of the centers of a schema table, if unknown so far, measured on it."""
         if self.normalizer is None or set(rows["center"][:]) <= self.normalizer.centers.keys():
             return self
         return replace(self, normalizer=self.normalizer.extended(self.read(rows)))
 
     def read(self, rows: datasets.Dataset) -> ImageTable:
-        """Images of a schema table for evaluation views, prepared when they are read."""
+        """An `ImageTable` of a schema table for evaluation views, whose images are prepared when they are read."""
         return self.preprocessing.read(rows)
 
     def read_training(self, rows: datasets.Dataset) -> ImageTable:
-        """As `read`, but of differently sized images it keeps enough pixels for the smallest training crop."""
+        """As `read`, for training views: images of different sizes keep enough pixels for the smallest crop."""
         return self.preprocessing.read(rows, self.augmentation.side(self.preprocessing.image_size))
 
     def train(self, batch: Batch, epoch: int, *, normalize: bool = True) -> torch.Tensor:
-        """Training view of an epoch, drawn from (seed, epoch, index); in [0, 1] without `normalize`."""
+        """Training view of a batch, drawn from (seed, epoch, index); without `normalize`, its values are in [0, 1]."""
         return augment(
             self._in_color(batch, self.stain_targets(batch["index"], epoch)),
             self.augmentation,
@@ -99,28 +100,28 @@ class Pipeline:
         )
 
     def evaluate(self, batch: Batch) -> torch.Tensor:
-        """Evaluation view: resized, center-cropped, nothing drawn."""
+        """Evaluation view of a batch: resized, center-cropped and normalized, without randomness."""
         return self.preprocessing(self._in_color(batch))
 
     def test_time(self, batch: Batch) -> Iterator[torch.Tensor]:
-        """Each of the test-time views; by default the evaluation view alone."""
+        """Yield each test-time view of a batch; by default only the evaluation view."""
         return self.test_time_views(self._in_color(batch), self.preprocessing, batch["index"])
 
     def stain_targets(self, index: torch.Tensor, epoch: int) -> torch.Tensor | None:
-        """Color (B, 12) that each training view is moved to: the reference, or a mixture of the training centers.
+        """Color statistics (B, 12) that each training view is moved to, see `CenterNormalizer.targets`.
 
-        None where every view is moved to the reference, or color is not normalized.
+        None if all views are moved to the reference, or color is not normalized.
         """
         if self.normalizer is None or not self.stain_mixing:
             return None
-        # Epochs beyond any real one: a stream of its own beside the other parameters'.
+        # Epochs beyond any real one give a random stream that differs from that of the augmentation.
         draws = torch.from_numpy(uniform(self.seed, 2**32 + epoch, index, 1 + len(self.normalizer.training)))
         return self.normalizer.targets(mixed=draws[:, 0] < self.stain_mixing, draws=draws[:, 1:])
 
     def back(self, view: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """A map (image_size, image_size) of an evaluation view, laid on the stored image (3, H, W): (H, W).
+        """Map values of an evaluation view, (image_size, image_size), back to the stored image (3, H, W): (H, W).
 
-        What the preparation or the crop took away is 0 there.
+        Pixels that preparation or crop removed get 0.
         """
         placed = torch.zeros(image.shape[-2:])
         kept = placed[self.preprocessing.preparation.box(image)]
@@ -128,14 +129,14 @@ class Pipeline:
         return placed
 
     def _in_color(self, batch: Batch, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """Images as stored, or moved to the reference color or `targets`: float32 in [0, 1]."""
+        """Images of a batch as stored, or with color moved to the reference or to `targets`: float32 in [0, 1]."""
         return batch["image"] if self.normalizer is None else self.normalizer(batch["image"], batch["center"], targets)
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Samples of an `ImageTable` to {"image": uint8 (B, 3, H, W), "labels", "center", "index": int64 (B,)}.
+    """Collate samples into a `Batch`: {"image": uint8 (B, 3, H, W), "labels", "center", "index": int64 (B,)}.
 
-    Images must share one size; without images there is no "image".
+    All images must have the same size. For samples without images, "image" is missing.
     """
     images = [sample["image"] for sample in samples if "image" in sample]
     return {

@@ -23,12 +23,12 @@ from hf_histo.files import STRICT
 from hf_histo.transforms.mri import Preparation
 
 FITS = get_args(Fit)
-MIN_SIZE = 8  # below is no picture, and torch fails to resize to a single pixel
-MAX_SIZE = 1024  # pixels on a side of what a model sees: more than pretrained ones do, and a batch fits into memory
+MIN_SIZE = 8  # smallest image_size in pixels; torch fails to resize to a single pixel
+MAX_SIZE = 1024  # largest image_size in pixels: above that of pretrained models, and a batch fits into memory
 Size = Annotated[int, Field(ge=MIN_SIZE, le=MAX_SIZE)]
 Deviation = Annotated[float, Field(gt=0)]
 ResizeSize = Annotated[int, Field(ge=MIN_SIZE, le=2 * MAX_SIZE)]
-_ELONGATED = 8  # longer than this times its width, an image is cropped before it is resized, or it might not fit memory
+_ELONGATED = 8  # ratio of sides above which an image is cropped before it is resized, to bound the memory
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ class Preprocessing:
     """Resize, center crop and normalization of an evaluation batch.
 
     Attributes:
-        image_size: pixels on a side of the square that the model sees, `MIN_SIZE` to `MAX_SIZE`.
-        resize_size: pixels on a side of the square before the center crop, from `image_size` to twice `MAX_SIZE`.
+        image_size: side in pixels of the square that the model sees, `MIN_SIZE` to `MAX_SIZE`.
+        resize_size: side in pixels of the square before the center crop, from `image_size` to twice `MAX_SIZE`.
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos"; always antialiased.
-        mean, std: per channel (red, green, blue), for values in [0, 1].
-        fit: how an image that is not square becomes so. "crop": the shorter side is resized and the longer one loses
-            its ends; "squash": both sides are resized; "pad": the longer side is resized and the shorter one gets
-            borders of the color `mean`, which is zero after normalization (timm's "border").
-        preparation: of each image when it is read, before all else.
-        gray_bits: of the 16-bit gray images among those of training, 8 to 16, by which all others are read, see
-            `hf_histo.data.schema.rgb`; None where there were none.
+        mean, std: mean and standard deviation of red, green and blue, for values in [0, 1].
+        fit: how an image becomes square. "crop": the shorter side is resized and the longer one cropped at both ends;
+            "squash": both sides are resized; "pad": the longer side is resized and the shorter one padded with the
+            color `mean`, which is zero after normalization (timm's "border").
+        preparation: applied to each image when it is read, before everything else.
+        gray_bits: bit depth, 8 to 16, of the 16-bit gray training images, by which other 16-bit gray images are read as
+            well, see `hf_histo.data.schema.rgb`; None if there were no such images.
     """
 
     __pydantic_config__ = STRICT
@@ -60,11 +60,11 @@ class Preprocessing:
     gray_bits: Annotated[int, Field(ge=8, le=16)] | None = None
 
     def read(self, dataset: datasets.Dataset, at_least: int = 0) -> ImageTable:
-        """The images of a schema table, prepared and ready to be put into batches.
+        """An `ImageTable` of a schema table whose images are prepared and have one size, so that they can be batched.
 
-        Where all have one size, they keep it, and the resize is left to the device. Otherwise each is made a square of
-        `resize_size`, or `at_least` so many, pixels on a side when it is read. An evaluation view comes out the same
-        either way: it does not depend on what else is in the table.
+        If all images have the same size, they keep it, and are resized on the device. Otherwise each is resized, when
+        it is read, to a square with a side of `resize_size` or `at_least`, whichever is larger. The evaluation view is
+        the same either way: it does not depend on the other images in the table.
         """
         images = ImageTable(dataset)
         keeps_size = not self.preparation.crop_to_brain and images.is_of_one_size()
@@ -74,14 +74,14 @@ class Preprocessing:
         return ImageTable(dataset, partial(self.prepared, side=side))
 
     def prepared(self, image: torch.Tensor, side: int | None) -> torch.Tensor:
-        """One image as `read` gives it, uint8 (3, H, W), or (3, side, side) where `side` is given."""
+        """Prepare one image, uint8 (3, H, W); with `side`, also resize it to (3, side, side)."""
         prepared = self.preparation(image)
         return prepared if side is None else self.square(prepared, side)
 
     def square(self, images: torch.Tensor, side: int) -> torch.Tensor:
-        """Fit (..., 3, H, W), uint8 or float in [0, 1], into (..., 3, side, side) of the same type and device.
+        """Fit images (..., 3, H, W), uint8 or float in [0, 1], into (..., 3, side, side) of the same type and device.
 
-        The center crop of `image_size` that may follow finds the pixels that it would find in the whole image.
+        A center crop of `image_size` that follows takes the same pixels as it would from the whole image.
         """
         height, width = images.shape[-2:]
         if height == width == side:
@@ -108,23 +108,23 @@ class Preprocessing:
         return square
 
     def _crop_start(self, extent: int) -> int:
-        """Where the center crop starts in `extent` pixels, before them if it is larger; timm rounds like this."""
+        """Start of the center crop within `extent` pixels, negative if the crop is larger; rounded as in timm."""
         rest = extent - self.image_size
         return round(rest / 2) if rest >= 0 else -(-rest // 2)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Evaluation view of (B, 3, H, W), uint8 or float in [0, 1]: normalized float32 (B, 3, image_size, image_size).
 
-        It stays on the images' device, and is laid out as the model reads it, channels last.
+        The result is on the same device, in the memory format channels last.
         """
         cropped = functional.center_crop(self.square(images, self.resize_size), [self.image_size, self.image_size])
         floats = cropped.float() / 255 if cropped.dtype == torch.uint8 else cropped.clamp(0, 1)
         return self.normalize(floats).contiguous(memory_format=torch.channels_last)
 
     def back(self, maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Float maps (B, C, image_size, image_size) of evaluation views, laid on the images (B, C, height, width).
+        """Map floats of evaluation views, (B, C, image_size, image_size), back to the images: (B, C, height, width).
 
-        What the crop took away is 0 there.
+        Pixels that the crop removed get 0.
         """
         longer, shorter, side = max(height, width), min(height, width), self.resize_size
         kept = [min(x, _ELONGATED * shorter) for x in (height, width)] if self.fit == "crop" else [height, width]
@@ -136,16 +136,16 @@ class Preprocessing:
         return laid.clamp(0, 1)
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """Float (B, 3, H, W) in [0, 1] to zero mean and unit deviation of the backbone's training data."""
+        """Normalize float images (B, 3, H, W) in [0, 1]: subtract `mean`, divide by `std`."""
         mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
         return (images - mean).div_(std)
 
     def image_processor(self) -> CLIPImageProcessor | None:
-        """transformers' image processor that gives the same view, for pipelines; None with "pad", which it lacks.
+        """The image processor of transformers that gives the same view; None for `fit` "pad", which it does not have.
 
-        CLIP's is the one of resize, center crop, rescale and normalization. Where an odd number of pixels is cropped,
-        its crop may start one pixel earlier.
+        `CLIPImageProcessor` does resize, center crop, rescaling and normalization. If an odd number of pixels is
+        cropped, its crop may start one pixel earlier.
         """
         if self.fit == "pad":
             return None
@@ -166,15 +166,16 @@ def resolve(
     resize_size: int | None = None,
     fit: str | None = None,
 ) -> Preprocessing:
-    """The preprocessing that a backbone declares, with the sizes and the fit overridden where they are given.
+    """The preprocessing that a backbone declares, with sizes and fit replaced by the given ones.
 
     Args:
-        config: the backbone's configuration; a timm backbone declares its data there (`pretrained_cfg`).
-        source: the backbone's local folder or Hub name, where a transformers backbone keeps its image processor.
-        image_size, resize_size: pixels; without `resize_size`, the backbone's own ratio of crop to resize is kept.
+        config: the backbone's configuration, which declares the preprocessing of a timm backbone (`pretrained_cfg`).
+        source: the backbone's local folder or Hub name, which holds the image processor of a transformers backbone.
+        image_size, resize_size: pixels; without `resize_size`, the backbone's ratio of the two is kept.
         fit: "crop", "squash" or "pad".
 
-    Raises `HistoError` if nothing is declared, or a size is out of bounds or `resize_size` smaller than `image_size`.
+    Raises `HistoError` if no preprocessing is declared, a size is out of bounds, or `resize_size` is smaller than
+    `image_size`.
     """
     declared = getattr(config, "pretrained_cfg", None)
     own = _from_timm(declared, source) if declared else _from_image_processor(source)

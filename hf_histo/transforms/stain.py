@@ -1,7 +1,7 @@
-"""Color normalization of acquisition centers: the effect of scanner and stain, measured per center and removed.
+"""Color normalization: the effect of scanner and stain, measured for each acquisition center and removed.
 
-A center's color is described by statistics in one of three spaces, and normalization is an affine map there, from the
-center's statistics to a reference:
+A center's color is described by statistics in one of three color spaces. Normalization is an affine map in that space,
+from the center's statistics to those of a reference:
 
 | method | space | statistics |
 |---|---|---|
@@ -12,8 +12,8 @@ center's statistics to a reference:
 Sources: Reinhard et al. 2001, "Color transfer between images", equations 10-11; Macenko et al. 2009, "A method for
 normalizing histology slides for quantitative analysis".
 
-The reference is the mean over the training centers, so every center moves, and none far. Labels are never
-used: the statistics of a center that training did not see come from its unlabeled images.
+The reference is the mean over the training centers. Labels are never used: the statistics of a center that is not in
+the training data are measured on its unlabeled images.
 """
 
 from __future__ import annotations
@@ -37,26 +37,27 @@ from hf_histo.errors import HistoError
 from hf_histo.files import STRICT
 
 METHODS = get_args(Normalization)
-PIXELS_PER_IMAGE = 256  # that stand for an image in a stain estimate: 400 images give 100,000 pixels
-WHITE = 240.0  # intensity of unstained glass, the value of Macenko's published code
-MIN_STD = 1e-3  # of a channel; below it a center is blank, and dividing by it would make noise
+PIXELS_PER_IMAGE = 256  # sampled from an image for a stain estimate: 400 images give 100,000 pixels
+WHITE = 240.0  # intensity of unstained glass, from Macenko's published code
+MIN_STD = 1e-3  # smallest deviation of a channel; below it, a center is blank, and dividing by it would amplify noise
 Row = Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=3, max_length=3)]
 Rows = Annotated[list[Row], Field(min_length=4, max_length=4)]
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Color of one center: `location` (3,) and `scale` (3, 3), so that color = location + scale @ standard color.
+    """Color of one center: `location` (3,) and `scale` (3, 3), where color = location + scale @ standardized color.
 
-    `rgb`, `reinhard`: the mean, and the deviations on the diagonal. `macenko`: zero, and in the columns the stain
-    vectors times their maximal concentrations, completed by their unit normal so that nothing is projected away.
+    For `rgb` and `reinhard`, `location` is the mean, and `scale` has the standard deviations on its diagonal. For
+    `macenko`, `location` is zero, and the columns of `scale` are the two stain vectors times their maximal
+    concentrations and the unit vector normal to both, so that the map can be inverted.
     """
 
     location: tuple[float, ...]
     scale: tuple[tuple[float, ...], ...]
 
     def as_json(self) -> list[list[float]]:
-        """The location, then the scale row by row."""
+        """Four rows of three numbers: `location`, then the rows of `scale`."""
         return [list(self.location), *map(list, self.scale)]
 
     @classmethod
@@ -72,7 +73,7 @@ class Statistics:
 
 
 class StoredNormalizer(BaseModel):
-    """A `CenterNormalizer` in JSON: its method, its reference, and the statistics of each center by its number."""
+    """JSON form of a `CenterNormalizer`: method, reference, and the statistics of each center by its number."""
 
     model_config = ConfigDict({**STRICT, "extra": "allow"})
     __pydantic_extra__: dict[str, Statistics] = Field(init=False)
@@ -83,13 +84,13 @@ class StoredNormalizer(BaseModel):
 
 @dataclass(frozen=True)
 class CenterNormalizer:
-    """Moves each center's color to a common reference.
+    """Maps the color of each center to a common reference.
 
     Attributes:
         method: "rgb", "reinhard" or "macenko".
-        reference: where every center is moved to.
-        centers: statistics by center; -1 stands for the images whose center is unknown.
-        training: the centers that the reference is the mean of.
+        reference: statistics that each center's color is mapped to.
+        centers: statistics by center; -1 is all images of unknown center.
+        training: the centers whose mean is the reference.
     """
 
     method: str
@@ -99,7 +100,7 @@ class CenterNormalizer:
 
     @classmethod
     def fit(cls, images: ImageTable, method: str) -> CenterNormalizer:
-        """Measure every center of a training set in one pass; the reference is their mean."""
+        """Measure each center of a training set; the reference is their mean. Raises `HistoError` as `measure` does."""
         centers = measure(images, method)
         every = list(centers.values())
         reference = Statistics(
@@ -109,7 +110,7 @@ class CenterNormalizer:
         return cls(method, reference, centers, tuple(centers))
 
     def extended(self, images: ImageTable) -> CenterNormalizer:
-        """A normalizer that also has the centers of `images` without statistics so far, measured on these images."""
+        """A copy that also has statistics of the centers of `images` that were unknown, measured on `images`."""
         unknown = sorted(set(images.centers) - set(self.centers))
         if not unknown:
             return self
@@ -120,10 +121,10 @@ class CenterNormalizer:
     def __call__(
         self, images: torch.Tensor, centers: torch.Tensor, targets: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Move uint8 (B, 3, H, W) of `centers` (B,) int64 to the reference: float32 in [0, 1], same device.
+        """Normalize images, uint8 (B, 3, H, W), of `centers` (B,) int64: float32 in [0, 1] on the same device.
 
-        `targets` (B, 12) replaces the reference per image: location, then scale row by row.
-        Raises `HistoError` for a center that was not measured.
+        `targets` (B, 12) replaces the reference for each image: location, then scale row by row. Raises `HistoError`
+        for a center without statistics.
         """
         location, scale = self._of(centers.tolist())
         goal = torch.tensor(_flat(self.reference)).expand(len(images), 12) if targets is None else targets.cpu()
@@ -135,11 +136,11 @@ class CenterNormalizer:
         return _out_of(self.method, moved).clamp_(0, 1)
 
     def targets(self, mixed: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """Targets (B, 12) for a call: a random mixture of the training centers where `mixed` (B,), else the reference.
+        """`targets` (B, 12) of a call: a random mixture of the training centers where `mixed` (B,), else the reference.
 
         `draws` (B, number of training centers), uniform in [0, 1), become weights that are uniform over the simplex
-        (normalized exponentials). Mixing the statistics of real centers is stain augmentation that does not invent a
-        color which no scanner makes.
+        (normalized exponentials). Mixing statistics of real centers is a stain augmentation that stays within the
+        colors of real scanners.
         """
         every = torch.tensor([_flat(self.centers[center]) for center in self.training])
         weights = -torch.log1p(-draws.float())
@@ -156,7 +157,7 @@ class CenterNormalizer:
         return flat[:, :3], flat[:, 3:].reshape(-1, 3, 3)
 
     def as_json(self) -> dict[str, Any]:
-        """JSON for the sidecar, with the training centers only: others are measured where they are predicted."""
+        """JSON for the sidecar, with the training centers only: others are measured when they are predicted."""
         centers = {str(center): self.centers[center].as_json() for center in self.training}
         return {"method": self.method, "reference": self.reference.as_json(), **centers}
 
@@ -171,9 +172,9 @@ class CenterNormalizer:
 
 
 def measure(images: ImageTable, method: str) -> dict[int, Statistics]:
-    """Statistics of every center of a table, in one streaming pass; labels are not read.
+    """Color statistics of each center of a table, measured in one pass over its images; labels are not used.
 
-    Raises `HistoError` for an unknown method and for a center whose images are blank.
+    Raises `HistoError` for an unknown method and for a center whose images are blank or show no two stains.
     """
     if method not in METHODS[1:]:
         raise HistoError(f"--normalization is {method!r}, expected one of {', '.join(METHODS)}")
@@ -189,7 +190,7 @@ def measure(images: ImageTable, method: str) -> dict[int, Statistics]:
 
 
 def _pixels(images: ImageTable, method: str, batch: int = 64) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """(center, pixels (n, 3)) of each image; for stains, an even sample of uint8 values."""
+    """Yield (center, pixels (n, 3)) of each image; for "macenko", an evenly spaced sample of uint8 values."""
     for start in range(0, len(images), batch):
         for sample in images.__getitems__(range(start, min(start + batch, len(images)))):
             image, center = sample["image"], sample["center"]
@@ -231,7 +232,7 @@ def _stains(center: int, pixels: list[NDArray[np.uint8]]) -> Statistics:
 
 
 def _into(method: str, images: torch.Tensor) -> torch.Tensor:
-    """uint8 RGB to float32 color in the method's space."""
+    """Convert uint8 RGB to float32 in the color space of `method`."""
     if method == "macenko":
         return -torch.log((images.float() + 1) / WHITE)
     floats = images.float() / 255
@@ -239,7 +240,7 @@ def _into(method: str, images: torch.Tensor) -> torch.Tensor:
 
 
 def _out_of(method: str, color: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_into`, not yet clipped, to RGB in [0, 1]."""
+    """The inverse of `_into`: RGB in [0, 1], not yet clipped."""
     if method == "macenko":
         return (WHITE * torch.exp(-color) - 1) / 255
     return kornia.color.lab_to_rgb(color, clip=True) if method == "reinhard" else color
