@@ -167,8 +167,8 @@ def write_space(target: Path, adapter: Path) -> None:
     if Path(sidecar.backbone.name).is_absolute() and sidecar.method != "full":
         raise HistoError(
             f"--space_dir {target}: the backbone is the local folder {sidecar.backbone.name}, which a Space does "
-            "not have; expected 'builtin' or a name on the Hub: push.py --hub_base_model gives one, then give what was "
-            "pushed as --adapter"
+            "not have; expected 'builtin' or a name on the Hub: hf_histo push --hub_base_model gives one, then give "
+            "what was pushed as --adapter"
         )
     if target.exists():
         raise HistoError(f"--space_dir {target} exists already; choose another one, or remove it")

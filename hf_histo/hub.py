@@ -127,7 +127,7 @@ def push(
                 create_pr=pull_request,
             )
     except FAILURES as error:
-        again = f"python recipes/push.py --adapter {folder} --hub_model_id {repository}"
+        again = f"hf_histo push --adapter {folder} --hub_model_id {repository}"
         again += " --hub_private" if private else ""
         again += f" --hub_revision {revision}" if revision else ""
         again += " --hub_create_pr" if pull_request else ""

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from hf_histo.config.packaged import PROGRAM
 from hf_histo.errors import HistoError
 
 if TYPE_CHECKING:
@@ -159,7 +160,8 @@ def command() -> str:
     import psutil
 
     started = [process.cmdline() for process in (psutil.Process(), *psutil.Process().parents())]
-    line = ([sys.argv] + [line for line in started if sys.argv[0] in line])[-1]
+    program = sys.argv[0].removeprefix(f"{PROGRAM} ")  # of `hf_histo COMMAND`, the command
+    line = ([sys.argv] + [line for line in started if program in line])[-1]
     kept = re.sub(r"\0--overwrite[_-]output[_-]dir(=[^\0]*|\0[^-\0][^\0]*)?(?=\0|$)", "", "\0".join(line))
     return shlex.join(kept.split("\0"))
 

@@ -1,8 +1,7 @@
 """Fine-tune a foundation model on cytology images, with all labels or a handful.
 
     accelerate launch recipes/cytology_lora.py --config recipes/configs/cytology_lora.yaml --data DIR --shots 16
-    accelerate launch recipes/cytology_lora.py --data ../shared/data/herlev-papsmear \\
-        --config recipes/configs/cytology_mobilenetv2.yaml --backbone ../shared/models/mobilenetv2_100.tf_in1k
+    accelerate launch recipes/cytology_lora.py --data DIR --config recipes/configs/cytology_mobilenetv2.yaml
 
 DIR holds SIPaKMeD, MLCC, BCFC, Herlev or HiCervix: as class folders, as images/{train,val,test}/CLASS_NUMBER.EXT, as
 images/CLASS/ with splits/*.txt, or with HiCervix's tables. Splits that are missing are cut, always the same way: a

@@ -25,6 +25,8 @@ STAGES = (
     "app",
     "finetune",
     "experiments",
+    "cli",
+    "__main__",
 )
 BASE = ("config", "errors", "files", "launch")
 

@@ -99,7 +99,7 @@ def refusal(adapter: Path, name: str = NAME, **options: bool | str) -> str:
     assert contents(adapter) == before
     message = str(caught.value)
     assert message.startswith(f"--hub_model_id {name}: ")
-    assert f"python recipes/push.py --adapter {adapter} --hub_model_id {name}" in message
+    assert f"hf_histo push --adapter {adapter} --hub_model_id {name}" in message
     assert "\n" not in message
     assert TOKEN not in message
     return message
@@ -437,7 +437,7 @@ def test_a_run_asks_before_it_trains_and_pushes_after(
     # A finished run is pushed by the same command; what fails then costs nothing.
     shutil.copytree(finished.parent, tmp_path / "run")
     server.fail("commit", 500)
-    with pytest.raises(HistoError, match=r"recipes/push\.py"):
+    with pytest.raises(HistoError, match="hf_histo push"):
         fine_tune(config(tmp_path / "run", *source, *QUICK, *options), load(source[1]))
     server.heal()
     result = fine_tune(config(tmp_path / "run", *source, *QUICK, *options), load(source[1]))

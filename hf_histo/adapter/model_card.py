@@ -19,7 +19,7 @@ RESIZED = {
     "pad": "longer side resized to, and the shorter one padded with the mean color below to,",
 }
 CARD_METRICS = {"accuracy": "accuracy", "auroc": "roc_auc", "f1": "f1"}  # as the Hub knows them
-UNSEEN = "Near copies (other compression, size or color) were not looked for here: recipes/audit.py does."
+UNSEEN = "Near copies (other compression, size or color) were not looked for here: `hf_histo audit` does."
 HERE = "THIS_FOLDER"  # in the card's lines of code; `hub.push` puts the repository's name there
 
 

@@ -233,7 +233,7 @@ class Sidecar:
         if isinstance(name, str) and name.startswith("balanced-"):
             raise HistoError(
                 f"--threshold is {name!r}, a number from the images of an earlier split, expected one for new images: "
-                "validation, a number, or --balanced of predict.py (hf_histo.evaluation.thresholds.for_share)"
+                "validation, a number, or --balanced of hf_histo predict (hf_histo.evaluation.thresholds.for_share)"
             )
         try:
             value = self.thresholds[name] if isinstance(name, str) and name in self.thresholds else float(name)

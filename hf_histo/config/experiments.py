@@ -32,7 +32,7 @@ class Sharing:
 class CompareOptions(Sharing):
     _argument_group_name = "comparison"
 
-    rows: list[str] = required(f"configs to compare; a {REPORTED} among them is no row")
+    rows: list[str] = required(f"configs to compare, or folders of them; a {REPORTED} among them is no row")
     seeds: int = option(2, "number of seeds for each row, counted up from --seed")
     protocol: Literal["validation", "leave_one_center_out"] = option("validation", "what rows are evaluated on")
     select: Literal["worst", "mean"] | None = option(None, "recommend a row by its worst or its mean held-out center")

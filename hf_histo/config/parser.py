@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 
 from hf_histo.config.checks import check_bounds, check_pairs, effective, ineffective, needed
 from hf_histo.config.options import OPTIONS, RULES, Config, rule_of
+from hf_histo.config.packaged import PROGRAM, as_commands, config_file
 from hf_histo.errors import HistoError, idle_option
 from hf_histo.files import read_text
 
@@ -109,7 +110,7 @@ def parse_command(kind: type[Command], usage: str | None, arguments: Sequence[st
     known one), one that is missing, a value of the wrong type or out of bounds, and an option that cannot act.
     """
     groups: list[Any] = [kind]  # Any: the type of transformers is one
-    parser = _Parser(groups, usage="%(prog)s [--OPTION VALUE ...]", description=usage, **_STYLE)
+    parser = _Parser(groups, usage="%(prog)s [--OPTION VALUE ...]", description=_about(usage), **_STYLE)
     (options,) = _fill(parser, groups, list(sys.argv[1:] if arguments is None else arguments))
     _refuse_ineffective(options)
     return options  # type: ignore[no-any-return]
@@ -120,6 +121,11 @@ def _refuse_ineffective(options: Any) -> None:
     by_name = {option.name: option for option in dataclasses.fields(options)}
     for name, reason in ineffective(vars(options), by_name).items():
         raise HistoError(f"--{name} is {getattr(options, name)!r}, which {reason}; leave it out")
+
+
+def _about(usage: str | None) -> str | None:
+    """A recipe's docstring, in the words of whoever started it."""
+    return as_commands(usage) if usage and sys.argv[0].startswith(f"{PROGRAM} ") else usage
 
 
 class _Refusing(argparse.ArgumentParser):
@@ -201,9 +207,9 @@ def _read(
     """The options as they are given, the recipe's own ones, and the file; values are within their bounds."""
     groups = [*get_type_hints(Config).values(), *extra]
     usage_line = "%(prog)s [--config YAML] [--OPTION VALUE ...]"
-    parser = _Parser(groups, usage=usage_line, description=usage, add_help=False, **_STYLE)
+    parser = _Parser(groups, usage=usage_line, description=_about(usage), add_help=False, **_STYLE)
     parser.set_defaults(**defaults)
-    parser.add_argument("--config", metavar="YAML", help="file with options; the command line wins")
+    parser.add_argument("--config", metavar="YAML", help="file or packaged name; the command line wins")
     parser.add_argument("-h", "--help", action=_Help, help="show the main options")
     parser.add_argument("--help_all", action=_Help, help="show every option")
 
@@ -257,7 +263,7 @@ def _given(arguments: Sequence[str]) -> set[str]:
 
 def _yaml_arguments(file: str) -> list[str]:
     try:
-        content = yaml.safe_load(read_text(file))
+        content = yaml.safe_load(read_text(config_file(file)))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise HistoError(f"--config {file}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if content is None:  # an empty file, or one of comments alone

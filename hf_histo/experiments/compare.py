@@ -14,6 +14,7 @@ import yaml
 from hf_histo import launch
 from hf_histo.config import Config, PredictionOptions, parse, parse_each
 from hf_histo.config.experiments import REPORTED, CompareOptions
+from hf_histo.config.packaged import config_files
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import arranged, refuse
 from hf_histo.data.splits import folds
@@ -153,7 +154,7 @@ def read_published(paths: Sequence[Path]) -> dict[str, PublishedResult]:
 def read_rows(options: CompareOptions) -> dict[str, Row]:
     """The rows by their files' names; raises HistoError where they have the same name or differ in their data."""
     rows: dict[str, Row] = {}
-    paths = [Path(name) for name in options.rows if Path(name).name != REPORTED]
+    paths = [path for path in config_files(options.rows) if path.name != REPORTED]
     published = read_published(paths)
     for path, config in zip(paths, parse_each(CompareOptions, [str(path) for path in paths]), strict=True):
         if options.protocol == "leave_one_center_out":

@@ -30,6 +30,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_histo import launch
 from hf_histo.config import NON_RESULT_OPTIONS, Config, DataOptions, OutputOptions, refuse_given, with_options
 from hf_histo.config.experiments import SweepOptions
+from hf_histo.config.packaged import config_file
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare
 from hf_histo.errors import HistoError
@@ -91,7 +92,7 @@ class Plan:
 def read_plan(path: str, config: Config) -> Plan:
     """Raises HistoError for a file that can't be read, and for options and values that a run would refuse."""
     try:
-        content = yaml.safe_load(read_text(path))
+        content = yaml.safe_load(read_text(config_file(path)))
         ranges = content["grid"] if set(content) == {"grid"} else content["space"]
         distributions = {name: _distribution(values) for name, values in ranges.items()}
         if "grid" in content:

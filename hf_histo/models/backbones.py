@@ -375,11 +375,11 @@ def unavailable(name: str, source: str, error: Exception) -> str:
     if entry and entry.terms:
         return (
             f"--backbone {name}: {source} can't be loaded from the Hub ({reason}); it is gated ({entry.license}): "
-            f"{gate}, then `python recipes/import_backbone.py --backbone {name} --output_dir DIR` and pass "
+            f"{gate}, then `hf_histo backbones --backbone {name} --output_dir DIR` and pass "
             "--backbone DIR; --random_weights builds it untrained"
         )
     return (
         f"--backbone {name}: {source} can't be loaded from the Hub ({reason}); where there is a network, "
-        f"`hf download {source} --local-dir DIR` and pass --backbone DIR (recipes/import_backbone.py for one "
+        f"`hf download {source} --local-dir DIR` and pass --backbone DIR (hf_histo backbones for one "
         f"with pickled weights only); for a gated model, {gate}; --random_weights builds it untrained"
     )

@@ -195,7 +195,7 @@ def test_a_gated_model_tells_the_steps(name: str, monkeypatch: pytest.MonkeyPatc
         backbones.load(name, 2)
     message = str(caught.value)
     source = registry.ENTRIES[name].source
-    for step in (f"https://huggingface.co/{source}", "hf auth login", "recipes/import_backbone.py", "gated"):
+    for step in (f"https://huggingface.co/{source}", "hf auth login", "hf_histo backbones", "gated"):
         assert step in message
 
 

@@ -1,0 +1,57 @@
+"""`hf_histo COMMAND`: the recipes, for an installed package without a checkout.
+
+    hf_histo fine-tune --config histo_ood --data DIR
+    accelerate launch -m hf_histo fine-tune --data DIR
+    torchrun --nproc_per_node 2 -m hf_histo fine-tune --data DIR
+
+A command is the `main` of a recipe.
+"""
+
+from __future__ import annotations
+
+import difflib
+import runpy
+import sys
+from collections.abc import Sequence
+
+from hf_histo import __version__
+from hf_histo.config.packaged import COMMANDS, PROGRAM, recipes
+from hf_histo.errors import HistoError
+from hf_histo.launch import run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that `arguments` (default: those of the process) name, with its options."""
+    name, *options = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in COMMANDS:
+        sys.argv = [f"{PROGRAM} {name}", *options]
+        recipe = runpy.run_path(str(recipes() / f"{COMMANDS[name][0]}.py"), run_name="recipe")
+        run(recipe["main"])
+    elif name in ("-h", "--help"):
+        print(usage())
+    elif name == "--version":
+        print(__version__)
+    else:
+        run(lambda: _refuse(name))
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    lines = [f"  {name:<21} {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} COMMAND [--OPTION VALUE ...]",
+            "",
+            "Fine-tuning recipes for medical image classification on the Hugging Face stack.",
+            "",
+            *lines,
+            "",
+            f"{PROGRAM} COMMAND --help shows the options of a command. On several processes, or in mixed precision:",
+            f"accelerate launch -m {PROGRAM} COMMAND ...",
+        ]
+    )
+
+
+def _refuse(name: str) -> None:
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    raise HistoError(f"unknown command {name!r}; " + (f"did you mean {near[0]!r}?" if near else "--help lists them"))
