@@ -30,13 +30,13 @@ from hf_histo.errors import HistoError
 from hf_histo.models import clip, heads, registry
 from hf_histo.transforms.preprocessing import MAX_SIZE, MIN_SIZE
 
-# Keys of config.json that name code to run or fetch, or files to read.
+# Keys of config.json that name code to run or download, or files to read.
 REFUSED = (
     *("auto_map", "quantization_config", "_attn_implementation", "attn_implementation", "use_pretrained_backbone"),
     *("transformers_weights", "checkpoint_path", "cache_dir"),
 )
-MAX_NUMBER, MAX_LAYERS = 1_000_000, 1000  # bounds of numbers in config.json; a vocabulary size may reach the first
-SPARE = 2**24  # weights that a backbone may lack, of its output layer
+MAX_NUMBER, MAX_LAYERS = 1_000_000, 1000  # bounds of numbers in config.json; the first must allow vocabulary sizes
+SPARE = 2**24  # number of weights that may be missing from a file: those of the output layer
 # Settings of a model's configuration that do not change its function: classes, library versions, preprocessing.
 IRRELEVANT_SETTINGS = {
     *("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "initializer_range"),
@@ -48,9 +48,9 @@ BUILTIN = Path(__file__).parent / "builtin"
 def locate(name: str) -> str:
     """Resolve a backbone's `name` for `from_pretrained`: a folder's absolute path, or a Hub name (owner/name).
 
-    'builtin' is the one in this package. An existing folder is taken before a name; a name without an owner is looked
-    up in the registry, then among timm's. Raises `HistoError` for a folder without config.json or open_clip_config.json
-    and for a name that neither knows.
+    "builtin" is the backbone in this package. A name is first looked up as a folder; one without an owner then in the
+    registry, and then in timm. Raises `HistoError` for a folder without config.json or open_clip_config.json, and for
+    an unknown name.
     """
     if name == "builtin":
         return str(BUILTIN)
@@ -89,17 +89,17 @@ def load(
 
     Args:
         name: see `locate`.
-        num_outputs: logits; 1 for a binary task.
+        num_outputs: number of logits; 1 for a binary task.
         revision: branch, tag or commit on the Hub.
-        random_weights: build from the configuration alone. A timm name then needs no network.
-        image_size: pixels on a side, `MIN_SIZE` to `MAX_SIZE`; a vision transformer resamples its position embeddings
-            to it.
-        head: what the classifier is made of, by default one linear layer.
-        head_dropout: probability of dropout before the head's linear layers while training.
-        keep_head: take the head's weights as well, for a model that was trained whole.
+        random_weights: build the model from the configuration only. For a timm name, this needs no network.
+        image_size: side of the input in pixels, `MIN_SIZE` to `MAX_SIZE`; the position embeddings of a vision
+            transformer are resampled to it. None keeps the declared size.
+        head: configuration of the classifier; by default one linear layer.
+        head_dropout: probability of dropout before the head's linear layers, in training mode.
+        keep_head: load the head's weights as well, for a model that was trained by full fine-tuning.
 
-    Raises `HistoError` if the backbone can't be loaded, if weights other than the head's are missing from it, and if it
-    does not take images of that size.
+    Raises `HistoError` if the backbone can't be loaded, weights other than the head's are missing, or it does not take
+    images of that size.
     """
     source = locate(name)
     head = head or heads.HeadConfig()
@@ -141,14 +141,14 @@ def load(
 
 
 def is_bare(name: str) -> bool:
-    """Whether transformers alone builds that backbone from what lies in its folder or on the Hub."""
+    """Whether transformers can load a backbone from its folder or from the Hub without this package."""
     source = locate(name)
     entry = registry.find(source)
     return not (Path(source) / clip.CONFIG).is_file() and (entry is None or entry.library == "transformers")
 
 
 def text_embeddings(name: str, names: Sequence[str], prompt: str, revision: str | None = None) -> torch.Tensor:
-    """`clip.text_embeddings` of a CLIP model of open_clip; raises `HistoError` for any other backbone."""
+    """`clip.text_embeddings` of the CLIP model `name`. Raises `HistoError` for a backbone without a text tower."""
     folder = _open_clip_folder(name, locate(name), revision)
     if folder is None:
         known = ", ".join(key for key, entry in registry.ENTRIES.items() if entry.library == "open_clip")
@@ -157,7 +157,7 @@ def text_embeddings(name: str, names: Sequence[str], prompt: str, revision: str 
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Content hash (xxh3, 128 bits) of all weights and buffers but the trained head's, in the order of their names."""
+    """Content hash (xxh3, 128 bits) of all weights and buffers, except those of the trained head, in name order."""
     trained = tuple(f"{name}." for name in heads.trained(model))
     digest = xxhash.xxh3_128()
     for key, tensor in sorted(model.state_dict().items()):
@@ -168,9 +168,9 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def configuration(model: PreTrainedModel) -> dict[str, Any]:
-    """The settings of a backbone's configuration that define its function, as JSON values: no classes or versions.
+    """Settings of a backbone's configuration that affect its output, as JSON values (see `IRRELEVANT_SETTINGS`).
 
-    Without timm's `dynamic_img_size`, which follows from the image size.
+    timm's `dynamic_img_size` is left out, since it follows from the image size.
     """
     declared = json.loads(json.dumps(model.config.to_diff_dict(), default=str))
     declared["model_args"] = {k: v for k, v in (declared.get("model_args") or {}).items() if k != "dynamic_img_size"}
@@ -178,9 +178,9 @@ def configuration(model: PreTrainedModel) -> dict[str, Any]:
 
 
 class Identity(NamedTuple):
-    """What a backbone is, wherever it lies: the `fingerprint` of its weights, and its `configuration`.
+    """Identity of a backbone, independent of its location: `fingerprint` of its weights, and its `configuration`.
 
-    Adapters that are older than the latter have None.
+    `configuration` is None for adapters of versions that did not record it.
     """
 
     fingerprint: str
@@ -192,10 +192,10 @@ def identity(model: PreTrainedModel) -> Identity:
 
 
 def difference(one: Identity, other: Identity) -> str | None:
-    """How two backbones differ, the second as what was found; None if they are the same.
+    """How `other` (found) differs from `one` (expected), as text; None if they are the same backbone.
 
-    A configuration is compared in the settings that both have: older adapters have none, and versions of transformers
-    add some.
+    Configurations are compared in the settings that both have: older adapters have none, and newer versions of
+    transformers add some.
     """
     if one.fingerprint != other.fingerprint:
         return f"other weights (fingerprint {one.fingerprint}, found {other.fingerprint})"
@@ -208,7 +208,7 @@ def difference(one: Identity, other: Identity) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the report on the head, which is meant to be new, and without the bar."""
+    """Silence transformers' report about newly initialized head weights, and its progress bar."""
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -221,7 +221,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _open_clip_folder(name: str, source: str, revision: str | None) -> Path | None:
-    """The local folder of a backbone in open_clip's format; None for another one."""
+    """Local folder of a backbone in open_clip's format, downloaded if needed; None for another format."""
     entry = registry.find(source)
     if Path(source).is_dir():
         return Path(source) if (Path(source) / clip.CONFIG).is_file() else None
@@ -241,7 +241,7 @@ def _config(
     random_weights: bool,
     open_clip_folder: Path | None,
 ) -> PreTrainedConfig:
-    """The backbone's configuration with an output layer of `num_outputs`, or with its own one."""
+    """The backbone's configuration with an output layer of `num_outputs`; None keeps its own output layer."""
     entry = registry.find(source)
     bare = open_clip_folder or (entry and (random_weights or entry.library != "transformers"))
     if num_outputs is None and bare:
@@ -272,7 +272,7 @@ def _config(
         config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False, **own)
     except HistoError:
         raise
-    # Checked by transformers against its dataclasses, whose errors are of many types.
+    # transformers validates configurations with exceptions of many types.
     except Exception as error:
         raise HistoError(unavailable(name, source, error)) from None
     if entry:
@@ -281,12 +281,12 @@ def _config(
 
 
 def _check_declaration(name: str, declaration: dict[str, Any]) -> None:
-    """Raise `HistoError` for what a config.json can make the libraries do beside building a model of a common size.
+    """Raise `HistoError` for a config.json with settings that are unsafe.
 
-    That is: to read other files, to fetch or run code, and to build more layers than memory holds.
+    These would read other files, download or run code, or build more layers than memory holds.
     """
     architecture = str(declaration.get("architecture", ""))
-    if "architecture" in declaration and not timm.is_model(architecture.split(".")[0]):  # timm takes a path here, too
+    if "architecture" in declaration and not timm.is_model(architecture.split(".")[0]):  # timm also accepts a path
         raise HistoError(f"--backbone {name}: timm has no {architecture[:100]!r}, the architecture in its config.json")
     parts: list[tuple[str, Any]] = [("", declaration)]
     while parts:
@@ -304,7 +304,7 @@ def _check_declaration(name: str, declaration: dict[str, Any]) -> None:
 
 
 def _check_size(name: str, folder: Path, config: PreTrainedConfig) -> None:
-    """Raise `HistoError` if the weights in `folder` are too few for the model, before memory is taken for it."""
+    """Raise `HistoError` if `folder` holds too few weights for the model, before memory is allocated for it."""
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     try:
         with _quiet(), torch.device("meta"):
@@ -320,9 +320,10 @@ def _check_size(name: str, folder: Path, config: PreTrainedConfig) -> None:
 
 
 def _allow_image_size(name: str, config: PreTrainedConfig, image_size: int | None) -> bool:
-    """Whether `image_size` is another one than declared; raises `HistoError` for one out of all bounds.
+    """Set the input size in `config`, if it can be set there; return whether it differs from the declared size.
 
-    timm's vision transformers assert on another input size unless they are built to resample positions.
+    timm's vision transformers accept other sizes only if they are built to resample position embeddings. Raises
+    `HistoError` for a size out of bounds, or one that the backbone can't take.
     """
     if image_size is None:
         return False
@@ -342,7 +343,7 @@ def _allow_image_size(name: str, config: PreTrainedConfig, image_size: int | Non
 
 
 def _try_image_size(name: str, model: PreTrainedModel, image_size: int | None) -> None:
-    """Raise `HistoError` unless the model takes a black image of that size; `image_size` is not the declared one."""
+    """Raise `HistoError` unless a forward pass with a black image of that size succeeds."""
     training = model.training
     try:
         with torch.no_grad():
@@ -366,7 +367,7 @@ def _check_complete(name: str, loaded: dict[str, Any], except_for: str | None, r
 
 
 def unavailable(name: str, source: str, error: Exception) -> str:
-    """Error message for a backbone that can't be loaded, with the steps to get it."""
+    """Error message for a backbone that can't be loaded, with the commands that get it."""
     reason = " ".join(str(error).split())[:300]
     if Path(source).is_dir():
         return f"--backbone {name}: the folder can't be loaded as an image classifier ({reason})"

@@ -1,8 +1,8 @@
-"""Losses over acquisition centers, for a model that does not depend on them: GroupDRO, CORAL and DANN.
+"""Domain generalization losses, with acquisition centers as domains: GroupDRO, CORAL and DANN.
 
-Each is a `DomainLoss`, made by `build`, and composes with any loss of `losses.py` and with LoRA; Gulrajani & Lopez-Paz
-2021, "In search of lost domain generalization", is the reason to measure them against plain training before trusting
-any.
+Each is a `DomainLoss`, created by `build`, and can be combined with any loss in `losses.py` and with LoRA. Compare them
+with plain training first: Gulrajani & Lopez-Paz 2021, "In search of lost domain generalization", find no consistent
+gain.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from hf_histo.training.losses import Loss
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of one batch, as a domain loss sees it.
+    """Input of a domain loss: a training step on one batch.
 
     Attributes:
-        loss: of the batch as plain training takes it, a scalar that is `share` of an update's.
+        loss: scalar loss of plain training for this batch; the contribution of `share` to the update's loss.
         logits: (B, outputs).
         labels, centers: int64 (B,).
-        share: of the update that spans accumulation steps and processes; 1 where it is this batch alone.
+        share: share of this batch in the update, which may span accumulation steps and processes; 1 for a single one.
         progress: share of training that is done, in [0, 1].
-        loss_of: the loss of plain training, as a mean over a batch where it is not given the number of items.
+        loss_of: loss function of plain training; without the number of items, it is the mean over a batch.
     """
 
     loss: torch.Tensor
@@ -48,27 +48,27 @@ class Step:
 
 
 class DomainLoss(Protocol):
-    """Changes the objective of a training step by the centers in its batch.
+    """A training objective that depends on the centers in a batch.
 
     Attributes:
-        classifier: what it trains beside the model, a part of checkpoints but not of the adapter; or None.
+        classifier: module that it trains besides the model, saved in checkpoints but not in the adapter; or None.
     """
 
     @property
     def classifier(self) -> nn.Module | None: ...
 
     def objective(self, step: Step) -> torch.Tensor:
-        """The scalar that the step minimizes in place of `step.loss`."""
+        """Scalar that is minimized in place of `step.loss`."""
 
 
 def build(name: str, weight: float, model: nn.Module, centers: Sequence[int]) -> DomainLoss | None:
-    """The domain loss of that name ("group_dro", "coral" or "dann"); None for "none".
+    """Create a domain loss.
 
     Args:
-        name: of the loss.
-        weight: of the CORAL or DANN penalty; for GroupDRO, its step size times 100.
-        model: that is trained; the input of its head is what CORAL and DANN call features.
-        centers: of the training set, one per image.
+        name: "group_dro", "coral", "dann" or "none", which returns None.
+        weight: weight of the CORAL or DANN penalty; for GroupDRO, its step size times 100.
+        model: the model to train; the input of its head is the features of CORAL and DANN.
+        centers: center of each training image.
     """
     if name == "none":
         return None
@@ -83,16 +83,16 @@ def build(name: str, weight: float, model: nn.Module, centers: Sequence[int]) ->
 
 
 class GroupDRO(TrainerCallback, ExportableState):
-    """Weights of the centers in the loss, raised where the loss is high.
+    """GroupDRO: weights centers in the loss, and raises the weights of centers with a high loss.
 
-    Sagawa et al. 2020, "Distributionally robust neural networks for group shifts", algorithm 1: q_g is multiplied by
-    exp(step x loss_g) and normalized, and the objective is the sum of q_g loss_g. A callback, so that the weights are
-    part of a checkpoint.
+    Sagawa et al. 2020, "Distributionally robust neural networks for group shifts", algorithm 1: the weight q_g is
+    multiplied by exp(step x loss_g) and normalized, and the objective is the sum of q_g loss_g. It is a callback so
+    that its weights are saved in checkpoints.
 
     Args:
-        centers: of the training set.
-        step: the paper's eta, where it is 0.01.
-        weights: of the centers in their order, summing to 1; None is uniform.
+        centers: center of each training image.
+        step: step size, eta in the paper, which uses 0.01.
+        weights: initial weights of the sorted centers, summing to 1; None is uniform.
     """
 
     def __init__(self, centers: Sequence[int], step: float = 0.01, weights: Sequence[float] | None = None) -> None:
@@ -102,7 +102,7 @@ class GroupDRO(TrainerCallback, ExportableState):
 
     @property
     def classifier(self) -> None:
-        """It trains nothing beside the model."""
+        """None: it trains nothing besides the model."""
 
     def objective(self, step: Step) -> torch.Tensor:
         means = {}
@@ -118,9 +118,9 @@ class GroupDRO(TrainerCallback, ExportableState):
         }
 
     def __call__(self, losses: dict[int, torch.Tensor]) -> torch.Tensor:
-        """The objective of a batch from the mean loss of each center in it; moves the weights.
+        """Objective of a batch, from the mean loss of each center in it; updates the weights.
 
-        The weights follow the mean over the processes of a launch, so that they are the same in each.
+        The update uses the mean over all processes of a launch, so that weights are the same in each.
         """
         device = next(iter(losses.values())).device
         found = torch.zeros(2, len(self.centers), device=device)
@@ -130,14 +130,14 @@ class GroupDRO(TrainerCallback, ExportableState):
         found = reduce(found, "sum")
         raised = torch.tensor(self.weights, device=device) * torch.exp(self.step * found[0] / found[1].clamp(min=1))
         self.weights = (raised / raised.sum()).tolist()
-        # Scaled by their number: with equal weights it is then the mean over centers, as without GroupDRO.
+        # Scaled by the number of centers: with equal weights, this is the mean over centers, as without GroupDRO.
         return torch.stack([self.weights[self.centers.index(c)] * loss for c, loss in losses.items()]).sum() * (
             len(self.centers) / len(losses)
         )
 
 
 class Coral:
-    """The loss plus `weight` times `coral` of the features."""
+    """Deep CORAL: the loss plus `weight` times `coral` of the features."""
 
     classifier = None
 
@@ -150,10 +150,11 @@ class Coral:
 
 
 def coral(features: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-    """How far apart the centers are in feature space: features (B, d), centers (B,) int64, to a scalar.
+    """Scalar distance between centers in feature space, for features (B, d) and centers (B,) int64.
 
-    Mean over pairs of centers with at least two images of the mean squared difference of means plus that of
-    covariances: Sun & Saenko 2016, "Deep CORAL", with the means as in Koh et al. 2021, "WILDS". 0 without a pair.
+    The mean squared difference of feature means plus that of covariances, averaged over pairs of centers with at least
+    two images each; 0 without such a pair. Sun & Saenko 2016, "Deep CORAL"; the difference of means is added as in Koh
+    et al. 2021, "WILDS".
     """
     moments = [
         (part.mean(0), torch.cov(part.T).reshape(-1))
@@ -167,7 +168,7 @@ def coral(features: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
 
 
 class _Reverse(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by -strength."""
+    """Gradient reversal: the identity, whose gradient is multiplied by -strength."""
 
     @staticmethod
     def forward(context: Any, features: torch.Tensor, strength: float) -> torch.Tensor:
@@ -180,7 +181,7 @@ class _Reverse(torch.autograd.Function):
 
 
 class DomainAdversarial:
-    """The loss plus `weight` times that of a `DomainClassifier` on the features."""
+    """DANN: the loss plus `weight` times the loss of a `DomainClassifier` on the features."""
 
     def __init__(self, features: HeadInput, classifier: DomainClassifier, weight: float) -> None:
         self.features = features
@@ -193,15 +194,15 @@ class DomainAdversarial:
 
 
 class DomainClassifier(nn.Module):
-    """Learns to distinguish centers by their features, while the features learn to make that impossible.
+    """Classifier of centers from features, with gradient reversal: the features learn not to identify the center.
 
-    Ganin et al. 2016, "Domain-adversarial training of neural networks", JMLR 17(59): a gradient that is reversed below
-    this classifier, by a strength of 2 / (1 + exp(-10 p)) - 1 at the share p of training (section 5.2.2). The hidden
-    layer has 100 units, as in the paper's network for MNIST. It belongs to training, not to the model.
+    Ganin et al. 2016, "Domain-adversarial training of neural networks", JMLR 17(59). The gradient to the features is
+    multiplied by -(2 / (1 + exp(-10 p)) - 1), where p is the share of training that is done (section 5.2.2). The hidden
+    layer has 100 units, as in the paper's network for MNIST. It is used in training only.
 
     Args:
-        width: of the features.
-        centers: of the training set.
+        width: number of features.
+        centers: center of each training image.
     """
 
     centers: torch.Tensor
@@ -210,18 +211,18 @@ class DomainClassifier(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(width, 100), nn.ReLU(), nn.Linear(100, len(set(centers))))
         self.register_buffer("centers", torch.tensor(sorted(set(centers))))
-        for parameter in self.parameters():  # no part of what is wrapped for several processes, so it averages itself
+        for parameter in self.parameters():  # not wrapped by DDP, so it averages its gradients itself
             parameter.register_hook(lambda gradient: reduce(gradient, "mean"))
 
     def forward(self, features: torch.Tensor, centers: torch.Tensor, progress: float) -> torch.Tensor:
-        """Mean cross entropy of the centers (B,) int64 given features (B, width), at a share in [0, 1] of training."""
+        """Mean cross entropy of centers (B,) int64 from features (B, width); `progress` of training is in [0, 1]."""
         strength = 2 / (1 + math.exp(-10 * progress)) - 1
         logits = self.layers(_Reverse.apply(features.float(), strength))
         return F.cross_entropy(logits, torch.searchsorted(self.centers, centers))
 
 
 class HeadInput:
-    """Keeps the input of a head, the features (B, d), as `last` in every forward pass."""
+    """Stores the input of a head, the features (B, d), as `last` in each forward pass."""
 
     last: torch.Tensor
 

@@ -1,4 +1,4 @@
-"""Skips the frozen part of a training step: batch norm, folded, and all below the first trained layer, stored."""
+"""Skip frozen computation in training: fold batch norm, and cache activations below the first trained layer."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ from hf_histo.transforms.pipeline import collate
 
 logger = logging.getLogger(__name__)
 
-WORTH_IT = 0.5  # share of a forward pass before the cut from which "auto" stores activations
+WORTH_IT = 0.5  # smallest share of a forward pass before the first trained layer at which "auto" caches activations
 
 
 @contextmanager
 def folded_layers(session: Trainer) -> Iterator[None]:
-    """Within the block, convolutions take in frozen batch norm and their low-rank update, see `folding.folded`."""
+    """Within the block, fold frozen batch norm and low-rank updates into convolutions, see `folding.folded`."""
     assert session.model is not None
     if session.batch_norm == "track" or _is_sharded(session):
         yield
         return
     with folding.folded(session.model, _sample(session)) as count:
-        logger.info("%d convolutions take in the batch norm behind them, or their low-rank update", count)
+        logger.info("batch norm or a low-rank update is folded into %d convolutions", count)
         yield
 
 
 @contextmanager
 def cached_prefix(session: Trainer, mode: str, cache_dir: str | None) -> Iterator[None]:
-    """Within the block, `session` trains and validates on stored activations, computing what is missing.
+    """Within the block, `session` trains and validates on cached activations; missing ones are computed first.
 
-    They are kept, for the next run of the same backbone on the same data. Same results as without: in float32, to the
-    last bit wherever an image's activation does not depend on the others in its batch.
+    They are kept for later runs of the same backbone on the same data. Results are the same as without the cache: in
+    float32 they are bit-identical if an image's activation does not depend on the others in its batch.
 
     Args:
-        session: that is about to be trained.
-        mode: of `--cache_features`: "on", "off", or "auto", which caches where that saves work.
-        cache_dir: folder of the activations; None is the one of the `datasets` library.
+        session: trainer that is about to train.
+        mode: value of `--cache_features`: "on", "off", or "auto", which caches if that saves work.
+        cache_dir: folder of the activations; None is the cache folder of the `datasets` library.
 
-    Every process of a launch calls it. Raises `HistoError` with "on" where it can't be done, which "auto" logs.
+    Each process of a launch must call it. If caching is impossible, "on" raises `HistoError`, and "auto" logs why.
     """
     model = session.model
     assert model is not None
@@ -86,7 +86,7 @@ def cached_prefix(session: Trainer, mode: str, cache_dir: str | None) -> Iterato
 
 
 def _is_random(session: Trainer) -> bool:
-    """Whether training views differ from one another. Without augmentation, that is where a square is cut out."""
+    """Whether the views of an image differ. Without augmentation, the crop of an image that is not square is random."""
     assert isinstance(session.train_dataset, ImageTable)
     height, width = session.train_dataset[0]["image"].shape[1:]
     pipeline = session.pipeline
@@ -94,12 +94,12 @@ def _is_random(session: Trainer) -> bool:
 
 
 def _views(session: Trainer) -> int | None:
-    """Different views of a training image; None if there is a new one in every epoch."""
+    """Number of different views of a training image; None if each epoch draws a new one."""
     return session.training_views if _is_random(session) else 1
 
 
 def _unwanted(session: Trainer, mode: str) -> str | None:
-    """Why the options leave nothing to store."""
+    """Why the options don't allow caching; None if they do."""
     if isinstance(session.train_dataset, Stream):
         return "training images are streamed"
     views, epochs = _views(session), session.args.num_train_epochs
@@ -118,28 +118,28 @@ def _unwanted(session: Trainer, mode: str) -> str | None:
 
 
 def _is_sharded(session: Trainer) -> bool:
-    """Whether a process has less than a whole model, or more than one."""
+    """Whether the model is sharded over processes, or replicated on several devices of one process."""
     return session.is_fsdp_enabled or session.is_deepspeed_enabled or session.args.n_gpu > 1
 
 
 def _sample(session: Trainer) -> torch.Tensor:
-    """Noise of the model's input size."""
+    """A random batch of the model's input size."""
     size = session.pipeline.preprocessing.image_size
     noise = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
     return noise.to(session.args.device).contiguous(memory_format=torch.channels_last)
 
 
 def _unfit(cut: activation_cut.Cut | None, mode: str) -> str | None:
-    """Why the model leaves nothing to store."""
+    """Why the model doesn't allow caching; None if it does."""
     if cut is None:
-        return "no layer before the first trained one does the same in every pass; train fewer layers, or off"
+        return "no layer before the first trained one is the same in every pass; train fewer layers, or leave it off"
     if mode == "auto" and cut.share < WORTH_IT:
         return f"{cut.share:.0%} of a forward pass is before the first trained layer, expected at least {WORTH_IT:.0%}"
     return None
 
 
 def _stores(session: Trainer, cache_dir: str | None, cut: activation_cut.Cut) -> Stored:
-    """Where the activations are, keyed by all that they depend on."""
+    """Files of the activations, whose names are a hash of everything that the activations depend on."""
     assert session.model is not None
     views = _views(session)
     assert views is not None
@@ -162,7 +162,7 @@ def _stores(session: Trainer, cache_dir: str | None, cut: activation_cut.Cut) ->
 
 
 def _without_space(session: Trainer, stored: Stored) -> str | None:
-    """Why there is no room, seen from any process."""
+    """Why there is not enough disk space, in any process; None if there is."""
     root = stored.training.folder.parent
     root.mkdir(parents=True, exist_ok=True)
     stores = (stored.training, stored.validation)
@@ -174,12 +174,12 @@ def _without_space(session: Trainer, stored: Stored) -> str | None:
             f"{root} has {left / 2**20:,.0f} MiB left, and activations take {needed / 2**20:,.0f} MiB for "
             f"{stored.training.rows:,} images, {stored.training.views} views; make room, or give another --cache_dir"
         )
-    every = gather_object([found])  # and nobody writes before all have looked
+    every = gather_object([found])  # no process writes before all have checked
     return next((reason for reason in every if reason), None)
 
 
 def _fill(session: Trainer, cut: activation_cut.Cut, stored: Stored) -> None:
-    """Compute the activations that are missing, each process its share of the files."""
+    """Compute missing activations, each process its share of the files."""
     model, state = session.model, session.accelerator.state
     assert model is not None
     training = model.training
@@ -189,7 +189,7 @@ def _fill(session: Trainer, cut: activation_cut.Cut, stored: Stored) -> None:
             assert isinstance(table, ImageTable)
             is_training = store is stored.training
             missing = store.missing(state.process_index, state.num_processes)
-            # Batches as large as they will be in training: in another size, a convolution may round otherwise.
+            # The same batch size as in training: with another one, a convolution may round differently.
             size = session.args.train_batch_size if is_training else session.args.eval_batch_size
             batches = [list(rows[i : i + size]) for _, rows in missing for i in range(0, len(rows), size)]
             loader = DataLoader(

@@ -15,15 +15,15 @@ Loss = Callable[..., torch.Tensor]
 
 
 def classification(num_outputs: int, class_weights: Sequence[float] | None = None) -> Loss:
-    """Binary cross entropy with logits for one output, cross entropy for several.
+    """Create a loss: binary cross entropy with logits for one output, cross entropy for several.
 
     Args:
         num_outputs: logits per image, 1 or the number of classes.
         class_weights: factor of each class's loss. Binary: (1, pos_weight), as in `BCEWithLogitsLoss`.
 
-    The returned loss takes outputs with `.logits` (B, num_outputs) and labels (B,) int64 in which -1 is hidden and
-    counts for nothing. It is summed and divided by `num_items_in_batch` (all images of an update, over accumulation
-    steps and processes) or, where that is None, by the labeled images of the batch.
+    The returned function takes outputs with `.logits` (B, num_outputs) and labels (B,) int64; images with label -1
+    (hidden) are ignored. The sum over images is divided by `num_items_in_batch` (all images of an update, over
+    accumulation steps and processes) or, if that is None, by the number of labeled images in the batch.
     """
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The baseline that needs no gradient: logistic regression on principal components of a frozen backbone's features."""
+"""Baseline without gradient training: logistic regression on principal components of a frozen backbone's features."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ COMPONENTS = (2, 4, 8, 16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class Probe:
-    """A linear layer on features: logits are x @ weight.T + bias, weight (K, d), or (1, d) of two classes; bias (K,).
+    """A linear layer on features: logits are x @ weight.T + bias.
 
-    It is the regression on `components` whitened principal components, multiplied out. `value` is its score.
+    `weight` is (K, d), or (1, d) for two classes, and `bias` (K,) or (1,). They combine whitening by `components`
+    principal components with the regression on these. `value` is its score.
     """
 
     weight: Floats
@@ -34,25 +35,25 @@ class Probe:
 def fit(
     features: Floats, labels: NDArray[Any], *, classes: int, balanced: bool, score: Callable[[Probe], float]
 ) -> Probe:
-    """The best by `score` of the regressions on 2, 4, 8, ... components; of equals the one on the fewest.
+    """Fit regressions on 2, 4, 8, ... components; return the one with the best `score`, on a tie the smallest.
 
     Components and regression (L2, C = 1) are fitted on the same features.
 
     Args:
-        features: of the training images, (n, d), n and d at least 2.
-        labels: (n,) classes.
-        classes: how many there are.
+        features: features of the training images, (n, d), n and d at least 2.
+        labels: class indices, (n,).
+        classes: number of classes.
         balanced: weight the classes equally (scikit-learn's "balanced").
-        score: larger is better; to be measured on other images, those of the validation split.
+        score: score of a probe on other images, those of the validation split; larger is better.
 
-    Raises HistoError where a class has no image.
+    Raises HistoError if a class has no image.
     """
     present = np.unique(labels)
     if len(present) < classes:
         raise HistoError(f"training labels are {present.tolist()}, expected images of all {classes} classes; add some")
     analysis = PCA(min(COMPONENTS[-1], *features.shape), random_state=0).fit(features)
     variances = analysis.explained_variance_
-    real = variances > 1e-9 * variances[0]  # of few images, or copies, the last components are rounding errors
+    real = variances > 1e-9 * variances[0]  # with few images, or copies, the last components are rounding errors
     to_components = analysis.components_[real] / np.sqrt(variances[real])[:, None]
     scores = (features - analysis.mean_) @ to_components.T
     best: Probe | None = None

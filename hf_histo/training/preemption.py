@@ -1,4 +1,4 @@
-"""How training ends before its time: at a checkpoint, when a signal asks for it."""
+"""Early end of training, at a checkpoint, on a signal (SIGTERM or Ctrl-C)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hf_histo.launch import Interrupted
 
 
 class StopAtCheckpoint(TrainerCallback):
-    """SIGTERM and Ctrl-C let the step finish, save a checkpoint and raise `Interrupted`.
+    """On SIGTERM or Ctrl-C, finish the step, save a checkpoint and raise `Interrupted`.
 
-    All processes of a launch stop at the same step, whichever was signaled. A second Ctrl-C ends at once.
+    All processes of a launch stop at the same step, even if only one got the signal. A second Ctrl-C stops at once.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -28,7 +28,7 @@ class StopAtCheckpoint(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals within; Python leaves them to the main thread."""
+        """Handle the signals within the block, if in the main thread (Python allows handlers only there)."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -53,7 +53,7 @@ class StopAtCheckpoint(TrainerCallback):
             self.agreed = self.agreed or self.accelerator.check_trigger()
         else:
             self.agreed = self.received is not None
-        # The last step of an epoch is followed by its evaluation, which belongs into the checkpoint.
+        # Not at the last step of an epoch: its evaluation follows, and is part of that checkpoint.
         if self.agreed and (state.epoch or 0) % 1:
             control.should_save = True
         return control

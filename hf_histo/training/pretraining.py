@@ -28,7 +28,7 @@ SIZE, BATCH = 96, 128
 
 
 def pretrain(options: PretrainBackboneOptions) -> None:
-    """Draw the patterns, train the backbone on them, and write its folder; raises HistoError for one that exists."""
+    """Draw patterns, train the backbone on them, and write its folder. Raises HistoError if the folder exists."""
     if options.output_dir.exists():
         raise HistoError(
             f"--output_dir={options.output_dir}: exists, expected a new folder; remove it or choose another"
@@ -51,7 +51,7 @@ def pretrain(options: PretrainBackboneOptions) -> None:
                 lr_scheduler_type="cosine",
                 warmup_steps=0.1,
                 bf16=True,
-                use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU has to be asked for
+                use_cpu=not torch.cuda.is_available(),  # required for bf16 on a CPU
                 seed=options.seed,
                 logging_steps=100,
                 save_strategy="no",
@@ -75,13 +75,13 @@ def pretrain(options: PretrainBackboneOptions) -> None:
                 **{m.__name__: m.__version__ for m in (torch, timm, transformers, np)},
             },
         }
-        model.config.problem_type = None  # what the loss inferred here would refuse num_labels=1 on loading
+        model.config.problem_type = None  # the inferred type would not allow num_labels=1 on loading
         model.half().save_pretrained(folder)
     print(f"held-out accuracy {measured:.3f} on {CLASSES} classes (chance {1 / CLASSES:.3f}): {options.output_dir}")
 
 
 def config() -> TimmWrapperConfig:
-    """The architecture, and the preprocessing that the backbone declares."""
+    """Configuration of the backbone: its architecture, classes and preprocessing."""
     names = [f"{process.__name__[1:]}_{level}" for process in PROCESSES for level in range(4)]
     declared: TimmWrapperConfig = TimmWrapperConfig.from_dict(
         {
@@ -110,7 +110,7 @@ def config() -> TimmWrapperConfig:
 
 
 def draw(seed: int, count: int) -> list[dict[str, Any]]:
-    """Gray patterns, uint8 (112, 112), the classes in turn."""
+    """Draw `count` gray patterns, uint8 (112, 112), cycling through the classes."""
     return [
         {
             "gray": torch.from_numpy(pattern(np.random.default_rng([seed, index]), index % CLASSES)),
@@ -121,7 +121,7 @@ def draw(seed: int, count: int) -> list[dict[str, Any]]:
 
 
 def colored(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch under random crops, flips and colors: `pixel_values` float32 (n, 3, 96, 96) in -1..1, and `labels`."""
+    """Batch of randomly cropped, flipped and colored rows: `pixel_values` float32 (n, 3, 96, 96) in -1..1, `labels`."""
     gray = torch.stack([crop(row["gray"]) for row in rows]).unsqueeze(1) / 255
     dark, middle, bright = torch.rand(3, len(rows), 3, 1, 1)
     image = dark * (1 - gray) ** 2 + middle * 2 * gray * (1 - gray) + bright * gray**2
@@ -144,11 +144,11 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 @torch.no_grad()
 def estimate_batch_norm(model: torch.nn.Module, trainer: Trainer, batches: int = 50) -> None:
-    """Replace the running statistics, which lag behind the weights, by their mean over some batches in fp32."""
+    """Replace the running statistics, which lag behind the weights, by means over `batches` batches, in float32."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.reset_running_stats()
-            module.momentum = None  # a plain average
+            module.momentum = None  # cumulative average
     model.train()
     for _, batch in zip(range(batches), trainer.get_train_dataloader(), strict=False):
         model(batch["pixel_values"])

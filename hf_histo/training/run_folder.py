@@ -1,4 +1,4 @@
-"""The folder of a run: which run it holds, whether it is finished, and from which checkpoint it resumes."""
+"""The folder of a run: the run's identity, whether it is finished, and the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COST = "cost.json"
 PREVIEW = "preview.png"
 NAN_BATCH = "nan_batch.json"
 PREDICTIONS = "predictions"
-# All that a run writes into its folder beside checkpoints, and all that overwriting it deletes.
+# Everything that a run writes into its folder besides checkpoints, and that overwriting it deletes.
 WRITTEN = (RECORD, DATA, ADAPTER, FIGURES, COST, PREVIEW, NAN_BATCH, PREDICTIONS)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -48,13 +48,13 @@ def folder_of(config: Config) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """A run: where it is, and what decides its result.
+    """A run: its folder, and what determines its result.
 
     Attributes:
-        folder: of the run.
-        options: all of them, by name; run.yaml records them.
+        folder: the run's folder.
+        options: all options by name, recorded in run.yaml.
         data: fingerprint of its data.
-        overwrites: delete what an earlier run left in the folder, unless that is an unfinished one of the same command.
+        overwrites: delete an earlier run in the folder, unless it is an unfinished run of the same command.
         reads: files, folders and Hub names that the run reads, which overwriting must not delete.
     """
 
@@ -66,7 +66,7 @@ class Run:
 
     @classmethod
     def of(cls, config: Config, data: str = "") -> Run:
-        """The run that the options ask for, on data of that fingerprint."""
+        """The run with these options, on data with this fingerprint."""
         places = [config.data.data, config.model.backbone, config.adapter.init_adapter, config.data.cache_dir]
         places.append(config.training.resume_from_checkpoint)
         reads = tuple(filter(None, places))
@@ -74,15 +74,15 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the result, ready for JSON: the options that do, and the fingerprint of the data."""
+        """What determines the result, as JSON values: the options with an effect on it, and the data's fingerprint."""
         options = {key: value for key, value in self.options.items() if key not in NON_RESULT_OPTIONS}
         return {**options, "data fingerprint": self.data}
 
 
 def require_agreement(run: Run) -> None:
-    """Raise `HistoError` unless the processes of a launch have the same data, options and folder.
+    """Raise `HistoError` unless all processes of a launch have the same data, options and folder.
 
-    Every process calls it, with its own run. Where the files of the data are may differ.
+    Each process must call it, with its own run. Paths of the data may differ.
     """
     launch.process()
     own = run.identity | {
@@ -100,13 +100,13 @@ def require_agreement(run: Run) -> None:
 
 
 def check(run: Run) -> None:
-    """Check that `begin` may take the folder of this run. Nothing is written.
+    """Check that `begin` may use the folder of this run, without writing anything.
 
-    Raises `HistoError` if the folder holds a run with other options or data, unless this one overwrites it, if it
-    holds anything but a run, if it is a link or no folder, and if it is a new one in the folder of the data.
+    Raises `HistoError` if the folder holds a run with other options or data, unless this one overwrites it; if it
+    holds other files; if it is a link or not a folder; and if it would be created inside the folder of the data.
     """
     data = Path(str(run.options["data"])).expanduser()
-    # Where a run is, it may resume; a new one could be taken for a class of images.
+    # An existing run may resume; a new folder there could be taken for a class of images.
     if data.is_dir() and run.folder.resolve().is_relative_to(data.resolve()) and not (run.folder / RECORD).is_file():
         raise HistoError(f"--output_dir {run.folder}: lies in --data {data}, expected another folder; choose one")
     if other := _other_run(run):
@@ -123,13 +123,13 @@ def check(run: Run) -> None:
 
 
 def begin(run: Run) -> None:
-    """Make the folder of this run, or find the one that the same command began, and record what decides its result.
+    """Create the folder of this run, unless the same command did so before, and record what determines its result.
 
-    run.yaml gets the options, and data.txt the fingerprint of the data. Where this run overwrites, one with other
-    options or data, or a finished one, is deleted: the files that it wrote and nothing else. A run that the same
-    command began and did not finish stays, so that a job that is queued again resumes.
+    run.yaml gets the options, and data.txt the fingerprint of the data. If this run overwrites, a finished run, or one
+    with other options or data, is deleted: only the files that it wrote. An unfinished run of the same command is kept,
+    so that a job that is queued again resumes.
 
-    Every process of a launch calls it. Raises `HistoError` as `check` does.
+    Each process of a launch must call it. Raises `HistoError` as `check` does.
     """
     check(run)
     state = launch.process()
@@ -139,7 +139,7 @@ def begin(run: Run) -> None:
         if deletes:
             _delete(_written(run.folder))
         run.folder.mkdir(parents=True, exist_ok=True)
-        _delete(run.folder.glob(".*.incomplete*"))  # of a process that was killed
+        _delete(run.folder.glob(".*.incomplete*"))  # left by a process that was killed
         options = {**run.options, "overwrite_output_dir": False}  # the record may serve as --config
         for name, content in ((RECORD, yaml.safe_dump(options, sort_keys=False)), (DATA, run.data)):
             if not (run.folder / name).exists():
@@ -149,7 +149,7 @@ def begin(run: Run) -> None:
 
 
 def require_begun(folder: Path) -> None:
-    """Raise `HistoError` if the folder of a run that is being trained lost its record: someone moved or deleted it."""
+    """Raise `HistoError` if the folder of a run was moved or deleted during training, so that `RECORD` is missing."""
     if not (folder / RECORD).is_file():
         raise HistoError(
             f"{folder}: was deleted or moved while this run was trained (no {RECORD}); leave the folder in place, and "
@@ -159,10 +159,10 @@ def require_begun(folder: Path) -> None:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Within the block, no other launch trains in the folder of this run: it would find that half done and delete it.
+    """Within the block, lock the folder of this run, so that no other launch trains in it or deletes it.
 
-    The lock is the file `.NAME.lock` beside the folder; it ends with the process, however that ends. Raises
-    `HistoError`, in the main process, if another one has it.
+    The lock is the file `.NAME.lock` beside the folder; it is released when the process ends, even if it is killed.
+    Raises `HistoError`, in the main process, if another launch holds it.
     """
     if not launch.is_main_process():
         yield
@@ -179,11 +179,11 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def system_failures(folder: Path) -> Iterator[None]:
-    """Within the block, what fails for want of disk or memory ends in one line.
+    """Within the block, raise `HistoError` for errors caused by a full disk or by a lack of memory.
 
-    torch and safetensors report a full disk as a RuntimeError or an error of their own. Raises `HistoError` where
-    writing failed and fewer than 16 MiB are left beside `folder`, where the system reported a full device, and where a
-    process that reads batches was killed.
+    torch and safetensors report a full disk as RuntimeError or as an exception of their own. Converted are write
+    errors if less than 16 MiB are left beside `folder`, errors of the system about a full device, and the end of a
+    data loader's worker process, usually for lack of memory.
     """
     try:
         yield
@@ -206,12 +206,12 @@ def system_failures(folder: Path) -> Iterator[None]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in `folder` has written its adapter; `adapter.folder.save` does so whole and last."""
+    """Whether the run in `folder` has written its adapter, which is its last step, and atomic."""
     return (folder / ADAPTER).is_dir()
 
 
 class CheckpointRecord(TrainerCallback):
-    """Binds each checkpoint to its run: `files.write_checksums` with the run's identity, once all else is written."""
+    """Adds checksums and the run's identity to each checkpoint (`files.write_checksums`), as its last file."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -219,23 +219,24 @@ class CheckpointRecord(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         require_begun(self.run.folder)
         process = launch.process()
-        process.wait_for_everyone()  # each writes its random state
+        process.wait_for_everyone()  # each process writes its random state
         if process.is_main_process:
             write_checksums(self.run.folder / f"checkpoint-{state.global_step}", run=self.run.identity)
         process.wait_for_everyone()
 
 
 def checkpoint(run: Run, wanted: str | None = None) -> str | None:
-    """The checkpoint to resume from: the one that is wanted, else the last complete one in the folder, else None.
+    """The checkpoint to resume from: `wanted`, else the last complete one in the folder, else None.
 
-    A checkpoint is complete if all files that `CheckpointRecord` listed last are as they were written. An incomplete
-    one in the folder is reported in the log and the one before it is taken.
+    A checkpoint is complete if all files listed by `CheckpointRecord` match their checksums. An incomplete one in the
+    folder is logged, and the one before it is used.
 
     Args:
-        run: that resumes.
-        wanted: path of a checkpoint, or "last" for one that must be in the folder.
+        run: the run to resume.
+        wanted: path of a checkpoint, or "last" to require one in the run's folder.
 
-    Raises `HistoError` if the one that is wanted is incomplete, or of a run with other options or data.
+    Raises `HistoError` if `wanted` is incomplete or is from a run with other options or data, and for "last" if there
+    is no complete checkpoint.
     """
     if wanted and wanted != "last":
         if fault := _fault(Path(wanted), run.identity):
@@ -258,7 +259,7 @@ def checkpoint(run: Run, wanted: str | None = None) -> str | None:
 
 
 def require_intact(checkpoint: Path) -> None:
-    """Raise `HistoError` unless a checkpoint of this run is as it was written."""
+    """Raise `HistoError` unless a checkpoint of this run matches its checksums."""
     try:
         read_checksums(checkpoint)
     except (OSError, ValueError) as error:
@@ -269,7 +270,7 @@ def require_intact(checkpoint: Path) -> None:
 
 
 def _fault(checkpoint: Path, run: Mapping[str, Any]) -> str | None:
-    """Why a checkpoint can't be resumed from by a run of that identity."""
+    """Why a run with the identity `run` can't resume from a checkpoint; None if it can."""
     try:
         found = read_checksums(checkpoint).get("run", {})
     except OSError as error:
@@ -281,13 +282,13 @@ def _fault(checkpoint: Path, run: Mapping[str, Any]) -> str | None:
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any], here: str, there: str) -> str:
-    """The entries that differ, in words; "" where none does."""
+    """The entries that differ, as text; "" if none does."""
     keys = [key for key in {**other, **one} if one.get(key) != other.get(key)]
     return ", ".join(f"{key} {one.get(key)!r} {here} and {other.get(key)!r} {there}" for key in keys)
 
 
 def _written(folder: Path) -> list[Path]:
-    """What a run wrote into its folder."""
+    """Files and folders that a run wrote into its folder."""
     if not folder.is_dir():
         return []
     return [path for path in folder.iterdir() if path.name in WRITTEN or CHECKPOINT.fullmatch(path.name)]
@@ -302,19 +303,19 @@ def _delete(paths: Iterable[Path]) -> None:
 
 
 def _deletes(run: Run) -> bool:
-    """Whether what is in the folder is to be deleted: not an unfinished run of the same options and data."""
+    """Whether the run in the folder is to be deleted: not if it is unfinished and has the same options and data."""
     return run.overwrites and (is_finished(run.folder) or _other_run(run) is not None)
 
 
 def _other_run(run: Run) -> str | None:
-    """How the run in the folder differs from this one; None if it does not, or the folder holds no run.
+    """How the run in the folder differs from this one; None if it does not, or there is no run.
 
-    Raises `HistoError` for a folder that holds something else, and what is no folder.
+    Raises `HistoError` for a folder with other files, a link, and a path that is not a folder.
     """
     folder, data = run.folder, run.data
     if folder.is_symlink():
         raise HistoError(f"--output_dir {folder}: a link to {folder.resolve()}, expected a folder; give that itself")
-    # What a killed process left unfinished is nothing.
+    # Unfinished files of a killed process don't count.
     if not folder.exists() or (folder.is_dir() and all(".incomplete" in path.name for path in folder.iterdir())):
         return None
     if not (folder / RECORD).is_file():
@@ -325,7 +326,7 @@ def _other_run(run: Run) -> str | None:
         before = None
     if not isinstance(before, dict):
         return f"its {RECORD} is damaged, expected the options of a run"
-    # An option that is newer than the run: its default is what the run did.
+    # Options that did not exist when the run was started: it did what their defaults do.
     before = effective(Config().flat() | before)
     now = effective(run.options)
     changed = [key for key in now if key not in NON_RESULT_OPTIONS and before.get(key) != now[key]]

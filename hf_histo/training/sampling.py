@@ -1,4 +1,4 @@
-"""The order in which training images are drawn where it is not left to chance alone."""
+"""Sampling of training images that balances labels or centers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch.utils.data import Sampler
 
 
 class BalancedSampler(Sampler[int]):
-    """Draws as many samples as there are, with replacement, each value of a column as often as the others.
+    """Draws n of n samples with replacement, so that all values are equally likely.
 
-    The order is a function of the seed and the epoch, so that a resumed run continues it.
+    The order depends only on seed and epoch, so that a resumed run continues it.
 
     Args:
-        values: (n,) integers, e.g. labels or centers; or (n, k), of which every combination that occurs is a value.
-        seed: of the order.
+        values: value of each sample, (n,) integers such as labels or centers; or (n, k), where each row that occurs is
+            a value.
+        seed: seed of the order.
     """
 
     def __init__(self, values: ArrayLike, seed: int) -> None:
@@ -26,7 +27,7 @@ class BalancedSampler(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch."""
+        """Set the epoch, from 0; called by the Trainer before each epoch."""
         self._epoch = epoch
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""HF `Trainer` fed with uint8 batches, which a `Pipeline` turns into views on the training device."""
+"""A `transformers.Trainer` for uint8 batches, which a `Pipeline` turns into views on the training device."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DOMAIN_CLASSIFIER = "domain_classifier.safetensors"  # in a checkpoint, not in a
 
 @dataclass(frozen=True)
 class Stored:
-    """Activations that the model takes instead of pixels, of all training and validation images."""
+    """Cached activations of all training and validation images, which the model takes instead of pixels."""
 
     training: Store
     validation: Store
@@ -53,18 +53,18 @@ class Stored:
 class Trainer(transformers.Trainer):
     """`transformers.Trainer` for the batches of `collate`, which it turns into views on the training device.
 
-    Evaluation returns the label ids as (labels, index), so that a prediction is matched to its sample by `index`.
+    Evaluation returns the label ids as (labels, index), so that predictions can be matched to samples by `index`.
 
     Args:
-        model: that is trained.
-        loss: of a batch, see `losses.classification`.
-        pipeline: from stored pixels to a view; its normalizer knows the centers of training and validation.
-        domain_loss: "none" or a name that `domain_loss.build` takes.
-        domain_weight: see `domain_loss.build`.
-        balanced: "labels" or "centers" of the training table, or both, whose values are drawn equally often.
-        training_views: of an image, which the epochs take in turn; None draws a new one in every epoch.
-        batch_norm: "frozen" or "track"; a tracked one is part of a checkpoint.
-        options: of `transformers.Trainer`.
+        model: the model to train.
+        loss: loss of a batch, see `losses.classification`.
+        pipeline: from stored pixels to a view; its normalizer has statistics of all training and validation centers.
+        domain_loss: name of a domain loss, see `domain_loss.build`, or "none".
+        domain_weight: weight of the domain loss, see `domain_loss.build`.
+        balanced: columns of the training table, "labels" or "centers" or both, whose values are drawn equally often.
+        training_views: number of views of an image, which epochs cycle through; None draws a new one in each epoch.
+        batch_norm: "frozen" or "track"; with "track", its statistics are part of a checkpoint.
+        options: other arguments of `transformers.Trainer`.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class Trainer(transformers.Trainer):
         self.batch_norm = batch_norm
         self.stop = StopAtCheckpoint(self.accelerator)
         self.add_callback(self.stop)
-        # FSDP divides a model in place.
+        # FSDP shards a model in place.
         self._unsharded = copy.deepcopy(model) if self.is_fsdp_enabled else None
-        # Only now: transformers has set the seed by which a domain classifier is initialized.
+        # After the base class has set the seed, by which a domain classifier is initialized.
         centers = self._training_table().centers if domain_loss != "none" else []
         self.domain_loss = domain_losses.build(domain_loss, domain_weight, model, centers)
         if isinstance(self.domain_loss, TrainerCallback):  # so that checkpoints hold its state
@@ -104,10 +104,10 @@ class Trainer(transformers.Trainer):
         return None if self.domain_loss is None else self.domain_loss.classifier
 
     def train(self, *args: Any, **kwargs: Any) -> Any:  # Any: as transformers declares it
-        """As of transformers; SIGTERM and Ctrl-C end it at a checkpoint, as `Interrupted`.
+        """Train as `transformers.Trainer` does; SIGTERM and Ctrl-C save a checkpoint and raise `Interrupted`.
 
-        Raises `HistoError` where the loss is NaN or infinite, with the ids of that batch in `run_folder.NAN_BATCH`, and
-        for a checkpoint that holds other things than tensors and numbers: those are not unpickled.
+        Raises `HistoError` if the loss is NaN or infinite, and writes the ids of that batch to `run_folder.NAN_BATCH`;
+        and for a checkpoint that holds more than tensors and numbers, which would have to be unpickled.
         """
         try:
             with self.stop.listening():
@@ -119,8 +119,8 @@ class Trainer(transformers.Trainer):
             ) from None
 
     def _load_best_model(self) -> None:
-        """As of transformers, which would continue with the last weights where the best ones are gone."""
-        # By its step: the recorded path is another one where the folder of the run was moved.
+        """Load the best checkpoint; transformers would use the last weights if the best ones are missing."""
+        # By its step: the recorded path is wrong if the folder of the run was moved.
         best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
         if not best.is_dir() or (best / CHECKSUMS).is_file():
             run_folder.require_intact(best)
@@ -128,7 +128,7 @@ class Trainer(transformers.Trainer):
         super()._load_best_model()
 
     def _load_callback_state(self) -> None:
-        """As of transformers, which puts a new callback with the stored state in the place of each."""
+        """Restore the state of callbacks in place; transformers would replace them by new objects."""
         super()._load_callback_state()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, domain_losses.GroupDRO):
@@ -145,7 +145,7 @@ class Trainer(transformers.Trainer):
         return {"pixel_values": store.read(view % store.views, inputs["index"]), **inputs}
 
     def pixel_values(self, batch: Batch, view: int | None) -> torch.Tensor:
-        """Input of the model: the training view of that number, or the evaluation view."""
+        """Input of the model: the training view number `view`, or for None the evaluation view."""
         return self.pipeline.evaluate(batch) if view is None else self.pipeline.train(batch, view)
 
     def compute_loss(
@@ -154,7 +154,7 @@ class Trainer(transformers.Trainer):
         inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:  # a loss, or also the outputs, as of transformers
+    ) -> Any:  # the loss, or a tuple of loss and outputs, as in transformers
         centers, labels, index = inputs["center"], inputs["labels"], inputs["index"]
         inputs = {name: inputs[name] for name in ("pixel_values", "labels")}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -186,7 +186,7 @@ class Trainer(transformers.Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As of transformers; a stream already is the part of this process."""
+        """As in transformers; a `Stream` is not distributed again, since it yields the part of this process."""
         if not isinstance(self.train_dataset, Stream):
             loader: DataLoader[Any] = super().get_train_dataloader()
         else:
@@ -216,12 +216,12 @@ class Trainer(transformers.Trainer):
         return self.train_dataset
 
     def whole_model(self) -> nn.Module:
-        """The trained model in the form in which it was given; every process calls it, and none trains after it."""
+        """The trained model, unwrapped and not sharded. Each process must call it; training can't continue after."""
         model: nn.Module = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return model if self._unsharded is None else adapters.gathered(model, self._unsharded)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Called by every process where the model is divided among them, else by the one that writes."""
+        """Save the adapter. If the model is sharded, each process calls this, else only the one that writes."""
         folder = Path(output_dir or str(self.args.output_dir))
         if isinstance(self.model, PeftModel):
             adapters.save(self.model, folder, batch_norm=self.batch_norm, writes=self.args.should_save)
@@ -237,24 +237,24 @@ class Trainer(transformers.Trainer):
 
 
 def require_scheduler(name: str) -> None:
-    """Raise `HistoError` for a learning-rate scheduler that is not in transformers or needs settings of its own."""
+    """Raise `HistoError` for a learning-rate scheduler that transformers does not have, or that needs arguments."""
     fits = []
     for scheduler in SchedulerType:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
         try:
             get_scheduler(scheduler, optimizer, num_warmup_steps=1, num_training_steps=2)
             fits.append(scheduler.value)
-        except (ValueError, TypeError):  # for want of settings
+        except (ValueError, TypeError):  # arguments are missing
             continue
     if name not in fits:
         raise HistoError(f"--lr_scheduler_type is {name!r}, expected one of {', '.join(fits)}")
 
 
 def training_arguments(config: Config, folder: Path) -> TrainingArguments:
-    """`TrainingArguments` of the options: evaluate and save at intervals, keep the last and the best checkpoint.
+    """`TrainingArguments` for the options: evaluate and save at intervals, keep the last and the best checkpoint.
 
-    Mixed precision and the number of accumulation steps come from the launcher (`accelerate launch`), whose settings
-    are in the environment, or from options.
+    Mixed precision and the number of accumulation steps come from the options, or from `accelerate launch`, through
+    environment variables. Raises `HistoError` for options that transformers refuses in combination.
     """
     options = config.training
     precision = launch.mixed_precision(config.speed.mixed_precision)
@@ -264,7 +264,7 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
     plateau = options.lr_scheduler_type == "reduce_lr_on_plateau"
     updates = options.max_steps
     if config.protocol.shots and config.protocol.iterations_per_shot:
-        warmup = int(options.warmup_steps)  # 0 for a share
+        warmup = int(options.warmup_steps)  # 0 if it is a share
         updates = warmup + config.protocol.shots * config.protocol.iterations_per_shot
     often = "steps" if options.eval_steps else "epoch"
     try:
@@ -308,7 +308,7 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
             report_to="none",
         )
     except ValueError as error:
-        raise HistoError(f"these training options do not go together: {' '.join(str(error).split())}") from None
+        raise HistoError(f"these training options can't be combined: {' '.join(str(error).split())}") from None
 
 
 def build(
@@ -323,11 +323,11 @@ def build(
     compute_metrics: Callable[..., dict[str, float]],
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
-    """A `Trainer` of `model` with the values of the options, with checkpoints under `folder`."""
+    """Create a `Trainer` of `model` from the options, with checkpoints in `folder`."""
     options = config.training
     optimizer, settings = OPTIMIZERS[options.optimizer]
     settings = {**settings, "lr": options.learning_rate, "weight_decay": options.weight_decay}
-    if not launch.use_cpu():  # on a CPU, the update is a hundredth of a step, and fused it would round otherwise
+    if not launch.use_cpu():  # on a CPU, the update takes 1% of a step, and fused it would round differently
         settings["fused"] = True
     if config.speed.activation_checkpointing:
         _checkpoint_activations(model)
@@ -354,7 +354,7 @@ def build(
 
 
 def _checkpoint_activations(model: nn.Module) -> None:
-    # The former is the name of the latter in newer versions of transformers.
+    # Newer versions of transformers renamed the latter to the former.
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         enable()
