@@ -1,9 +1,9 @@
-"""Calibration of probabilities, and temperature scaling, which improves it by one number.
+"""Calibration of probabilities, and temperature scaling.
 
-With two classes, calibration is that of the probability of class 1: among images that are given 0.8, 80% should be of
-class 1 (Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI). With more, it
-is that of the predicted class: among images predicted with 0.8, 80% should be right (Guo et al. 2017, "On Calibration
-of Modern Neural Networks", sec. 2). Rows with a hidden label (-1) are left out everywhere.
+With two classes, the probability of class 1 is evaluated: of the images with a probability of 0.8, 80% should be of
+class 1 (Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI). With more, that of
+the predicted class: of the images predicted with 0.8, 80% should be right (Guo et al. 2017, "On Calibration of Modern
+Neural Networks", sec. 2). Rows with a hidden label (-1) are always left out.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ Binning = Literal["equal_width", "equal_mass"]
 
 @dataclass(frozen=True)
 class Temperature:
-    """What logits are to be divided by, and, where none could be fitted and `value` is therefore 1, why not."""
+    """A number, `value`, to divide logits by; if none could be fitted, it is 1, and `reason` is why, else None."""
 
     value: float
     reason: str | None = None
 
 
 def reliability(predictions: Predictions, *, bins: int = BINS, binning: Binning = "equal_width") -> pd.DataFrame:
-    """Return what was promised and what came true, by bins of the probability.
+    """Return the mean probability and the observed frequency in bins of the probability.
 
     Bins are closed on the right (Guo et al. 2017, sec. 2), the first one on both sides. Equal probabilities share a
-    bin, so bins of "equal" mass hold as many images as the ties allow.
+    bin, so bins of equal mass have equal numbers of images only as far as ties allow.
 
     Args:
         predictions: a predictions table.
-        bins: how many, at least 1.
+        bins: number of bins, at least 1.
         binning: "equal_width" divides [0, 1] evenly; "equal_mass" divides at the quantiles of the probabilities
             (Nguyen & O'Connor 2015, "Posterior Calibration and Exploratory Analysis for NLP Models", EMNLP).
 
@@ -55,7 +55,7 @@ def reliability(predictions: Predictions, *, bins: int = BINS, binning: Binning 
         its number of images, int64.
 
     Raises:
-        HistoError: `bins` is less than 1, or `binning` is none of the two.
+        HistoError: `bins` is less than 1, or `binning` is unknown.
     """
     if bins < 1:
         raise HistoError(f"bins is {bins}, expected at least 1: {BINS} is usual")
@@ -73,7 +73,7 @@ def reliability(predictions: Predictions, *, bins: int = BINS, binning: Binning 
 def expected_calibration_error(
     predictions: Predictions, *, bins: int = BINS, binning: Binning = "equal_width"
 ) -> float | None:
-    """Return the mean over images of |frequency - probability| of their bin, in [0, 1]; None without a label.
+    """Return the mean of |frequency - probability| of each image's bin, in [0, 1]; None without labels.
 
     Naeini et al. 2015 for two classes; Guo et al. 2017, eq. 3, for more. Arguments and errors are those of
     `reliability`.
@@ -85,10 +85,10 @@ def expected_calibration_error(
 
 
 def brier_score(predictions: Predictions) -> float | None:
-    """Return the mean squared error of the probabilities; None without a label.
+    """Return the mean squared error of the probabilities; None without labels.
 
-    With two classes it is that of class 1, in [0, 1]; with more it is summed over the classes, in [0, 2] (Brier 1950,
-    "Verification of Forecasts Expressed in Terms of Probability", eq. 2, which with two classes gives twice ours).
+    With two classes, it is the error of class 1, in [0, 1]; with more, the sum over classes, in [0, 2] (Brier 1950,
+    "Verification of Forecasts Expressed in Terms of Probability", eq. 2, which for two classes gives twice this value).
     """
     labeled = predictions.labeled
     if labeled.empty:
@@ -100,7 +100,7 @@ def brier_score(predictions: Predictions) -> float | None:
 
 
 def compute(predictions: Predictions) -> dict[str, float | None]:
-    """Return `n` labeled images, `ece` (equal width), `ece_equal_mass` and `brier`; None where undefined."""
+    """Return the number `n` of labeled images, `ece` (equal width), `ece_equal_mass` and `brier`, None if undefined."""
     return {
         "n": len(predictions.labeled),
         "ece": expected_calibration_error(predictions),
@@ -110,9 +110,9 @@ def compute(predictions: Predictions) -> dict[str, float | None]:
 
 
 def report(predictions: Predictions) -> dict[str, Any]:
-    """Return `compute` as `{"overall": ..., "centers": {"0": ..., ...}, "bins": ...}`, ready for JSON.
+    """Return `compute` as `{"overall": ..., "centers": {"0": ..., ...}, "bins": ...}`, in JSON values.
 
-    Rows of the unknown center (-1) count in "overall" only.
+    Rows of unknown center (-1) are included in "overall" only.
     """
     return {
         "overall": compute(predictions),
@@ -125,14 +125,14 @@ def fit_temperature(predictions: Predictions) -> Temperature:
     """Return the temperature T that minimizes the negative log likelihood of softmax(logits / T).
 
     Guo et al. 2017, sec. 4.2; with one logit, softmax is over (0, logit). Fit it on validation predictions, never on
-    those that are reported. The likelihood is concave in 1 / T, so T is the only root of its derivative.
+    those that are reported. The log likelihood is concave in 1 / T, so T is the only root of its derivative.
 
-    No temperature is fitted, `value` is 1 and `reason` is given, where a class is all that is labeled, where the
-    logits separate the classes (T would go to 0), or where they are no better than chance (T would go to infinity).
+    `value` is 1 and `reason` is given if fewer than two classes are labeled, if the logits separate the classes (T
+    would go to 0), or if they are no better than chance (T would go to infinity).
 
     Args:
-        predictions: a labeled table. The logits are taken as they stand in it: on a table that was already calibrated,
-            the result is a factor on top of the temperature that it has.
+        predictions: a labeled table. Its logits are used as stored: for a table that was calibrated before, the result
+            is a further factor.
     """
     labeled = predictions.labeled
     labels = labeled.labels
@@ -140,11 +140,11 @@ def fit_temperature(predictions: Predictions) -> Temperature:
         found = f"only class {labeled.label_names[labels[0]]!r}" if len(labels) else "no image"
         return Temperature(1.0, f"{found} is labeled: at least two classes are needed")
     logits = labeled.class_logits
-    # Relative to the true class, no term is positive where every image is right, not even by rounding.
+    # Relative to the true class, so that no term is positive, not even by rounding, if all images are right.
     relative = logits - np.take_along_axis(logits, labels[:, None], axis=1)
 
     def slope(inverse: float) -> float:
-        """Of the negative log likelihood, along 1 / T."""
+        """Derivative of the negative log likelihood with respect to 1 / T."""
         return float((softmax(inverse * logits, axis=1) * relative).sum(axis=1).mean())
 
     if slope(1 / HIGHEST) >= 0:
@@ -155,15 +155,15 @@ def fit_temperature(predictions: Predictions) -> Temperature:
 
 
 def reliability_diagram(predictions: Predictions, path: str | Path, *, bins: int = BINS) -> None:
-    """Draw the frequency over the probability, in bins of equal width, as a PNG; below, how many images a bin holds.
+    """Draw observed frequency against probability in bins of equal width, and the number of images per bin, as a PNG.
 
-    The first panel is overall, and each further one a center, where several are known. On the dotted diagonal,
-    probabilities are calibrated; below it they are too high.
+    The first panel shows all images, the others one center each, if several are known. On the dotted diagonal,
+    probabilities are calibrated; below it, they are too high.
 
     Args:
         predictions: a predictions table; rows with a hidden label are left out.
-        path: of the PNG.
-        bins: how many, at least 1.
+        path: path of the PNG.
+        bins: number of bins, at least 1.
 
     Raises:
         HistoError: `bins` is less than 1.
@@ -203,7 +203,7 @@ def _panels(labeled: Predictions) -> Iterator[tuple[str, Predictions]]:
 
 
 def _claims(predictions: Predictions) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return, for each labeled image, the probability that is to be checked, and whether its event came true."""
+    """Return, for each labeled image, the evaluated probability, and whether the predicted event occurred."""
     labeled = predictions.labeled
     labels = labeled.labels
     if labeled.empty or labeled.num_classes == 2:

@@ -1,4 +1,4 @@
-"""Several models' predictions of the same images: averaged, or side by side."""
+"""Predictions of several models for the same images: averaged, or compared."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from hf_histo.evaluation.predictions import Predictions
 def average(
     tables: Sequence[Predictions] | Mapping[str, Predictions], weights: Sequence[float] | None = None
 ) -> Predictions:
-    """Return the table of the mean logits of several tables of the same images.
+    """Return a table with the mean logits of several tables of the same images.
 
-    What was measured on their own images (see `hf_histo.evaluation.predictions`) is that of all tables together. The
-    mean of logits is the normalized geometric mean of the probabilities (the "logarithmic opinion pool", Genest &
-    Zidek 1986, "Combining Probability Distributions", Statistical Science 1(1):114-135). With two classes the
-    result has one logit per image.
+    The mean of logits is the normalized geometric mean of the probabilities (the "logarithmic opinion pool", Genest &
+    Zidek 1986, "Combining Probability Distributions", Statistical Science 1(1):114-135). With two classes, the result
+    has one logit per image. Its `transductive` is the union over the tables.
 
     Args:
-        tables: predictions tables, matched by `id`, with the names that errors call them by, if given; order, `center`
-            and `group` are taken from the first one.
-        weights: of the tables, at least 0 each and not all 0; only their ratios matter. Equal by default.
+        tables: predictions tables, matched by `id`; the keys of a mapping name them in errors. Order, `center` and
+            `group` are those of the first table.
+        weights: weight of each table, at least 0 and not all 0; only ratios matter. Equal by default.
 
     Raises:
         HistoError: there is no table; their ids, labels, number or names of classes differ; `weights` are not as above.
@@ -49,11 +48,11 @@ def compare(tables: Mapping[str, Predictions], *, threshold: float = 0.5) -> pd.
 
     Args:
         tables: predictions tables by the name of their model, matched by `id`.
-        threshold: the probability in [0, 1] from which on class 1 is predicted, where there are two classes.
+        threshold: for two classes, the smallest probability in [0, 1] at which class 1 is predicted.
 
     Returns:
-        The values of `classification.compute` and `calibration.compute` as float64 columns, NaN where undefined; the
-        index holds the names.
+        The values of `classification.compute` and `calibration.compute` as float64 columns, NaN where undefined; names
+        are the index.
 
     Raises:
         HistoError: the tables' ids, labels, number or names of classes differ, or `threshold` is outside [0, 1].

@@ -1,4 +1,4 @@
-"""Files of predictions as a command: metrics, calibration, thresholds, ensembles, figures."""
+"""The command that evaluates files of predictions: metrics, calibration, thresholds, ensembles, figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_histo.files import require_output, write_json
 
 
 def read(option: str, paths: list[str], ensemble: bool) -> Predictions:
-    """The one table of an option's files."""
+    """The table in an option's file, or with `ensemble` the average of several. Raises `HistoError` for others."""
     if len(paths) > 1 and not ensemble:
         raise HistoError(f"{option} has {len(paths)} files, expected 1: add --ensemble to average several models")
     return average({path: Predictions.read(path) for path in paths}) if ensemble else Predictions.read(paths[0])
@@ -33,7 +33,7 @@ def check_classes(where: str, predictions: Predictions, names: list[str]) -> Non
 def evaluate(options: EvaluateOptions) -> None:
     """Print tables of the predictions, and write metrics.json, predictions and figures.
 
-    Raises HistoError for files that can't be read or do not belong together, and for outputs among the inputs.
+    Raises HistoError for files that can't be read or are of different tasks, and for outputs among the inputs.
     """
     output = options.output_dir
     if (output / "metrics.json").exists() and not options.overwrite:
@@ -114,5 +114,5 @@ def evaluate(options: EvaluateOptions) -> None:
         if options.submission:
             predictions.write_submission(options.submission, threshold)
     roc_curve(splits, output / "roc.png")
-    write_json(output / "metrics.json", metrics)  # last, so that its presence means that all is there
+    write_json(output / "metrics.json", metrics)  # last: if it exists, all files do
     print(f"\nwrote {output / 'metrics.json'} and {2 * len(splits) + 1} figures")

@@ -1,4 +1,4 @@
-"""The baseline without a gradient: `--method pca` sets the head to a regression on principal components."""
+"""Baseline without gradient training: `--method pca` sets the head to a regression on principal components."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ def fit(
     """Set the head to the regression that is best on `val`, and draw the features of all splits.
 
     Args:
-        model: with a plain linear head, which is trained.
-        data: schema tables by split; `train` is fitted on.
+        model: has a plain linear head, whose weights are replaced.
+        data: schema tables by split; the regression is fitted on `train`.
         pipeline: from stored pixels to model input.
-        metric: of `classification.of_logits`, that chooses the number of components on `val`, where it is defined.
+        metric: metric of `classification.of_logits` that selects the number of components on `val`; it must be defined
+            there.
         negative: see `classification.of_logits`.
         balanced: weight the classes equally.
-        figure: PNG of the first two components.
+        figure: path of the PNG, which shows the first two components.
 
-    Returns the "value" of the metric, no "step" and the number of "components", for "selection" in metrics.json.
+    Returns "selection" of metrics.json: the "value" of the metric, "step" None, and the number of "components".
     """
     found = {
         split: features(model, rows, pipeline.single_view)

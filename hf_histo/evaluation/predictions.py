@@ -1,4 +1,4 @@
-"""Predictions of a model, one row per image, from which everything in this stage is computed.
+"""Predictions of a model, one row per image: the input of all metrics and figures.
 
 `Predictions` is a `pandas.DataFrame` with these columns:
 
@@ -6,12 +6,12 @@
 |---|---|---|
 | `id` | str | the key of the image in its source, unique |
 | `center` | int64 | acquisition center, -1 where unknown |
-| `group` | str | patient, slide or tile family; "" where unknown, and then the image is its own group |
+| `group` | str | patient, slide or tile family; "" where unknown: the image counts as its own group |
 | `label` | int64 | class index, -1 where hidden |
 | `logit` | float64, or K of them | one logit of the positive class (label 1), or one per class |
 | `probability` | float64, or K of them | sigmoid or softmax of `logit`, in [0, 1] |
 
-Whether a table has one logit or K is decided in the class alone: all else takes `class_probabilities` (n, K),
+Only the class distinguishes tables of one logit and of K: other code uses `class_probabilities` (n, K),
 `positive_probability`, `class_log_odds`, `task_logits` or `predicted_classes`.
 """
 
@@ -36,8 +36,8 @@ from hf_histo.errors import HistoError, printable
 from hf_histo.files import atomic_file
 
 COLUMNS = ("id", "center", "group", "label", "logit", "probability")
-FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n")  # what a spreadsheet starts one with
-MAX_ROWS, MAX_BYTES, MAX_NAME = 5_000_000, 2**31, 4096  # of a file, and of the text in a row
+FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n")  # start of a spreadsheet formula
+MAX_ROWS, MAX_BYTES, MAX_NAME = 5_000_000, 2**31, 4096  # largest file, in rows and bytes, and longest text, in bytes
 
 
 def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:
@@ -48,7 +48,7 @@ def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:
 
 
 class Predictions(pd.DataFrame):
-    """A table of predictions, with the columns of this module's table and any others.
+    """A table of predictions: a `pandas.DataFrame` with the columns described in this module, and any others.
 
     Selections of rows, copies and concatenations are `Predictions` with the same class names.
     """
@@ -78,7 +78,7 @@ class Predictions(pd.DataFrame):
             labels: (n,) integers in [-1, K), -1 where hidden.
             logits: (n,) or (n, 1) for one logit of the positive class, (n, K) for one logit per class, K >= 2.
             label_names: K class names, "0", "1", ... by default.
-            transductive: see the property.
+            transductive: see the property `transductive`.
 
         Raises:
             HistoError: lengths differ, an id occurs twice, a logit isn't finite, a label isn't a class.
@@ -127,7 +127,7 @@ class Predictions(pd.DataFrame):
 
     @property
     def label_names(self) -> list[str]:
-        """K class names, "0", "1", ... where none were given."""
+        """K class names; "0", "1", ... if none were given."""
         return self.attrs.get("label_names") or [str(place) for place in range(self.num_classes)]
 
     @property
@@ -137,9 +137,9 @@ class Predictions(pd.DataFrame):
 
     @property
     def transductive(self) -> list[str] | None:
-        """What was measured on the unlabeled images of the table itself to predict them; None where not recorded.
+        """Quantities that were measured on the table's own unlabeled images to predict them; None if not recorded.
 
-        E.g. "color statistics", "batch-norm statistics"; predictions of single images would differ.
+        E.g. "color statistics" or "batch-norm statistics": predictions of single images would differ.
         """
         found: list[str] | None = self.attrs.get("transductive")
         return found
@@ -152,12 +152,12 @@ class Predictions(pd.DataFrame):
 
     @property
     def labeled(self) -> Self:
-        """Rows whose label is not hidden."""
+        """The rows whose label is not hidden."""
         return self[self["label"] >= 0]
 
     @property
     def known_centers(self) -> dict[int, Self]:
-        """Rows of each known acquisition center, in rising order."""
+        """The rows of each known acquisition center, in rising order of centers."""
         return {center: self[self["center"] == center] for center in sorted(set(self["center"]) - {-1})}
 
     @property
@@ -172,7 +172,7 @@ class Predictions(pd.DataFrame):
 
     @property
     def class_logits(self) -> NDArray[np.float64]:
-        """Logits whose softmax is the probability of each class, (n, K); one stored logit stands against 0."""
+        """Logits whose softmax is the probability of each class, (n, K); one stored logit becomes (0, logit)."""
         logits = self.logits
         return np.stack([np.zeros_like(logits), logits], axis=1) if logits.ndim == 1 else logits
 
@@ -188,10 +188,10 @@ class Predictions(pd.DataFrame):
 
     @property
     def positive_probability(self) -> NDArray[np.float64]:
-        """Probability of class 1, (n,), where there are two classes.
+        """Probability of class 1, (n,), of a table with two classes.
 
         Raises:
-            HistoError: there are more.
+            HistoError: there are more than two classes.
         """
         probability = self.class_probabilities
         if probability.shape[1] > 2:
@@ -204,7 +204,7 @@ class Predictions(pd.DataFrame):
     def class_log_odds(self) -> NDArray[np.float64]:
         """log(p / (1 - p)) of each class, (n, K).
 
-        It orders rows as the probability does, without the ties: in float64 that is 1 for every logit from 37 on.
+        It ranks rows as the probability does, but without ties: in float64, the sigmoid of logits above 37 is 1.
         """
         logits = self.logits
         if logits.ndim == 1 or logits.shape[1] == 2:
@@ -216,28 +216,28 @@ class Predictions(pd.DataFrame):
 
     @property
     def task_logits(self) -> NDArray[np.float64]:
-        """Logits of one shape for all tables of a task: (n,) of class 1 where there are two classes, else (n, K)."""
+        """Logits in the same shape for all tables of a task: (n,) of class 1 for two classes, else (n, K)."""
         return self.class_log_odds[:, 1] if self.num_classes == 2 else self.logits
 
     @property
     def ranked_classes(self) -> range:
-        """The classes by whose log odds rows are ranked; of two only class 1, since class 0 has the reverse order."""
+        """The classes whose log odds rank rows: all, but of two only class 1, since class 0 gives the reverse order."""
         return range(1, 2) if self.num_classes == 2 else range(self.num_classes)
 
     def numbers(self, column: str) -> NDArray[np.float64]:
-        """A column of one number per row, or of K, as an array (n,) or (n, K)."""
+        """A column with one number or K numbers per row, as an array (n,) or (n, K)."""
         return np.array(self[column].tolist(), dtype=np.float64)
 
     def by_class(self, column: str) -> NDArray[np.float64]:
-        """A column of probabilities as one of each class, (n, K)."""
+        """A column of probabilities, stored as (n,) or (n, K), as probabilities of each class, (n, K)."""
         probability = self.numbers(column)
         return np.stack([1 - probability, probability], axis=1) if probability.ndim == 1 else probability
 
     def predicted_classes(self, threshold: float = 0.5) -> NDArray[np.int64]:
         """Predicted class of each row, (n,).
 
-        With two classes it is 1 where the probability of class 1 is at least `threshold`; with more it is the most
-        probable class, the first one on a tie, and `threshold` has no effect.
+        With two classes, it is 1 if the probability of class 1 is at least `threshold`; with more, the most probable
+        class (the first one on a tie), and `threshold` has no effect.
 
         Raises:
             HistoError: `threshold` is outside [0, 1].
@@ -255,7 +255,7 @@ class Predictions(pd.DataFrame):
         """The same table with these class names.
 
         Raises:
-            HistoError: their number isn't the number of classes.
+            HistoError: the number of names is not the number of classes.
         """
         if len(label_names) != self.num_classes:
             raise HistoError(
@@ -267,15 +267,15 @@ class Predictions(pd.DataFrame):
         return table
 
     def with_logits(self, logits: ArrayLike) -> Self:
-        """The same images with other logits, as `make` takes them; columns beside those of `make` are dropped."""
+        """The same images with other logits, in a shape that `make` takes; additional columns are dropped."""
         table = self.make(self["id"], self["center"], self["group"], self["label"], logits)
         table.attrs.update(self.attrs)
         return table
 
     def with_temperature(self, temperature: float) -> Self:
-        """The table with `logit` divided by `temperature`, and `probability` from that; other columns are dropped.
+        """The table with `logit` divided by `temperature`, and the resulting `probability`; other columns are dropped.
 
-        The order of two-class probabilities stays, and so do AUROC and, at a threshold of 0.5, the predicted classes.
+        With two classes, the ranking of rows, the AUROC and the classes predicted at a threshold of 0.5 don't change.
 
         Raises:
             HistoError: `temperature` isn't a finite positive number.
@@ -288,7 +288,7 @@ class Predictions(pd.DataFrame):
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read a table from parquet; its classes are named "0", "1", ... where the file names none.
+        """Read a table from parquet; its classes are named "0", "1", ... if the file has no names.
 
         Raises:
             HistoError: the file is missing, isn't parquet, lacks a column, or holds values that `make` refuses.
@@ -308,7 +308,7 @@ class Predictions(pd.DataFrame):
             raise HistoError(f"{path}: {error}") from None
         if probability.shape != logits.shape or not ((probability >= 0) & (probability <= 1)).all():
             raise HistoError(f"{path}: column probability isn't one number in [0, 1] per logit: predict again")
-        # The stored probabilities stay: a calibrated table's are not the plain sigmoid or softmax of its logits.
+        # Keep the stored probabilities: those of a calibrated table are not the sigmoid or softmax of its logits.
         predictions["probability"] = probability.reshape(predictions.logits.shape).tolist()
         expected = predictions.label_names
         names, transductive = (_texts(path, table.schema, name) for name in ("label_names", "transductive"))
@@ -338,15 +338,15 @@ class Predictions(pd.DataFrame):
 
         Spreadsheets run a cell that starts with =, +, -, @, a tab or a line break as a formula, so such an id or name
         gets a leading apostrophe, unless it is a number (https://owasp.org/www-community/attacks/CSV_Injection).
-        Control characters are written as escapes, which a terminal ignores. All other texts stay as they are.
+        Control characters are written as escapes, which a terminal ignores. All other text is unchanged.
 
         Columns: `ID`, the image's key; `Pred`, the class index that `predicted_classes` gives at `threshold`; `Prob`,
-        the probability of class 1, or, for more than two classes, of the predicted one. With `details`, of a table that
-        has the column `calibrated`, also `Label`, the name of class `Pred`, and `Calibrated`, the calibrated
-        probability of the class of `Prob`.
+        the probability of class 1, or, with more than two classes, of the predicted class. `details`, which requires
+        the column `calibrated`, adds `Label`, the name of class `Pred`, and `Calibrated`, the calibrated value of
+        `Prob`.
 
         Raises:
-            HistoError: `threshold` is outside [0, 1], or two ids are the same once made harmless.
+            HistoError: `threshold` is outside [0, 1], or two ids are the same after escaping.
         """
         chosen = self.predicted_classes(threshold)
         shown = chosen if self.num_classes > 2 else np.ones_like(chosen)
@@ -359,17 +359,17 @@ class Predictions(pd.DataFrame):
         if details:
             names = np.array([_harmless(name) for name in self.label_names])
             columns |= {"Label": names[chosen], "Calibrated": self.by_class("calibrated")[rows, shown]}
-        # Where a semicolon separates, as in many countries, an unquoted one would start a cell of its own.
+        # In many locales spreadsheets separate cells by semicolons: an unquoted one would start a new cell.
         quoting: Literal[0, 2] = csv.QUOTE_NONNUMERIC if ids.str.contains(";").any() else csv.QUOTE_MINIMAL
         with atomic_file(path) as temporary:
             pd.DataFrame(columns).to_csv(temporary, index=False, quoting=quoting)
 
 
 def class_index(names: Sequence[str], negative_class: str | None) -> int | None:
-    """Return the index of `--negative_class` among the class names, None where none is given.
+    """Return the index of `--negative_class` among the class names, or None if it is not given.
 
     Raises:
-        HistoError: no class is named so.
+        HistoError: no class has that name.
     """
     if negative_class is None:
         return None
@@ -379,13 +379,13 @@ def class_index(names: Sequence[str], negative_class: str | None) -> int | None:
 
 
 def _harmless(text: str) -> str:
-    """Text that no spreadsheet or terminal acts on; see `write_submission`."""
+    """Escape text so that no spreadsheet or terminal interprets it; see `write_submission`."""
     is_formula = text.startswith(FORMULA) and not re.fullmatch(r"[+-]?\d+(\.\d*)?", text, re.ASCII)
     return printable(f"'{text}" if is_formula else text)
 
 
 def _texts(path: Path, schema: pa.Schema, name: str) -> list[str] | None:
-    """The list of texts that a file's metadata hold as `name`; None where they hold none."""
+    """The list of strings in a file's metadata under `name`; None if it is missing."""
     try:
         values = json.loads((schema.metadata or {}).get(name.encode(), b"null"))
     except (ValueError, RecursionError):
@@ -396,8 +396,8 @@ def _texts(path: Path, schema: pa.Schema, name: str) -> list[str] | None:
 
 
 def _table(path: Path) -> pa.Table:
-    """The columns of a table, whose size is looked at before it is read: a few bytes can stand for billions of rows."""
-    # Text as a dictionary: one long text may stand in every row.
+    """Read a table after checking its size: a few bytes can encode billions of rows. Raises `HistoError`."""
+    # Text as a dictionary: one long text may be repeated in all rows.
     found = pq.read_schema(path).names
     with pq.ParquetFile(path, read_dictionary=sorted({"id", "group"} & set(found))) as file:
         if missing := [name for name in COLUMNS if name not in found]:
@@ -407,14 +407,14 @@ def _table(path: Path) -> pa.Table:
         if file.metadata.num_rows > MAX_ROWS:
             raise HistoError(f"{path}: {file.metadata.num_rows} rows, expected at most {MAX_ROWS}")
         batches, size = [], 0
-        # Not by the values that a column's metadata declares: pyarrow 26 ends the process on damaged ones.
+        # Not by the size in a column's metadata: pyarrow 26 aborts the process if that is damaged.
         for batch in file.iter_batches(1024, columns=list(COLUMNS)):
             batches.append(batch)
             size += batch.nbytes
             if size > MAX_BYTES:
                 raise HistoError(f"{path}: more than {MAX_BYTES} bytes of values, expected some for each image")
         table = pa.Table.from_batches(batches, file.schema_arrow.empty_table().select(COLUMNS).schema)
-    table.validate(full=True)  # of a damaged file, places in a dictionary may not be there
+    table.validate(full=True)  # in a damaged file, dictionary indices may be invalid
     for name in ("id", "group"):
         if pa.types.is_dictionary(table[name].type):
             longest = max((pc.max(pc.binary_length(c.dictionary)).as_py() or 0 for c in table[name].chunks), default=0)

@@ -1,7 +1,7 @@
-"""Classifiers on frozen features: the class mean nearest by, the nearest neighbors, and a linear one.
+"""Probes, i.e. classifiers on frozen features: nearest class mean, k nearest neighbors, and logistic regression.
 
-They train in a moment, so that one pass of the backbone over a data set serves every shot and seed. Features are
-scaled to length 1, so that distances are angles, as is usual for embeddings.
+They are fitted quickly, so the features of a data set are computed once for all numbers of shots and seeds. Features
+are scaled to length 1, so that distances depend on angles only, as is usual for embeddings.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Labels = NDArray[np.int64]
 
 NEIGHBORS = (1, 3, 5, 9, 15)
 INVERSE_PENALTIES = tuple(10.0**power for power in range(-2, 6))
-SOFTENED = 0.01  # votes that every class gets, so that the logarithm of none is finite
+SOFTENED = 0.01  # pseudo-votes added to each class, so that its logarithm is finite without votes
 
 
 def prototype(train: Floats, labels: Labels, val: Floats, val_labels: Labels, test: Floats) -> Floats:
-    """Scores (n, K) of the images `test`: minus the squared distance to the mean of each class's training features.
+    """Scores (n, K) of the features `test`: minus the squared distance to the mean of each class's training features.
 
-    Snell et al. 2017, "Prototypical networks for few-shot learning", eq. 1 and 2. Nothing is chosen on `val`.
+    Snell et al. 2017, "Prototypical networks for few-shot learning", eq. 1 and 2. `val` is not used.
     """
     means = np.stack([unit(train)[labels == label].mean(axis=0) for label in np.unique(labels)])
     scores: Floats = -np.square(unit(test)[:, None] - means[None]).sum(axis=-1)
@@ -35,9 +35,9 @@ def prototype(train: Floats, labels: Labels, val: Floats, val_labels: Labels, te
 
 
 def knn(train: Floats, labels: Labels, val: Floats, val_labels: Labels, test: Floats) -> Floats:
-    """Scores (n, K): logarithms of the votes of the nearest training images.
+    """Scores (n, K) of the features `test`: logarithms of the votes of the k nearest training images.
 
-    How many vote is chosen on `val`, up to the number of images of the smallest class, the fewest of equals.
+    k is chosen on `val` (the smallest on a tie), up to the number of training images of the smallest class.
     """
     allowed = [count for count in NEIGHBORS if count <= max(1, np.bincount(labels).min())]
     model = _best([KNeighborsClassifier(count).fit(unit(train), labels) for count in allowed], unit(val), val_labels)
@@ -46,9 +46,10 @@ def knn(train: Floats, labels: Labels, val: Floats, val_labels: Labels, test: Fl
 
 
 def linear(train: Floats, labels: Labels, val: Floats, val_labels: Labels, test: Floats) -> Floats:
-    """Scores (n, K): log-probabilities of a logistic regression, its penalty chosen on `val`, the stronger of equals.
+    """Scores (n, K) of the features `test`: log-probabilities of a logistic regression with equal class weights.
 
-    Classes weigh alike. As CLIP is probed in Radford et al. 2021, sec. A.3, on features of length 1.
+    Its penalty is chosen on `val` (the stronger on a tie). As in the linear probes of Radford et al. 2021, sec. A.3,
+    but on features of length 1.
     """
     models = [LogisticRegression(C=c, class_weight="balanced", max_iter=2000) for c in INVERSE_PENALTIES]
     model = _best([model.fit(unit(train), labels) for model in models], unit(val), val_labels)
@@ -61,7 +62,7 @@ PROBES: dict[str, Callable[[Floats, Labels, Floats, Labels, Floats], Floats]] = 
 
 
 def trainable(name: str, width: int, classes: int) -> int:
-    """Parameters of a probe on `width` features; only the linear one has any."""
+    """Number of trainable parameters of a probe on `width` features; 0 except for the linear one."""
     return (width + 1) * classes if name == "linear" else 0
 
 

@@ -1,8 +1,8 @@
-"""Where to put the threshold on the probability of class 1, and what it then achieves.
+"""Choice of the threshold on the probability of class 1.
 
-A threshold belongs to the probabilities that it was chosen on: calibrate first. Thresholds stand midway between two
-neighboring distinct probabilities of the table, with 0 and 1 as the outermost neighbors, so that a rounding difference
-in a later prediction turns no image over. Images of equal probability always fall on the same side.
+A threshold is valid for the probabilities that it was chosen on: calibrate first. Candidates are midway between two
+consecutive distinct probabilities of the table, including 0 and 1, so that a rounding difference in a later prediction
+changes no decision. Images of equal probability are always on the same side.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold and where it comes from.
+    """A threshold and how it was chosen.
 
     Attributes:
-        value: the probability in [0, 1] from which on class 1 is predicted.
-        criterion: what was asked for: "share", or a `Criterion`.
-        achieved: the criterion's value on the table, in [0, 1].
-        n: images of the table that counted.
+        value: the smallest probability in [0, 1] at which class 1 is predicted.
+        criterion: "share", or a `Criterion`.
+        achieved: value of the criterion on the table, in [0, 1].
+        n: number of images that were used.
     """
 
     value: float
@@ -39,14 +39,14 @@ class Threshold:
 def for_share(predictions: Predictions, share: float = 0.5) -> Threshold:
     """Return the threshold at which class 1 is predicted for a given share of the images, labeled or not.
 
-    It fits where the share of class 1 is known beforehand, as in a balanced test set, and the probabilities of a new
-    center are shifted. No label is looked at, but the threshold is transductive: it is made of these very images, and
-    is none for others. Where ties or the number of images don't allow the share, the nearest
-    possible one is taken, and of two equally near ones the smaller. `achieved` is the share that came out.
+    Use it if the share of class 1 is known, as in a balanced test set, and the probabilities of a new center are
+    shifted. Labels are not used, but the threshold is transductive: it depends on these images and is not valid for
+    others. If ties or the number of images don't allow the exact share, the nearest possible share is taken, and of
+    two equally near ones the smaller. `achieved` is the resulting share.
 
     Args:
-        predictions: a table of two classes, of one image at least.
-        share: of images to be predicted as class 1, in [0, 1].
+        predictions: a table of two classes with at least one image.
+        share: share of images to predict as class 1, in [0, 1].
 
     Raises:
         HistoError: `share` is outside [0, 1], the table is empty, or it is of more than two classes.
@@ -66,16 +66,16 @@ def for_share(predictions: Predictions, share: float = 0.5) -> Threshold:
 def choose(
     predictions: Predictions, criterion: Criterion = "balanced_accuracy", *, specificity: float = 0.95
 ) -> Threshold:
-    """Return the threshold that is best on a labeled table, which should be that of a validation split.
+    """Return the threshold that is best on a labeled table, usually that of a validation split.
 
-    Of thresholds that are equally good, it is the one nearest to 0.5; for "sensitivity", the most specific one.
+    On a tie, it is the threshold nearest to 0.5; for "sensitivity", the most specific one.
 
     Args:
-        predictions: a table of two classes, in which both are labeled; rows with a hidden label are left out.
+        predictions: a table of two classes with labels of both; rows with a hidden label are left out.
         criterion: what to maximize: "balanced_accuracy", "f1" or "accuracy", as defined in
             `metrics.classification`, or "sensitivity", which is the recall of class 1 at a specificity (recall of
             class 0) of at least `specificity`.
-        specificity: in [0, 1]; of effect for "sensitivity" only.
+        specificity: smallest specificity in [0, 1]; only used for "sensitivity".
 
     Raises:
         HistoError: the criterion is unknown, the table has more than two classes or labels of only one class, or
@@ -114,16 +114,16 @@ def choose(
 
 
 def _cuts(probability: Floats) -> Floats:
-    """Return the rising thresholds that part probabilities, (n,), in every possible way, each way once."""
+    """Return thresholds, in rising order, that divide probabilities (n,) in each possible way once."""
     values = np.unique(np.concatenate([probability, [0.0, 1.0]]))
     below, above = values[:-1], values[1:]
     middle = (below + above) / 2
-    middle = np.where(middle > below, middle, above)  # of two floats without one between, the middle is the lower
+    middle = np.where(middle > below, middle, above)  # between adjacent floats, the midpoint is the lower one
     return np.concatenate([[0.0], middle]) if (probability == 0).any() else middle
 
 
 def _at_least(scores: Floats, cuts: Floats) -> NDArray[np.int64]:
-    """Return how many of the scores, (n,), reach each of the cuts, (m,)."""
+    """Return, for each of the cuts (m,), the number of scores (n,) that are at least as large."""
     return len(scores) - np.searchsorted(np.sort(scores), cuts).astype(np.int64)
 
 

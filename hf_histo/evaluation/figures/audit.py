@@ -1,4 +1,4 @@
-"""Figures of a data set and of the findings of its audit."""
+"""Figures of a data set and its audit: class distribution, colors, samples, copies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing, short, writ
 # The palette, then a lighter shade of each; hidden labels are gray.
 SHADES = (*(to_rgb(color) for color in COLORS), *(tuple((x + 1) / 2 for x in to_rgb(color)) for color in COLORS))
 CHANNEL_COLORS = ("#D55E00", "#009E73", "#0072B2")  # the red, green and blue of the palette
-MOST_CLASSES = 20  # rows of a sheet
+MOST_CLASSES = 20  # largest number of rows of a figure of samples
 ImageOf = Callable[[str, str], NDArray[np.uint8]]
 
 
@@ -37,7 +37,7 @@ def image_reader(data: datasets.DatasetDict) -> ImageOf:
 
 
 def distribution(audit: Audit, path: str | Path) -> None:
-    """Draw how many images of each class every center of every split has, as a PNG."""
+    """Draw the number of images per class for each center of each split, as a PNG."""
     strata = {_where(split.name, s.center): s.classes for split in audit.splits for s in split.centers}
     names = [*audit.classes, *([HIDDEN] if any(HIDDEN in counts for counts in strata.values()) else [])]
     colors = dict(zip(names, cycle(SHADES), strict=False)) | {HIDDEN: to_rgb("#BBBBBB")}
@@ -64,9 +64,9 @@ def distribution(audit: Audit, path: str | Path) -> None:
 
 
 def colors(table: pd.DataFrame, path: str | Path) -> None:
-    """Draw how the mean of each channel is distributed over the images of every center of every split, as a PNG.
+    """Draw box plots of the images' channel means for each center of each split, as a PNG.
 
-    Boxes span the middle half of the images, whiskers the middle 90%.
+    Boxes span the middle 50% of the images, whiskers the middle 90%.
     """
     strata = _strata(table)
     with drawing(path, 2.2 + 1.3 * max(3, len(strata)), 4.4) as figure:
@@ -93,14 +93,14 @@ def colors(table: pd.DataFrame, path: str | Path) -> None:
 
 
 def samples(table: pd.DataFrame, classes: list[str], image_of: ImageOf, folder: str | Path, n: int = 8) -> None:
-    """Draw `n` images of each class (of the first 20) for every center of every split, spread evenly over it.
+    """Draw sample images of each class (at most 20) for each center of each split, as PNGs.
 
     Args:
         table: an `inventory`.
-        classes: names of the labels.
-        image_of: from a split and an id to the image, uint8 (H, W, 3).
-        folder: for the PNGs, `samples_train_center_0.png` and so on.
-        n: images per class.
+        classes: class names in the order of their labels.
+        image_of: function from a split and an id to the image, uint8 (H, W, 3).
+        folder: folder of the PNGs, `samples_train_center_0.png` and so on.
+        n: images per class, evenly spread over its rows.
     """
     for where, rows in _strata(table).items():
         present = [label for label in (*range(len(classes)), -1) if (rows["label"] == label).any()][:MOST_CLASSES]
@@ -120,12 +120,12 @@ def samples(table: pd.DataFrame, classes: list[str], image_of: ImageOf, folder: 
 
 
 def duplicates(audit: Audit, image_of: ImageOf, path: str | Path, n: int = 4) -> None:
-    """Draw the first `n` pairs of every finding about copies as a PNG: split, id and class above each image.
+    """Draw the first `n` pairs of each finding about copies as a PNG, with split, id and class above each image.
 
     Args:
-        audit: of the data set.
-        image_of: from a split and an id to the image, uint8 (H, W, 3).
-        path: of the PNG.
+        audit: audit of the data set.
+        image_of: function from a split and an id to the image, uint8 (H, W, 3).
+        path: path of the PNG.
         n: pairs per finding.
     """
     kinds = {"overlap", "similar_overlap", "label_conflict", "similar_label_conflict", "repeats", "similar_repeats"}
@@ -136,7 +136,7 @@ def duplicates(audit: Audit, image_of: ImageOf, path: str | Path, n: int = 4) ->
         parts = np.atleast_1d(np.array(figure.subfigures(len(findings), 1, hspace=0.02)))
         for part, finding in zip(parts, findings, strict=True):
             part.suptitle(finding.message, x=0.01, ha="left", weight="bold", fontsize=11)
-            # A narrow column apart, the images of a pair stand next to each other.
+            # The two images of a pair are adjacent, and pairs are separated by a narrow column.
             panels = part.subplots(1, 3 * n - 1, width_ratios=([1, 1, 0.12] * n)[:-1])
             for axes in panels:
                 _bare(axes)
@@ -147,13 +147,13 @@ def duplicates(audit: Audit, image_of: ImageOf, path: str | Path, n: int = 4) ->
 
 
 def _pair(group: list[Image]) -> list[Image]:
-    """Two of the images, with different labels where there are such."""
+    """Two of the images, with different labels if possible."""
     others = [image for image in group[1:] if image.label not in (group[0].label, HIDDEN)]
     return [group[0], (others or group[1:])[0]]
 
 
 def _strata(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The rows of every center of every split."""
+    """The rows of each center of each split, by a name such as "train, center 0"."""
     split, center = table["split"], table["center"]
     return {
         _where(s, c): table[(split == s) & (center == c)]

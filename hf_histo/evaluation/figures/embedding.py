@@ -1,4 +1,4 @@
-"""Where a model puts images: its features, and a map of them by center and by class."""
+"""Features of a model, and a map of them colored by center and by class."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hf_histo.transforms.pipeline import Pipeline
 
 
 class _Features(nn.Module):
-    """A model whose logits are the input of its head."""
+    """Wraps a model so that its `logits` are the input of its head, the features."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def features(
     adapt_batch_norm: bool = False,
     description: str = "Computing features",
 ) -> NDArray[np.float64]:
-    """The head's input for every image of a schema table, (n, d), in its order; see `forward` for the arguments."""
+    """Features (n, d), the head's input, of the images of a schema table in order; arguments are as for `forward`."""
     return forward(_Features(model), dataset, pipeline, adapt_batch_norm=adapt_batch_norm, description=description)
 
 
@@ -53,9 +53,10 @@ def embedding_map(
     """Draw the first two principal components of each set of features, as a PNG.
 
     Args:
-        features: name, e.g. "before adaptation", to (n, d), d at least 2; each is a row of panels and has its own PCA.
-        colorings: what the points are colored by, e.g. "center", to the n values; each is a column of panels.
-        path: of the PNG.
+        features: features (n, d), d at least 2, by name, e.g. "before adaptation"; each is a row of panels with its own
+            PCA.
+        colorings: n values that points are colored by, by name, e.g. "center"; each is a column of panels.
+        path: path of the PNG.
     """
     with drawing(path, 5.2 * len(colorings), 4.4 * len(features)) as figure:
         panels = figure.subplots(len(features), len(colorings), squeeze=False)

@@ -1,4 +1,4 @@
-"""Where in an image a model sees a class: Grad-CAM, as maps and as figures."""
+"""Heat maps of the evidence for a class in an image (Grad-CAM), and figures of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_histo.evaluation.figures.style import drawing
 
 
 class _Classes(nn.Module):
-    """A model with one logit for each class; the first of two is the negative of the second."""
+    """Wraps a model so that it returns one logit per class, (B, K); one logit x becomes (-x, x)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -29,19 +29,19 @@ class _Classes(nn.Module):
 
 
 def heat_map(model: nn.Module, pixels: torch.Tensor, chosen: int) -> torch.Tensor:
-    """Evidence for class `chosen` in one view: float32 (S, S) in [0, 1], the strongest place being 1.
+    """Evidence for class `chosen` in one view: float32 (S, S) in [0, 1], with a maximum of 1.
 
-    Gradient times activation of the last layer that still has places, summed over channels, the negative part dropped
-    (HiResCAM: Draelos & Carin 2020, "Use HiResCAM instead of Grad-CAM", eq. 3). Where a network ends in average pooling
-    and a linear layer, it is Grad-CAM (Selvaraju et al. 2017, eq. 1-2). In a vision transformer the places are those of
-    the patch tokens, behind the last normalization from which they still reach the logit.
+    The product of gradient and activation of the last layer with spatial positions, summed over channels and clipped at
+    zero (HiResCAM: Draelos & Carin 2020, "Use HiResCAM instead of Grad-CAM", eq. 3). For a network that ends in average
+    pooling and a linear layer, this is Grad-CAM (Selvaraju et al. 2017, eq. 1-2). In a vision transformer, positions
+    are the patch tokens after the last normalization layer at which they still affect the logit.
 
     Args:
         model: takes `pixel_values` and returns an object with `logits`.
         pixels: a normalized evaluation view (1, 3, S, S).
-        chosen: index of the class; of a single logit, 1 is for it and 0 against it.
+        chosen: index of the class; a single logit is evidence for class 1 and against class 0.
 
-    Raises `HistoError` without captum, and for a model without a layer that has places.
+    Raises `HistoError` if captum is not installed, and for a model without a layer with spatial positions.
     """
     try:
         from captum.attr import LayerGradientXActivation
@@ -60,7 +60,7 @@ def heat_map(model: nn.Module, pixels: torch.Tensor, chosen: int) -> torch.Tenso
 
 
 def _last_places(classes: nn.Module, pixels: torch.Tensor, chosen: int) -> tuple[nn.Module, tuple[int, int]]:
-    """The last layer whose output has places that the logit depends on, and how many: rows and columns."""
+    """The last layer whose output has spatial positions that affect the logit, and their rows and columns."""
     seen: list[tuple[nn.Module, torch.Tensor]] = []
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -80,7 +80,7 @@ def _last_places(classes: nn.Module, pixels: torch.Tensor, chosen: int) -> tuple
     maps = [(module, out) for module, out in seen if out.ndim == 4 and min(out.shape[2:]) > 1]
     tokens = [(module, out) for module, out in seen if out.ndim == 3 and isinstance(module, nn.LayerNorm)]
     if tokens:
-        # Patches are cut out by a convolution; in front of their tokens stand those of the class and registers.
+        # Patches come from a convolution; the class and register tokens are before the patch tokens.
         grid = next(out.shape[2:] for module, out in maps if isinstance(module, nn.Conv2d))
         places = [(module, out.grad[:, -grid.numel() :]) for module, out in tokens if out.grad is not None]
     else:
@@ -90,11 +90,11 @@ def _last_places(classes: nn.Module, pixels: torch.Tensor, chosen: int) -> tuple
         if once and gradient.any():
             height, width = grid if tokens else gradient.shape[2:]
             return module, (int(height), int(width))
-    raise HistoError("the model has no layer with places whose gradient is not zero; no explanation can be drawn")
+    raise HistoError("the model has no spatial layer with a gradient that is not zero; no explanation can be drawn")
 
 
 def blend(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The image (H, W, 3) with the heat (H, W) in [0, 1] over it, the more the hotter; uint8 (H, W, 3)."""
+    """Overlay a heat map (H, W) in [0, 1] on an image (H, W, 3), more opaque where hotter: uint8 (H, W, 3)."""
     weight = 0.45 * heat[..., None]
     color = mpl.colormaps["inferno"](0.25 + 0.7 * heat)[..., :3] * 255
     blended: NDArray[np.uint8] = np.rint(image * (1 - weight) + color * weight).astype(np.uint8)
@@ -104,13 +104,13 @@ def blend(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uin
 def explanations(
     images: Sequence[NDArray[np.uint8]], heats: Sequence[NDArray[np.float32]], titles: Sequence[str], path: str | Path
 ) -> None:
-    """Draw each image and below it the same with its heat, as a PNG.
+    """Draw each image, and below it the image with its heat map, as a PNG.
 
     Args:
-        images: (H, W, 3) each, of any sizes.
-        heats: (H, W) each, in [0, 1].
-        titles: one for each image.
-        path: of the PNG.
+        images: uint8 (H, W, 3) each; sizes may differ.
+        heats: heat map of each image, (H, W) in [0, 1].
+        titles: title of each image.
+        path: path of the PNG.
     """
     columns = min(6, len(images))
     rows = -(-len(images) // columns)

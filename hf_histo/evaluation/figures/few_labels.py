@@ -1,4 +1,4 @@
-"""Accuracy against the number of labels: one curve for each way to learn from them, with a band."""
+"""Accuracy against the number of labeled images: a curve with a band for each method."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 from hf_histo.evaluation.figures.style import LINES, drawing
 from hf_histo.evaluation.reporting.summary import Spread
 
-ALL = 0  # stands for all labels among the shots
+ALL = 0  # number of shots that means all labeled images
 
 
 def curves(series: Mapping[str, Mapping[int, Spread]], path: str | Path, *, title: str, axis: str) -> None:
-    """Draw the mean over seeds by shots per class, with a band of one sample deviation on either side, as a PNG.
+    """Draw the mean over seeds against shots per class, with a band of ± one sample standard deviation, as a PNG.
 
     Args:
-        series: by name, then by shots per class; `ALL` stands to the right of the others, as a point with a bar.
-        path: of the PNG.
-        title: of the figure.
-        axis: what the values are.
+        series: values over seeds by name, then by shots per class; `ALL` is drawn at the right, as a point with a bar.
+        path: path of the PNG.
+        title: title of the figure.
+        axis: label of the vertical axis.
     """
     shots = sorted({count for values in series.values() for count in values} - {ALL})
     end = 2 * max(shots, default=1)

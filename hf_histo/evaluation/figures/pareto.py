@@ -1,4 +1,4 @@
-"""Is the same result to be had with fewer parameters? Runs by size and by metric, and those that none beats in both."""
+"""Pareto front: runs by trainable parameters and metric, and those that no other run beats in both."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MARKERS = "osD^vP*X"
 
 @dataclass(frozen=True)
 class Point:
-    """A way to adapt a model.
+    """A way to adapt a model, and its result.
 
     Attributes:
-        series: what it has in common with others, such as the layers that are adapted.
-        name: what distinguishes it from the others of its series, such as the rank.
-        trainable: parameters, above 0.
-        mean: of the metric over seeds, the higher the better.
-        deviation: of the sample; None for a single seed.
+        series: what it shares with other points, such as the adapted layers.
+        name: what distinguishes it within its series, such as the rank.
+        trainable: number of trainable parameters, above 0.
+        mean: mean of the metric over seeds; higher is better.
+        deviation: sample standard deviation over seeds; None for a single seed.
     """
 
     series: str
@@ -34,10 +34,9 @@ class Point:
 
 
 def front(points: Mapping[str, Point]) -> list[str]:
-    """The names of the points on the Pareto front, by rising size.
+    """Names of the points on the Pareto front, by rising number of parameters.
 
-    Those for which no other has a higher mean with as few parameters, or as high a mean with fewer; of points that are
-    equal in both, all.
+    A point is on the front if no other point is at least as good in both mean and parameters, and better in one.
     """
 
     def beats(one: Point, other: Point) -> bool:
@@ -49,12 +48,12 @@ def front(points: Mapping[str, Point]) -> list[str]:
 
 
 def chart(points: Mapping[str, Point], path: str | Path, *, axis: str) -> None:
-    """Draw means with their deviations over trainable parameters (a logarithmic axis), and the front, as a PNG.
+    """Draw means with deviations against trainable parameters (logarithmic axis), and the Pareto front, as a PNG.
 
     Args:
-        points: by name, at least one.
-        path: of the PNG.
-        axis: what the means are.
+        points: at least one point, by name.
+        path: path of the PNG.
+        axis: label of the vertical axis.
     """
     with drawing(path, 8, 5.5) as figure:
         axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""Preview of training: some images as they are stored, and the views of them that a model is trained on."""
+"""Preview of training: some images as stored, and the training views of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hf_histo.transforms.pipeline import Pipeline, collate
 
 
 def preview(pipeline: Pipeline, rows: datasets.Dataset, path: str | Path, count: int = 8, epochs: int = 7) -> None:
-    """Draw training images of every center as stored, as prepared, and as in the first epochs of training, as a PNG.
+    """Draw training images of each center as stored, as prepared, and as in the first epochs of training, as a PNG.
 
     Args:
-        pipeline: of the run, its normalizer knowing the centers of `rows`.
+        pipeline: pipeline of the run; its normalizer must have statistics of the centers in `rows`.
         rows: schema table of the training images.
-        path: of the PNG.
-        count: images; as many of each center, rounded up.
-        epochs: of which a view is drawn.
+        path: path of the PNG.
+        count: number of images, rounded up to the same number for each center.
+        epochs: number of epochs of which a view is drawn.
     """
     stored, images = ImageTable(rows), pipeline.read_training(rows)
     centers = np.array(images.centers)
@@ -46,11 +46,11 @@ def preview(pipeline: Pipeline, rows: datasets.Dataset, path: str | Path, count:
 
 
 def sheet(rows: Mapping[str, Sequence[NDArray[np.float32]]], path: str | Path) -> None:
-    """Draw images in rows, each with its name above the first image, as a PNG.
+    """Draw rows of images, each with its name above the first image, as a PNG.
 
     Args:
-        rows: name to images (H, W, 3) in [0, 1], as many in each row.
-        path: of the PNG.
+        rows: images (H, W, 3) in [0, 1] by name of the row; all rows have the same number of images.
+        path: path of the PNG.
     """
     columns = max(map(len, rows.values()))
     with drawing(path, 1.4 * columns, 0.5 + 1.4 * len(rows)) as figure:

@@ -1,4 +1,4 @@
-"""The figures of a run: its training, and its predictions of every split."""
+"""The figures of a run: its training curve, and figures of its predictions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def draw(
     tables: Mapping[str, Predictions],
     validation: datasets.Dataset,
 ) -> dict[str, Path]:
-    """Draw all figures, as PNGs, and return them by what they show, in the order of reading.
+    """Draw all figures as PNGs, and return their paths by title, in the order of presentation.
 
     Args:
-        folder: of the PNGs.
+        folder: folder of the PNGs.
         history: `trainer.state.log_history`.
-        tables: predictions by split, one of them "val".
+        tables: predictions by split, including "val".
         validation: schema table of the split `val`.
     """
     labeled = {split: table for split, table in tables.items() if (table["label"] >= 0).any()}

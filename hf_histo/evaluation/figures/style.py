@@ -1,4 +1,4 @@
-"""Style of all figures, and how one is written; needs neither a display nor pyplot's global state."""
+"""Style of all figures, and a context to draw one, without a display or pyplot's global state."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
-    """Yield an empty figure of so many inches; write it to `path` as a PNG, atomically, when the block ends."""
+    """Yield an empty figure of `width` x `height` inches; at the end of the block, write it to `path` as a PNG."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
@@ -46,10 +46,10 @@ def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def short(text: str, most: int = 22) -> str:
-    """The end of a long text: names of files differ there."""
+    """Shorten text to its last `most` characters, since file names differ at the end."""
     return text if len(text) <= most else f"…{text[1 - most :]}"
 
 
 def write_message(figure: Figure, message: str) -> None:
-    """Write `message` where there is nothing to draw."""
+    """Draw `message` in place of a plot that has no data."""
     figure.text(0.5, 0.5, message, ha="center", va="center", fontsize=14, color=GRAY)

@@ -1,11 +1,11 @@
-"""How good a predictions table is, overall and per acquisition center, with intervals that respect patients.
+"""Classification metrics of a predictions table, overall and per acquisition center, with intervals over groups.
 
-Every metric is one function of row weights. With all weights 1 it gives the value; with the weights of some groups set
-to 0, it gives what `intervals` makes the interval of. Both therefore mean exactly the same thing.
+Each metric is a function of row weights: all weights 1 give its value, and setting the weights of some groups to 0
+gives the replicates that `intervals` needs. Value and interval therefore use the same definition.
 
-Two classes give metrics of the positive class (label 1). More classes give the same names as unweighted (macro)
-averages over the classes for which the value is defined, and `precision_<class>`, `recall_<class>` and `auroc_<class>`
-besides. Screening metrics need a class that means "nothing found", which of two classes is the first one by default.
+With two classes, metrics are those of the positive class (label 1). With more, they are unweighted (macro) averages
+over the classes for which the value is defined, and `precision_<class>`, `recall_<class>` and `auroc_<class>` are
+added. Screening metrics need a class that means "nothing found"; with two classes, the default is class 0.
 
 | metric | definition | undefined where |
 |---|---|---|
@@ -19,8 +19,8 @@ a class or its rest does not occur |
 | `recall` | TP / (TP + FN) | the class does not occur |
 | `f1` | 2 TP / (2 TP + FP + FN) | the class neither occurs nor is predicted |
 | `loss` | unweighted cross entropy in nats, from the logits | there is no labeled row |
-| `sensitivity_at_<s>` | highest share of the images of any other class that a threshold on 1 - p(negative) finds, \
-leaving at least the share s, the specificity, of the negative images alone | either kind does not occur |
+| `sensitivity_at_<s>` | highest share of images of the other classes above a threshold on 1 - p(negative), where at \
+least the share s (the specificity) of the negative images is below it | either kind does not occur |
 
 An undefined metric is None. Rows with a hidden label (-1) are left out; `n` counts the rest.
 """
@@ -40,24 +40,25 @@ from hf_histo.evaluation.metrics.intervals import Evidence
 from hf_histo.evaluation.predictions import Predictions
 
 if TYPE_CHECKING:
-    from transformers import EvalPrediction  # imports torch, which nothing here needs
+    from transformers import EvalPrediction  # imports torch, which is not needed here
 
 Floats = NDArray[np.float64]
 
 SPECIFICITIES = (0.9, 0.95)  # of the screening metrics
-MIN_ABOVE = 5  # negative images above the threshold of a screening metric, for an interval: fewer can't place it
-BLOCK = 2**18  # rows × sets of weights worked on at once: 2 MiB per float64 array stays near the processor's cache
+MIN_ABOVE = 5  # negative images above the threshold that the interval of a screening metric requires
+BLOCK = 2**18  # rows × sets of weights computed at once: 2 MiB per float64 array fits into the processor's cache
 
 
 def compute(
     predictions: Predictions, *, threshold: float = 0.5, negative: int | None = None
 ) -> dict[str, float | None]:
-    """Return every metric of the module's table, and `n`.
+    """Return each metric of the module's table, and the number `n` of labeled rows.
 
     Args:
         predictions: a predictions table.
-        threshold: the probability in [0, 1] from which on class 1 is predicted, where there are two classes.
-        negative: the class that means "nothing found"; None is class 0 of two, and no screening metric for more.
+        threshold: for two classes, the smallest probability in [0, 1] at which class 1 is predicted.
+        negative: index of the class that means "nothing found"; None is class 0 of two classes, and no screening
+            metrics for more.
 
     Raises:
         HistoError: `threshold` is outside [0, 1].
@@ -67,23 +68,23 @@ def compute(
 
 
 def report(predictions: Predictions, *, threshold: float = 0.5, negative: int | None = None) -> dict[str, Any]:
-    """Return every metric with its 95% confidence interval, overall and for each known center.
+    """Return each metric with its 95% confidence interval, overall and for each known center.
 
-    Intervals are those of `intervals`, which respect that images of one group (patient, slide) are alike;
-    an image whose group is unknown is a group of its own. Where there are too few groups for a metric to have an
-    interval, `low` and `high` are None, and "withheld" is why: a recall needs enough groups with its class, an AUROC
-    with and without it, the mean over classes enough of each class that occurs.
+    Intervals (see `intervals`) account for the similarity of images of one group (patient, slide); an image of unknown
+    group is its own group. If there are too few groups for an interval, `low` and `high` are None and "withheld" is the
+    reason: a recall needs enough groups with images of its class, an AUROC also enough without, and a mean over classes
+    enough of each class that occurs.
 
     Args:
-        predictions: a predictions table. Rows of the unknown center (-1) count in "overall" only.
+        predictions: a predictions table. Rows of unknown center (-1) are included in "overall" only.
         threshold, negative: as in `compute`.
 
     Returns:
-        `{"constant": what `constant` returns, "transductive": what the table records (see
-        `hf_histo.evaluation.predictions`), None where it doesn't, "overall": M, "centers": {"0": M, ...},
-        "threshold": ..., "negative": ..., "intervals": {"method": ..., "confidence": 0.95, "unit": "group", ...}}`,
-        ready for JSON, where M is `{"n": int, "groups": int, "groups_by_class": {"<class>": int, ...}, "<metric>":
-        {"value": v, "low": l, "high": h}, ...}`. A group counts for each class that it has images of.
+        `{"constant": result of `constant`, "transductive": the property of the table, None if not recorded,
+        "overall": M, "centers": {"0": M, ...}, "threshold": ..., "negative": ..., "intervals": {"method": ...,
+        "confidence": 0.95, "unit": "group", ...}}` in JSON values, where M is `{"n": int, "groups": int,
+        "groups_by_class": {"<class>": int, ...}, "<metric>": {"value": v, "low": l, "high": h}, ...}`. A group counts
+        for each class that it has images of.
 
     Raises:
         HistoError: `threshold` is outside [0, 1].
@@ -110,7 +111,7 @@ def report(predictions: Predictions, *, threshold: float = 0.5, negative: int | 
 
 
 def constant(predictions: Predictions, *, threshold: float = 0.5) -> str | None:
-    """Describe what is equal in all of two rows or more, which hints at a model that learned nothing; else None."""
+    """Return a sentence if all rows (two or more) have the same logits or class: the model may have learned nothing."""
     scores = predictions.logits
     if len(scores) < 2:
         return None
@@ -124,18 +125,18 @@ def constant(predictions: Predictions, *, threshold: float = 0.5) -> str | None:
 def of_logits(
     logits: ArrayLike, labels: ArrayLike, *, threshold: float = 0.5, negative: int | None = None
 ) -> dict[str, float | None]:
-    """Return `compute` of bare logits, (n,), (n, 1) or (n, K), and labels, (n,), as `Predictions.make` takes them."""
+    """Return `compute` for logits, (n,), (n, 1) or (n, K), and labels, (n,), as `Predictions.make` takes them."""
     n = len(np.asarray(logits))
     table = Predictions.make(range(n), np.full(n, -1), [""] * n, labels, logits)
     return compute(table, threshold=threshold, negative=negative)
 
 
 def for_trainer(*, threshold: float = 0.5, negative: int | None = None) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return a `compute_metrics` for `transformers.Trainer`.
+    """Return a `compute_metrics` function for `transformers.Trainer`.
 
-    It takes logits of shape (n,), (n, 1) or (n, K), and label ids that are labels of shape (n,) or a tuple that
-    starts with them. Undefined metrics are left out, and so is `loss`: it would replace the Trainer's own `eval_loss`,
-    which is the objective that is trained.
+    It takes logits of shape (n,), (n, 1) or (n, K), and label ids that are labels (n,) or a tuple that starts with
+    them. Undefined metrics are left out, and so is `loss`, which would replace the Trainer's own `eval_loss`, the value
+    of the training objective.
     """
 
     def compute_metrics(evaluation: EvalPrediction) -> dict[str, float]:
@@ -148,10 +149,10 @@ def for_trainer(*, threshold: float = 0.5, negative: int | None = None) -> Calla
 
 
 class _Rows:
-    """The labeled rows of a table as arrays, and the metrics as a function of how often each group of rows counts."""
+    """The labeled rows of a table as arrays, and the metrics as a function of the weights of groups."""
 
     def __init__(self, predictions: Predictions, threshold: float, negative: int | None = None) -> None:
-        own = "\0" + predictions["id"]  # no name of a group starts with this: an image without one is its own group
+        own = "\0" + predictions["id"]  # no group name starts with \0: an image of unknown group is its own group
         groups = predictions["group"].where(predictions["group"] != "", own)
         labeled = (predictions["label"] >= 0).to_numpy()
         self.labels = predictions.labels[labeled]
@@ -168,7 +169,7 @@ class _Rows:
         self.losses = np.logaddexp(0, -odds[np.arange(len(self.labels)), self.labels])
 
     def metrics(self, counts: Floats | None = None) -> dict[str, Floats]:
-        """Return every metric, shape (B,), NaN where undefined, under `counts`: (groups, B), default all 1, B = 1."""
+        """Return each metric, (B,), NaN where undefined, for group weights `counts`, (groups, B); default: all 1."""
         counts = np.ones((self.group_count, 1)) if counts is None else counts
         correct = (self.predicted == self.labels).astype(np.float64)
         support = counts.T @ self._per_group(self.labels)
@@ -208,7 +209,7 @@ class _Rows:
         return values
 
     def replicates(self) -> dict[str, Floats]:
-        """Return every metric, (B,), without each block of groups in turn."""
+        """Return each metric, (B,), with one block of groups left out at a time."""
         block = intervals.blocks(self.group_count)
         count, step = int(block.max()) + 1, max(1, BLOCK // len(self.labels))
         parts = [
@@ -218,7 +219,7 @@ class _Rows:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def evidence(self, names: Sequence[str]) -> dict[str, list[Evidence]]:
-        """Return the kinds of images that each metric is about; of a mean over classes, those that it is taken over."""
+        """Return, for each metric, the kinds of images that it depends on; for a mean over classes, those of each."""
         own, called = self._per_group(self.labels), self._per_group(self.predicted)
         both = own + called - self._per_group(self.labels, (self.predicted == self.labels).astype(np.float64))
 
@@ -256,26 +257,26 @@ class _Rows:
 
 
 def _order(scores: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return the order of falling scores, and the places in it where a new distinct score starts."""
+    """Return the order of falling scores, and the positions in it at which a new distinct score starts."""
     order = np.argsort(-scores)
     return order, np.flatnonzero(np.diff(scores[order], prepend=np.nan))
 
 
 def _ranking(positive: NDArray[np.bool_], weights: Floats, ties: NDArray[np.intp]) -> tuple[Floats, Floats]:
-    """Return the AUROC and the average precision, (B,) each, of rows, (n,), with weights, (n, B), by falling score."""
+    """Return AUROC and average precision, (B,) each, of rows in order of falling score, with weights (n, B)."""
     positives = np.add.reduceat(weights * positive[:, None], ties, axis=0)
     negatives = np.add.reduceat(weights, ties, axis=0) - positives
     above, total = positives.cumsum(axis=0), (positives + negatives).cumsum(axis=0)
     p, n = positives.sum(axis=0), negatives.sum(axis=0)
     auroc = (negatives * (above - positives / 2)).sum(axis=0) / (p * n)
-    # Scores of weight 0 add nothing, but 0/0 before the first other one would.
+    # Rows of weight 0 contribute nothing, but would give 0/0 before the first row with another weight.
     precision = np.divide(above, total, out=np.zeros_like(total), where=total > 0)
     average_precision = (positives * precision).sum(axis=0) / p
     return auroc, np.where(n > 0, average_precision, np.nan)
 
 
 def _sensitivities(positive: NDArray[np.bool_], weights: Floats, ties: NDArray[np.intp]) -> list[Floats]:
-    """Return the sensitivity, (B,), at each of `SPECIFICITIES`, of rows as `_ranking` takes them."""
+    """Return the sensitivity, (B,), at each of `SPECIFICITIES`; arguments are those of `_ranking`."""
     positives = np.add.reduceat(weights * positive[:, None], ties, axis=0).cumsum(axis=0)
     negatives = np.add.reduceat(weights * ~positive[:, None], ties, axis=0).cumsum(axis=0)
     p, n = positives[-1:].sum(axis=0), negatives[-1:].sum(axis=0)
@@ -313,7 +314,7 @@ def _with_intervals(rows: _Rows, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _lack(replicates: Floats | None, evidence: Sequence[Evidence]) -> str | None:
-    """Why a metric can have no interval; None where it can."""
+    """Why a metric has no interval; None if it has one."""
     fewest = min(evidence, key=lambda kind: (kind.groups, kind.effective_groups))
     if reason := next(filter(None, (kind.lack() for kind in (fewest, *evidence))), None):
         return reason
@@ -327,7 +328,7 @@ def _present(kinds: Sequence[Evidence]) -> list[Evidence]:
 
 
 def _mean(values: Floats) -> Floats:
-    """Average over the last axis the values that are defined; NaN where none is."""
+    """Mean over the last axis of the values that are defined; NaN if none is."""
     mean: Floats = np.nansum(values, axis=-1) / np.isfinite(values).sum(axis=-1)
     return mean
 

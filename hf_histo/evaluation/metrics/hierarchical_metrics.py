@@ -1,8 +1,8 @@
-"""Scores of classes in a hierarchy: how often each level is right, and decisions that never contradict each other.
+"""Accuracy of hierarchical classes at each level, for two decision rules.
 
-The probability of a class of a higher level is the sum over the classes below it. Two decisions are scored:
+The probability of a class of a higher level is the sum over the classes below it. The decision rules are:
 
-- by level: the most probable class of each level by itself. The levels may contradict each other.
+- by level: the most probable class of each level independently. Levels may contradict each other.
 - top-down: the most probable class of the first level, then the most probable one below it, and so on: a path. This is
   greedy descent over conditional probabilities, e.g. Silla & Freitas 2011, "A survey of hierarchical classification
   across different application domains", sec. 3.1.
@@ -28,9 +28,9 @@ def are_in(predictions: Predictions) -> bool:
 
 
 def top_down(predictions: Predictions) -> NDArray[np.int64]:
-    """The class at the end of the path that is followed from the top, (n,).
+    """Class index at the end of the top-down path of each row, (n,).
 
-    Raises `HistoError` where the classes have one level only.
+    Raises `HistoError` if the classes have only one level.
     """
     probability, paths = predictions.class_probabilities, _paths(predictions)
     open_classes = np.ones_like(probability, dtype=bool)
@@ -44,14 +44,14 @@ def top_down(predictions: Predictions) -> NDArray[np.int64]:
 
 
 def scores(predictions: Predictions) -> dict[str, Any]:
-    """Accuracy at each level and their mean, for both decisions, over the labeled rows.
+    """Accuracy at each level, and the mean over levels, for both decision rules on the labeled rows.
 
     Returns:
         {"levels": {"1": {"classes": ..., "by_level": accuracy, "top_down": accuracy}, ...}, "mean": {"by_level": ...,
-        "top_down": ...}, "consistent": share of rows where the decisions by level form a path, "n": rows}; None where
-        there is no labeled row. At a level that a class does not reach, the class itself counts.
+        "top_down": ...}, "consistent": share of rows whose decisions by level form a path, "n": number of rows}; values
+        are None without labeled rows. At a level below a class's path, the class itself is used.
 
-    Raises `HistoError` where the classes have one level only.
+    Raises `HistoError` if the classes have only one level.
     """
     names, paths, probability = predictions.label_names, _paths(predictions), predictions.class_probabilities
     followed, labels = top_down(predictions), predictions.labels
@@ -84,7 +84,7 @@ def scores(predictions: Predictions) -> dict[str, Any]:
 
 
 def summary(found: Mapping[str, Any]) -> str:
-    """A table of `scores`."""
+    """The result of `scores` as a table, in text."""
     rows: list[list[object]] = [["level", "classes", "accuracy by level", "along the path"]]
     for level, of in found["levels"].items():
         rows.append([level, of["classes"], of["by_level"], of["top_down"]])

@@ -1,6 +1,6 @@
-"""The package's classification metrics as an `evaluate.Metric`, for use outside of it; model cards point here.
+"""The package's classification metrics as an `evaluate.Metric`, for use in other code; model cards refer to it.
 
-The package itself calls `hf_histo.evaluation.metrics.classification`, since `import evaluate` takes seconds.
+The package itself uses `hf_histo.evaluation.metrics.classification`, since `import evaluate` takes seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hf_histo.evaluation.metrics.classification import of_logits
 
 
 class ClassificationMetrics(Metric):
-    """`classification.compute` as an `evaluate.Metric`, in the package, so that it needs no network.
+    """`classification.compute` as an `evaluate.Metric` that needs no network.
 
     `ClassificationMetrics().compute(predictions=logits, references=labels, threshold=0.5)` takes logits of shape (n,)
     or (n, K) and labels of shape (n,), -1 where hidden; `add_batch` collects them in parts.

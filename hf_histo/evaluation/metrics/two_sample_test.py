@@ -18,15 +18,16 @@ from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import Predictions
 
 FOLDS = 5
-MOST = 2000  # images of a side, drawn where there are more
-EVERY = "(all)"  # stands for all classes together
+MOST = 2000  # largest number of images of a side; of more, a random sample is used
+EVERY = "(all)"  # label that means all classes together
 
 
 @dataclass(frozen=True)
 class Separation:
-    """AUROC, with its 95% interval, that separates images of `split` from `train` images, both of class `label`.
+    """AUROC with which a classifier separates images of `split` from those of `train`, and its 95% interval.
 
-    None where a side has less than `FOLDS` groups; the interval alone, where `classification.report` has none.
+    `label` is the class of the images on both sides, `train` and `images` are their numbers. All three values are None
+    if a side has fewer than `FOLDS` groups; `low` and `high` also if `classification.report` gives no interval.
     """
 
     split: str
@@ -41,22 +42,22 @@ class Separation:
 def separations(
     features: NDArray[np.float64], table: pd.DataFrame, classes: Sequence[str], *, seed: int = 0
 ) -> list[Separation]:
-    """For each split beside `train`, and each class in it: how well its images are separated from those of `train`.
+    """For each split other than `train` and each of its classes, how well its images can be separated from `train`.
 
     A classifier two-sample test (Lopez-Paz & Oquab 2017, "Revisiting classifier two-sample tests", sec. 3; the proxy
-    A-distance of Ben-David et al. 2010, "A theory of learning from different domains", is made of the same error): if
-    both sides came from one source, no classifier could separate them and its AUROC would be 0.5. Here, logistic
-    regression on standardized features, in 5 folds of whole groups, so that it can't know an image by its copy or its
-    patient. Groups on both sides are left out. The interval is that of `classification.report`, wider by the square
-    root of 1 + k / (k - 1) for k folds, since other training images would give other classifiers (Nadeau & Bengio 2003,
-    "Inference for the generalization error", Machine Learning 52:239-281, sec. 3). Over all classes, a difference may
-    also be that of their shares.
+    A-distance of Ben-David et al. 2010, "A theory of learning from different domains", uses the same error): if both
+    sides have the same distribution, no classifier can separate them, and the AUROC is 0.5. The classifier is a
+    logistic regression on standardized features, cross-validated in 5 folds of whole groups, so that it can't recognize
+    an image by its copy or patient. Groups on both sides are left out. The interval is that of `classification.report`,
+    widened by the square root of 1 + k / (k - 1) for k folds, since other training images would give other classifiers
+    (Nadeau & Bengio 2003, "Inference for the generalization error", Machine Learning 52:239-281, sec. 3). With all
+    classes together, a difference may also be one of class shares.
 
     Args:
         features: (n, d), of a model that was trained on neither side.
-        table: n rows with `split`, `id`, `label` (-1: hidden) and `group` ("": alone).
-        classes: their names.
-        seed: of the folds, and of the draw where a side has more than `MOST` images.
+        table: n rows with `split`, `id`, `label` (-1: hidden) and `group` ("": its own group).
+        classes: class names.
+        seed: seed of the folds, and of the sample if a side has more than `MOST` images.
     """
     own = "\0" + table["split"] + "/" + table["id"]
     groups = table["group"].where(table["group"] != "", own).to_numpy()

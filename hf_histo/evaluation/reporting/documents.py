@@ -1,6 +1,6 @@
-"""What a person reads about a run: the templates of the model card (Markdown) and of report.html, filled in.
+"""Rendering of the model card (Markdown) and report.html from the templates in `templates/`.
 
-The templates are in `templates/`. Whatever they print is escaped for their format, so a class may have any name.
+All values are escaped for the format of the template, so that class names may contain any characters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hf_histo.evaluation.reporting import report
 
 
 def render(template: str, **facts: Any) -> str:
-    """Fill in `templates/TEMPLATE`; the same facts give the same text. A fact that is missing is an error."""
+    """Render `templates/TEMPLATE` with `facts`; deterministic. Raises jinja2's `UndefinedError` for a missing fact."""
     environment = Environment(
         loader=PackageLoader("hf_histo.evaluation.reporting"),
         autoescape=select_autoescape(["html"]),
@@ -46,12 +46,12 @@ def render(template: str, **facts: Any) -> str:
 
 
 def _embedded(figure: Path) -> str:
-    """A PNG as an address that holds all of it."""
+    """A PNG as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode('ascii')}"
 
 
 def _is_wide(figure: Path) -> bool:
-    """Whether a PNG is too wide to be read on a phone without scrolling: more than 9 inches at our 150 dpi.
+    """Whether a PNG is too wide to be read on a phone without scrolling: more than 9 inches at 150 dpi.
 
     https://www.w3.org/TR/png-3/#11IHDR: the width is in bytes 16 to 19.
     """
@@ -59,5 +59,5 @@ def _is_wide(figure: Path) -> bool:
 
 
 def plain(text: object) -> str:
-    """Text that Markdown shows as it is (https://spec.commonmark.org/0.31.2/#backslash-escapes), on one line."""
+    """Escape text for Markdown (https://spec.commonmark.org/0.31.2/#backslash-escapes), on one line."""
     return re.sub(r"([\\`*_{}\[\]<>#|!~$])", r"\\\1", " ".join(str(text).split()))

@@ -22,12 +22,12 @@ HEADLINE = ("accuracy", "balanced_accuracy", "auroc", "f1")
 
 
 def training_curve(log_history: Sequence[Mapping[str, float]], path: str | Path) -> None:
-    """Draw loss, validation metrics and learning rate over epochs as a PNG; only the panels that have data.
+    """Draw loss, validation metrics and learning rate over epochs as a PNG; panels without data are left out.
 
     Args:
         log_history: `trainer.state.log_history`: dicts with `epoch` and some of `loss`, `eval_loss` (nats),
             `eval_accuracy`, `eval_auroc` (0 to 1), `learning_rate`.
-        path: of the PNG.
+        path: path of the PNG.
     """
     panels = {
         "loss (nats)": {"loss": "training", "eval_loss": "validation"},
@@ -44,7 +44,7 @@ def training_curve(log_history: Sequence[Mapping[str, float]], path: str | Path)
             for color, (key, name) in zip(COLORS, series.items(), strict=False):
                 points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry]
                 if points:
-                    # Validation happens a few times per run, and a single point would have no line.
+                    # Markers for validation, which may have a single point, without a line.
                     axes.plot(*zip(*points, strict=True), color=color, label=name, marker="o" * key.startswith("eval"))
             axes.set_ylabel(title)
             if any(series.values()):
@@ -56,9 +56,8 @@ def training_curve(log_history: Sequence[Mapping[str, float]], path: str | Path)
 def roc_curve(predictions_by_split: Mapping[str, Predictions], path: str | Path) -> None:
     """Draw ROC curves as a PNG, with the AUROC in the legend.
 
-    With two classes there is one panel with a curve for every split (or center). With more, every split has a panel,
-    with a curve for each class against the rest. Where only one class is labeled, the legend has a note and there is no
-    curve.
+    With two classes, one panel has a curve for each table. With more, each table has a panel, with a curve for each
+    class against the rest. If only one class is labeled, there is a note in the legend instead of a curve.
     """
     panels: dict[str, dict[str, tuple[NDArray[np.bool_], NDArray[np.float64]]]] = {}
     for split, predictions in predictions_by_split.items():
@@ -85,12 +84,12 @@ def roc_curve(predictions_by_split: Mapping[str, Predictions], path: str | Path)
 
 
 def confusion_matrix(predictions: Predictions, path: str | Path, *, threshold: float = 0.5) -> None:
-    """Draw counts of true against predicted class as a PNG, shaded by their share of the true class.
+    """Draw the confusion matrix as a PNG: counts by true and predicted class, shaded by their share of the true class.
 
     Args:
         predictions: a predictions table; rows with a hidden label are left out.
-        path: of the PNG.
-        threshold: the probability from which on class 1 is predicted, where there are two classes.
+        path: path of the PNG.
+        threshold: for two classes, the smallest probability at which class 1 is predicted.
     """
     labeled = predictions.labeled
     names = predictions.label_names
@@ -124,16 +123,16 @@ def worst_errors(
     *,
     threshold: float = 0.5,
 ) -> None:
-    """Draw the `n` labeled images that were predicted wrong with the least probability for their true class, as a PNG.
+    """Draw the `n` wrongly predicted images with the lowest probability of their true class, as a PNG.
 
-    Every title gives the id, the center, the true class, and the probability that the true class was given.
+    Titles show the id, the center, the true class, and the predicted probability of the true class.
 
     Args:
         predictions: a predictions table; rows with a hidden label are left out.
-        image_of: from an id to the image, uint8, (height, width, 3) or (height, width).
-        path: of the PNG.
-        n: how many images at most.
-        threshold: the probability from which on class 1 is predicted, where there are two classes.
+        image_of: function from an id to the image, uint8 (H, W, 3) or (H, W).
+        path: path of the PNG.
+        n: largest number of images.
+        threshold: for two classes, the smallest probability at which class 1 is predicted.
     """
     labels, probability = predictions.labels, predictions.class_probabilities
     of_truth = np.take_along_axis(probability, np.maximum(labels, 0)[:, None], axis=1)[:, 0]
@@ -158,14 +157,14 @@ def worst_errors(
 
 
 def cell(value: object) -> str:
-    """A value as tables show it: floats to three decimals, None as a dash, control characters as their escapes."""
+    """Format a table cell: floats with three decimals, None as a dash, control characters escaped."""
     return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else printable(str(value))
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:
-    """Return rows, the first of them the header, as an aligned Markdown table, which reads well as plain text too.
+    """Return rows, of which the first is the header, as a Markdown table that is aligned as plain text, too.
 
-    Values are those of `cell`; the first column is aligned left, the others right.
+    Values are formatted by `cell`; the first column is aligned left, the others right.
     """
     cells = [[cell(value) for value in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
@@ -177,22 +176,22 @@ def table(rows: Sequence[Sequence[object]]) -> str:
 
 
 def center_table(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> str:
-    """Return `center_rows` as a `table`, and below it what `withheld` returns."""
+    """Return `center_rows` as a `table`, followed by the sentences of `withheld`."""
     return _with_notes(table(center_rows(report, metrics)), withheld(report, metrics))
 
 
 def center_rows(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> list[list[object]]:
-    """Return a `metrics.report` as a header, a row for each center and one overall, values with their intervals."""
+    """Return rows of a `classification.report`: a header, a row for each center and one overall, with intervals."""
     return _interval_rows(_parts(report), metrics)
 
 
 def withheld(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> list[str]:
-    """Return why values of a `metrics.report` have no interval, in a sentence for each center and reason."""
+    """Return why values of a `classification.report` have no interval, a sentence for each center and reason."""
     return _withheld(_parts(report), metrics)
 
 
 def overall_table(reports: Mapping[str, Mapping[str, Any]], metrics: Sequence[str] = HEADLINE) -> str:
-    """Return the overall values of several `metrics.report` by their names, as `center_table` does."""
+    """Return a table like `center_table` with the overall values of several `classification.report`s, by name."""
     named = {marked(name, report): report["overall"] for name, report in reports.items()}
     return _with_notes(table(_interval_rows(named, metrics)), _withheld(named, metrics))
 
@@ -203,12 +202,12 @@ def _parts(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def marked(name: str, report: Mapping[str, Any]) -> str:
-    """Return the name of a row of a table, marked where the `metrics.report` that it shows is transductive."""
+    """Return the name of a table row, marked as transductive if the `classification.report` in it is."""
     return f"{name} (transductive)" if report.get("transductive") else name
 
 
 def transductive(report: Mapping[str, Any], split: str) -> str:
-    """Return what a `metrics.report` of a split owes to its own unlabeled images, as a sentence; "" if nothing."""
+    """Return a sentence on how a split's predictions used its own unlabeled images; "" if they did not."""
     if report["transductive"] is None:
         return f"It is not recorded whether the predictions used the unlabeled images of {split} as a whole."
     if not report["transductive"]:
@@ -238,7 +237,7 @@ def _with_notes(table: str, notes: Sequence[str]) -> str:
 
 
 def class_rows(report: Mapping[str, Any], names: Sequence[str]) -> list[list[object]]:
-    """Return a `metrics.report` of more than two classes as a header and a row for each class, with its name."""
+    """Return rows of a `classification.report` of more than two classes: a header and a row for each class."""
     metrics = ("precision", "recall", "auroc")
     rows: list[list[object]] = [["", "groups", *metrics]]
     for place, (name, groups) in enumerate(zip(names, report["overall"]["groups_by_class"].values(), strict=True)):
@@ -247,7 +246,7 @@ def class_rows(report: Mapping[str, Any], names: Sequence[str]) -> list[list[obj
 
 
 def screening(report: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return the screening metrics of a `metrics.report` as a sentence, "" where it has none."""
+    """Return the screening metrics of a `classification.report` as a sentence; "" if it has none."""
     if report["negative"] is None:
         return ""
     found = [f"{_interval(report['overall'][f'sensitivity_at_{s}']) or '–'} at specificity {s}" for s in SPECIFICITIES]
@@ -255,7 +254,7 @@ def screening(report: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def size_rows(metrics: Mapping[str, Any]) -> list[list[object]]:
-    """Return the "parameters" and "bytes" of a run (see `models.accounting.account`) as a header and rows, in MiB."""
+    """Return the "parameters" and "bytes" of a run (see `model_size.account`) as a header and rows, bytes in MiB."""
     parameters, size = metrics["parameters"], metrics["bytes"]
     rows: list[list[object]] = [
         ["", "model", "adapter", "share"],
@@ -268,7 +267,7 @@ def size_rows(metrics: Mapping[str, Any]) -> list[list[object]]:
 
 
 def cost_sentence(cost: Mapping[str, Any]) -> str:
-    """What cost.json of a run holds, to read."""
+    """The content of a run's cost.json as a sentence."""
     device = f"CPU (threads: {cost['threads']})" if cost["device"] == "cpu" else cost["device"]
     precision = "float32" if cost["precision"] == "no" else f"mixed precision {cost['precision']}"
     since = " since it was resumed from a checkpoint" if cost["resumed"] else ""

@@ -1,4 +1,4 @@
-"""Summary of a run, and of several: mean and deviation over seeds, and the worst of the held-out centers."""
+"""Summary of one run, and of several: mean and deviation over seeds, mean and worst of the held-out centers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "au
 
 
 def of_run(metrics: Mapping[str, Any], adapter: Path, seconds: float | None, address: str | None = None) -> str:
-    """Return a short table of the evaluated splits of a run, then sizes, seconds and the folder.
+    """Return a text: a short table of the evaluated splits of a run, then sizes, seconds and the folder.
 
     Args:
         metrics: content of metrics.json.
-        adapter: its folder.
-        seconds: that the run took; None if it was finished before.
-        address: where it was uploaded, if it was.
+        adapter: path of the adapter folder.
+        seconds: duration of the run; None if it was finished before.
+        address: URL of the upload, if any.
     """
     reports = {split: values["overall"] for split, values in metrics["splits"].items()}
     names = ["accuracy", "auroc", "loss"]
@@ -54,12 +54,12 @@ def of_run(metrics: Mapping[str, Any], adapter: Path, seconds: float | None, add
 
 @dataclass(frozen=True)
 class Spread:
-    """A metric over seeds; `str` of it gives three decimals.
+    """A metric over seeds; `str` formats it with three decimals.
 
     Attributes:
-        mean: None where the metric is defined for no seed.
-        deviation: of the sample, with n - 1 in the denominator; None for fewer than two values.
-        n: how many values.
+        mean: mean of the values; None without values.
+        deviation: sample standard deviation (denominator n - 1); None for fewer than two values.
+        n: number of values.
     """
 
     mean: float | None
@@ -77,10 +77,10 @@ class HeldOut:
     """A metric by held-out center.
 
     Attributes:
-        centers: over seeds, by center.
-        mean: over seeds, of the mean over centers: a center counts the same, whatever its number of images.
-        worst: that of `centers` with the lowest mean, None where the metric is defined for none.
-        worst_center: which one, likewise.
+        centers: the metric over seeds, by center.
+        mean: the mean over centers, over seeds; each center has the same weight, whatever its number of images.
+        worst: the one of `centers` with the lowest mean; None if the metric is undefined for all.
+        worst_center: number of that center; None likewise.
     """
 
     centers: dict[int, Spread]
@@ -90,7 +90,7 @@ class HeldOut:
 
 
 def spread(values: Iterable[float | None]) -> Spread:
-    """Mean and deviation of the values that are defined."""
+    """`Spread` of the values that are defined (not None)."""
     defined = [value for value in values if value is not None]
     return Spread(
         statistics.fmean(defined) if defined else None,
@@ -100,9 +100,9 @@ def spread(values: Iterable[float | None]) -> Spread:
 
 
 def held_out(values: Mapping[int, Mapping[int, float | None]]) -> HeldOut:
-    """Summarize the values of a metric (None: undefined) by held-out center, then by seed; every center has every seed.
+    """Summarize the values of a metric (None: undefined), given by held-out center, then by seed.
 
-    Raises HistoError where there is no center, or the seeds differ between centers.
+    Raises HistoError if there is no center, or centers have different seeds.
     """
     seeds = {tuple(sorted(by_seed)) for by_seed in values.values()}
     if len(seeds) != 1:
@@ -115,9 +115,9 @@ def held_out(values: Mapping[int, Mapping[int, float | None]]) -> HeldOut:
 
 
 def best(values: Mapping[str, Spread]) -> str:
-    """The name with the highest mean, the first one of equals.
+    """Name with the highest mean; on a tie, the first one.
 
-    Raises HistoError where none is defined.
+    Raises HistoError if no mean is defined.
     """
     defined = {name: value.mean for name, value in values.items() if value.mean is not None}
     if not defined:
@@ -128,13 +128,13 @@ def best(values: Mapping[str, Spread]) -> str:
 def bar_chart(
     rows: Mapping[str, Mapping[str, Spread]], path: str | Path, *, reported: Mapping[str, float], axis: str
 ) -> None:
-    """Draw a bar with its deviation for each row and series as a PNG, and a diamond where a number was reported.
+    """Draw horizontal bars with deviations for each row and series, and diamonds for published values, as a PNG.
 
     Args:
-        rows: values in [0, 1] by the name of the row, then of the series; the first row on top.
-        path: of the PNG.
-        reported: published values, by the name of the row.
-        axis: what the values are.
+        rows: values in [0, 1] by name of the row, then of the series; the first row is at the top.
+        path: path of the PNG.
+        reported: published values, by name of the row.
+        axis: label of the horizontal axis.
     """
     series = list(dict.fromkeys(name for values in rows.values() for name in values))
     height = 0.8 / max(1, len(series))

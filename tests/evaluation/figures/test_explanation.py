@@ -92,7 +92,7 @@ def test_every_architecture_has_maps_that_depend_on_image_and_class(name: str) -
 
 def test_a_model_without_places_is_refused() -> None:
     model = Wrapped(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2)))
-    with pytest.raises(HistoError, match="no layer with places"):
+    with pytest.raises(HistoError, match="no spatial layer"):
         heat_map(model, torch.randn(1, 3, 8, 8), 1)
 
 
