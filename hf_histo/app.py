@@ -1,4 +1,4 @@
-"""The page of `recipes/app.py`: what it shows of an image, and the Space of the Hub that runs it."""
+"""The demo page of `recipes/app.py`: its predictions and explanations, and a Space on the Hub that runs it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from hf_histo.evaluation.reporting.documents import plain
 from hf_histo.files import atomic_folder, require_output
 from hf_histo.inference import Classifier
 
-MAX_BYTES = 64 * 2**20  # of an uploaded file
-MAX_PIXELS = 16_000_000  # of an image in it; an answer then takes less than 2 GiB
-SHOWN = 1024  # pixels on a side of what the page shows, at most
-# The program of a Space, beside its adapter and this package.
+MAX_BYTES = 64 * 2**20  # largest uploaded file
+MAX_PIXELS = 16_000_000  # largest image, in pixels, so that a prediction takes less than 2 GiB
+SHOWN = 1024  # longest side, in pixels, of the images that the page shows
+# app.py of a Space.
 SPACE_APP = '''"""A page for the adapter in this folder."""
 
 import sys
@@ -70,9 +70,9 @@ def run(options: AppOptions) -> None:
 
 
 def card_of(folder: Path) -> str:
-    """The model card without its metadata, and without images, whose files the page does not serve.
+    """The model card without its metadata and its figures, which the page does not serve.
 
-    Other images and HTML are shown as text: a page must not fetch what somebody's card names.
+    Other images and HTML are shown as text, so that the page does not load URLs from a card.
     """
     text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[-1]
     text = re.sub(r"^!\[.*\]\(figures/.*\)$", "", text, flags=re.MULTILINE)
@@ -82,10 +82,10 @@ def card_of(folder: Path) -> str:
 def answer(
     classifier: Classifier, data: bytes | None
 ) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None, dict[str, float] | None, str]:
-    """What the page shows of an image file: the image, where the model looks, the probabilities, a remark in Markdown.
+    """Predict the content `data` of an image file: the image, its heat map, probabilities by class, a note in Markdown.
 
-    The file is read by this package's decoder and by no other. The images are uint8 (H, W, 3), at most `SHOWN` pixels
-    on a side. Of a file that can't be read or has more than `MAX_PIXELS`, there is only a remark.
+    The file is decoded only by this package. Both images are uint8 (H, W, 3), with sides of at most `SHOWN` pixels. For
+    a file that can't be read or has more than `MAX_PIXELS`, all but the note are None.
     """
     if data is None:
         return None, None, None, ""
@@ -112,7 +112,7 @@ def answer(
 
 
 def small(image: torch.Tensor) -> torch.Tensor:
-    """The image (C, H, W) with its longer side at most `SHOWN` pixels."""
+    """Downscale an image (C, H, W) so that its longer side is at most `SHOWN` pixels."""
     height, width = image.shape[-2:]
     scale = min(1, SHOWN / max(height, width))
     size = [max(1, round(side * scale)) for side in (height, width)]
@@ -121,7 +121,7 @@ def small(image: torch.Tensor) -> torch.Tensor:
 
 
 def page(gradio: Any, classifier: Classifier, card: str) -> Any:
-    """The page, not yet started. What is uploaded is deleted within two hours."""
+    """Create the page (`gradio.Blocks`), not yet started. Uploads are deleted within two hours."""
     names = classifier.sidecar.label_names
     with gradio.Blocks(title=" / ".join(names), delete_cache=(3600, 3600)) as blocks:
         gradio.Markdown(
@@ -130,7 +130,7 @@ def page(gradio: Any, classifier: Classifier, card: str) -> Any:
         )
         with gradio.Row():
             with gradio.Column():
-                # Not gradio.Image: its decoder opens whatever PIL knows, some of it by other programs.
+                # Not gradio.Image, which opens all formats of PIL, some of them with other programs.
                 file = gradio.File(label="Image file", type="binary")
                 image = gradio.Image(label="Image", interactive=False, height=360)
             with gradio.Column():
@@ -139,17 +139,17 @@ def page(gradio: Any, classifier: Classifier, card: str) -> Any:
                 heat = gradio.Image(label="Evidence for the predicted class", interactive=False, height=360)
         with gradio.Accordion("Model card", open=False):
             gradio.Markdown(card)
-        # One at a time, which bounds the memory.
+        # One prediction at a time, to bound the memory.
         shown = [image, heat, probabilities, remark]
         file.change(partial(answer, classifier), file, shown, concurrency_limit=1, api_name="answer")
     return blocks
 
 
 def color_warning(classifier: Classifier, image: torch.Tensor) -> str:
-    """A line of Markdown on the distance of the color of a uint8 image (3, H, W) from the training centers'."""
+    """A line of Markdown on how far the color of an image, uint8 (3, H, W), is from that of the training centers."""
     colors = classifier.sidecar.colors
     if colors is None:
-        return "The adapter does not hold the color of its training images: no check of the color."
+        return "The adapter has no color statistics of its training images: the color is not checked."
     distance = colors.distance(image)
     measured = f"(distance {distance:.1f}; 99% of the training images are within {colors.limit:.1f})"
     if distance > colors.limit:
@@ -161,7 +161,10 @@ def color_warning(classifier: Classifier, image: torch.Tensor) -> str:
 
 
 def write_space(target: Path, adapter: Path) -> None:
-    """Write a folder that runs as a Space: app.py, the adapter, the package, what to install, and a README."""
+    """Write a folder that runs as a Space: app.py, the adapter, this package, its requirements, and a README.
+
+    Raises HistoError if `target` exists, or the backbone is a local folder.
+    """
     require_output(target, [adapter], folder=True)
     sidecar = Sidecar.read(adapter)
     if Path(sidecar.backbone.name).is_absolute() and sidecar.method != "full":

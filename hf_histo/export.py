@@ -1,7 +1,7 @@
-"""A trained classifier for use without this package: its weights in one piece, or ONNX.
+"""Export of a trained classifier for use without this package: merged weights, or ONNX.
 
-Both hold the model alone: from normalized pixels (B, 3, S, S) to logits. What else turns an image into a decision is
-stated in `export.json` beside it, and what no exported model does is named there.
+Both contain the model only: from normalized pixels (B, 3, S, S) to logits. `export.json` beside it describes how an
+image becomes the input and the logits a decision, and lists the steps that the exported model does not include.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ logger = logging.getLogger(__name__)
 
 STATEMENT = "export.json"
 FORMATS = ("merged", "onnx")
-# Between the logits of PyTorch and ONNX Runtime, which sum in another order; times the largest logit if above 1.
+# Largest difference of logits between PyTorch and ONNX Runtime, which sum in different orders; relative above 1.
 TOLERANCE = 1e-4
 
 
 def export(model: nn.Module, sidecar: Sidecar, folder: str | Path, format: str) -> None:
-    """Write a model as loaded by `hub.load` as a folder of its own, whole or not at all.
+    """Write a model that was loaded by `hub.load` to a new folder, atomically.
 
     Args:
-        model: is left as it was in the case of "full"; otherwise its adapter is merged into it.
-        sidecar: of the adapter.
-        folder: must not exist.
-        format: "merged": a checkpoint that `AutoModelForImageClassification` loads, and timm where the backbone is
-            timm's. "onnx": `model.onnx`, for batches of any size, whose logits ONNX Runtime was seen to give.
+        model: the model; its adapter, unless the method is "full", is merged into it.
+        sidecar: the adapter's sidecar.
+        folder: output folder, which must not exist.
+        format: "merged": a checkpoint that `AutoModelForImageClassification` loads, and timm if the backbone is one of
+            timm. "onnx": `model.onnx`, for batches of any size, whose logits are compared with those of PyTorch.
 
     Raises `HistoError` for an adapter that can't be merged, a head that transformers alone can't build ("merged"), a
     package that is missing, and logits that differ by more than `TOLERANCE` ("onnx").
@@ -76,9 +76,9 @@ def export(model: nn.Module, sidecar: Sidecar, folder: str | Path, format: str) 
 
 
 def merged(model: nn.Module) -> PreTrainedModel:
-    """The model with LoRA added into its weights and the trained head in place of the old one; without peft's layers.
+    """Merge LoRA and the trained head into the backbone, and remove peft's layers; see `adapters.merged`.
 
-    A model without an adapter is returned as it is. Raises `HistoError` if a layer's update can't be merged.
+    A model without an adapter is returned unchanged. Raises `HistoError` if the update of a layer can't be merged.
     """
     whole = adapters.merged(model) if isinstance(model, PeftModel) else model
     assert isinstance(whole, PreTrainedModel)
@@ -96,8 +96,8 @@ def _save(model: PreTrainedModel, sidecar: Sidecar, folder: Path) -> None:
         raise HistoError("the backbone is open_clip's, which transformers and timm can't build; expected --format onnx")
     views, config = sidecar.preprocessing, model.config
     config.id2label, config.label2id = sidecar.id2label, {label: i for i, label in sidecar.id2label.items()}
-    if declared := getattr(config, "pretrained_cfg", None):  # what timm takes its preprocessing from
-        config.model_args = config.model_args or {}  # timm takes no null
+    if declared := getattr(config, "pretrained_cfg", None):  # timm reads its preprocessing from it
+        config.model_args = config.model_args or {}  # timm does not accept null
         config.label_names = list(sidecar.id2label.values())
         config.pretrained_cfg = {
             **declared,
@@ -110,12 +110,12 @@ def _save(model: PreTrainedModel, sidecar: Sidecar, folder: Path) -> None:
         }
     elif processor := views.image_processor():
         processor.save_pretrained(folder)
-    # timm knows its weights without the prefix of transformers' wrapper, which takes them either way.
+    # timm expects weights without the prefix of transformers' wrapper, which accepts both forms.
     model.save_pretrained(folder, state_dict={k.removeprefix("timm_model."): v for k, v in model.state_dict().items()})
 
 
 class _Logits(nn.Module):
-    """A model that answers with a tensor."""
+    """Wraps a model so that it returns the logits as a tensor."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class _Logits(nn.Module):
 
 
 def _to_onnx(model: PreTrainedModel, sidecar: Sidecar, path: Path) -> dict[str, Any]:
-    """Write the file, and return its opset and the largest difference from PyTorch that was seen."""
+    """Write the ONNX file; return its opset and the largest difference of its logits from PyTorch's."""
     try:
         import onnx
         import onnxruntime
@@ -141,7 +141,7 @@ def _to_onnx(model: PreTrainedModel, sidecar: Sidecar, path: Path) -> dict[str, 
         expected = {count: logits(torch.from_numpy(pixels[:count])).numpy() for count in (1, 3)}
     transformer: Any = getattr(model, "timm_model", None)
     if getattr(transformer, "dynamic_img_size", False):
-        transformer.set_input_size(size)  # resamples the positions here; torch 2.11 exports another bicubic
+        transformer.set_input_size(size)  # resample position embeddings here; torch 2.11 exports another bicubic
     torch.onnx.export(
         logits,
         (torch.from_numpy(pixels[:2]),),
@@ -160,7 +160,7 @@ def _to_onnx(model: PreTrainedModel, sidecar: Sidecar, path: Path) -> dict[str, 
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     differences = []
-    for count, true in expected.items():  # neither is the size that it was exported with
+    for count, true in expected.items():  # other batch sizes than that of the export
         (answer,) = session.run(None, {"pixel_values": pixels[:count]})
         differences.append(float(np.abs(answer - true).max() / max(1, np.abs(true).max())))
     if not max(differences) <= TOLERANCE:

@@ -1,4 +1,4 @@
-"""One run, from options and data to an adapter folder: check, build, train, evaluate, write."""
+"""A fine-tuning run, from options and data to an adapter folder: check, build, train, evaluate, write."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ COMPONENTS, EXPLANATIONS = "components.png", "explanations.png"
 
 @dataclass(frozen=True)
 class Result:
-    """Outcome of a run.
+    """Result of a run.
 
     Attributes:
-        adapter: its folder.
-        metrics: content of metrics.json there.
-        seconds: that the run took; None if it was finished before.
-        address: where it was uploaded, in the process that did so.
+        adapter: path of the adapter folder.
+        metrics: content of metrics.json in it.
+        seconds: duration of the run; None if it was finished before.
+        address: URL of the upload, if any, in the process that did it.
     """
 
     adapter: Path
@@ -70,18 +70,18 @@ class Result:
     address: str | None = None
 
     def summary(self) -> str:
-        """A short table of the evaluated splits, then sizes, seconds and the folder."""
+        """A text: a short table of the evaluated splits, then sizes, seconds and the folder."""
         return summary.of_run(self.metrics, self.adapter, self.seconds, self.address)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be learned.
+    """The classification task.
 
     Attributes:
-        label_names: classes in the order of their indices.
-        num_outputs: logits of the head: 1 for two classes, else one for each.
-        negative: index of the class that means "nothing found"; None if no class is declared to.
+        label_names: class names in the order of their indices.
+        num_outputs: number of logits: 1 for two classes, else one per class.
+        negative: index of the class that means "nothing found" (`--negative_class`), or None.
         fingerprint: content hash of the data.
     """
 
@@ -93,15 +93,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Setup:
-    """A model that is ready to be trained, and its view of the data.
+    """A model that is ready for training, and its data.
 
     Attributes:
         model: backbone, head and adapter; a "full" run has no adapter.
-        pipeline: from stored pixels to model input, its color statistics those of the training images.
+        pipeline: from stored pixels to model input, with color statistics of the training images.
         train: training images.
         validation: images of the split `val`.
-        sizes: of model and adapter, see `model_size.account`.
-        sidecar: of the adapter folder; thresholds and temperature are still unknown.
+        sizes: sizes of model and adapter, see `model_size.account`.
+        sidecar: sidecar of the adapter folder, without thresholds and temperature.
     """
 
     model: nn.Module
@@ -117,9 +117,9 @@ class Trained:
     """A model with the weights that were best on `val`.
 
     Attributes:
-        session: that trained it.
-        model: whole, in each process.
-        selection: "split" and "metric" that chose the weights, its "value" and the "step" of the checkpoint.
+        session: the trainer.
+        model: the unsharded model, in each process.
+        selection: "split" and "metric" that the weights were chosen by, its "value" and the "step" of the checkpoint.
         resumed: whether training started from a checkpoint.
     """
 
@@ -131,13 +131,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measured on every split but `train`.
+    """Predictions and metrics of all splits except `train`.
 
     Attributes:
-        classifier: that predicted, without threshold and temperature.
+        classifier: the classifier that made the predictions, without threshold and temperature.
         tables: predictions by split.
         metrics: content of metrics.json.
-        sidecar: with thresholds and temperature.
+        sidecar: the sidecar with thresholds and temperature.
     """
 
     classifier: Classifier
@@ -147,19 +147,22 @@ class Evaluation:
 
 
 def fine_tune(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence[TrainerCallback] = ()) -> Result:
-    """Train on the split `train`, choose the checkpoint on `val`, predict every other split, save the adapter folder.
+    """Train on `train`, choose the checkpoint on `val`, predict all splits but `train`, and save the adapter folder.
 
     `--shots`, `--percentage` and `--level` select from `data` (see `few_shot.select`). With `--push_to_hub`, the folder
-    is uploaded. Call it in every process of a launch. An interrupted run resumes from its last checkpoint; a finished
-    one is not trained again.
+    is uploaded. Each process of a launch must call this function. An interrupted run resumes from its last checkpoint;
+    a finished one is not trained again.
 
     Args:
         config: all options.
-        data: schema tables by split.
-        callbacks: of training, besides the package's own; one of them may end it by an exception.
+        data: splits with the columns of `hf_histo.data.schema.features`, including `train` and `val`.
+        callbacks: additional callbacks of training; an exception raised by one of them ends the run.
 
-    Raises `HistoError` for data or options that can't be trained on and a Hub that can't be written to, before anything
-    is trained; and where the upload fails, after.
+    Returns:
+        The adapter folder, its metrics, and the duration.
+
+    Raises `HistoError` before training for data or options that can't be trained on, and a Hub repository that can't be
+    written to; and after training if the upload fails.
     """
     started = time.monotonic()
     protocol = config.protocol
@@ -211,7 +214,7 @@ def _fine_tune(
 
 
 def check(config: Config, data: datasets.DatasetDict) -> Task:
-    """The task that the data poses. Raises `HistoError` for options and data that can't be trained on."""
+    """Check options and data, and return the task. Raises `HistoError` if they can't be trained on."""
     names = next(iter(data.values())).features["label"].names
     num_outputs = 1 if len(names) == 2 else len(names)
     negative = predictions.class_index(names, config.data.negative_class)
@@ -247,7 +250,7 @@ def check(config: Config, data: datasets.DatasetDict) -> Task:
 
 
 def _refuse_idle_in_one_center(config: Config, centers: Sequence[int]) -> None:
-    """Raise `HistoError` for options of centers that change nothing for the training images of `centers`."""
+    """Raise `HistoError` for options that need several centers if all training images are of one center."""
     if len(centers) < 2:
         names = ("stain_mixing", "balance_centers", "domain_loss")
         refuse(config, dict.fromkeys(names, "the training images are not of several centers"))
@@ -333,7 +336,7 @@ def train(
         callbacks=[run_folder.CheckpointRecord(run), *callbacks],
     )
     checkpoint = run_folder.checkpoint(run, config.training.resume_from_checkpoint)
-    run_folder.begin(run)  # only now: all options were checked
+    run_folder.begin(run)  # after all options were checked
     precision = session.accelerator.mixed_precision.replace("no", "float32")
     launch.show(f"training on {session.args.device.type} in {precision}, {torch.get_num_threads()} CPU threads")
     if config.output.preview and isinstance(setup.train, ImageTable) and session.is_world_process_zero():
@@ -358,7 +361,7 @@ def train(
 
 
 def evaluate(config: Config, data: datasets.DatasetDict, task: Task, setup: Setup, trained: Trained) -> Evaluation:
-    """Predict every split but `train`, calibrate on `val`, and measure."""
+    """Predict all splits except `train`, calibrate on `val`, and compute metrics."""
     classifier = Classifier(trained.model, setup.sidecar)
     tables = {
         split: classifier.predict(
@@ -428,7 +431,7 @@ def write(
 
 
 def _stream(config: Config, total: int, preprocessing: Preprocessing) -> Stream:
-    """Streamed training images; all made squares of one size, since their sizes are not known before."""
+    """Streamed training images, all resized to squares of one size, since their sizes are not known beforehand."""
     state = launch.process()
     square = partial(preprocessing.prepared, side=preprocessing.resize_size)
     return train_stream(
@@ -445,7 +448,7 @@ def _stream(config: Config, total: int, preprocessing: Preprocessing) -> Stream:
 def _start_from_text(
     config: Config, model: PreTrainedModel, train: datasets.Dataset, task: Task, pipeline: Pipeline
 ) -> None:
-    """Start the head from the embedding of each class's name in `--text_prompt`."""
+    """Initialize the head with the text embedding of each class name in `--text_prompt`."""
     options = config.model
     words = [hierarchy.path_of(name)[-1] for name in task.label_names]
     classes = backbones.text_embeddings(options.backbone, words, str(options.text_prompt), options.revision)
@@ -455,13 +458,13 @@ def _start_from_text(
 
 
 def _thresholds(validation: Predictions) -> dict[str, float]:
-    """Named thresholds for new images: none that was found on unlabeled images."""
+    """Named thresholds for new images, chosen on labeled images only."""
     labels = validation["label"]
     return {"validation": thresholds.choose(validation).value} if labels[labels >= 0].nunique() > 1 else {}
 
 
 def _recorded_options(config: Config) -> dict[str, Any]:
-    """The options that decided the result and are not in the sidecar, without a path of this machine."""
+    """The options with an effect on the result that are not in the sidecar, without paths of this machine."""
     recorded = {key: value for key, value in config.flat().items() if key in with_role("result")}
     start = recorded["init_adapter"]
     if start and (folder := Path(start).expanduser()).is_dir():
@@ -470,7 +473,7 @@ def _recorded_options(config: Config) -> dict[str, Any]:
 
 
 def _cost(trained: Trained, seconds: float) -> dict[str, Any]:
-    """What the run took, for cost.json and `report.cost_sentence`."""
+    """Duration and hardware of the run, for cost.json and `report.cost_sentence`."""
     session = trained.session
     return {
         "seconds": seconds,

@@ -1,4 +1,4 @@
-"""Adapter folders on the Hugging Face Hub: downloaded, uploaded, and errors of the Hub in one line."""
+"""Download and upload of adapter folders on the Hugging Face Hub, with its errors reported in one line."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from hf_histo.adapter.sidecar import SIDECAR, Sidecar
 from hf_histo.errors import HistoError
 from hf_histo.files import CHECKSUMS, checksums
 
-# Errors that the Hub's client raises; an upload that fails in one of its threads ends in a RuntimeError.
+# Exceptions of the Hub's client; an upload that fails in one of its threads raises RuntimeError.
 FAILURES = (HTTPError, OSError, ValueError, RuntimeError)
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may do this"
 REMEDIES: dict[int | type[BaseException], str] = {
     LocalTokenNotFoundError: _LOG_IN,
-    ConnectionError: "try again; HF_HUB_DISABLE_XET=1 sends it without hf_xet",  # whose errors are of this type
+    ConnectionError: "try again; HF_HUB_DISABLE_XET=1 sends it without hf_xet",  # hf_xet raises this type
     HFValidationError: "give a folder that exists, or owner/name",
     400: "correct what it names",
     401: _LOG_IN,
@@ -41,10 +41,10 @@ REMEDIES: dict[int | type[BaseException], str] = {
 
 
 def fetch(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of an adapter: `source` itself, or the Hub's snapshot of it in the cache.
+    """Local folder of an adapter: `source` itself, or its snapshot from the Hub in the cache.
 
-    Without a network, a snapshot that was fetched before is used. Raises `HistoError` if neither can be
-    had, and for a revision of a local folder.
+    Without a network, a cached snapshot is used. Raises `HistoError` if neither is available, and for a revision of a
+    local folder.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -58,15 +58,15 @@ def fetch(source: str | Path, revision: str | None = None) -> Path:
 
 
 def load(source: str | Path, *, revision: str | None = None, backbone: str | None = None) -> tuple[nn.Module, Sidecar]:
-    """Model and sidecar from an adapter folder or a Hub name; see `fetch` and `hf_histo.adapter.folder.load`."""
+    """Load model and sidecar from an adapter folder or a Hub name; see `fetch` and `hf_histo.adapter.folder.load`."""
     return adapter_folder.load(fetch(source, revision), backbone=backbone)
 
 
 def check_access(repository: str, *, pull_request: bool = False) -> None:
-    """Check that the token may write `repository`, so that hours of training don't end in a refused upload.
+    """Check, before training, that the token may write to `repository` (owner/name).
 
-    Raises `HistoError` without a network or a token, where the token may only read, and where neither its owner nor one
-    of the owner's organizations owns `repository` (owner/name), unless it is for a pull request.
+    Raises `HistoError` without a network or a token, for a token that may only read, and, unless for a pull request,
+    for a repository that belongs neither to the token's owner nor to one of the owner's organizations.
     """
     try:
         validate_repo_id(repository)
@@ -92,22 +92,22 @@ def push(
     pull_request: bool = False,
     base_model: str | None = None,
 ) -> str:
-    """Upload an adapter folder to the Hub as `repository` (owner/name), in one commit, and return its address.
+    """Upload an adapter folder to the Hub as `repository` (owner/name), in one commit, and return its URL.
 
-    What the Hub has already is not sent again, so a second call resumes where the first one was cut off. Files of the
-    repository that the folder does not have stay there; of the folder, only `adapter.folder.FILES` are uploaded.
-    The card's lines of code get the repository's name, and no path of this machine is uploaded: a backbone that was a
-    local folder goes by that folder's name alone.
+    Data that the Hub already has is not sent again, so a second call resumes an interrupted upload. Only
+    `adapter.folder.FILES` are uploaded; other files in the repository are kept. The code in the card gets the
+    repository's name, and no path of this machine is uploaded: a backbone from a local folder is called by the
+    folder's name.
 
     Args:
-        folder: of a finished run; it is only read.
-        repository: made where it is missing, unless a pull request is wanted.
-        private: of a new repository; an existing one stays as it is.
-        revision: branch to write, made where it is missing.
-        pull_request: propose the commit instead, and return the address of the pull request.
-        base_model: name on the Hub (owner/name) of a backbone that was a local folder.
+        folder: adapter folder of a finished run; it is not changed.
+        repository: created if missing, unless for a pull request.
+        private: make a new repository private; an existing one keeps its visibility.
+        revision: branch to write to, created if missing.
+        pull_request: open a pull request instead, and return its URL.
+        base_model: name on the Hub (owner/name) of a backbone from a local folder.
 
-    Raises `HistoError` if the folder is no adapter's or the Hub refuses; the same call tries again.
+    Raises `HistoError` if the folder is not an adapter folder, or the upload fails; the same call tries again.
     """
     folder = Path(folder)
     contents = in_public(folder, repository, base_model)
@@ -140,13 +140,12 @@ def push(
 
 
 def in_public(folder: Path, here: str, base_model: str | None = None) -> dict[str, Path | bytes]:
-    """Content to upload of an adapter folder, by file name: `files_of` it, without a path of this machine.
+    """Content of an adapter folder to upload, by file name: `files_of` it, without paths of this machine.
 
-    The card's lines of code name `here`; a backbone that was a local folder goes by
-    `base_model`, its name on the Hub, or else by that folder's name alone: the fingerprint shows if it is another one.
-    The checksums are of what is uploaded.
+    The code in the card refers to `here`. A backbone from a local folder is called `base_model`, its name on the Hub,
+    or else by the folder's name; its fingerprint identifies it. Checksums are those of the uploaded content.
 
-    Raises `HistoError` as `verify` and `files_of` do, and for a `base_model` where the backbone has a name.
+    Raises `HistoError` as `verify` and `files_of` do, and for a `base_model` if the backbone is not a local folder.
     """
     name = verify(folder).backbone.name
     is_local = Path(name).is_absolute()
@@ -168,7 +167,7 @@ def in_public(folder: Path, here: str, base_model: str | None = None) -> dict[st
 
 
 def _reason(error: BaseException) -> str:
-    """The Hub's answer, or why there was none, and the remedy, in one line that never holds the token."""
+    """The Hub's error, or why it did not answer, and the remedy, in one line without the token."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)

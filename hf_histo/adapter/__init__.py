@@ -1,1 +1,1 @@
-"""The adapter folder: what a run leaves behind, and all that a prediction needs beside the backbone."""
+"""The adapter folder: the result of a run, and everything that a prediction needs besides the backbone."""

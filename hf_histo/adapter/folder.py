@@ -1,4 +1,4 @@
-"""Adapter folders: written whole or not at all, verified against their checksums, and loaded."""
+"""Adapter folders: written atomically, verified by checksums, and loaded."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from hf_histo.models import adapters, backbones
 from hf_histo.training.run_folder import FIGURES, PREDICTIONS
 
 METRICS = "metrics.json"
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # peft's; of a "full" run, there is MODEL instead
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # peft's files; a "full" run has MODEL instead
 MODEL = ("config.json", "model.safetensors")
-# What this package writes into an adapter folder. Whatever else lies there is neither read nor uploaded.
+# The files that this package writes into an adapter folder. Other files in it are neither read nor uploaded.
 FILES = (
     *(SIDECAR, CARD, CHECKSUMS, *ADAPTER, *MODEL, "preprocessor_config.json", METRICS, "report.html"),
     *(f"{PREDICTIONS}/*.parquet", f"{FIGURES}/*.png"),
@@ -42,18 +42,18 @@ def save(
     figures: Mapping[str, Path] | None = None,
     cost: str = "",
 ) -> None:
-    """Write the adapter folder whole or not at all; an older one of that name is replaced in the end.
+    """Write an adapter folder atomically; an existing one is replaced at the end.
 
     Args:
-        folder: to write, e.g. runs/NAME/adapter.
+        folder: path of the folder, e.g. runs/NAME/adapter.
         model: a `PeftModel`, or the whole `PreTrainedModel` of a "full" run.
-        sidecar: see `Sidecar`.
-        metrics: goes into metrics.json, the model card and the report; its "splits" maps each to a `metrics.report`,
-            its "options" are those that decided the result.
+        sidecar: content of `hf_histo.json`.
+        metrics: content of metrics.json, also shown in the model card and the report; "splits" holds a
+            `classification.report` for each split, "options" those with an effect on the result.
         tables: predictions by split.
-        figures: PNG files by what they show; one of a single split is named ..._SPLIT.png.
-        cost: what the training took, as a sentence for the model card. It is in no other file: all others are the same
-            when the run is repeated.
+        figures: PNG files by title; a figure of a single split is named ..._SPLIT.png.
+        cost: a sentence on the cost of training, for the model card only, so that all other files are the same when the
+            run is repeated.
     """
     folder = Path(folder)
     with atomic_folder(folder) as temporary:
@@ -86,14 +86,14 @@ def save(
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """The files of an adapter folder that this package writes (`FILES`), by their names in it.
+    """The files in an adapter folder that this package writes (`FILES`), by relative name.
 
-    Raises `HistoError` for one that is not a regular file in the folder: a link out of it (but for those of the Hub's
-    cache to its own files), a FIFO, a device.
+    Raises `HistoError` for one that is not a regular file in the folder, such as a pipe, a device or a link to another
+    place; links within the Hub's cache are allowed.
     """
     roots = [folder.resolve()]
     if roots[0].is_relative_to(Path(constants.HF_HUB_CACHE).resolve()):
-        roots.append(roots[0].parents[1] / "blobs")  # to which the files of a snapshot are links
+        roots.append(roots[0].parents[1] / "blobs")  # where the links of a snapshot in the Hub's cache lead
     found = {}
     for path in sorted(path for pattern in FILES for path in folder.glob(pattern)):
         if not any(path.resolve().is_relative_to(root) for root in roots):
@@ -105,12 +105,12 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 
 def verify(folder: Path) -> Sidecar:
-    """Check that an adapter folder has all that a prediction needs, as it was written, and return its sidecar.
+    """Check that an adapter folder holds unchanged all files that a prediction needs, and return its sidecar.
 
-    Each of `FILES` that is there must have the checksum by which it was written, but for the card, which people edit.
-    Predictions, figures and reports may be missing. A folder that is older than checksums has none, and passes.
+    Each existing file of `FILES` must match its recorded checksum, except the card, which people edit. Predictions,
+    figures and reports may be missing. A folder from a version without checksums is not checked for changes.
 
-    Raises `HistoError` for a file that is missing, damaged, of another run or outside the folder.
+    Raises `HistoError` for a file that is missing, damaged, from another run, or outside the folder.
     """
     files = files_of(folder)
     if SIDECAR not in files:
@@ -123,7 +123,7 @@ def verify(folder: Path) -> Sidecar:
                 f"{folder}: {error}, expected the files of one run, unchanged; copy or download the folder again"
             ) from None
     sidecar = Sidecar.read(folder)
-    if CHECKSUMS not in files and sidecar.backbone.configuration is not None:  # without, it is older than checksums
+    if CHECKSUMS not in files and sidecar.backbone.configuration is not None:  # None: from a version without checksums
         raise HistoError(f"{folder}: holds no {CHECKSUMS}, expected it beside {SIDECAR}; copy or download it again")
     for name in MODEL if sidecar.method == "full" else ADAPTER:
         if name not in files:
@@ -135,12 +135,12 @@ def verify(folder: Path) -> Sidecar:
 
 
 def hashed(files: Iterable[str]) -> list[str]:
-    """Those of the files whose checksums are recorded: all but the list itself, and the card, which people edit."""
+    """The files whose checksums are recorded: all except the list itself, and the card, which people edit."""
     return [name for name in files if name not in (CARD, CHECKSUMS)]
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """metrics.json of an adapter folder. Raises `HistoError` if it can't be read."""
+    """Content of metrics.json of an adapter folder. Raises `HistoError` if it can't be read."""
     try:
         content: dict[str, Any] = read_json(folder / METRICS)
     except (OSError, ValueError) as error:
@@ -149,13 +149,13 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, *, backbone: str | None = None) -> tuple[nn.Module, Sidecar]:
-    """The model in evaluation mode and its sidecar, from a local adapter folder.
+    """Load the model, in evaluation mode, and the sidecar of a local adapter folder.
 
     Args:
-        folder: see `hf_histo.hub.fetch` for one on the Hub.
-        backbone: name of the base model where it is no longer where the run had it; its weights must be the same.
+        folder: path of the folder; for one on the Hub, see `hf_histo.hub.fetch`.
+        backbone: name or folder of the base model, if it differs from that of the run; its weights must be the same.
 
-    Raises `HistoError` as `verify` does, and if the backbone is missing or is another one.
+    Raises `HistoError` as `verify` does, and if the backbone is missing or differs from that of the run.
     """
     sidecar = verify(folder)
     is_full = sidecar.method == "full"
@@ -180,9 +180,9 @@ def load(folder: Path, *, backbone: str | None = None) -> tuple[nn.Module, Sidec
 
 
 def start_from(model: nn.Module, folder: Path, sidecar: Sidecar) -> None:
-    """Load the LoRA weights of an adapter folder, and none of its head, into a model that is about to be trained.
+    """Load the LoRA weights of an adapter folder, without its head, into a model that is about to be trained.
 
-    Raises `HistoError` unless the adapter has LoRA on the same layers, with the same ranks, of the same backbone.
+    Raises `HistoError` unless the adapter has LoRA on the same layers of the same backbone, with the same ranks.
     """
     given = verify(folder)
     if difference := backbones.difference(given.backbone.identity, sidecar.backbone.identity):

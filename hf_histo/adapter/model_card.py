@@ -1,4 +1,4 @@
-"""The model card of an adapter folder, and the facts that card and report present."""
+"""The model card of an adapter folder, and the values that card and report show."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ RESIZED = {
     "squash": "both sides resized to",
     "pad": "longer side resized to, and the shorter one padded with the mean color below to,",
 }
-CARD_METRICS = {"accuracy": "accuracy", "auroc": "roc_auc", "f1": "f1"}  # as the Hub knows them
+CARD_METRICS = {"accuracy": "accuracy", "auroc": "roc_auc", "f1": "f1"}  # names of metrics on the Hub
 UNSEEN = "Near copies (other compression, size or color) were not looked for here: `hf_histo audit` does."
-HERE = "THIS_FOLDER"  # in the card's lines of code; `hub.push` puts the repository's name there
+HERE = "THIS_FOLDER"  # placeholder in the card's code, which `hub.push` replaces by the repository's name
 
 
 def card(
@@ -31,7 +31,7 @@ def card(
     cost: str = "",
     model_args: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """The model card, from measured facts; arguments as for `save`, and those that timm builds the backbone with."""
+    """The model card. Arguments are as for `folder.save`; `model_args` are those that timm builds the backbone with."""
     known = facts(sidecar, metrics, figures or {})
     name, dataset = sidecar.backbone.name, sidecar.data.name
     data = ModelCardData(
@@ -73,7 +73,7 @@ def card(
 
 
 def facts(sidecar: Sidecar, metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> dict[str, Any]:
-    """Facts that the card and the report state, each in its format."""
+    """The values that the templates of card and report show, by name."""
     name, splits, names = sidecar.backbone.name, sidecar.data.splits, sidecar.label_names
     hidden = any(held.hidden for held in splits.values())
     header = ["", "images", "groups", *sidecar.label_names, *(["hidden"] if hidden else []), "centers (images)"]
@@ -104,7 +104,7 @@ def facts(sidecar: Sidecar, metrics: Mapping[str, Any], figures: Mapping[str, Pa
 
 
 def _leaks(splits: Mapping[str, Composition]) -> Iterator[str]:
-    """What is known of training data in the other splits, in sentences."""
+    """Sentences on images, groups and centers that other splits share with `train`."""
     seen = splits["train"].centers.keys()
     for split, held in splits.items():
         if split == "train":

@@ -1,4 +1,4 @@
-"""`hf_histo.json`: how an adapter turns an image into a decision, parsed strictly."""
+"""`hf_histo.json`, the sidecar of an adapter: how an image becomes a decision, validated strictly."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ class BackboneRecord:
     """The backbone that an adapter is for.
 
     Attributes:
-        name: as `backbones.locate` takes it; a local folder as its absolute path.
-        revision: on the Hub.
-        fingerprint: of its weights, see `backbones.fingerprint`.
-        configuration: see `backbones.configuration`; None in folders that are older than it.
+        name: name for `backbones.locate`; a local folder is an absolute path.
+        revision: revision on the Hub.
+        fingerprint: hash of its weights, see `backbones.fingerprint`.
+        configuration: see `backbones.configuration`; None in folders of older versions.
     """
 
     __pydantic_config__ = STRICT
@@ -82,11 +82,11 @@ class DataRecord:
     """The data that an adapter was trained and evaluated on.
 
     Attributes:
-        name: of the folder, file or data set.
-        fingerprint: of the content, see `data.load.fingerprint`.
-        splits: composition of each; empty in folders that are older than it.
-        description: of the files, by their reader; None in folders that are older than it.
-        near_copies_searched: whether near copies were looked for among the images.
+        name: name of the folder, file or data set.
+        fingerprint: hash of the content, see `data.load.fingerprint`.
+        splits: composition of each split; empty in folders of older versions.
+        description: description of the files by their reader; None in folders of older versions.
+        near_copies_searched: whether near copies were searched for among the images.
     """
 
     __pydantic_config__ = STRICT
@@ -100,27 +100,28 @@ class DataRecord:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What `hf_histo.json` holds: how to turn an image into a decision with this adapter.
+    """Content of `hf_histo.json`: how to turn an image into a decision with this adapter.
 
     Attributes:
         method: "linear", "lora", "pca" or "full"; a "full" folder holds the whole model, not an adapter.
-        label_names: classes in the order of their indices.
-        num_outputs: logits of the head; 1 for a binary task, that of the second class.
-        backbone: that the adapter is for.
+        label_names: class names in the order of their indices.
+        num_outputs: number of logits; a binary task has 1, that of the second class.
+        backbone: the backbone of the adapter.
         batch_norm: "frozen" or "track".
-        preprocessing: of an evaluation image.
-        normalizer: of the centers' color, or None.
-        views: whose mean logit is a prediction.
-        adapt_batch_norm: whether a prediction takes batch-norm statistics from its own images.
-        colors: of the training images; None where they were streamed, and in folders that are older than it.
-        threshold: probability of the second class from which on it is predicted, in [0, 1].
-        thresholds: others to choose from by name, for a binary task: "validation" (best balanced accuracy there).
-        temperature: by which logits are divided before they become calibrated probabilities, fitted on the validation
-            split, where the checkpoint was chosen, too; 1 without calibration.
-        head: what the classifier is made of.
-        bare: transformers and peft alone can load it; False where this package took attention or a CLIP model apart.
-        data: that it was trained and evaluated on.
-        versions: of the packages that trained it.
+        preprocessing: preprocessing of an evaluation view.
+        normalizer: color normalization by center, or None.
+        views: the test-time views, whose mean logit is the prediction.
+        adapt_batch_norm: whether batch-norm statistics are those of the images to predict.
+        colors: color statistics of the training images; None if they were streamed, and in folders of older versions.
+        threshold: smallest probability, in [0, 1], at which the second class is predicted.
+        thresholds: alternatives by name, for a binary task: "validation" (best balanced accuracy on that split).
+        temperature: number that logits are divided by for calibrated probabilities, fitted on the validation split (by
+            which the checkpoint was chosen as well); 1 without calibration.
+        head: configuration of the classifier.
+        bare: whether transformers and peft can load it without this package; False if this package split an attention
+            layer or built a CLIP model.
+        data: the data that it was trained and evaluated on.
+        versions: versions of the packages that trained it.
     """
 
     __pydantic_config__ = STRICT
@@ -147,17 +148,17 @@ class Sidecar:
 
     @property
     def pipeline(self) -> Pipeline:
-        """From stored pixels to the model's input, for predictions."""
+        """The pipeline from stored pixels to the model's input, for predictions."""
         return Pipeline(self.preprocessing, normalizer=self.normalizer, test_time_views=self.views)
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Class of each logit."""
+        """Class name of each index, as transformers declares it; for one logit, that of the second class."""
         return dict(enumerate(self.label_names[-self.num_outputs :]))
 
     @property
     def beside_the_model(self) -> list[str]:
-        """What decides a prediction of `Classifier` and is no part of the model or of its preprocessing, in words."""
+        """Steps of a `Classifier` prediction that are part of neither the model nor its preprocessing, as phrases."""
         method = self.normalizer.method if self.normalizer else None
         preparation = dataclasses.asdict(self.preprocessing.preparation)
         used = ", ".join(key for key, value in preparation.items() if value not in (False, "none"))
@@ -171,17 +172,16 @@ class Sidecar:
 
     @classmethod
     def read(cls, folder: Path) -> Sidecar:
-        """Read it from an adapter folder; what older ones lack has its default.
+        """Read the sidecar of an adapter folder; fields that older versions lack get their defaults.
 
-        Raises `HistoError` if it is missing, or for a value of another type or out of its bounds, and a key that is
-        unknown.
+        Raises `HistoError` for a missing file, a value of another type or out of bounds, and an unknown key.
         """
         file = folder / SIDECAR
         try:
             content = read_json(file)
             if isinstance(content.get("data"), dict):
-                content["data"].pop("counts", None)  # before the composition of splits: the images of each
-            if isinstance(content.get("views"), int):  # before views could be drawn: a number of those of the square
+                content["data"].pop("counts", None)  # of an older version: images per split
+            if isinstance(content.get("views"), int):  # of an older version: number of "square" views
                 content["views"] = {"count": content["views"]}
             sidecar: Sidecar = TypeAdapter(cls).validate_json(json.dumps(content))
         except FileNotFoundError:
@@ -193,18 +193,18 @@ class Sidecar:
         return sidecar
 
     def write(self, folder: Path) -> None:
-        """Write it into an adapter folder; what a split's composition lacks is left out."""
+        """Write the sidecar into an adapter folder; fields of a split's composition that are None are left out."""
         content = dataclasses.asdict(self) | {"normalizer": self.normalizer and self.normalizer.as_json()}
         for split, held in content["data"]["splits"].items():
             content["data"]["splits"][split] = {key: value for key, value in held.items() if value is not None}
         write_json(folder / SIDECAR, content)
 
     def labels_of(self, dataset: datasets.Dataset) -> list[int]:
-        """The labels of a schema table as indices into `label_names`, matched by name; -1 where they are hidden.
+        """Labels of a schema table as indices into `label_names`, matched by name; -1 where hidden.
 
-        The table may declare its classes in another order, or more of them than its images have.
+        The table may declare its classes in another order, or declare further classes without images.
 
-        Raises `HistoError` where an image has a class that the adapter does not know.
+        Raises `HistoError` if an image has a class that the adapter does not have.
         """
         labels, declared = dataset["label"][:], dataset.features["label"]
         names = declared.names if isinstance(declared, datasets.ClassLabel) else []
@@ -218,10 +218,10 @@ class Sidecar:
         return [places[label] for label in labels]
 
     def threshold_named(self, name: str | float | None) -> float:
-        """The threshold of that name in `thresholds`, or the number that `name` is or spells; None: the adapter's own.
+        """The threshold called `name` in `thresholds`, or the number that `name` is; for None, the adapter's own.
 
         Raises `HistoError` for an unknown name or a number outside [0, 1], for more than two classes, and for
-        "balanced-SPLIT", which older adapters hold: it called half of the images of that split positive, and no half of
+        "balanced-SPLIT" of older adapters: it predicts class 1 for half of that split's images, and is not valid for
         others.
         """
         if name is None:
@@ -248,7 +248,7 @@ class Sidecar:
 
 
 def _first(error: ValidationError) -> str:
-    """What pydantic found first, in a line: where, what, and what was expected."""
+    """The first error of pydantic in one line: field, value, and what was expected."""
     fault = error.errors(include_url=False)[0]
     place = ".".join(map(str, fault["loc"])) or "the content"
     return f"{place} is {str(fault['input'])[:100]!r}, which is invalid: {fault['msg']}"
