@@ -8,7 +8,7 @@ probability of class 1 (for more than two classes: of the predicted one). These 
 `--details` adds `Label`, the class's name, and `Calibrated`, `Prob` after the adapter's temperature.
 
 An `ID` or `Label` that a spreadsheet would run as a formula (`=...`) gets a leading apostrophe; others stay unchanged.
-`--balanced` is transductive: its threshold calls a share of these very images class 1, and is none for others.
+`--balanced` is transductive: its threshold predicts class 1 for a share of these images, and is not valid for others.
 """
 
 from hf_histo.config import parse_command

@@ -1,4 +1,4 @@
-"""The audit of a data set as a command: findings, an inventory, and figures."""
+"""The command that audits a data set: findings, an inventory, and figures."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def audit(options: AuditOptions) -> None:
             print(f"\n{described(measured)}")
     with atomic_file(output / "inventory.parquet") as temporary:
         table.to_parquet(temporary, index=False)
-    write_json(output / "audit.json", found)  # last, so that its presence means that all is there
+    write_json(output / "audit.json", found)  # last: if it exists, all files do
     print(f"\nwrote {output / 'audit.json'}, inventory.parquet and figures")
     if options.strict and report.findings:
         raise HistoError(
@@ -84,7 +84,10 @@ def described(measured: list[Separation]) -> str:
 
 
 def features_of(every: datasets.Dataset, adapter: str | None, backbone: str | None) -> dict[str, NDArray[np.float64]]:
-    """Of all images, (n, d): what the frozen backbone makes of them, and then the adapter."""
+    """Features (n, d) of all images by name: those of the frozen backbone, and with `adapter` also the adapted ones.
+
+    Raises HistoError for an adapter that holds a whole model, and as `hub.load` does.
+    """
     if adapter is None:
         assert backbone is not None
         frozen = backbones.load(backbone, 2)

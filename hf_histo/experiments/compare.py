@@ -1,4 +1,4 @@
-"""Rows of a table, each a config, trained and set beside what was published."""
+"""A table of results: each row is a config, which is trained and compared with a published result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ from hf_histo.transforms.augmentation import TestTimeViews
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """What `reported.yaml` declares of a row: its name, the published test accuracy, and whether it is balanced."""
+    """Entry of `reported.yaml` for a row.
+
+    `name` is its title, `reported` the published test accuracy in [0, 1] or None, `source` where it was published, and
+    `balanced` whether class 1 is predicted for half of the images.
+    """
 
     name: str
     reported: float | None = None
@@ -42,7 +46,11 @@ class PublishedResult:
 
 @dataclass(frozen=True)
 class Row:
-    """A row, and the backbone that its file names, whatever the command line sets."""
+    """A row of the table.
+
+    `config` holds its options, `published` its published result, and `own_backbone` the backbone that its file names,
+    even if the command line replaces it.
+    """
 
     config: Config
     published: PublishedResult
@@ -51,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """One training of a row: its seed, the held-out center (None: none), and its data."""
+    """A training run of a row: its seed, the held-out center or None, and its data."""
 
     seed: int
     center: int | None
@@ -62,7 +70,7 @@ class Run:
         return f"seed-{self.seed}" if self.center is None else f"center-{self.center}-seed-{self.seed}"
 
 
-# Of a row, by split or held-out center, then metric, then seed.
+# Values of a row by split or held-out center, then metric, then seed.
 Values = dict[str, dict[str, dict[int, float | None]]]
 
 
@@ -70,10 +78,10 @@ def compare(base: Config, options: CompareOptions) -> None:
     """Train the runs of all rows; print a table, and write PROTOCOL.md, .json and .png.
 
     Args:
-        base: the options of the command line, which hold for every row.
+        base: the options of the command line, which apply to all rows.
         options: rows and protocol.
 
-    Raises HistoError for impossible options and rows, and as `grid.train` does.
+    Raises HistoError for invalid options and rows, and as `grid.train` does.
     """
     folder = base.parent_folder()
     grid.seeds(base, options.seeds)
@@ -127,7 +135,7 @@ def compare(base: Config, options: CompareOptions) -> None:
 
 
 def read_published(paths: Sequence[Path]) -> dict[str, PublishedResult]:
-    """What was published of each row, by stem. Raises HistoError for a file that is unreadable or has other keys."""
+    """Published results by the stem of the row's file. Raises HistoError for an unreadable file or unknown keys."""
     every = {path.stem: PublishedResult(path.stem) for path in paths}
     for file in sorted({path.parent / REPORTED for path in paths}):
         if not file.is_file():
@@ -152,7 +160,7 @@ def read_published(paths: Sequence[Path]) -> dict[str, PublishedResult]:
 
 
 def read_rows(options: CompareOptions) -> dict[str, Row]:
-    """The rows by their files' names; raises HistoError where they have the same name or differ in their data."""
+    """Rows by the stem of their file. Raises HistoError for equal names, and rows with different data."""
     rows: dict[str, Row] = {}
     paths = [path for path in config_files(options.rows) if path.name != REPORTED]
     published = read_published(paths)
@@ -176,7 +184,10 @@ def read_rows(options: CompareOptions) -> dict[str, Row]:
 
 
 def trainer_of(stem: str, rows: dict[str, Row]) -> str:
-    """Whose adapters a row predicts with: of the rows with its training, the first that is plain at prediction."""
+    """Stem of the row whose adapters the row `stem` uses: one with the same training options.
+
+    Of several, it is the first one, preferably without prediction options, then preferably not balanced.
+    """
 
     def training(row: Row) -> Config:
         return replace(row.config, prediction=PredictionOptions())
@@ -194,7 +205,10 @@ def runs_of(
     options: CompareOptions,
     held_out_folds: Callable[[int], dict[int, datasets.DatasetDict]],
 ) -> Iterator[Run]:
-    """The runs of a row, by seed and, with `leave_one_center_out`, by held-out center, whose folds a seed gives."""
+    """Yield the runs of a row: one per seed and, with `leave_one_center_out`, per held-out center.
+
+    `held_out_folds` maps a seed to the splits of each held-out center.
+    """
     for seed in grid.seeds(config, options.seeds):
         if options.protocol == "leave_one_center_out":
             for center, fold in held_out_folds(seed).items():
@@ -204,7 +218,7 @@ def runs_of(
 
 
 def measure(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) -> Values:
-    """The metrics of a row, whose adapters, or those of the row that it shares a training with, are finished."""
+    """The metrics of a row; its adapters, or those of the row whose training it shares, must be finished."""
     values: Values = {}
     row, trainer = rows[stem], trainer_of(stem, rows)
     for run in runs:
@@ -224,7 +238,10 @@ def measure(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) 
 
 
 def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
-    """The folder with an adapter's predictions by the prediction options of `config`, in the folder of its run."""
+    """Predict with an adapter and the prediction options of `config`; return the folder of the predictions.
+
+    The folder is in that of the run; predictions that exist are kept.
+    """
     run = run_folder.Run.of(config, fingerprint(fold))
     run_folder.begin(run)
     folder = run.folder / run_folder.PREDICTIONS
@@ -246,13 +263,13 @@ def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
 
 
 def title(split: str, table: pd.DataFrame) -> str:
-    """A split with its centers, where these are known."""
+    """Name of a split with its centers, if known."""
     centers = ", ".join(map(str, sorted(set(table["center"]) - {-1})))
     return f"{split} (center{'s' if ',' in centers else ''} {centers})" if centers else split
 
 
 def summed_up(values: Values, protocol: str) -> dict[str, dict[str, Spread]]:
-    """By what the table calls a split, then by metric, over seeds."""
+    """Summary over seeds, by the split's name in the table, then by metric."""
     if protocol == "validation":
         return {split: {m: spread(of.values()) for m, of in by_metric.items()} for split, by_metric in values.items()}
     summaries = {m: held_out({int(center): by_metric[m] for center, by_metric in values.items()}) for m in METRICS}
@@ -265,7 +282,7 @@ def summed_up(values: Values, protocol: str) -> dict[str, dict[str, Spread]]:
 def markdown(
     rows: dict[str, Row], results: dict[str, dict[str, dict[str, Spread]]], data: str, options: CompareOptions
 ) -> str:
-    """The table, and what has to be known to read it."""
+    """The table in Markdown, with notes on data, protocol and sources."""
     lines: list[list[object]] = [["", "backbone", "reported test accuracy", "split", *METRICS.values(), "seeds"]]
     for stem, row in rows.items():
         for split, found in results[stem].items():

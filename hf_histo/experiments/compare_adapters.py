@@ -1,4 +1,4 @@
-"""Several adapters of one backbone, measured on the same images."""
+"""Comparison of several adapters of one backbone on the same images."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hf_histo.inference import Classifier
 
 
 def compare_adapters(options: CompareAdaptersOptions) -> str:
-    """A table (markdown) of the metrics of each adapter, with 95% intervals over groups; the backbone is loaded once.
+    """Return a Markdown table of the metrics of each adapter, with 95% intervals; the backbone is loaded once.
 
-    Raises `HistoError` for the mean of one adapter, a split that the data lacks or in which no label is known, and as
+    Raises `HistoError` for `--average` with a single adapter, a split that does not exist or has no labels, and as
     `Classifier.load_adapter` and `Classifier.average` do.
     """
     adapters, split = options.adapters, options.split

@@ -1,4 +1,4 @@
-"""Each of k folds held out in turn, no copy of an image on two sides, and how good the result is."""
+"""Cross-validation: each of k folds is held out in turn, without copies of an image in different folds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hf_histo.finetune import Result
 def cross_validate(config: Config, options: CrossValidateOptions) -> None:
     """Train a run for each fold and seed; print tables, and write cross_validate.json, predictions and figures.
 
-    Raises HistoError for options that can't act here, folds that can't be made, and as `grid.train` does.
+    Raises HistoError for options without effect here, folds that can't be made, and as `grid.train` does.
     """
     folder = config.parent_folder()
     seeds = grid.seeds(config, options.seeds)
@@ -86,7 +86,7 @@ def _done(cell: Cell, result: Result) -> str:
 
 
 def _pooled(results: list[Result], config: Config, folder: Path, seed: int) -> dict[str, Any]:
-    """The report of all images of a seed, each as predicted by the run that never saw it; written as files, too."""
+    """Pool the held-out predictions of all folds of a seed, write them as files, and return their report."""
     tables = [Predictions.read(result.adapter / "predictions" / "test.parquet") for result in results]
     every = pd.concat(tables, ignore_index=True)  # with the class names and `transductive` of all of them
     assert isinstance(every, Predictions)

@@ -1,4 +1,4 @@
-"""A handful of labels: methods × shots × seeds × backbones × data sets, all learning from the same images of a seed."""
+"""Few-shot experiments: methods × shots × seeds × backbones × data sets. All methods use the same images of a seed."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from hf_histo.finetune import Result
 
 @dataclass(frozen=True)
 class Trial:
-    """A method on the images of a draw: what decides it, and its folder."""
+    """A method trained on one few-shot subset: everything that determines it, and its folder."""
 
     data: str
     backbone: str
     method: str
-    shots: int  # `few_labels.ALL` for all
+    shots: int  # images per class, or `few_labels.ALL`
     seed: int
 
     def folder(self, parent: Path) -> Path:
@@ -43,10 +43,10 @@ class Trial:
         return parent.joinpath(*names, f"{shots}-seed-{self.seed}")
 
 
-# The options by which images are read and drawn, and the backbone: of all methods alike.
+# Options of reading and drawing images, and the backbone: the same for all methods.
 SHARED = {option.name for option in fields(DataOptions)} - {"negative_class", "num_workers", "cache_dir"}
 SHARED |= {"level", "pool_centers", "backbone"}
-# The options that act on probes, which see images by frozen features.
+# Options with an effect on probes, which use frozen features.
 PROBED = {option.name for group in (PreparationOptions, PredictionOptions) for option in fields(group)} | SHARED
 PROBED |= {"revision", "random_weights", "image_size", "resize_size", "fit", "normalization"}
 PROBED |= {"seed", "cache_dir", "output_dir"}
@@ -58,10 +58,10 @@ def few_shot(base: Config, options: FewShotOptions) -> None:
     """Fit the probes, train the runs; print tables, and write few_shot.md, .json and a figure for each data set.
 
     Args:
-        base: the options of the command line, which hold for every method.
-        options: methods, and what they learn from.
+        base: the options of the command line, which apply to all methods.
+        options: methods, data sets, backbones, shots and seeds.
 
-    Raises HistoError for impossible options, and as `grid.train` does.
+    Raises HistoError for invalid options, and as `grid.train` does.
     """
     folder = base.parent_folder()
     shots = read_shots(options)
@@ -107,7 +107,7 @@ def few_shot(base: Config, options: FewShotOptions) -> None:
 
 
 def read_shots(options: FewShotOptions) -> list[int]:
-    """The numbers of images of each class, `few_labels.ALL` for all; raises HistoError for anything else."""
+    """Parse `--shot_counts`: images per class, or `few_labels.ALL`. Raises HistoError for invalid values."""
     try:
         shots = [few_labels.ALL if count == ALL_LABELS else int(count) for count in options.shot_counts]
     except ValueError:
@@ -120,7 +120,7 @@ def read_shots(options: FewShotOptions) -> list[int]:
 
 
 def read_methods(options: FewShotOptions) -> dict[str, Config]:
-    """The configs among the methods, by their files; raises HistoError for what is neither a probe nor a file."""
+    """Read the configs in `--methods`, by file. Raises HistoError for a value that is neither a probe nor a file."""
     files = [method for method in options.methods if method not in probes.PROBES]
     for file in files:
         if not Path(file).is_file():
@@ -129,7 +129,7 @@ def read_methods(options: FewShotOptions) -> dict[str, Config]:
 
 
 def refuse_idle(base: Config, options: FewShotOptions, configs: Mapping[str, Config]) -> None:
-    """Raise HistoError for an option of the command line, or of a config, that can't act here."""
+    """Raise HistoError for an option of the command line, or of a config, that has no effect here."""
     for config in (base, *configs.values()):
         config.parent_folder()  # a file, too, may ask for what is for one run
         refuse(config, dict.fromkeys(("shots", "percentage"), "--shot_counts draws the images"))
@@ -152,7 +152,7 @@ def refuse_idle(base: Config, options: FewShotOptions, configs: Mapping[str, Con
 
 
 def config_of(trial: Trial, config: Config) -> Config:
-    """The options of a training."""
+    """Options of the training run of a trial."""
     return replace(
         config,
         data=replace(config.data, data=trial.data),
@@ -162,7 +162,7 @@ def config_of(trial: Trial, config: Config) -> Config:
 
 
 def fit_probe(trial: Trial, drawn: datasets.DatasetDict, known: FrozenFeatures) -> dict[str, Any]:
-    """Fit a probe on the drawn images and measure it on `test`."""
+    """Fit a probe on the images of a trial, and return its result on `test`."""
     parts = known.of(datasets.DatasetDict({split: drawn[split] for split in ("train", "val", "test")}))
     labels = {split: np.array(drawn[split]["label"]) for split in parts}
     scores = probes.PROBES[trial.method](parts["train"], labels["train"], parts["val"], labels["val"], parts["test"])
@@ -175,13 +175,13 @@ def fit_probe(trial: Trial, drawn: datasets.DatasetDict, known: FrozenFeatures) 
 
 
 def of_run(result: Result) -> dict[str, Any]:
-    """What is kept of a training."""
+    """Result of a training run, as `measured` returns it."""
     test = Predictions.read(result.adapter / "predictions" / "test.parquet")
     return measured(test, result.metrics["parameters"]["trainable"])
 
 
 def measured(test: Any, trainable: int) -> dict[str, Any]:
-    """What is kept of a trial: metrics on the predictions of `test`, and the number of trainable parameters."""
+    """Result of a trial: metrics of the predictions of `test`, and the number of trainable parameters."""
     values = classification.compute(test)
     by_level = hierarchical_metrics.scores(test) if hierarchical_metrics.are_in(test) else None
     return {
@@ -197,13 +197,13 @@ def _line(name: str, of: Mapping[str, Any]) -> str:
 
 
 def over_seeds(results: Results, metric: str, **wanted: object) -> Spread:
-    """A metric over the trials with these attributes."""
+    """`Spread` of a metric over all trials with the attributes `wanted`."""
     chosen = [of for trial, of in results.items() if all(getattr(trial, key) == value for key, value in wanted.items())]
     return spread(of[metric] for of in chosen)
 
 
 def markdown(results: Results, options: FewShotOptions) -> str:
-    """For each data set, methods by shots; then methods by data sets, with all that they may learn from."""
+    """Markdown tables: for each data set, methods by shots; then methods by data sets, with the most shots."""
     shots = list(dict.fromkeys(trial.shots for trial in results))
     rows_of = list(dict.fromkeys((trial.backbone, trial.method) for trial in results))
     data_sets = list(dict.fromkeys(trial.data for trial in results))

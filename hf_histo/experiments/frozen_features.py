@@ -1,4 +1,4 @@
-"""Features of a frozen backbone, computed once for every probe that is fitted on them."""
+"""Features of a frozen backbone, computed once for all probes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from hf_histo.transforms.pipeline import Pipeline
 
 
 class FrozenFeatures:
-    """Features of a frozen backbone for the images that a run of `config` sees: prepared, normalized, in all its views.
+    """Features of a frozen backbone for the images of `data`, preprocessed as by `config`; the mean over all views.
 
-    Computed once and kept in a file, unless color is normalized, by statistics of the images that are drawn.
+    They are computed once and cached in the file `path`, unless color is normalized: its statistics depend on the
+    images that are drawn.
     """
 
     def __init__(self, config: Config, data: datasets.DatasetDict, path: Path) -> None:
@@ -49,7 +50,7 @@ class FrozenFeatures:
         self.arrays = {split: array for split, array in np.load(path).items() if split != "key"}
 
     def of(self, drawn: datasets.DatasetDict) -> dict[str, np.ndarray]:
-        """Features (n, d) of the images that are drawn from each split."""
+        """Features (n, d) of each split of `drawn`, a subset of the images."""
         if self.arrays:
             return {
                 split: self.arrays[split][[self.rows[split][i] for i in rows["id"]]] for split, rows in drawn.items()

@@ -1,8 +1,8 @@
-"""Many runs as one result: cells (config × seed × fold), each trained once, by as many processes as there are.
+"""Experiments of many runs: cells (config × seed × fold) that one or several processes train, each cell once.
 
-Whoever trains a cell holds a lock on a file beside its folder, which the system releases when the process dies. So the
-same command resumes where an earlier one was stopped, several launches on one folder divide its cells, and the cell of
-a process that was killed is taken up by another one. Workers and jobs of a cluster do the same from one command.
+The process that trains a cell holds a lock on a file beside its folder, which the operating system releases when the
+process ends. Therefore the same command resumes an experiment, several commands on one folder share its cells, and the
+cell of a process that was killed is continued by another one. Workers and cluster jobs of one command work the same.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from hf_histo.files import atomic_file, locked, write_json
 from hf_histo.finetune import Result, fine_tune
 from hf_histo.training import run_folder
 
-MINUTES = 24 * 60  # of a job, where nothing else is asked for: submitit's default is 5
-POLL = 1.0  # seconds between two looks at cells that other processes train
+MINUTES = 24 * 60  # default time limit of a job; submitit's default is 5
+POLL = 1.0  # seconds between checks of cells that other processes train
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of an experiment: its options, with the folder that it is trained in, and its data."""
+    """A run of an experiment: its name in reports, its options (which include its folder), and its data."""
 
     name: str
     config: Config
@@ -42,7 +42,7 @@ class Cell:
 
 
 def cell(config: Config, data: datasets.DatasetDict, folder: Path, seed: int) -> Cell:
-    """A run of `config` in `folder`, by the name of which it is reported."""
+    """A cell that runs `config` with `seed` in `folder`, whose name is that of the cell."""
     return Cell(folder.name, config.at(folder, seed), data)
 
 
@@ -53,15 +53,15 @@ def train(
     *,
     describe: Callable[[Cell, Result], str] | None = None,
 ) -> list[Result]:
-    """Train the cells, those that are finished excepted, and return their results in order.
+    """Train all unfinished cells, and return the results of all cells in order.
 
     Args:
-        cells: with folders of their own.
-        folder: of the experiment, for the logs of jobs.
-        sharing: the processes that train; by default this one alone does, in the order of the cells.
-        describe: the line that is printed when a cell is done.
+        cells: the cells, each with its own folder.
+        folder: folder of the experiment, for the logs of jobs.
+        sharing: the processes that train; by default, only this one, in the order of the cells.
+        describe: returns the line that is printed when a cell is finished.
 
-    Raises HistoError as `fine_tune` does, for impossible `sharing`, and where a worker ended without finishing.
+    Raises HistoError as `fine_tune` does, for invalid `sharing`, and if a worker ended without finishing its cells.
     """
     _check(cells, sharing)
     if sharing.workers > 1 or sharing.cluster:
@@ -75,20 +75,20 @@ def train(
 
 
 def seeds(config: Config, count: int) -> range:
-    """`count` seeds from `--seed`. Raises HistoError for fewer than one."""
+    """`count` consecutive seeds, starting with `--seed`. Raises HistoError for fewer than one."""
     if count < 1:
         raise HistoError(f"--seeds is {count}, expected at least 1")
     return range(config.training.seed, config.training.seed + count)
 
 
 def on_test(result: Result) -> dict[str, float | None]:
-    """The metrics of `summary.METRICS` on `test`; None where one is undefined."""
+    """The metrics of `summary.METRICS` on `test`, None if undefined."""
     overall = result.metrics["splits"]["test"]["overall"]
     return {metric: overall[metric]["value"] for metric in METRICS}
 
 
 def write(folder: Path, name: str, content: Mapping[str, Any], text: str) -> None:
-    """Print `text`, a table in Markdown, and write it and `content` into NAME.md and NAME.json."""
+    """Print `text`, a table in Markdown, and write it to NAME.md and `content` to NAME.json in `folder`."""
     print("\n" + text)
     with atomic_file(folder / f"{name}.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -96,7 +96,7 @@ def write(folder: Path, name: str, content: Mapping[str, Any], text: str) -> Non
 
 
 def _train(cells: Sequence[Cell], describe: Callable[[Cell, Result], str] | None = None) -> list[Result]:
-    """Train the cells that no other process does, in order, until all of them are finished."""
+    """Train, in order, the cells that no other process trains, until all are finished."""
     results: dict[int, Result] = {}
     while len(results) < len(cells):
         before = len(results)
@@ -116,9 +116,10 @@ def _train(cells: Sequence[Cell], describe: Callable[[Cell, Result], str] | None
 
 @contextmanager
 def _claimed(cell: Cell) -> Iterator[bool]:
-    """Whether this process may train the cell, until the end of the block.
+    """Yield whether this process has claimed the cell, until the end of the block.
 
-    The processes of one launch train together; they do not share with other launches, which `fine_tune` refuses.
+    The processes of a distributed launch train a cell together and don't share cells with other launches; `fine_tune`
+    refuses a second launch in the same folder.
     """
     if launch.process().num_processes > 1:
         yield True
@@ -142,7 +143,7 @@ def _check(cells: Sequence[Cell], sharing: Sharing) -> None:
 
 
 def _start(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
-    """Train the cells in processes of this machine, and wait for these. The GPUs are divided among them."""
+    """Train the cells in several processes on this machine, which share its GPUs, and wait for them."""
     context = multiprocessing.get_context("spawn")
     threads = launch.thread_count(sharing.workers)
     workers = [context.Process(target=_work, args=(cells, number, threads)) for number in range(sharing.workers)]
@@ -159,13 +160,13 @@ def _start(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
 
 
 def _work(cells: Sequence[Cell], number: int = 0, threads: int | None = None) -> None:
-    """Be a worker of `_start`, with a number of CPU threads, or of a job."""
+    """Main function of a worker process of `_start`, with `threads` CPU threads, or of a job."""
     launch.use_gpu(number)
     launch.run(partial(_train, cells), threads=threads)
 
 
 def _submit(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
-    """Train the cells in jobs, and wait for these."""
+    """Train the cells in jobs of a cluster, and wait for them."""
     try:
         from submitit import AutoExecutor
     except ImportError:
@@ -188,7 +189,7 @@ def _submit(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What a job of a cluster calls: a worker, queued again where its time is up or it is preempted."""
+    """The callable of a cluster job: a worker, which is queued again at a timeout or preemption."""
 
     cells: Sequence[Cell]
 
@@ -206,7 +207,7 @@ def _logs(folder: Path) -> Path:
 
 
 def _parameters(given: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE by name, the values as YAML reads them."""
+    """Parse NAME=VALUE into a mapping, with values read as YAML."""
     found = dict(parameter.partition("=")[::2] for parameter in given)
     if wrong := [parameter for parameter in given if "=" not in parameter]:
         raise HistoError(f"--job_parameters {wrong[0]}: expected NAME=VALUE, such as timeout_min=240")

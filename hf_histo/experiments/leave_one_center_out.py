@@ -1,4 +1,4 @@
-"""Each acquisition center held out in turn, and how good the result is on the one never seen."""
+"""Leave-one-center-out evaluation: each acquisition center is held out in turn, and used as the test set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hf_histo.finetune import Result
 def leave_one_center_out(config: Config, options: LeaveOneCenterOutOptions) -> None:
     """Train a run for each held-out center and seed; print a table, and write leave_one_center_out.json.
 
-    Raises HistoError for options that can't act here, and as `grid.train` does.
+    Raises HistoError for options without effect here, and as `grid.train` does.
     """
     folder = config.parent_folder()
     seeds = grid.seeds(config, options.seeds)

@@ -1,4 +1,4 @@
-"""The rank of LoRA and the layers that it adapts: accuracy against trainable parameters, and the Pareto front."""
+"""Accuracy against trainable parameters for several LoRA ranks and target layers, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEAD_ALONE = "classifier-alone"
 def pareto(config: Config, options: ParetoOptions) -> None:
     """Train a run for each combination and seed; print a table, and write pareto.md, .json and .png.
 
-    Raises HistoError for impossible options, and as `grid.train` does.
+    Raises HistoError for invalid options, and as `grid.train` does.
     """
     folder = config.parent_folder()
     seeds = grid.seeds(config, options.seeds)
@@ -90,7 +90,7 @@ def pareto(config: Config, options: ParetoOptions) -> None:
 
 
 def combinations(config: Config, options: ParetoOptions) -> dict[str, Config]:
-    """The options of each combination, by the name of its folder."""
+    """Options of each combination of layers and rank, by the name of its folder."""
     found = {HEAD_ALONE: replace(config, adapter=replace(config.adapter, method="linear"))}
     for layers in options.layers:
         for rank in options.ranks:
@@ -104,5 +104,5 @@ def combinations(config: Config, options: ParetoOptions) -> dict[str, Config]:
 
 
 def accuracy(results: list[Result], split: str) -> Spread:
-    """Over seeds; undefined where the split has no labels."""
+    """Accuracy on a split over seeds; undefined if the split has no labels."""
     return spread(result.metrics["splits"][split]["overall"]["accuracy"]["value"] for result in results)

@@ -1,4 +1,4 @@
-"""The prediction of a data set with an adapter, as a table for a challenge."""
+"""The command that predicts a data set with an adapter, and writes a CSV, e.g. for a challenge."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from hf_histo.inference import Classifier
 
 
 def predict(options: PredictOptions) -> str:
-    """Predict one split and write the table, and the explanations where they are asked for.
+    """Predict one split, and write the table and, on request, explanations.
 
-    Returns a summary: the number of predictions, the threshold with its origin, and what was measured on the images as
-    a whole. Where the value of `test_time_views`, `test_time_augmentation` or `adapt_batch_norm` is None, the adapter's
-    own holds. Raises HistoError for options that the adapter or the data cannot serve, and for outputs among the
-    inputs.
+    If `test_time_views`, `test_time_augmentation` or `adapt_batch_norm` is None, the value of the adapter is used.
+    Returns a summary as text: number of predictions, threshold and its origin, and whether and how the prediction was
+    transductive. Raises HistoError for options that don't fit the adapter or the data, and outputs among the inputs.
     """
     for output in filter(None, (options.output, options.explain)):
         require_output(output, [options.data, options.adapter, options.backbone])
@@ -65,7 +64,7 @@ def predict(options: PredictOptions) -> str:
 
 
 def _split(options: PredictOptions, gray_bits: int | None) -> datasets.Dataset:
-    """The table of the one schema to predict, 16-bit gray images read as in training."""
+    """The split to predict, with 16-bit gray images read as in training."""
     data = load(DataOptions(data=options.data, cache_dir=options.cache_dir, gray_bits=gray_bits))
     if options.split not in data:
         data = complete(data)
@@ -75,10 +74,10 @@ def _split(options: PredictOptions, gray_bits: int | None) -> datasets.Dataset:
 
 
 def _threshold(options: PredictOptions, sidecar: Sidecar, predictions: Predictions) -> tuple[float, str]:
-    """The threshold of class 1 and its origin; one from these very images is recorded as transductive."""
+    """The threshold of class 1 and its origin; one chosen on these images is recorded in `predictions.transductive`."""
     if options.balanced is not None:
         predictions.attrs["transductive"].append("threshold")
-        origin = f"transductive: it calls {options.balanced:.0%} of these images 1, and is none for others"
+        origin = f"transductive: class 1 for {options.balanced:.0%} of these images, not valid for others"
         return thresholds.for_share(predictions, options.balanced).value, origin
     origin = "the adapter's own" if options.threshold is None else f"--threshold {options.threshold}"
     return sidecar.threshold_named(options.threshold), origin

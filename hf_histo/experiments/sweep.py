@@ -1,4 +1,4 @@
-"""Many settings of a training recipe: every point of a grid, or a search by Optuna."""
+"""Hyperparameter sweeps of a training recipe: all points of a grid, or a search by Optuna."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ plt.switch_backend("Agg")
 
 
 def sweep(config: Config, options: SweepOptions) -> None:
-    """Run the trials that are left; print a table, and write sweep.md, sweep.json, best.yaml and plots.
+    """Run the remaining trials; print a table, and write sweep.md, sweep.json, best.yaml and plots.
 
-    Raises HistoError for a study that can't be read or can't be stored, and where no trial finished.
+    Raises HistoError for a study file that can't be read, a database that can't be used, a folder with another sweep,
+    and if no trial finished.
     """
     folder = config.parent_folder()
     if launch.process().num_processes > 1:
@@ -82,7 +83,7 @@ def sweep(config: Config, options: SweepOptions) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study file; `points` holds a mapping for each trial: a point of the grid, or nothing fixed."""
+    """Content of a study file; `points` has a mapping for each trial: a grid point, or {} for a search."""
 
     distributions: dict[str, BaseDistribution]
     points: list[dict[str, Any]]
@@ -90,7 +91,7 @@ class Plan:
 
 
 def read_plan(path: str, config: Config) -> Plan:
-    """Raises HistoError for a file that can't be read, and for options and values that a run would refuse."""
+    """Read a study file. Raises HistoError if it can't be read, or for options and values that a run would refuse."""
     try:
         content = yaml.safe_load(read_text(config_file(path)))
         ranges = content["grid"] if set(content) == {"grid"} else content["space"]
@@ -125,7 +126,7 @@ def _distribution(values: Any) -> BaseDistribution:
 
 
 class Reporting(TrainerCallback):
-    """Reports the validation metric to the study after each epoch, and ends a trial that is pruned."""
+    """Reports the validation metric to the study after each evaluation; raises `TrialPruned` for a pruned trial."""
 
     def __init__(self, trial: Trial, metric: str) -> None:
         self.trial, self.metric = trial, metric
@@ -137,10 +138,11 @@ class Reporting(TrainerCallback):
 
 
 class Sweep:
-    """The trials of one folder, shared with any other process that works on it.
+    """The trials of a sweep, whose folder several processes may share.
 
-    Whoever runs a trial holds a lock on a file, which the system releases when the process dies: so a trial that runs
-    and is not locked was killed. It is failed, and a new one repeats it in the same folder, `slot`.
+    The process that runs a trial holds a lock on a file, which the operating system releases when the process ends: a
+    trial in the state "running" without a lock was killed. It is marked as failed, and a new trial repeats it in the
+    same folder, whose number is the trial's `slot`.
     """
 
     def __init__(self, folder: Path, config: Config, plan: Plan, identity: dict[str, Any], storage: str | None) -> None:
@@ -168,23 +170,23 @@ class Sweep:
                 self.study.enqueue_trial(point)
 
     def trials(self) -> dict[int, FrozenTrial]:
-        """By slot; of those that repeat one another the last."""
+        """The trials by slot; of several in one slot, the last."""
         return {slot(trial): trial for trial in self.study.get_trials()}
 
     def next(self) -> tuple[Trial, AcquireReturnProxy[Any]] | None:
-        """A trial that waits, and what holds its lock; None if all are run or running."""
+        """The next trial to run and its lock, which is held; None if all are finished or running."""
         with self.lock:
             for running in self.study.get_trials(states=[TrialState.RUNNING]):
                 try:
                     with self._lock_of(running).acquire(blocking=False):
-                        # A kill between the two leaves a repetition too many, which finds its run done.
+                        # A kill between these two calls leaves a redundant trial, which finds its run finished.
                         self.study.enqueue_trial(running.params, user_attrs={"slot": slot(running)})
                         self.study.tell(running.number, state=TrialState.FAIL)
                 except Timeout:
                     continue
             if not self.study.get_trials(states=[TrialState.WAITING]):
                 return None
-            # Seeded anew, so that neither a second process nor one that resumes repeats a draw.
+            # Seeded by the number of trials, so that other processes and a resumed sweep don't repeat samples.
             begun = [trial for trial in self.study.get_trials() if trial.state != TrialState.WAITING]
             self.study.sampler = optuna.samplers.TPESampler(seed=self.config.training.seed + len(begun))
             trial = self.study.ask(self.plan.distributions)
@@ -204,14 +206,14 @@ class Sweep:
             self.study.tell(trial, state=TrialState.FAIL)
 
     def best(self) -> FrozenTrial:
-        """Raises HistoError if no trial finished."""
+        """The best finished trial. Raises HistoError if there is none."""
         if not self.study.get_trials(states=[TrialState.COMPLETE]):
             errors = [trial.user_attrs["error"] for trial in self.trials().values() if "error" in trial.user_attrs]
             raise HistoError(f"no trial of {self.folder} finished; the first error: {(errors or ['none'])[0]}")
         return self.study.best_trial
 
     def markdown(self) -> str:
-        """All trials, the best one first."""
+        """A Markdown table of all trials, with the best one first."""
         sign = 1 if self.metric == "loss" else -1
         header = ["trial", "state", *self.plan.distributions, f"val {self.metric}", "epochs", "seconds"]
         lines = []
@@ -224,7 +226,7 @@ class Sweep:
         return table([header, *(line for *_, line in sorted(lines, key=lambda line: line[:2]))])
 
     def draw(self) -> None:
-        """Optuna's plots, those for which there are enough trials."""
+        """Write Optuna's plots, as far as there are enough trials for them."""
         kinds = ["optimization_history", "intermediate_values", "slice", "parallel_coordinate"]
         values = {trial.value for trial in self.study.get_trials(states=[TrialState.COMPLETE])}
         if len(values) > 1:
@@ -238,12 +240,12 @@ class Sweep:
                 plt.close("all")
 
     def _lock_of(self, trial: Trial | FrozenTrial) -> FileLock:
-        # Not .trial-N.lock, which is that of the run in trial-N.
+        # Not .trial-N.lock, which is the lock of the run in trial-N.
         return FileLock(self.folder / f".study-{trial.number}.lock")
 
 
 def open_storage(url: str) -> BaseStorage:
-    """The database at the URL. Raises HistoError, without the URL, which may hold a password, if it can't be opened."""
+    """Open an Optuna storage. Raises HistoError if it fails, without the URL, which may contain a password."""
     try:
         return optuna.storages.get_storage(url)
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, ValueError) as error:
@@ -254,7 +256,7 @@ def open_storage(url: str) -> BaseStorage:
 
 
 def slot(trial: Trial | FrozenTrial) -> int:
-    """The number of the trial, or of the first one that it repeats."""
+    """Number of the trial's folder: its own, or that of the first trial that it repeats."""
     return int(trial.user_attrs.get("slot", trial.number))
 
 

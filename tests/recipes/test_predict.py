@@ -45,7 +45,7 @@ def test_the_threshold_is_printed_with_its_origin(backbone: Path, tmp_path: Path
     shown = shown_by("predict.py", *common.split(), "--threshold", "validation")
     assert "at threshold 0.3000 (--threshold validation)" in shown and "transductive" not in shown
     shown = shown_by("predict.py", *common.split(), "--balanced", "0.43")
-    assert "(transductive: it calls 43% of these images 1, and is none for others)" in shown
+    assert "(transductive: class 1 for 43% of these images, not valid for others)" in shown
     assert shown.rstrip().endswith(f"transductive: used the images of {file} as a whole, for threshold")
     assert pd.read_csv(tmp_path / "preds.csv")["Pred"].sum() == 3
 
