@@ -1,4 +1,4 @@
-"""No network, no cache outside the session, two threads."""
+"""Session setup: no network, no cache outside the session, two threads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _session() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """Undo what a recipe that was called in this process set: its number of threads."""
+    """Restore the number of threads, which a recipe called in this process changes."""
     before = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
     yield
     os.environ.pop("OMP_NUM_THREADS", None)

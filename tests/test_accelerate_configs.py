@@ -1,4 +1,4 @@
-"""The files for `accelerate launch --config_file` are what accelerate itself reads."""
+"""The files for `accelerate launch --config_file` are valid for accelerate."""
 
 from __future__ import annotations
 

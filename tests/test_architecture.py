@@ -106,6 +106,6 @@ def test_the_check_itself(module: str, source: str, fault: bool) -> None:
 def test_recipes_are_not_importable() -> None:
     assert not list(RECIPES.rglob("__init__.py"))
     assert list(RECIPES.glob("*.py"))
-    # Without an `__init__.py`, the folder is at most a namespace for whoever stands beside it, never installed.
+    # Without an `__init__.py`, the folder is at most a namespace package in the current folder, and not installed.
     spec = importlib.util.find_spec("recipes")
     assert spec is None or spec.origin is None

@@ -101,7 +101,7 @@ def test_a_packaged_config_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
         ("--rows recipes/configs/report --data", "--rows report --data"),
     ],
 )
-def test_what_a_recipe_says_as_a_command(text: str, command: str) -> None:
+def test_text_of_a_recipe_as_a_command(text: str, command: str) -> None:
     assert as_commands(text) == command
 
 

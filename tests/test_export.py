@@ -1,4 +1,4 @@
-"""What is exported gives the logits of the classifier, without this package."""
+"""Exported models give the logits of the classifier, without this package."""
 
 from __future__ import annotations
 

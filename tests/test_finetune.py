@@ -56,7 +56,7 @@ def test_images_of_different_sizes(folder: Path, tmp_path: Path, fit: str) -> No
 def test_predictions_are_in_float32_whatever_the_launcher_asks_for(
     source: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bfloat16, decisions would change: SECURITY.md."""
+    """In bfloat16, decisions would change, see SECURITY.md."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     data = load(source[1])
     result = fine_tune(config(tmp_path / "run", *source, "--num_train_epochs=1", "--target_modules=last-conv"), data)

@@ -1,4 +1,4 @@
-"""Runs on backbones that bare transformers and peft don't build: adapters load again, and the cards state it."""
+"""Runs on backbones that transformers and peft alone can't build: adapters load again, and cards state it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Mutated files: whatever the bytes are, the loaders and the sidecar's parser end in a table or in `HistoError`.
+"""Mutated files: for any bytes, readers and parsers return a result or raise `HistoError`.
 
-Each batch of files runs in a forked process, so that a crash of a C library is seen and named, too. What once failed
-stays in tests/corpus, by kind.
+Each batch of files runs in a forked process, so that a crash of a C library is found as well. Files that failed once
+are kept in tests/corpus, by kind.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], bytes], Callable[[Path], object]]] 
 
 
 def _batch(kind: str, folder: str, contents: list[bytes], failures: str) -> None:
-    """Read every content in turn; note the one at work, and what was not refused properly."""
+    """Read all contents in turn; record the current one, and those not refused properly."""
     name, _, read = KINDS[kind]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # else 5 seconds after each pass over a stream

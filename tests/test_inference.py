@@ -403,7 +403,7 @@ def lora_of(backbone: str) -> AdapterOptions:
 
 @pytest.mark.parametrize("backbone", ["timm-resnet", "timm-vit", "hf-vit"])
 @pytest.mark.parametrize("outputs", [1, 3])
-def test_the_pipeline_of_the_card_says_the_same(
+def test_the_pipeline_of_the_card_predicts_the_same(
     backbones: dict[str, Path], arrays: list[np.ndarray], tmp_path: Path, outputs: int, backbone: str
 ) -> None:
     lora = lora_of(backbone)
@@ -477,7 +477,7 @@ def test_the_mean_of_adapters_is_the_model_of_the_mean_weights(
     )
 
 
-def test_adapters_that_do_not_go_together(run: Path, tmp_path: Path) -> None:
+def test_adapters_that_can_not_be_combined(run: Path, tmp_path: Path) -> None:
     first = write_adapter(tmp_path / "first", run / "backbone")
     classifier = Classifier.from_pretrained(first)
     others = {

@@ -1,4 +1,4 @@
-"""A run that is killed anywhere and started again by the same command ends in the bytes of one that nothing hit."""
+"""A run that is killed at any point and resumed by the same command ends in the same bytes as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUICK = f"""--image_size={SIZE} --resize_size={SIZE} --per_device_train_batch_si
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe with its options, and the phases of it to be killed in, each known by its events."""
+    """A recipe with its options, and the phases to kill it in, which are identified by their events."""
 
     recipe: str
     options: tuple[str, ...]
@@ -77,7 +77,7 @@ def start(
 
 
 def results(root: Path) -> dict[str, bytes]:
-    """What the adapters of all runs in a folder hold."""
+    """Content of the adapter folders of all runs in a folder."""
     adapters = sorted((root / "run").rglob("adapter"))
     assert adapters
     files = [path for a in adapters for path in (*(a / name for name in RESULTS), *(a / "predictions").iterdir())]
@@ -88,13 +88,13 @@ def results(root: Path) -> dict[str, bytes]:
 def undisturbed(
     source: tuple[Path, Path], server: Hub, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[list[tuple[str, str]], dict[str, bytes]]]:
-    """By job, its events and results, made when first asked for."""
+    """Events and results of each job, computed on first use."""
 
     class Made(dict[str, tuple[list[tuple[str, str]], dict[str, bytes]]]):
         def __missing__(self, name: str) -> tuple[list[tuple[str, str]], dict[str, bytes]]:
             root = tmp_path_factory.mktemp(name)
-            code, said, events = start(JOBS[name], root, source, server)
-            assert code == 0, said
+            code, output, events = start(JOBS[name], root, source, server)
+            assert code == 0, output
             self[name] = events, results(root)
             return self[name]
 
@@ -116,14 +116,14 @@ def check(
     assert moments, f"nothing happens in {phase}"
     kill = random.Random(seed).choice(moments)
     shutil.rmtree(server.folder / NAME, ignore_errors=True)
-    code, said, _ = start(JOBS[job], root, source, server, kill)
-    assert code == -9, f"event {kill} of {len(events)}, {events[kill]}: {said}"
+    code, output, _ = start(JOBS[job], root, source, server, kill)
+    assert code == -9, f"event {kill} of {len(events)}, {events[kill]}: {output}"
     for adapter in (root / "run").rglob("adapter"):  # whole, or not there
         assert all((adapter / name).is_file() for name in RESULTS)
     for file in (root / "run").rglob("adapter/*.json"):
         json.loads(file.read_text(encoding="utf-8"))
-    code, said, _ = start(JOBS[job], root, source, server)
-    assert code == 0, f"after event {kill} of {len(events)}, {events[kill]}: {said}"
+    code, output, _ = start(JOBS[job], root, source, server)
+    assert code == 0, f"after event {kill} of {len(events)}, {events[kill]}: {output}"
     assert results(root) == expected, f"after event {kill} of {len(events)}, {events[kill]}"
     if "--push_to_hub" in JOBS[job].options:
         pushed = server.files(NAME)
@@ -162,7 +162,7 @@ def test_killed_anywhere_and_started_again(
 
 
 def test_two_at_once_on_a_cold_cache(source: tuple[Path, Path], server: Hub, tmp_path: Path) -> None:
-    """One converts the data, the other waits for it; and the token with which they push is in no file or line."""
+    """One converts the data, the other waits for it; the token that they push with is in no file or output."""
     backbone, data = source
 
     def train(name: str) -> tuple[int, str, list[tuple[str, str]]]:
@@ -173,21 +173,21 @@ def test_two_at_once_on_a_cold_cache(source: tuple[Path, Path], server: Hub, tmp
 
     with ThreadPoolExecutor(2) as threads:
         ended = list(threads.map(train, ("one", "other")))
-    for code, said, _ in ended:
-        assert code == 0, said
-        assert TOKEN not in said
+    for code, output, _ in ended:
+        assert code == 0, output
+        assert TOKEN not in output
     one, other = (results(tmp_path / name) for name in ("one", "other"))
     assert one == other
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or TOKEN.encode() not in file.read_bytes(), file
 
 
-def test_a_token_is_not_told_when_the_hub_refuses(source: tuple[Path, Path], server: Hub, tmp_path: Path) -> None:
+def test_a_token_is_not_shown_when_the_hub_refuses(source: tuple[Path, Path], server: Hub, tmp_path: Path) -> None:
     backbone, data = source
     options = f"--output_dir={tmp_path / 'run'} --backbone={backbone} --data={data} --push_to_hub"
     arguments = [*QUICK, *options.split(), "--hub_model_id=somebody_else/model"]
-    code, said, _ = run("histo_lora.py", arguments, tmp_path, hub=server.address)
+    code, output, _ = run("histo_lora.py", arguments, tmp_path, hub=server.address)
     assert code == 1
-    assert "error: " in said
-    assert TOKEN not in said
+    assert "error: " in output
+    assert TOKEN not in output
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()]

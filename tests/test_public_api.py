@@ -1,4 +1,4 @@
-"""The public API: what `import hf_histo` offers, and that it costs nothing before it is used."""
+"""The public API: the names of `hf_histo`, and that importing it is fast."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def on_the_hub(folder: Path, name: str = NAME) -> dict[str, bytes]:
-    """What the Hub is to hold: the folder, with the repository's name in the card, and without the backbone's place."""
+    """Expected content on the Hub: the folder, with the repository's name in the card and no path of the backbone."""
     files = contents(folder)
     place = Path(json.loads(files["hf_histo.json"])["backbone"]["name"])
     for file in ("README.md", "hf_histo.json", "adapter_config.json"):
@@ -84,7 +84,7 @@ def on_the_hub(folder: Path, name: str = NAME) -> dict[str, bytes]:
 
 
 def remeasure(folder: Path) -> None:
-    """Write the folder's metrics anew, as another run would: with a line more."""
+    """Change the folder's metrics, as another run would, by an additional line."""
     (folder / "metrics.json").write_bytes((folder / "metrics.json").read_bytes() + b"\n")
     checksums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
     checksums["files"]["metrics.json"] = checksum(folder / "metrics.json")
@@ -92,7 +92,7 @@ def remeasure(folder: Path) -> None:
 
 
 def refusal(adapter: Path, name: str = NAME, **options: bool | str) -> str:
-    """The message of a push that fails; it names the repository and the folder, which stays as it was."""
+    """Message of a failed push, which names the repository and the folder; the folder must be unchanged."""
     before = contents(adapter)
     with pytest.raises(HistoError) as caught:
         hub.push(adapter, name, **options)
@@ -157,7 +157,7 @@ def test_without_a_network_the_cache_will_do(
 def test_no_path_of_this_machine_is_pushed(
     server: Hub, source: tuple[Path, Path], finished: Path, tmp_path: Path
 ) -> None:
-    """Neither of the data, the caches, the run, the backbone, nor of the adapter that it started from."""
+    """No path of the data, the caches, the run, the backbone, or the initial adapter."""
     more = [*QUICK, f"--init_adapter={finished}", f"--cache_dir={tmp_path / 'converted'}"]
     whole = ["--num_train_epochs=1", "--method=full"]
     for method, options in {"lora": more, "full": whole}.items():
@@ -171,7 +171,7 @@ def test_no_path_of_this_machine_is_pushed(
     assert recorded["init_adapter"] == "run/adapter"
 
 
-def test_a_backbone_from_a_folder_is_told_by_its_name(
+def test_a_backbone_from_a_folder_is_called_by_its_name(
     server: Hub, adapter: Path, source: tuple[Path, Path], tmp_path: Path
 ) -> None:
     hub.push(adapter, NAME)
@@ -303,7 +303,7 @@ def test_a_push_whose_connection_is_cut(server: Hub, adapter: Path, what: str, h
 def test_a_push_through_xet_that_is_refused(
     server: Hub, adapter: Path, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where hf_xet is installed the client sends large files by it, and asks the server for a token, not whether."""
+    """If hf_xet is installed, the client uploads large files with it, and requests a token for that."""
     pytest.importorskip("hf_xet")
     server.fail("xet", status)
     with monkeypatch.context() as patch:
@@ -343,7 +343,7 @@ def test_a_card_that_the_hub_refuses(server: Hub, adapter: Path) -> None:
     assert "pipeline_tag is [1]" in refusal(adapter)
 
 
-def test_what_goes_on_is_the_same_push(server: Hub, adapter: Path) -> None:
+def test_the_command_that_resumes_makes_the_same_push(server: Hub, adapter: Path) -> None:
     server.fail("create", 500)
     options = "--hub_private --hub_revision v2 --hub_base_model clinic/base"
     assert f"{options} resumes it" in refusal(adapter, private=True, revision="v2", base_model="clinic/base")
@@ -456,5 +456,5 @@ def test_only_the_main_process_pushes(
     assert not server.requests
 
 
-def test_without_a_network_the_message_says_so(adapter: Path) -> None:
+def test_offline_mode_is_named_in_the_message(adapter: Path) -> None:
     assert "HF_HUB_OFFLINE" in refusal(adapter, "nobody/nothing")

@@ -1,6 +1,6 @@
-"""What a command imports before its options are checked: never torch, transformers' models or the data libraries.
+"""Before its options are checked, a command does not import torch, transformers' models or the data libraries.
 
-A budget of modules, not of seconds, which depend on the machine.
+The budget is a number of modules, since seconds depend on the machine.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def results(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """A finished run by its batch norm."""
+    """The results of finished runs, by `--batch_norm`."""
     folder = tmp_path_factory.mktemp("runs")
     return {
         mode: fine_tune(config(folder / mode, *source, *QUICK, f"--batch_norm={mode}"), load(source[1]))
@@ -33,7 +33,7 @@ def results(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def adapter(results: dict[str, Result], tmp_path: Path) -> Path:
-    """A copy to damage, as of a version before the checksums that would show it."""
+    """A copy without checksums, as of an older version, so that changes are not found by them."""
     folder = shutil.copytree(results["frozen"].adapter, tmp_path / "adapter")
     (folder / "checksums.json").unlink()
     sidecar = json.loads((folder / "hf_histo.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The adapter folder: what is in it, and that anybody gets the same logits from it."""
+"""The adapter folder: its files, their verification, and that it gives the same logits in another process."""
 
 from __future__ import annotations
 
@@ -123,14 +123,14 @@ def test_no_regex_of_an_adapter_is_run(adapter: Path, results: dict[str, Result]
 
 @pytest.mark.parametrize("name", ["base_model.model.(.*)*(.*)*(.*)*(.*)*(.*)*!.weight", "(", "a" * 1000])
 def test_no_name_of_a_weight_is_run_as_a_regex(adapter: Path, name: str) -> None:
-    """transformers takes them for regexes."""
+    """transformers compiles them as regexes."""
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file(weights | {name: torch.ones(2)}, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     assert "a weight is called" in refusal(adapter)
 
 
 class Bomb:
-    """What unpickling it would run."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -230,7 +230,7 @@ def test_a_folder_older_than_its_checksums_is_loaded(adapter: Path, whole: Path)
 
 
 def test_no_file_outside_the_folder_is_read(whole: Path, tmp_path: Path) -> None:
-    """Neither by a link nor by a name among the checksums; and nothing that is no file."""
+    """Neither through a link nor through a name in the checksums; and nothing but regular files."""
     secret = tmp_path / "secret"
     secret.write_text("secret")
     for name in ("hf_histo.json", "adapter_model.safetensors", "README.md"):

@@ -63,7 +63,7 @@ RGB = CenterNormalizer("rgb", Statistics((0.5,) * 3, ((0.1, 0, 0), (0, 0.1, 0), 
 def test_the_card_has_no_lines_that_give_other_logits(
     results: dict[str, Result], change: dict[str, Any], reason: str
 ) -> None:
-    """Without this package, that is, for an adapter that does more than its model and preprocessing."""
+    """The card has no code without this package for an adapter that needs more than its model and preprocessing."""
     sidecar = Sidecar.read(results["frozen"].adapter)
     assert "PeftModel" in model_card.card(sidecar, results["frozen"].metrics).text
     if "preparation" in change:
@@ -147,7 +147,7 @@ def test_leaks_are_reported(results: dict[str, Result]) -> None:
 
 
 def test_any_name_of_a_class_is_shown_as_it_is(results: dict[str, Result], tmp_path: Path) -> None:
-    """In the card as Markdown and in the report as HTML, and not as what it would mean there."""
+    """A class name with Markdown or HTML in it is shown as text by the card and the report."""
     unusual = ["<script>alert(1)</script>", "a|b *c* `d`\n# e \"'&"]
     folder = results["frozen"].adapter
     sidecar = dataclasses.replace(Sidecar.read(folder), label_names=unusual)

@@ -1,4 +1,4 @@
-"""The options of commands that are no training run: parsed as strictly as those of a run."""
+"""Options of commands other than training runs, which are parsed as strictly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of an experiment: a new or a regular folder, as any other output."""
+"""The output folder of an experiment must be new or a regular folder, like any other output."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def test_a_file_that_is_missing_or_not_a_mapping(tmp_path: Path) -> None:
     ],
 )
 def test_yaml_made_to_do_harm(tmp_path: Path, text: str) -> None:
-    """Code to run, and a few lines that stand for a hundred billion values."""
+    """Code to run, and a few lines that expand to a hundred billion values."""
     assert len(refusal("--config", write(tmp_path, text))) < 10_000
 
 
@@ -336,7 +336,7 @@ class Own:
 
 
 def test_what_changes_no_result() -> None:
-    """These names are the identity of runs on disk: another set would make old runs other ones."""
+    """These names are part of the identity of runs on disk: with another set, old runs would not resume."""
     assert {
         *("cache_dir", "activation_checkpointing", "cache_features", "num_workers", "per_device_eval_batch_size"),
         *("resume_from_checkpoint", "output_dir", "overwrite_output_dir", "preview", "explain", "push_to_hub"),

@@ -42,7 +42,7 @@ def test_converts_once(tmp_path: Path, conversions: list[str], monkeypatch: pyte
     write_challenge(tmp_path / "data")
     first = load(tmp_path / "data", cache_dir=tmp_path / "cache")
     assert conversions == ["train", "val", "test"]
-    # Neither converted nor read again: without h5py and the hash nothing could be.
+    # Neither converted nor read again: h5py and the hash are disabled.
     monkeypatch.setattr(h5py, "File", None)
     monkeypatch.setattr(cache, "checksum", None)
     second = load(str(tmp_path / "data"), cache_dir=tmp_path / "cache")
@@ -102,7 +102,7 @@ def test_a_damaged_conversion_is_made_anew(
     if damage != "gone":
         path.write_bytes(changed[damage])
     again = load(tmp_path / "data", cache_dir=tmp_path / "cache")
-    if (file, damage) == ("checksums.json", "gone"):  # as of a process that was killed before it wrote them
+    if (file, damage) == ("checksums.json", "gone"):  # as if a process was killed before it wrote them
         assert len(conversions) == 3 and path.is_file()
     else:
         assert len(conversions) == 6 and "damaged" in caplog.text
@@ -227,7 +227,7 @@ def test_a_full_disk_comes_out_as_it_is(tmp_path: Path, monkeypatch: pytest.Monk
         load(tmp_path / "data", cache_dir=tmp_path / "cache")
 
 
-def test_a_bug_is_not_dressed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_exception_is_not_wrapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_challenge(tmp_path)
     monkeypatch.setattr(PixelFormat, "read", lambda *_: 1 / 0)
     with pytest.raises(datasets.exceptions.DatasetGenerationError):

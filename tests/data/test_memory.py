@@ -1,4 +1,4 @@
-"""What a run holds in memory does not grow with its images."""
+"""The memory of a run does not grow with the number of images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write(path: Path, rows: int, side: int) -> datasets.Dataset:
 
 
 def own_memory() -> int:
-    """Bytes that no file backs: those of a mapped table can be given back at any time, and read again."""
+    """Bytes of this process that are not backed by a file (those of a mapped table can be reclaimed at any time)."""
     return next(1024 * int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("RssAnon"))
 
 
@@ -74,7 +74,7 @@ def test_a_hundred_times_the_images_take_no_more_memory(tmp_path: Path, few: int
 @pytest.mark.slow
 @pytest.mark.skipif(not STATUS.exists(), reason="needs Linux's account of a process's memory")
 def test_an_epoch_over_200_000_patches_within_4_gib(tmp_path: Path) -> None:
-    """From the challenge's files to predictions: the system refuses any process more, and all together stay below."""
+    """A run from HDF5 files to predictions, in which each process and all together stay below the limit."""
     write_challenge(tmp_path / "data", counts={"train": PATCHES, "val": 600}, size=32)
     folders = f"--data={tmp_path / 'data'} --cache_dir={tmp_path / 'cache'} --output_dir={tmp_path / 'run'}"
     model = f"--backbone={write_backbone(tmp_path / 'backbone')} --target_modules=last-conv --image_size=32"

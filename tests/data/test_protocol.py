@@ -1,4 +1,4 @@
-"""Options that arrange the data act in every recipe, or are refused with the reason."""
+"""Options that arrange the data have an effect in each recipe, or are refused with the reason."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_each_option_arranges_the_data(data: Path) -> None:
     assert set(found[1]["train"]["center"]) == {0, 1, 3}
 
 
-def test_what_can_not_act_is_refused() -> None:
+def test_an_option_without_effect_is_refused() -> None:
     refuse(Config(), {"pool_centers": "one center is held out"})
     with pytest.raises(HistoError, match=r"--pool_centers is True, which can't act here: one center is held out"):
         refuse(parse(None, ["--pool_centers"]), {"pool_centers": "one center is held out"})

@@ -78,7 +78,7 @@ def test_transparency_is_dropped_and_orientation_applied() -> None:
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "PPM"])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_the_size_is_told_before_decoding(format: str, orientation: int) -> None:
+def test_the_size_is_known_before_decoding(format: str, orientation: int) -> None:
     exif = PIL.Image.Exif()
     exif[PIL.Image.ExifTags.Base.Orientation] = orientation
     data = file_bytes(images(1)[0], format, **({} if format == "PPM" else {"exif": exif}))
@@ -94,7 +94,7 @@ def test_images_of_one_size(table: datasets.Dataset) -> None:
         assert ImageTable(more).is_of_one_size() is expected
 
 
-def test_a_header_that_tells_no_size_is_named() -> None:
+def test_an_image_without_a_size_in_its_header_is_named() -> None:
     rows = {"image": [{"bytes": b"no image", "path": None}], "id": ["x"], "label": [0], "center": [7], "group": [""]}
     with pytest.raises(HistoError, match=r"^image 0: not a readable image"):
         ImageTable(datasets.Dataset.from_dict(rows, features=features(["a", "b"]))).is_of_one_size()
@@ -239,7 +239,7 @@ def test_refuses_undecodable_bytes(data: bytes) -> None:
 
 
 def test_an_image_is_what_its_bytes_are_and_never_a_program() -> None:
-    """PIL would hand this to Ghostscript, which is an interpreter."""
+    """PIL would pass this file to Ghostscript, which runs it."""
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(touched) (w) file closefile\nshowpage\n"
     assert PIL.Image.open(io.BytesIO(eps)).format == "EPS"
     with pytest.raises(HistoError, match=r"slide\.png: not a readable image"):

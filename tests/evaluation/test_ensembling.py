@@ -1,4 +1,4 @@
-"""Averages of logits, matched by id, and what isn't averaged."""
+"""Averages of logits, matched by id, and tables that can't be averaged."""
 
 from collections.abc import Callable
 
@@ -47,7 +47,7 @@ def test_one_table_stays_and_a_constant_per_image_does_not_matter() -> None:
     np.testing.assert_allclose(average([shifted, one]).probabilities, one.probabilities)
 
 
-def test_one_and_two_logits_of_two_classes_go_together() -> None:
+def test_one_and_two_logits_of_two_classes_are_averaged() -> None:
     one = random_table()
     logits = one.logits
     two = make(one["id"], one["center"], one["group"], one["label"], np.stack([5 - logits, 5 + logits], axis=1))

@@ -41,7 +41,7 @@ def test_round_trip(tmp_path: Path, classes: int) -> None:
     logits = np.random.default_rng(0).normal(size=(3, classes))
     names = ["normal", "tumor"] if classes < 3 else list("vwxyz")
     table = small(logits)
-    table["probability"] = (table.probabilities * 0.5).tolist()  # as a calibrated table's differ
+    table["probability"] = (table.probabilities * 0.5).tolist()  # as in a calibrated table
     table.with_label_names(names).write(tmp_path / "test.parquet")
     again = Predictions.read(tmp_path / "test.parquet")
     assert again.attrs["label_names"] == again.label_names == names
@@ -117,7 +117,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_files_made_to_do_harm_are_refused(tmp_path: Path) -> None:
-    """Each is small, and would fill the memory or crash a reader that believes it."""
+    """Each file is small, but would fill the memory, or crash a reader that trusts it."""
     write = {"row_group_size": 10**7, "use_dictionary": True}
     rows = pa.DictionaryArray.from_arrays(pa.array(np.zeros(9_000_000, np.int8)), ["a"])
     pq.write_table(pa.table({name: rows for name in tables.COLUMNS}), tmp_path / "rows.parquet", **write)

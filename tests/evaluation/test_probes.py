@@ -1,4 +1,4 @@
-"""Classifiers on frozen features, against what they must give on features that are easy to think about."""
+"""Classifiers on frozen features, on simple features with known results."""
 
 from __future__ import annotations
 

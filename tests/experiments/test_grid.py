@@ -1,4 +1,4 @@
-"""Cells of an experiment: trained once each, by several processes, also where one of them is killed."""
+"""Cells of an experiment: each is trained once by several processes, even if one of them is killed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cells(folder: Path, count: int) -> list[grid.Cell]:
 
 
 def slow_training(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """In place of a training: each start, and its end, is a line of the cell's file `log`."""
+    """Replace training by a function that logs its start and end as lines of the cell's file `log`."""
 
     def fine_tune(config: Config, data: datasets.DatasetDict) -> str:
         folder = run_folder.folder_of(config)
@@ -123,7 +123,7 @@ def test_workers_do_not_overwrite_each_other(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """Hold each of three centers out, by the options of the command line; bytes of the results by file."""
+    """Run leave-one-center-out over three centers; return the bytes of the results by file."""
     folder = tmp_path_factory.mktemp("study")
     data = write_data(folder / "mini", {"train": 24, "val": 12})
     divide_training(data)

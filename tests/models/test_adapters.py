@@ -1,4 +1,4 @@
-"""Which layers are adapted, what a saved adapter holds, and that it gives the same logits again."""
+"""The adapted layers, the content of a saved adapter, and that restoring it gives the same logits."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ HUGGING_FACE = {"vit": "hf-vit", "dinov2": "hf-vit", "clip": "hf-clip", "resnet"
 
 
 def build(name: str) -> PreTrainedModel:
-    """A model without memory for its weights: names and shapes alone."""
+    """A model on the meta device: only names and shapes of weights."""
     with torch.device("meta"):
         return hugging_face(name) if name in HUGGING_FACE else backbones.load(name, 3, random_weights=True)
 
@@ -346,7 +346,7 @@ def test_a_damaged_config_is_refused(resnet: Path, saved: Path, content: str) ->
 
 
 class Trap:
-    """Unpickling it leaves a file behind."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -1,4 +1,4 @@
-"""Where a backbone comes from, what is wrong with it, and what its fingerprint covers."""
+"""Backbones: where they are found, errors in them, and what the fingerprint covers."""
 
 from __future__ import annotations
 

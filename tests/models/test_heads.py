@@ -1,4 +1,4 @@
-"""Classifiers that are more than one linear layer: how big, what moves, and that they come back with the adapter."""
+"""Heads of more than one linear layer: size, trained parameters, and restoration with the adapter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DESIGNS = {
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With an output layer of ten classes."""
+    """A backbone with an output layer of ten classes."""
     return write_backbone(tmp_path_factory.mktemp("backbone") / "model")
 
 

@@ -1,4 +1,4 @@
-"""What an adapter weighs: the numbers are those of the files."""
+"""Sizes of models and adapters agree with those of their files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_histo.models.model_size import account
 
 
 def tensor_bytes(file: Path) -> int:
-    """Of a safetensors file, which is 8 bytes, a header of as many bytes as these state, and the tensors."""
+    """Bytes of the tensors in a safetensors file, after 8 bytes with the header's length, and the header."""
     content = file.read_bytes()
     return len(content) - 8 - int.from_bytes(content[:8], "little")
 

@@ -1,4 +1,4 @@
-"""Every foundation model builds from its entry, takes LoRA where the study puts it, and gives it back."""
+"""Each foundation model is built from its entry, and its LoRA on the layers of the study is saved and merged."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_shrunken_one_takes_lora_saves_it_and_merges_it(small: tuple[str, int]
     options = AdapterOptions(target_modules="attention-q-k-v-o", lora_rank=16)
     adapted = adapters.add(copy.deepcopy(model), options)
     assert torch.equal(logits(adapted, size), before)
-    # In every block the layers that are asked for, and none that joins several.
+    # The requested layers of each block, and no fused one.
     matrices = {key for key, _ in adapted.named_parameters() if "lora_A" in key}
     depth = 6 if name == "biomedclip" else 2
     assert len(matrices) == depth * 4
@@ -189,7 +189,7 @@ def test_names_are_looked_up_both_ways() -> None:
 
 
 @pytest.mark.parametrize("name", ["uni", "virchow2"])
-def test_a_gated_model_tells_the_steps(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_error_of_a_gated_model_names_the_steps(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(HistoError) as caught:
         backbones.load(name, 2)

@@ -1,4 +1,4 @@
-"""What the recipes are run on."""
+"""Fixtures to run recipes: a backbone, and a function that returns their output."""
 
 from __future__ import annotations
 

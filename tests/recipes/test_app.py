@@ -67,7 +67,7 @@ def ghostscript(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["adapter", "space"])
 def page(request: pytest.FixtureRequest, ghostscript: Path) -> Iterator[tuple[str, Path]]:
-    """Where a page is shown, and its adapter: by the recipe, and by what it wrote as a Space, without this package."""
+    """URL and adapter of a page: one by the recipe, and one by a Space that it wrote, without this package."""
     folder: Path = request.getfixturevalue(request.param)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -174,7 +174,7 @@ def test_an_upload_is_read_by_our_decoder_alone(page: tuple[str, Path], ghostscr
 
 @pytest.mark.skipif("captum" in MISSING, reason="captum is not installed")
 def test_an_answer_takes_bounded_memory(adapter: Path, tmp_path: Path) -> None:
-    """An image of as many pixels as are allowed is answered below 2 GiB, and a larger one refused by its header."""
+    """The largest allowed image takes less than 2 GiB, and a larger one is refused by its header."""
     for name, side in (("large", 4000), ("larger", 10_000)):
         PIL.Image.new("1", (side, side)).save(tmp_path / f"{name}.png")
     code = (
@@ -201,7 +201,7 @@ def test_an_answer_takes_bounded_memory(adapter: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif("captum" in MISSING, reason="captum is not installed")
 def test_no_text_of_an_adapter_is_markdown(tmp_path: Path, backbone: Path) -> None:
-    """Names of classes and the card are shown as text: nothing in them makes a browser fetch something."""
+    """Class names and the card are shown as text: nothing in them makes a browser load a URL."""
     name = "![](http://example.org/a.png)<img src=x>"
     folder = write_adapter(tmp_path / "adapter", backbone, label_names=[name, f"{name}2"], colors=COLORS)
     data = picture(tmp_path / "patch.png", (0.7, 0.5, 0.7)).read_bytes()

@@ -26,7 +26,7 @@ def run(tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def leaking(tmp_path: Path) -> Path:
-    """Class folders in which test holds one image of train as it is and another one as a JPEG."""
+    """Class folders whose test split has a byte copy of a training image, and a JPEG copy of another."""
     random = np.random.default_rng(0)
     for i in range(12):
         split, name = ("Training" if i < 8 else "Testing"), ("no_tumor", "$tumor$")[i % 2]
@@ -90,9 +90,7 @@ def test_several_centers_and_hidden_labels(tmp_path: Path) -> None:
     assert "findings: 0" in done.stdout and "center 2: normal 0, tumor 0, (hidden) 4" in done.stdout
 
 
-def test_splits_that_a_frozen_backbone_tells_apart(
-    shown_by: Callable[..., str], backbone: Path, tmp_path: Path
-) -> None:
+def test_splits_that_a_frozen_backbone_separates(shown_by: Callable[..., str], backbone: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     places = (f"--data={data}", f"--cache_dir={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'report'}")
     shown = shown_by("audit.py", *places, f"--backbone={backbone}")

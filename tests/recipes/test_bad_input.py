@@ -1,4 +1,4 @@
-"""Whatever is wrong, a recipe ends in one clear line and a non-zero exit, and loses nothing that was written."""
+"""For any bad input, a recipe ends with one clear line and a non-zero exit code, and keeps existing files."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_an_output_folder_that_is_read_only(fails: Callable[..., str], tmp_path:
 
 
 def test_no_home_to_keep_a_cache_in(tmp_path: Path, backbone: Path) -> None:
-    """Where nothing can be written: one line that names it; and `--cache_dir` is all that is missing."""
+    """Without a writable home, one line names the folder; with `--cache_dir`, the run succeeds."""
     names = ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "XDG_CACHE_HOME")
     environment = {key: value for key, value in os.environ.items() if key not in names} | {"HOME": "/proc/nobody"}
     options = f"--data {write_data(tmp_path / 'data')} --backbone {backbone} --image_size 32 --resize_size 32"

@@ -1,4 +1,4 @@
-"""The benchmark as a command: what it measures and writes, not how fast anything is."""
+"""The benchmark as a command: what it measures and writes, independent of speed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_table_and_the_figure(folder: Path) -> None:
 
 
 def test_ratios_are_those_of_the_medians() -> None:
-    """Of speeds above 1 where this package is faster, of times and bytes where it needs more."""
+    """A ratio of speeds is above 1 if this package is faster; one of times and bytes, if it needs more."""
     step = {"stock, float32": [8.0, 9.0, 30.0], "stock": [4.5], "tuned peer": [6.0], "this package": [3.0, 1.0, 7.0]}
     found = {
         "step": {**step, "floor: forward, gradient to the input": [2.0]},

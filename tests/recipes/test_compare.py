@@ -1,4 +1,4 @@
-"""The table of rows as a command: reported beside obtained, gone on with, balanced, recommended."""
+"""The comparison table as a command: published and own results, resumption, balancing, and the recommendation."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> list[Path]:
-    """Two rows and what is published of them, as a glob finds them."""
+    """Two rows and their published results, as found by a glob."""
     for name, text in {**ROWS, "reported.yaml": TOLD}.items():
         (tmp_path / "rows").mkdir(exist_ok=True)
         (tmp_path / "rows" / name).write_text(text)
@@ -246,14 +246,14 @@ def test_the_brain_mri_backbones_differ_in_nothing_else() -> None:
         assert own["split"] == "published" and own["negative_class"] == "no_tumor", path
 
 
-def test_what_is_told_in_the_folder_of_another_row(tmp_path: Path) -> None:
+def test_results_published_in_the_folder_of_another_row(tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "reported.yaml").write_text("base: {name: the base, reported: 0.5, source: x}")
     published = read_published([tmp_path / "base.yaml", tmp_path / "rows" / "one.yaml"])
     assert (published["base"].name, published["base"].reported, published["one"].name) == ("the base", 0.5, "one")
 
 
-def test_every_row_of_the_ablation_is_told_and_close_to_another() -> None:
+def test_every_row_of_the_ablation_is_declared_and_close_to_another() -> None:
     published = yaml.safe_load((RECIPE.parent / "configs" / "ablation" / "reported.yaml").read_text())
     rows = {path.stem: set(path.read_text().splitlines()[1:]) for path in ABLATION if path.stem != "reported"}
     assert sorted(published) == sorted(rows)

@@ -1,4 +1,4 @@
-"""Cytology as commands: a handful of labels, a grid that resumes, an adapter to start from, levels of a hierarchy."""
+"""Cytology recipes: few labels, resumption of a grid, initialization by an adapter, and levels of a hierarchy."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_grid_resumes_and_compares_the_same_images(
 def test_probes_and_training_see_the_same_images(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalization: str
 ) -> None:
-    """What goes into the backbone for `test`, by the probes' features and by the predictions of a trained adapter."""
+    """The backbone gets the same input for `test` from the probes' features and from the prediction of an adapter."""
     seen: dict[str, list[torch.Tensor]] = {"Features of test": [], "Predicting test": []}
     forward = hf_histo.evaluation.forward.forward
 

@@ -24,7 +24,7 @@ def evaluate(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def random_table(seed: int, sharpness: float = 1.0) -> pd.DataFrame:
-    """Of 60 images in two centers, whose labels don't depend on the seed."""
+    """Predictions of 60 images in two centers, whose labels don't depend on the seed."""
     labels, random = np.random.default_rng(0).integers(0, 2, 60), np.random.default_rng(seed)
     logits = sharpness * (random.normal(size=60) + 2 * labels - 1)
     return Predictions.make(range(60), np.arange(60) % 2, [f"p{i % 12}" for i in range(60)], labels, logits)

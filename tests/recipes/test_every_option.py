@@ -1,7 +1,7 @@
-"""Every option of every recipe: a value other than the default acts, or is refused by the option's name.
+"""Each option of each recipe: a value other than the default has an effect, or is refused with the option's name.
 
-Each recipe is run up to its trainings: an option reaches them, or changes the data that they are given. Trainings in
-miniature show that what reaches them is read, and, among the slow tests, that it changes what comes out.
+Each recipe is run up to its training runs: an option reaches them, or changes their data. Small training runs show that
+options that reach them are read and, in the slow tests, that they change the result.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ VALUES: dict[str, Any] = {
     "hub_license": "mit",
     "hub_revision": "v2",
 }
-# What an option needs beside what its rule declares.
+# Options that an option needs, besides those that it declares.
 NEEDS: dict[str, dict[str, Any]] = {
     "iterations_per_shot": {"shots": 2},
     "init_adapter": {"target_modules": "last-conv"},
@@ -96,7 +96,7 @@ ON_AN_EARLIER_RUN = {"overwrite_output_dir", "resume_from_checkpoint"}  # see te
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is trained on, all of it in miniature."""
+    """Small data and backbones for training runs."""
 
     folder: Path
     backbone: Path
@@ -151,7 +151,7 @@ def other_value(name: str, source: Source) -> Any:
 
 
 def needed(name: str, source: Source) -> dict[str, Any]:
-    """The options by which another one can act."""
+    """Options that another option needs to have an effect."""
     found: dict[str, Any] = {}
     for other, wanted in RULES[name].needs.items():
         if wanted == SET:
@@ -170,18 +170,18 @@ def needed(name: str, source: Source) -> dict[str, Any]:
 
 
 def variants(name: str, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of a run in which that one can act, without it and with it."""
+    """Options of a run in which `name` has an effect, without it and with it."""
     plain = needed(name, source)
     changed = plain | {name: other_value(name, source)}
     return plain, changed | ({"hub_model_id": "me/model"} if name == "push_to_hub" else {})
 
 
-# 1. What an option changes in a training.
+# 1. Options change the result of a training run.
 
 
 @pytest.fixture(scope="module")
 def outcome_of(source: Source) -> Iterator[Callable[..., dict[str, Any]]]:
-    """The outcome of a training by its options, those of the same ones computed once."""
+    """A function from options to the outcome of a training run, which is cached."""
     known: dict[str, dict[str, Any]] = {}
     folders = (source.folder / f"run-{number}" for number in itertools.count())
     with pytest.MonkeyPatch.context() as patches:
@@ -220,7 +220,7 @@ def outcome_of(source: Source) -> Iterator[Callable[..., dict[str, Any]]]:
 
 
 def outcome(result: finetune.Result, seen: Mapping[str, Any]) -> dict[str, Any]:
-    """What a training leaves, without the record of its options and of the time."""
+    """The result of a training run, without its options and duration."""
     run, arguments = result.adapter.parent, seen["session"].args
     sidecar = read_json(result.adapter / "hf_histo.json")
     timed = ("runtime", "per_second")
@@ -273,7 +273,7 @@ def test_an_option_changes_what_comes_out(
 def test_every_option_is_read_in_a_training(
     source: Source, outcome_of: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one of two runs, which differ in what other options need."""
+    """Each option is read in one of two runs, which differ in options that others need."""
     read: set[str] = set()
 
     def recording(options: Any, name: str) -> Any:
@@ -294,17 +294,17 @@ def test_every_option_is_read_in_a_training(
     assert OPTIONS.keys() - read == {"hub_license"}  # which the model card takes from the record of options
 
 
-# 2. What of an option reaches the trainings of each recipe.
+# 2. Options reach the training runs of each recipe.
 
 
 @dataclasses.dataclass
 class Reached(BaseException):
-    """What a recipe did up to its first training, where it is ended.
+    """Raised to end a recipe at its first training run; holds what it did until then.
 
     Attributes:
-        runs: the options of its runs that act, without those of the data.
-        data: the images of each run's splits.
-        arranged: what was read, and how it was arranged.
+        runs: options with an effect of its runs, without those of the data.
+        data: images of each run's splits.
+        arranged: data that was read, and how it was arranged.
         sharing: the processes that would train.
     """
 
@@ -321,7 +321,7 @@ class Reached(BaseException):
 
 @pytest.fixture(scope="module")
 def own_options(source: Source) -> dict[str, list[str]]:
-    """The options that a recipe has of its own, where they are required."""
+    """Required options of each recipe."""
     config, study = source.folder / "config.yaml", source.folder / "study.yaml"
     config.write_text("augmentation: none\n", encoding="utf-8")
     study.write_text("grid: {lora_dropout: [0.1]}\n", encoding="utf-8")
@@ -338,7 +338,7 @@ def own_options(source: Source) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, Any]:
-    """Data that was made once, with what it was made of."""
+    """Cache of data, by what it was made from."""
     return {}
 
 
@@ -346,7 +346,7 @@ def known() -> dict[str, Any]:
 def reached(
     monkeypatch: pytest.MonkeyPatch, source: Source, own_options: dict[str, list[str]], known: dict[str, Any]
 ) -> Callable[..., Reached]:
-    """Run a recipe up to its first training."""
+    """Run a recipe up to its first training run."""
     seen = Reached()
 
     def stopped_at_a_run(config: Config, data: datasets.DatasetDict, **_: Any) -> None:
@@ -417,7 +417,7 @@ def reached(
 
 @pytest.mark.parametrize("recipe", [*TRAINING, *EXPERIMENTS])
 def test_every_option_reaches_a_training(recipe: str, source: Source, reached: Callable[..., Reached]) -> None:
-    """Else the recipe refuses it by its name."""
+    """Or the recipe refuses it, with its name."""
     idle: list[str] = []
     plain_ones: dict[str, Reached] = {}
     for name in OPTIONS:
@@ -440,12 +440,12 @@ def test_every_option_reaches_a_training(recipe: str, source: Source, reached: C
     assert not idle, "\n".join(idle)
 
 
-# 3. Options that can't act beside others, with the data, or with the backbone.
+# 3. Options without effect because of other options, the data, or the backbone.
 
 
 @pytest.fixture(scope="module")
 def other_sources(source: Source) -> dict[str, list[str]]:
-    """Options by which a run has data of one center, or a backbone without batch norm."""
+    """Options for data of one center, or a backbone without batch norm."""
     for path in write_data(source.folder / "one_center").glob("*.h5"):
         with h5py.File(path, "r+") as file:
             for group in file.values():

@@ -1,4 +1,4 @@
-"""The cross-validation as a command: a run for each center and seed, gone on with, summed up."""
+"""Leave-one-center-out as a command: a run for each center and seed, resumption, and the summary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Call = Callable[..., None]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Centers 0, 3 and 1; the test split and its labels are there and must stay out."""
+    """Centers 0, 3 and 1, and a labeled test split that must not be used."""
     folder = write_data(tmp_path_factory.mktemp("data") / "mini", {"train": 24, "val": 12, "test": 4})
     divide_training(folder)
     return folder
@@ -40,7 +40,7 @@ def call(backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     return call
 
 
-def test_every_center_and_seed_summed_up_and_gone_on_with(
+def test_every_center_and_seed_summed_up_and_resumed(
     call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call(tmp_path / "out", "--seeds=1", "--seed=4")

@@ -1,4 +1,4 @@
-"""Brain MRI as commands: the copies reported, every result twice, and the folds of a cross-validation."""
+"""Brain MRI recipes: reported copies, results with and without copies, and cross-validation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Call = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 slices to train on and 18 to test on, brighter for a later class; a third of the latter are copies."""
+    """36 training and 18 test slices, brighter for a later class; a third of the test slices are copies."""
     folder = tmp_path_factory.mktemp("data") / "slices"
     for split, numbers in (("Training", range(36)), ("Testing", [*range(6), *range(50, 62)])):
         for number in numbers:
@@ -71,7 +71,7 @@ def test_an_unknown_class_is_refused(call: Call, tmp_path: Path) -> None:
     assert "--negative_class is 'healthy', expected the name of a class: glioma, none, pituitary" in shown
 
 
-def test_folds_summed_up_and_gone_on_with(call: Call, tmp_path: Path) -> None:
+def test_folds_summed_up_and_resumed(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shown = call("cross_validate.py", out, "--folds=3")
     names = [f"fold-{fold}-seed-0" for fold in range(3)]

@@ -1,4 +1,4 @@
-"""Two processes of a launch give what one gives: the same updates, and predictions of each image exactly once."""
+"""Two processes of a launch give the same updates as one, and predict each image exactly once."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     for process in started.values():
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
-        assert output.count("adapter folder:") == 1  # only one process speaks
+        assert output.count("adapter folder:") == 1  # only one process prints
     return {n: folder / f"of{n}" for n in started}
 
 
@@ -111,7 +111,7 @@ def test_the_losses_agree(runs: dict[int, Path]) -> None:
     ["labels", "--seed=3", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fewer images", "--learning_rate=0.5"))],
 )
 def test_processes_that_differ_are_refused(runs: dict[int, Path], tmp_path: Path, differs: str) -> None:
-    """Each on its own would train on what it has, and the average would be nobody's model."""
+    """Each would train on other data or options, and the averaged model would fit neither."""
     source = runs[1].parent
     data = {"0": source / "data", "1": tmp_path / "data"}
     shutil.copytree(data["0"], data["1"])
@@ -139,7 +139,7 @@ def test_processes_that_differ_are_refused(runs: dict[int, Path], tmp_path: Path
 
 
 def test_a_process_that_dies_takes_the_launch_down(runs: dict[int, Path], tmp_path: Path) -> None:
-    """Not a hang: the others would wait for it in the next reduction."""
+    """Otherwise the other process would hang in the next reduction."""
     source = runs[1].parent
     common = [f"--backbone={source / 'backbone'}", f"--data={source / 'data'}", f"--cache_dir={source / 'cache'}"]
     process = launch(2, [*common, *OPTIONS, f"--output_dir={tmp_path / 'run'}", "--num_train_epochs=1000"])

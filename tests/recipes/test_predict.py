@@ -1,4 +1,4 @@
-"""The tables that predict.py writes, and what they are made of."""
+"""The tables written by predict.py, and the predictions in them."""
 
 from __future__ import annotations
 

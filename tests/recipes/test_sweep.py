@@ -1,4 +1,4 @@
-"""The sweep as a command: every cell of a grid once, a search that prunes, a kill, and two processes on one study."""
+"""The sweep as a command: each grid point once, a search with pruning, a kill, and two processes on one study."""
 
 from __future__ import annotations
 

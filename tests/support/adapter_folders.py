@@ -1,4 +1,4 @@
-"""What the tests of adapter folders share: recorded logits, and how a folder is refused."""
+"""Helpers for tests of adapter folders: recorded logits, and the error for a refused folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Miniature data sets in the true file formats. A test breaks what was written to see it refused."""
+"""Small data sets in the real file formats, which tests damage to check refusals."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def damage_chunk(path: Path, key: str) -> None:
 
 
 def stored(*images: torch.Tensor) -> datasets.Dataset:
-    """A table of uint8 images (3, H, W), in the one schema."""
+    """A table of the schema with uint8 images (3, H, W)."""
     rows = [{"bytes": schema.encode_ppm(image.permute(1, 2, 0).numpy()), "path": None} for image in images]
     columns: dict[str, list[object]] = {"id": [], "label": [], "center": [], "group": []}
     for row in range(len(rows)):

@@ -1,4 +1,4 @@
-"""Parquet files whose pages hide how far they unpack, and what it takes to refuse them."""
+"""Forged parquet files whose pages expand further than declared, and the memory used to refuse them."""
 
 from __future__ import annotations
 

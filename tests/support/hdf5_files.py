@@ -1,4 +1,4 @@
-"""What the tests of HDF5 readers share: single datasets edited, refusals checked."""
+"""Helpers for tests of HDF5 readers: edit single datasets, check refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_histo.errors import HistoError
 
 
 def refused(directory: Path, message: str) -> None:
-    """The folder is refused in one line that matches `message`, and nothing half done is left in the cache."""
+    """Check that the folder is refused in one line that matches `message`, and nothing is left in the cache."""
     with pytest.raises(HistoError, match=message) as caught:
         load(directory, cache_dir=directory / "cache")
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""A Hub on loopback that keeps its repositories in a folder: what the `huggingface_hub` client asks for, and failures.
+"""A Hub server on loopback with repositories in a folder: the requests of the `huggingface_hub` client, and failures.
 
 A repository is one folder: `blobs/` by content hash, and `repository.json` with its branches and the tree of each
 commit. Run as a script (`python hub_server.py FOLDER`), it prints its address and serves until it is stopped.
@@ -32,7 +32,7 @@ Answer = tuple[int, Any]
 
 
 class Refused(Exception):
-    """The answer to a request that is not fulfilled: status, message, and the code that the client knows it by."""
+    """Error response to a request: status, message, and the error code for the client."""
 
     def __init__(self, status: int, message: str, code: str = "") -> None:
         super().__init__(message)
@@ -40,7 +40,7 @@ class Refused(Exception):
 
 
 class Hub:
-    """Use as a context manager; `fail` orders failures, `requests` counts what was asked, as "METHOD what"."""
+    """The server, a context manager; `fail` makes requests fail, `requests` counts them by "METHOD kind"."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -109,7 +109,7 @@ class Hub:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit, known["trees"][commit]
 
-    # What is asked, each with the groups of its pattern.
+    # Request handlers, with the groups of the route's pattern as arguments.
 
     def whoami(self, request: _Handler) -> Answer:
         role = request.role()
@@ -352,7 +352,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _card_faults(metadata: Any) -> list[str]:
-    """What of the Hub's rules for a model card's metadata can be checked without it.
+    """Violations of the Hub's rules for model card metadata, as far as they can be checked locally.
 
     https://huggingface.co/docs/hub/model-cards#model-card-metadata
     """

@@ -1,9 +1,9 @@
-"""How often the 95% intervals of `classification.report` hold the true value, by simulation.
+"""Simulated coverage: how often the 95% intervals of `classification.report` contain the true value.
 
-A score is ± d / 2 by class, plus what images of a class in a group share, plus noise of its own; the two are normal
-and independent, of variance r and 1 - r, so r is the intraclass correlation of the scores (on the probit scale of the
-decision). With equal classes, recall, accuracy and balanced accuracy at the threshold midway are then Φ(d / 2), and
-the AUROC is Φ(d / √2), exactly, over all groups there could be.
+The score of an image is ± d / 2 by class, plus a term shared by images of a class in a group, plus noise; the last two
+are normal and independent with variances r and 1 - r, so r is the intraclass correlation of the scores (on the probit
+scale of the decision). With equal classes and the threshold in the middle, the true recall, accuracy and balanced
+accuracy are Φ(d / 2), and the true AUROC is Φ(d / √2).
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Numbers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Source:
-    """Of tables of predictions.
+    """Distribution of simulated prediction tables.
 
     Attributes:
-        groups: in a table.
-        accuracy: the true one, also the true recall and balanced accuracy.
-        correlation: r of the module's text.
-        mixed: groups hold images of both classes, else of one, in turn.
-        shared: correlation, from -1 to 1, of what a mixed group's images of one and of the other class share; at 1
-            groups differ by a shift of all scores.
-        images: of a group, on average.
-        uneven: deviation of the logarithm of a group's number of images.
+        groups: number of groups.
+        accuracy: true accuracy, which is also the true recall and balanced accuracy.
+        correlation: r in the module's docstring.
+        mixed: whether groups hold images of both classes, else of alternating single classes.
+        shared: correlation, from -1 to 1, of the shared terms of the two classes in a mixed group; at 1, groups differ
+            by a shift of all scores.
+        images: mean number of images per group.
+        uneven: standard deviation of the logarithm of a group's number of images.
         positive: share of images of class 1.
     """
 
@@ -77,7 +77,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Attributes: `share` of the intervals that hold the true value, their mean `width`, `withheld` share of tables."""
+    """Share of intervals that contain the true value, their mean width, and the share of tables without interval."""
 
     share: float
     width: float
@@ -85,9 +85,9 @@ class Coverage:
 
 
 def coverage(source: Source, *, tables: int, seed: int = 0, grouped: bool = True) -> dict[str, Coverage]:
-    """Return the coverage of each metric whose true value is known, over so many tables of a source.
+    """Return the coverage of each metric with a known true value, over `tables` tables of a source.
 
-    Without `grouped`, groups are kept from the intervals, as if each image were independent of all others.
+    Without `grouped`, groups are hidden from the intervals, as if all images were independent.
     """
     random = np.random.default_rng(seed)
     intervals: dict[str, list[tuple[float, float]]] = {name: [] for name in source.truth}

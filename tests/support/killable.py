@@ -1,7 +1,7 @@
-"""Recipes in processes of their own that end as by SIGKILL at a chosen moment, without a chance to tidy up.
+"""Run recipes in separate processes that end, as by SIGKILL, at a chosen event.
 
-A moment is the n-th event of a process: each file or folder of its root that is opened, made, renamed or removed, each
-backward pass, each file that torch writes. Of the latter, half is left.
+Events are: a file or folder below the root is opened, created, renamed or removed; a backward pass; a file is written
+by torch, of which half is left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _server.set_forkserver_preload(
 def run(
     recipe: str, arguments: Sequence[str], root: Path, *, kill: int | None = None, hub: str | None = None
 ) -> tuple[int, str, list[tuple[str, str]]]:
-    """The exit code (-9: killed), what was printed, and the events (kind, path), of which the last was fatal.
+    """Return the exit code (-9: killed), the output, and the events (kind, path), the last of which was fatal.
 
     Args:
         recipe: file name.
@@ -54,7 +54,7 @@ def _child(recipe: str, arguments: list[str], root: str, log: str, kill: int | N
     count = 0
 
     def happens(kind: str, path: str) -> bool:
-        """Whether it is the end."""
+        """Record an event; return whether it is the one to die at."""
         nonlocal count
         os.write(record, json.dumps((kind, path)).encode() + b"\n")
         count += 1

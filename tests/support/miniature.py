@@ -29,7 +29,7 @@ def write_backbone(folder: Path, name: str = "test_resnet.r160_in1k", seed: int 
     """Save a timm test model with random weights, and the batch-norm statistics of its activations."""
     torch.manual_seed(seed)
     model = backbones.load(name, 10, random_weights=True)
-    # Statistics of real activations: with those of a fresh layer the features, and all logits, come out alike.
+    # Statistics of real activations: with initial ones, all features and logits would be nearly equal.
     for layer in batchnorm.layers(model).values():
         layer.momentum = 1.0
         layer.weight.data.uniform_(0.5, 1.5)
@@ -103,7 +103,7 @@ def write_centers(folder: Path) -> tuple[Path, Path]:
 
 
 def write_shards(folder: Path, *, each: tuple[int, ...] = (12,) * 4) -> Path:
-    """Save shards for streaming with `each` so many images, by number; the odd ones are darker."""
+    """Save shards for streaming, `each` being their numbers of images; images of odd number are darker."""
     features = datasets.Features(
         {"id": datasets.Value("string"), "scan": datasets.Image(), "finding": datasets.ClassLabel(names=["no", "yes"])}
     )

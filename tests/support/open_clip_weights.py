@@ -1,4 +1,4 @@
-"""Weights of an open_clip image tower, back in open_clip's own names."""
+"""Convert weights of an open_clip image tower back to open_clip's names."""
 
 from __future__ import annotations
 

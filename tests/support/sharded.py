@@ -1,6 +1,6 @@
-"""In each of some CPU processes: an adapted model that FSDP2 divides among them is the whole one, to learn and to save.
+"""Run in each of several CPU processes: an adapted model sharded by FSDP2 trains and is saved like a whole one.
 
-accelerate divides models on accelerators alone, so this does what it would, by torch.
+accelerate shards models on accelerators only, so this uses torch to do the same.
 """
 
 from __future__ import annotations

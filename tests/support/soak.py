@@ -1,4 +1,4 @@
-"""Train for an hour and see whether memory stays flat: of the process, its workers and what they share.
+"""Train for an hour and check that the memory of the process and its workers does not grow.
 
     python tests/support/soak.py --minutes 60 --output soak.csv
     python tests/support/soak.py --minutes 60 --output soak.csv --method linear --training_views 4 --cache_features on

@@ -1,4 +1,7 @@
-"""The main job, writing into FOLDER/RANK which images this process trains on: FOLDER RECIPE_ARGUMENTS..."""
+"""Run the training recipe and write the ids of this process's training images to FOLDER/RANK.
+
+Arguments: FOLDER RECIPE_ARGUMENTS...
+"""
 
 from __future__ import annotations
 

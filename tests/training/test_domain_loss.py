@@ -1,4 +1,4 @@
-"""Losses over centers: against their definitions; what a training run makes of them is in test_trainer.py."""
+"""Domain losses against their definitions; their use in training is tested in test_trainer.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is saved on frozen layers does not change the result."""
+"""Caching and folding of frozen layers do not change the result."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_another_seed_shares_them_only_where_it_draws_nothing(tmp_path: Path, so
 
 @pytest.mark.parametrize("changed", ["normalizer", "preprocessing", "preparation", "nothing"])
 def test_other_pixels_have_activations_of_their_own(tmp_path: Path, source: tuple[Path, Path], changed: str) -> None:
-    """What a later run finds must be what it would compute."""
+    """Cached activations must be those that a later run would compute."""
     for other in (False, True):
         session, options = build(tmp_path, source, *LINEAR)
         pipeline = session.pipeline

@@ -1,4 +1,4 @@
-"""The regression on principal components against scikit-learn's own pipeline, and as a run."""
+"""The regression on principal components against a scikit-learn pipeline, and as a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training that ends before its time: nothing of it is lost, and what is wrong has a name."""
+"""Training that ends early: no progress is lost, and the error names the cause."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUICK = ["--target_modules=last-conv", "--lora_dropout=0.1", "--logging_steps=2"
 
 @pytest.fixture(scope="module")
 def straight(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapter of a run that nothing disturbed: two epochs of three steps."""
+    """The adapter of an uninterrupted run: two epochs of three steps."""
     folder = tmp_path_factory.mktemp("straight")
     return finetune.fine_tune(config(folder / "run", *source, *QUICK), load(source[1])).adapter
 
@@ -44,7 +44,7 @@ class Signal(TrainerCallback):
 
 
 def signaled(monkeypatch: pytest.MonkeyPatch, step: int, number: int, times: int = 1) -> None:
-    """Let the next training get a signal during this step."""
+    """Send a signal to the next training run during a step."""
     build = trainer.build
 
     def build_signaled(*args: Any, **kwargs: Any) -> trainer.Trainer:
@@ -116,7 +116,7 @@ def test_a_loss_that_is_no_number_names_its_images(
 
 
 class Touch:
-    """What unpickling it would run."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -144,7 +144,7 @@ def test_a_checkpoint_is_never_unpickled(
     assert not (tmp_path / "witness").exists()
 
 
-def test_a_model_that_says_the_same_of_every_image_is_flagged(
+def test_a_model_that_predicts_the_same_for_every_image_is_flagged(
     tmp_path: Path, source: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write_data(tmp_path / "data")
@@ -160,7 +160,7 @@ def test_a_model_that_says_the_same_of_every_image_is_flagged(
 
 
 class AtTheEnd(TrainerCallback):
-    """Does something in the run's folder after the first epoch, or at the end of the last."""
+    """Calls `change` with the run's folder after the first epoch or, with `last`, at the end of the last."""
 
     def __init__(self, change: Callable[[Path], None], *, last: bool) -> None:
         self.change, self.last = change, last
@@ -198,7 +198,7 @@ def remove_the_checkpoints(folder: Path) -> None:
 def test_the_best_weights_or_none_are_saved(
     tmp_path: Path, source: tuple[Path, Path], change: Callable[[Path], None]
 ) -> None:
-    """Not the last ones, which transformers would keep in silence."""
+    """Not the last weights, which transformers would silently keep."""
     options, data = config(tmp_path / "run", *source, *QUICK), load(source[1])
     with pytest.raises(HistoError, match="the best checkpoint is damaged"):
         finetune.fine_tune(options, data, callbacks=[AtTheEnd(change, last=True)])

@@ -43,7 +43,7 @@ def refusal(folder: Path, *more: str) -> str:
 
 
 def complete_checkpoint(folder: Path, step: int, options: Config | None = None) -> Path:
-    """As `CheckpointRecord` leaves it."""
+    """Write a complete checkpoint, as with `CheckpointRecord`."""
     path = folder / f"checkpoint-{step}"
     path.mkdir()
     for name in ("trainer_state.json", "optimizer.pt"):
@@ -117,7 +117,7 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -
 
 
 def test_overwriting_keeps_an_unfinished_run_of_the_same_command(tmp_path: Path) -> None:
-    """A job that is queued again must resume, not start anew for ever."""
+    """A job that is queued again must resume, rather than start over each time."""
     again = config(tmp_path / "run", "--overwrite_output_dir")
     folder = begin(again)
     kept = complete_checkpoint(folder, 3)
@@ -148,7 +148,7 @@ def test_a_file_of_options_can_not_overwrite(tmp_path: Path) -> None:
     assert not parse(None, ["--config", str(folder / run_folder.RECORD)]).output.overwrite_output_dir
 
 
-def test_nothing_is_claimed_by_a_look(tmp_path: Path) -> None:
+def test_a_check_claims_nothing(tmp_path: Path) -> None:
     run_folder.check(Run.of(config(tmp_path / "run")))
     assert list(tmp_path.iterdir()) == []
 
@@ -168,7 +168,7 @@ def test_a_link_is_no_folder_for_a_run(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_data_is_no_place_for_a_run(tmp_path: Path) -> None:
-    """Among folders of images it would be one more class. A run that began there resumes."""
+    """Among folders of images it would be another class. An existing run there resumes."""
     (tmp_path / "data").mkdir()
     folder = tmp_path / "data" / "run"
     assert "lies in --data" in refusal(folder, f"--data={tmp_path / 'data'}")

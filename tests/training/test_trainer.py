@@ -1,4 +1,4 @@
-"""Training itself: that it learns, and that neither accumulation nor an interruption changes where it ends."""
+"""Training: it learns, and neither gradient accumulation nor an interruption changes the result."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_a_gpu_that_has_bf16_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batch(session: trainer.Trainer, rows: int = 8) -> dict[str, Any]:
-    """The first images of the training set, as a step gets them."""
+    """A batch of the first training images."""
     assert session.model is not None
     session.model.train()
     assert isinstance(session.train_dataset, ImageTable)

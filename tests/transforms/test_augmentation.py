@@ -1,4 +1,4 @@
-"""Training views: exact where they can be, a function of the sample alone, and distributed as declared."""
+"""Training views: exact if possible, dependent on the sample only, and distributed as declared."""
 
 from __future__ import annotations
 
@@ -136,14 +136,14 @@ def test_normalization_commutes_with_resampling() -> None:
 
 @pytest.mark.parametrize("shape", [(40, 40), (30, 50)])
 def test_crops_stay_within_the_image(shape: tuple[int, int]) -> None:
-    """The picture holds its own coordinates, so a view shows where it was taken: never mirrored at the border."""
+    """Pixel values are coordinates, so that a view shows where it is from: never mirrored at the border."""
     height, width = shape
     images = torch.zeros(64, 3, height, width, dtype=torch.uint8)
     images[:, 0] = torch.arange(width) * 5
     images[:, 1] = torch.arange(height)[:, None] * 5
     views = view(images, Augmentation(scale=(0.2, 0.9), ratio=(1 / 3, 3)), 24) * 255 / 5
     steps_x, steps_y = views[:, 0].diff(dim=-1), views[:, 1].diff(dim=-2)
-    # Half a pixel at a border is all that may be repeated.
+    # At most half a pixel may be repeated at a border.
     assert (steps_x[..., 1:-1] > 0).all()
     assert (steps_y[:, 1:-1] > 0).all()
     assert torch.allclose(views[:, 0].std(dim=-2), torch.zeros(()), atol=1e-3)  # no shear
@@ -270,7 +270,7 @@ def test_translation_and_shear_move_as_declared() -> None:
 
 
 def test_stain_jitter_leaves_white_nearly_white_and_moves_stain() -> None:
-    """The offset alone moves white, by at most its density; a strong stain moves with its factor."""
+    """White is changed by the offset only, by at most its density; a strong stain also by its factor."""
     white, stained = torch.full((64, 3, 8, 8), 255, dtype=torch.uint8), torch.zeros(64, 3, 8, 8, dtype=torch.uint8)
     stained[:] = torch.tensor([110, 60, 150], dtype=torch.uint8)[:, None, None]
     jitter = Augmentation(hed=0.05)

@@ -28,7 +28,7 @@ def table(colors: dict[int, tuple[int, int, int]], count: int = 60) -> ImageTabl
     return ImageTable(datasets.Dataset.from_list(rows, features=features(["a", "b"])))
 
 
-def test_a_percent_of_the_training_images_and_every_stranger_are_beyond_the_limit() -> None:
+def test_a_percent_of_the_training_images_and_every_other_color_are_beyond_the_limit() -> None:
     train = table({0: (180, 120, 170), 3: (120, 150, 90)})
     colors = ColorRange.fit(train)
     distances = [colors.distance(train[row]["image"]) for row in range(len(train))]

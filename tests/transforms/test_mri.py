@@ -1,4 +1,4 @@
-"""The preparation of an MRI slice, on drawn heads of which everything is known."""
+"""The preparation of MRI slices, on synthetic heads."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def test_stains_are_mixed_with_their_probability_and_nothing_else_moves(
     mixed = (targets != reference).any(1).numpy()
     assert abs(mixed.mean() - share) <= 5 * np.sqrt(share * (1 - share) / 600)
     if share == 0.3:
-        # Drawn apart from the augmentation: what it draws first does not decide.
+        # Independent of the first number that is drawn for the augmentation.
         area = uniform(0, 0, index, 1)[:, 0]
         assert abs(np.corrcoef(mixed, area)[0, 1]) < 5 / np.sqrt(600)
         later = pipeline.stain_targets(index, 1)

@@ -1,4 +1,4 @@
-"""What the model sees at evaluation, against the pipelines of timm and transformers themselves."""
+"""The evaluation view against the pipelines of timm and transformers."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_what_each_fit_keeps() -> None:
 def test_a_strip_does_not_fill_the_memory() -> None:
     strip = torch.zeros(3, 1, 100_000, dtype=torch.uint8)
     strip[..., 50_000] = 255
-    found = Preprocessing(224, 224, "bicubic", MEAN, STD).square(strip, 224)  # whole: 15 GB
+    found = Preprocessing(224, 224, "bicubic", MEAN, STD).square(strip, 224)  # without the crop: 15 GB
     assert found.shape == (3, 224, 224) and found.max() == 255
 
 

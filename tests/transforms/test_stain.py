@@ -1,4 +1,4 @@
-"""Each center's color is measured and taken out; labels and other centers play no part."""
+"""Each center's color is measured and normalized, independent of labels and other centers."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ Images of one group are similar, so groups rather than images count as independe
 
 For the loss, a positive metric without an upper bound, the interval is that of its logarithm, by the delta method.
 
-`tests/evaluation/test_coverage.py` simulates the coverage: for accuracy, balanced accuracy, recall and AUROC, at least
-0.92 with 10 groups of 20 images, 5 of each class, and 0.93 with 20 groups; for the sensitivity at a specificity, 0.88.
-With fewer groups than `MIN_GROUPS` or `MIN_EFFECTIVE_GROUPS`, there is no interval.
+`tests/evaluation/metrics/test_coverage.py` simulates the coverage: for accuracy, balanced accuracy, recall and AUROC,
+at least 0.92 with 10 groups of 20 images, 5 of each class, and 0.93 with 20 groups; for the sensitivity at a
+specificity, 0.88. With fewer groups than `MIN_GROUPS` or `MIN_EFFECTIVE_GROUPS`, there is no interval.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def test_refuses_one_unreadable_image_among_many(folder: Path) -> None:
     refused(folder, r"val/cat/8\.png: not a readable image .*repair or remove")
 
 
-def test_refuses_what_only_says_it_is_an_image(folder: Path) -> None:
+def test_refuses_what_is_an_image_by_its_name_only(folder: Path) -> None:
     (folder / "val/cat/page.jpg").write_text("<html>404</html>")
     refused(folder, r"page\.jpg: not a readable image")
 
@@ -277,7 +277,7 @@ def test_a_link_to_itself(folder: Path) -> None:
     loop.unlink()
     (folder / "train/ant/a").symlink_to(folder / "train/ant/b")
     (folder / "train/ant/b").symlink_to(folder / "train/ant/a")
-    assert len(load(folder)["train"]) == 6  # neither folders nor named like images
+    assert len(load(folder)["train"]) == 6  # the links are not to folders, and are not named like images
 
 
 def test_a_folder_named_like_an_image(folder: Path) -> None:

@@ -35,7 +35,7 @@ def test_files_named_by_class(tmp_path: Path) -> None:
     data = load(write_named(tmp_path / "set"), cache_dir=tmp_path / "cache")
     assert list(data) == ["train", "val", "test"]
     names = data["train"].features["label"].names
-    assert names == ["HSIL", "normal_columnar"]  # the last underscore parts the class from the number
+    assert names == ["HSIL", "normal_columnar"]  # the last underscore separates class and number
     for rows in data.values():
         assert [names[label] in key for label, key in zip(rows["label"], rows["id"], strict=True)] == [True] * 6
     assert data["train"]["id"][3] == "images/train/normal_columnar_000.bmp"
@@ -50,7 +50,7 @@ def test_files_named_by_class(tmp_path: Path) -> None:
         ("images/test/normal_1.bmp", "is of class 'normal' (what stands before the last underscore)"),
     ],
 )
-def test_a_file_whose_name_tells_no_known_class(name: str, expected: str, tmp_path: Path) -> None:
+def test_a_file_whose_name_has_no_known_class(name: str, expected: str, tmp_path: Path) -> None:
     write_image(write_named(tmp_path / "set") / name)
     message = refusal(tmp_path / "set", tmp_path / "cache")
     assert expected in message
@@ -127,7 +127,7 @@ def test_three_levels(tmp_path: Path) -> None:
     first = hierarchy.at_level(data, 1)
     assert first["train"].features["label"].names == ["AGC", "ASC", "Normal"]
     assert len(first["train"]) == 5
-    # Level 3 falls back to level 2; what has no level 2 is left out of both.
+    # A class without level 3 keeps its level 2; images without level 2 are left out at both levels.
     second, third = hierarchy.at_level(data, 2), hierarchy.at_level(data, 3)
     assert second["test"].features["label"].names == ["AGC > AGC-FN", "ASC > ASC-H", "ASC > ASC-US"]
     assert third["test"].features["label"].names == names[:4]

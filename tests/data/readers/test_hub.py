@@ -1,4 +1,4 @@
-"""Data sets that `datasets` finds by name; a local folder stands for one on the Hub."""
+"""Data sets that `datasets` loads by name, with local folders in place of the Hub."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_bad_names_and_other_columns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/etc/hostname", "../secret.png", "https://example.com/track.png"])
 def test_a_table_that_names_files_of_this_machine(tmp_path: Path, path: str) -> None:
-    """Images of a table may be paths; those of files outside would be copied into the cache and sent along."""
+    """Images of a table may be paths; files outside the data set would be copied into the cache."""
     PIL.Image.new("RGB", (5, 4)).save(tmp_path / "secret.png")
     folder = tmp_path / "data"
     write_parquet(folder, splits=("train",))
@@ -140,7 +140,7 @@ def read_shard(path: Path) -> pa.Table:
 
 
 def write_shard(path: Path, table: pa.Table, *, file: bool = False, compression: str | None = None) -> None:
-    """As parquet or, by its suffix, in the streaming format of Arrow, or its `file` format."""
+    """Write a table as parquet or, by the suffix, in Arrow's streaming format, or its `file` format."""
     if path.suffix == ".parquet":
         pq.write_table(table, path)
         return
@@ -150,7 +150,7 @@ def write_shard(path: Path, table: pa.Table, *, file: bool = False, compression:
 
 
 def as_arrow(folder: Path, *, file: bool = False) -> None:
-    """The shards of a folder in a format of Arrow instead."""
+    """Replace the parquet shards of a folder by Arrow files."""
     for path in folder.glob("*.parquet"):
         write_shard(path.with_suffix(".arrow"), pq.read_table(path), file=file)
         path.unlink()
@@ -163,7 +163,7 @@ def as_arrow(folder: Path, *, file: bool = False) -> None:
 def test_shards_that_declare_other_classes(
     tmp_path: Path, streaming: bool, format: str, shard: str, names: list[str]
 ) -> None:
-    """`datasets` takes the declaration of one shard for all, and mixes the numbers of the others in."""
+    """`datasets` uses the class names of one shard for all, which would mix up the labels of the others."""
     folder = tmp_path / "data"
     write_parquet(folder, splits=("train", "validation"))
     shutil.copy(folder / "train-0.parquet", folder / "train-1.parquet")
@@ -189,7 +189,7 @@ dataset_info:
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("suffix", [".parquet", ".geoparquet", ".arrow"])
 def test_shards_that_declare_other_classes_than_the_card(tmp_path: Path, suffix: str, streaming: bool) -> None:
-    """Whatever suffix `datasets` takes for a format."""
+    """For all suffixes that `datasets` recognizes as these formats."""
     folder = tmp_path / "data"
     write_parquet(folder, splits=("train", "validation"))
     if suffix == ".arrow":
@@ -204,7 +204,7 @@ def test_shards_that_declare_other_classes_than_the_card(tmp_path: Path, suffix:
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("format", ["jsonl", "csv"])
 def test_classes_of_text_are_matched_by_name(tmp_path: Path, format: str, streaming: bool) -> None:
-    """A card declares them; each file names the class of a row, whatever comes first in it."""
+    """The card declares the classes, and files name the class of each row, in any order of appearance."""
     folder = tmp_path / "data"
     folder.mkdir()
     PIL.Image.new("L", (5, 4)).save(folder / "one.png")
@@ -229,7 +229,7 @@ def test_classes_of_text_are_matched_by_name(tmp_path: Path, format: str, stream
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_formats_that_are_not_checked_are_refused(tmp_path: Path, streaming: bool) -> None:
-    """`datasets` reads many more, such as HDF5, whose links lead anywhere, and archives without a bound."""
+    """`datasets` reads many more formats, such as HDF5 with links to other files, and archives of unbounded size."""
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "README.md").write_text(CARD.replace("IMAGE", "png"))
@@ -290,7 +290,7 @@ def refused(folder: Path) -> str:
 
 
 def with_text(path: Path, texts: pa.Array) -> pa.Table:
-    """As many rows as texts of a shard, with these as a column more."""
+    """As many rows of a shard as there are `texts`, which are an additional column."""
     table = read_shard(path)
     features = datasets.Features(datasets.Features.from_arrow_schema(table.schema) | {"text": datasets.Value("string")})
     columns = {name: table[name].take(pa.array([0] * len(texts))) for name in table.column_names}
@@ -298,7 +298,7 @@ def with_text(path: Path, texts: pa.Array) -> pa.Table:
 
 
 def test_a_shard_of_arrow_that_expands_is_refused(tmp_path: Path) -> None:
-    """Its buffers may be packed, and unpack to any size."""
+    """Its buffers may be compressed, and expand to any size."""
     write_parquet(tmp_path / "data", splits=("train", "validation"))
     as_arrow(tmp_path / "data")
     path = tmp_path / "data/train-0.arrow"
@@ -310,7 +310,7 @@ def test_a_shard_of_arrow_that_expands_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["dictionary", "string_view", "list of null"])
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_columns_whose_values_take_no_bytes_are_refused(tmp_path: Path, kind: str, suffix: str) -> None:
-    """Many rows may share one value, which `datasets` would write out for each."""
+    """Many rows may share one stored value, which `datasets` would write once per row."""
     write_parquet(tmp_path / "data", splits=("train", "validation"))
     if suffix == ".arrow":
         as_arrow(tmp_path / "data")
@@ -334,7 +334,7 @@ def test_a_column_without_a_value_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is bounded on Linux")
 def test_a_page_that_unpacks_to_more_than_its_file_declares(tmp_path: Path) -> None:
-    """Its header alone knows its size, which the footer and the values hide."""
+    """Only the page header declares the real size; the footer and the values don't show it."""
     write_parquet(tmp_path / "data", splits=("train", "validation"))
     path = tmp_path / "data/train-0.parquet"
     table = with_text(path, pa.array(["x"]))
@@ -383,7 +383,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_pipes_and_devices_are_not_opened(tmp_path: Path, streaming: bool) -> None:
-    """`datasets` itself looks for regular files alone."""
+    """`datasets` itself looks for regular files only."""
     write_parquet(tmp_path / "data", splits=("train", "validation"))
     os.mkfifo(tmp_path / "data/test-0.parquet")
     (tmp_path / "data/test-1.parquet").symlink_to("test-0.parquet")
@@ -427,7 +427,7 @@ def test_texts_that_a_terminal_would_obey_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_labels_of_no_class(streaming: bool, tmp_path: Path) -> None:
-    """A missing one is hidden; `datasets` itself takes any number."""
+    """A missing label is hidden; `datasets` itself accepts any number."""
 
     def load_with(split: str, label: int | None) -> datasets.DatasetDict:
         folder = tmp_path / f"{split} {label}"

@@ -1,4 +1,4 @@
-"""Digits in idx files: what comes out of true files, and that broken ones are refused."""
+"""Digits in idx files: valid files are read exactly, and damaged ones refused."""
 
 from __future__ import annotations
 
@@ -183,6 +183,6 @@ def test_the_real_digits() -> None:
     data = arrange(load(REAL))
     assert fingerprint(data) == fingerprint(load(REAL))
     assert {split: len(rows) for split, rows in data.items()} == {"train": 8997, "val": 1003, "test": 10000}
-    # The first test digits, as anybody has seen them.
+    # The well-known first test digits of MNIST.
     assert data["test"]["label"][:5] == [7, 2, 1, 0, 4]
     assert ImageTable(data["test"])[0]["image"].shape == (3, 28, 28)

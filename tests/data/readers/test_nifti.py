@@ -1,4 +1,4 @@
-"""NIfTI volumes as nibabel writes them: what a slice shows, whose it is, and what is refused."""
+"""NIfTI volumes as nibabel writes them: content, patients and ids of slices, and refusals."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def images(folder: Path, split: str = "full", **options: object) -> dict[str, np.ndarray]:
-    """By id, gray (H, W)."""
+    """Load gray images (H, W) by id."""
     rows = load(DataOptions(data=str(folder), **options))[split]  # type: ignore[arg-type]
     table = ImageTable(rows)
     pictures = {key: table[row]["image"].numpy() for row, key in enumerate(rows["id"])}
@@ -171,7 +171,7 @@ def test_slices_with_enough_of_the_head(tmp_path: Path) -> None:
 
 
 def bomb() -> bytes:
-    """A volume of 16 million voxels that is not there, in 100 KB."""
+    """A file of 100 KB that expands to a volume of 16 million voxels."""
     image = nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), AFFINE)
     image.header.set_data_shape((512, 512, 512))
     image.header.set_data_dtype(np.float64)
@@ -210,7 +210,7 @@ def header(**fields: object) -> bytes:
         (header(sform_code=1, srow_x=[0, 0, 0, 0]), "not a readable NIfTI volume"),
         (header(sform_code=1, srow_x=[np.nan] * 4), "not a readable NIfTI volume"),
         (header()[:352] + b"\0" * 1920, "has nothing in it but 0, expected voxels that differ"),
-        (header()[:352] + b"\xff" * 1920, "has nothing in it"),  # all are no number
+        (header()[:352] + b"\xff" * 1920, "has nothing in it"),  # all NaN
     ],
 )
 def test_refusals(folder: Path, content: bytes, message: str) -> None:
@@ -236,7 +236,7 @@ def test_what_is_cut_off_or_changed_is_refused_or_left_out(folder: Path) -> None
 
 
 def test_extensions_are_not_read(tmp_path: Path) -> None:
-    """The length of an extension is a number in the file, and could be that of a bomb."""
+    """The length of an extension is declared in the file, without a bound."""
     content = bytearray(header(vox_offset=352 + 16))
     content[348:352] = b"\1\0\0\0"
     content[352:352] = (2**31 - 16).to_bytes(4, "little") + b"\0" * 12
@@ -253,7 +253,7 @@ def test_a_class_without_volumes(folder: Path) -> None:
         load(folder)
 
 
-def test_pictures_beside_volumes_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pictures_beside_volumes_are_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "train/glioma/preview.png").touch()
     load(folder)
     assert "left out 1 files that are not NIfTI volumes, e.g. preview.png" in caplog.text

@@ -158,7 +158,7 @@ def test_a_file_without_names_beside_one_with(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".npz"])
-def test_the_range_is_demanded_of_every_image(tmp_path: Path, suffix: str) -> None:
+def test_the_range_is_required_of_every_image(tmp_path: Path, suffix: str) -> None:
     images = smooth(20).astype(np.float32)
     images[17] /= 255
     images[18] = 0  # black is black in any range
@@ -177,7 +177,7 @@ def test_the_range_is_demanded_of_every_image(tmp_path: Path, suffix: str) -> No
         (np.array(1), r"train\.npz: y has the shape \(\)"),
     ],
 )
-def test_labels_that_are_none(tmp_path: Path, labels: np.ndarray, message: str) -> None:
+def test_invalid_labels(tmp_path: Path, labels: np.ndarray, message: str) -> None:
     np.savez(tmp_path / "train.npz", images=smooth(9).reshape(9, -1), y=labels)
     refused(tmp_path, message)
     np.savez(tmp_path / "train.npz", images=smooth(9).reshape(9, -1), y=np.arange(9) % 3, id=np.arange(8))
@@ -311,7 +311,7 @@ for suffix in (".csv", ".npz", ".parquet"):
 
 
 def write_many(path: Path, count: int, side: int) -> None:
-    """Write a table of `count` smooth images, two of them in turn, without holding all of it where that can be."""
+    """Write a table of `count` smooth images, alternating between two, if possible without holding it in memory."""
     images = [image.resize((side, side)) for image in map(PIL.Image.fromarray, smooth(2))]
     values = np.stack([np.asarray(image).reshape(-1) for image in images])
     if path.suffix == ".npz":

@@ -1,4 +1,4 @@
-"""A generated set of shards, streamed: every image once, shared among processes, and a resumed pass continues."""
+"""Streaming of generated shards: each image once per epoch over all processes, and exact resumption within an epoch."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_nothing_of_the_training_images_is_kept(shards: Path, tmp_path: Path) ->
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_streamed_run_that_is_stopped_in_a_pass_goes_on(
+def test_a_streamed_run_that_is_stopped_in_a_pass_resumes(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = write_backbone(tmp_path / "backbone")
@@ -120,7 +120,7 @@ def test_a_streamed_run_that_is_stopped_in_a_pass_goes_on(
 
 
 @pytest.mark.parametrize("more", ["--num_workers=2", "--preview", "--normalization=rgb", "--data=folder"])
-def test_what_does_not_go_with_streaming(more: str) -> None:
+def test_what_streaming_does_not_support(more: str) -> None:
     with pytest.raises(HistoError, match="--streaming"):
         parse(None, ["--data=hub:x/y", "--streaming", more])
 
@@ -142,7 +142,7 @@ def test_images_that_are_paths_are_refused(tmp_path: Path) -> None:
 
 
 def test_shards_without_an_image_are_refused() -> None:
-    """As a process may have among others that have some: it would look for its next image for ever."""
+    """A process without images, while others have some, would otherwise wait for its next image for ever."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     rows = datasets.IterableDataset.from_generator(lambda: iter(()), features=features)
     with pytest.raises(HistoError, match="the shards of a process hold no image"):

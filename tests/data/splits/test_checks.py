@@ -86,7 +86,7 @@ def test_clean_can_favor_test() -> None:
 def test_clean_drops_contradictions() -> None:
     rows = [(0, 0, ""), (0, 1, ""), (1, 1, ""), (2, -1, ""), (2, 0, "")]
     data, table = made({"train": rows, "test": [(0, 0, ""), (3, 0, "")]})
-    # A hidden label contradicts nothing.
+    # A hidden label causes no conflict.
     assert ids(clean(data, table)) == {"train": ["train 2", "train 3"], "test": ["test 1"]}
 
 

@@ -1,4 +1,4 @@
-"""Which images a few-shot protocol draws: the same for every method, nested, and refused where there are too few."""
+"""The images of few-shot subsets: the same for all methods, nested, and an error if there are too few."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Splits of class folders that hold copies: what is reported, what is cut, and that nothing is on two sides."""
+"""Splits of class folders with copies: reported copies, removed images, and that no family is in two splits."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def test_published_splits_cut_val_and_part_the_copies(folder: Path, caplog: pyte
     assert ("val", "test_clean") not in shared
     assert len(set(data["train"]["group"]) | set(data["val"]["group"])) == 60
     description = data["train"].info.description
+    assert description.startswith(f"{files['train'].info.description}; near copies were searched for")
     assert f"val: {len(data['val'])} images of train" in description and "test: 12 of 30 have copies" in description
     assert fingerprint(data) == fingerprint(arrange(load(folder), "published")) != fingerprint(files)
     assert fingerprint(data) == fingerprint(data["test_clean"])
@@ -83,7 +84,7 @@ def test_families_with_several_labels_are_left_out_of_clean_splits(tmp_path: Pat
     assert sum(map(len, grouped(data).values())) == 32
 
 
-def test_nothing_is_said_or_cut_where_there_is_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_logged_or_cut_without_copies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [[(CLASSES[number % 3], number) for number in range(start, start + 9)] for start in (0, 20, 40)]
     files = load(write(tmp_path, dict(zip(("train", "val", "test"), rows, strict=True))))
     assert arrange(files, "files") is files
@@ -101,7 +102,7 @@ def test_class_folders_without_splits_can_only_be_split_anew(tmp_path: Path) -> 
 
 
 def test_near_images_stay_on_one_side(tmp_path: Path) -> None:
-    """Neighboring slices: each is a little of the next one, and so of its neighbor, but no copy of it."""
+    """Neighboring slices are similar, but not copies."""
     volumes = 24
 
     def slices(volume: int) -> list[NDArray[np.float64]]:
@@ -121,6 +122,6 @@ def test_near_images_stay_on_one_side(tmp_path: Path) -> None:
     copies, near = (arrange(data, "published", family) for family in ("copies", "near"))
     assert len(set(near["train"]["group"]) | set(near["val"]["group"])) == volumes
     assert not volumes_of(near["train"]) & volumes_of(near["val"])
-    assert volumes_of(copies["train"]) & volumes_of(copies["val"])  # what copies alone let through
+    assert volumes_of(copies["train"]) & volumes_of(copies["val"])  # families of copies don't keep volumes together
     assert "near images as well" in near["train"].info.description
     assert "near images" not in copies["train"].info.description

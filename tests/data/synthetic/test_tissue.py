@@ -73,7 +73,7 @@ def test_centers_look_different(splits: dict[str, tuple[NDArray[np.uint8], NDArr
 
 
 def color_features(image: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """All that a classifier could know that is blind to space: marginal and joint histograms, and percentiles."""
+    """Color features without spatial information: marginal and joint histograms, and percentiles."""
     pixels = image.reshape(3, -1)
     marginal = [np.histogram(channel, 32, (0, 256))[0] for channel in pixels]
     joint = np.histogramdd(pixels.T, (8, 8, 8), [(0, 256)] * 3)[0].ravel()
@@ -82,7 +82,7 @@ def color_features(image: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def test_colors_do_not_reveal_the_class(splits: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> None:
-    """A random forest, on the center that it never saw and, in folds of whole pairs, on those that it did."""
+    """A random forest fails on an unseen center and, cross-validated by pairs, on the training centers."""
     known = {name: np.stack([color_features(image) for image in images]) for name, (images, _) in splits.items()}
     labels = {name: metadata[:, 2] for name, (_, metadata) in splits.items()}
     forest = RandomForestClassifier(300, random_state=0).fit(known["train"], labels["train"])

@@ -1,4 +1,4 @@
-"""Features are what the head sees; the map draws them."""
+"""Features are the input of the head, and the map draws them."""
 
 from __future__ import annotations
 

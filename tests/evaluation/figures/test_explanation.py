@@ -1,4 +1,4 @@
-"""A map is where the class is: on models whose answer is known."""
+"""Heat maps are high where the evidence for a class is, on models for which it is known."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_histo.evaluation.figures.explanation import blend, explanations, heat_ma
 
 
 class Wrapped(nn.Module):
-    """Anything that gives logits as a tensor, in the form of transformers."""
+    """Wraps a module that returns logits as a tensor in the interface of transformers."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Wrapped(nn.Module):
 
 
 def brightness() -> nn.Module:
-    """A CNN whose one logit is how much light there is: of patches of 8 x 8."""
+    """A CNN whose single logit is the brightness of patches of 8 x 8 pixels."""
     convolution, linear = nn.Conv2d(3, 1, 8, 8, bias=False), nn.Linear(1, 1)
     nn.init.ones_(convolution.weight)
     nn.init.ones_(linear.weight)
@@ -44,7 +44,7 @@ def test_the_map_is_where_the_light_is() -> None:
     assert heat.max() > 0.8
     assert heat[12, 20] == heat.max()
     assert heat[24:, :].max() == 0
-    assert heat_map(brightness(), pixels, 0).max() == 0  # nothing there speaks against it
+    assert heat_map(brightness(), pixels, 0).max() == 0  # no evidence against it
     assert heat_map(brightness(), -pixels, 0)[12, 20] > 0.8
 
 
@@ -90,7 +90,7 @@ def test_every_architecture_has_maps_that_depend_on_image_and_class(name: str) -
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_model_without_places_is_refused() -> None:
+def test_a_model_without_a_spatial_layer_is_refused() -> None:
     model = Wrapped(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2)))
     with pytest.raises(HistoError, match="no spatial layer"):
         heat_map(model, torch.randn(1, 3, 8, 8), 1)

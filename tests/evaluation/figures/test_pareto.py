@@ -1,4 +1,4 @@
-"""The Pareto front by hand, and that it can be drawn."""
+"""The Pareto front of points worked out by hand, and its chart."""
 
 from __future__ import annotations
 

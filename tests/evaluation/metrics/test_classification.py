@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, and where they have intervals (see also test_intervals.py, test_coverage.py)."""
+"""Metrics against scikit-learn, and which have intervals (see also test_intervals.py, test_coverage.py)."""
 
 import json
 import os
@@ -132,7 +132,7 @@ def test_groups_widen_the_interval_of_clustered_images() -> None:
     random = np.random.default_rng(0)
     patient = np.repeat(np.arange(20), 30)
     labels = patient % 2
-    # All images of a patient share most of the error: 600 images know little more than 20 patients.
+    # Images of a patient share most of the error: 600 images have little more information than 20 patients.
     logits = 2.0 * labels - 1 + random.normal(size=20)[patient] + 0.2 * random.normal(size=600)
     grouped = make(range(600), np.zeros(600, int), [f"p{i}" for i in patient], labels, logits)
     width = {}
@@ -191,7 +191,7 @@ def test_undefined_is_none() -> None:
 
 
 def of_groups(classes: list[int], images: int = 10) -> pd.DataFrame:
-    """A table with so many images of each group, all of one class, some of them predicted wrong."""
+    """A table with `images` images per group, each group of one class; some are predicted wrong."""
     labels = np.repeat(classes, images)
     groups = np.repeat([f"p{i}" for i in range(len(classes))], images)
     random = np.random.default_rng(0)

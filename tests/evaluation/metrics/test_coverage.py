@@ -1,4 +1,4 @@
-"""The intervals hold the true value as often as promised, over simulated tables."""
+"""Coverage: how often the intervals contain the true value, on simulated tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of a hierarchy on probabilities that are worked out by hand."""
+"""Scores of hierarchical classes for probabilities that are worked out by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals against textbook ones where groups are single images, and what must hold of any."""
+"""Intervals against textbook formulas for groups of single images, and properties of all intervals."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_few_groups_have_the_interval_by_hand(right: list[int]) -> None:
 
 
 def test_a_value_at_its_end_with_some_spread_has_an_interval() -> None:
-    """As a sensitivity of 1 has, where its threshold hangs on one group."""
+    """Such as a sensitivity of 1 whose threshold depends on one group."""
     evidence = [intervals.Evidence.of("with tumor", np.full(10, 20.0))]
     steady = intervals.of_share(1.0, np.ones(10), evidence)
     assert steady[1] == 1 and steady[0] > 0.8
@@ -104,7 +104,7 @@ def test_all_right_or_all_wrong_is_not_certain(groups: int | None, right: bool) 
 
 
 def test_images_of_a_group_are_never_taken_for_independent() -> None:
-    """Ten groups whose accuracies happen to be equal: that they agree is luck, for all that is known."""
+    """Ten groups whose accuracies are equal, which may be chance."""
     group = np.arange(1000) // 100
     labels = np.arange(1000) % 2
     wrong = np.arange(1000) % 100 < 10

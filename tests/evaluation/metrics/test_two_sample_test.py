@@ -1,4 +1,4 @@
-"""A class of which another split has other images is found; one of the same source is not, whatever its copies."""
+"""A class with other images in another split is found; one from the same source is not, despite copies."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_class_that_differs_is_found() -> None:
 
 @pytest.mark.parametrize("grouped", [True, False])
 def test_groups_of_one_side_are_not_known_from_another_fold(grouped: bool) -> None:
-    """Patients whose slices resemble each other alone: by the slices of the same patient, a side could be known."""
+    """Slices resemble those of the same patient only: in other folds, these would reveal the side."""
     random = np.random.default_rng(0)
     patients = random.normal(size=(24, 64))
     rows = np.repeat(np.arange(24), 10)
@@ -55,7 +55,7 @@ def test_groups_of_one_side_are_not_known_from_another_fold(grouped: bool) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("groups", "images"), [(24, 10), (80, 5), (180, 1)])
-def test_sides_of_one_source_are_not_told_apart(groups: int, images: int) -> None:
+def test_sides_of_one_source_are_not_separated(groups: int, images: int) -> None:
     """The interval of the AUROC holds 0.5 in about 95% of data sets in which the sides do not differ."""
     random, held = np.random.default_rng(0), []
     for _ in range(200):
@@ -77,7 +77,7 @@ def test_groups_on_both_sides_are_left_out() -> None:
     assert [(of.train, of.images) for of in found] == [(240, 120), (120, 60), (119, 59), (1, 1)]
 
 
-def test_hidden_labels_count_in_all_and_a_set_without_train_tells_nothing() -> None:
+def test_hidden_labels_count_in_all_and_data_without_train_has_no_result() -> None:
     features, table = source(test=20)
     table.loc[table["split"] == "test", "label"] = -1
     (found,) = separations(features, table, CLASSES)

@@ -1,4 +1,4 @@
-"""Figures are written and show something; tables line up."""
+"""Figures are written and not empty; tables are aligned."""
 
 from pathlib import Path
 from typing import Any

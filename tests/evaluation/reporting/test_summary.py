@@ -1,4 +1,4 @@
-"""Means, deviations and the worst center, by hand."""
+"""Means, deviations and the worst center, worked out by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cut below the first trained layer, and the store of what comes out there."""
+"""The cut below the first trained layer, and the store of activations at it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CUTS = [
 
 
 @pytest.mark.parametrize(("name", "method", "target_modules", "place"), CUTS)
-def test_a_model_goes_on_from_the_cut(name: str, method: str, target_modules: str | None, place: str) -> None:
+def test_a_model_continues_from_the_cut(name: str, method: str, target_modules: str | None, place: str) -> None:
     wrapped = adapted(name, method, target_modules).eval()
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
