@@ -50,10 +50,10 @@ def without_copies(data: datasets.DatasetDict) -> tuple[datasets.DatasetDict, li
     """
     seen = {*data["train"]["group"], *data["val"]["group"]}
     others, notes = {}, []
-    for name in [name for name in data if name not in ("train", "val")]:
-        unseen = np.flatnonzero([group not in seen for group in data[name]["group"]])
-        if 0 < len(unseen) < len(data[name]):
-            others[f"{name}_clean"] = data[name].select(unseen)
-            copies = len(data[name]) - len(unseen)
-            notes.append(f"{name}: {copies} of {len(data[name])} have copies in train or val, {name}_clean is the rest")
+    for name, rows in data.items():  # of train and val, all groups are in `seen`
+        unseen = np.flatnonzero([group not in seen for group in rows["group"]])
+        if 0 < len(unseen) < len(rows):
+            others[f"{name}_clean"] = rows.select(unseen)
+            copies = len(rows) - len(unseen)
+            notes.append(f"{name}: {copies} of {len(rows)} have copies in train or val, {name}_clean is the rest")
     return datasets.DatasetDict({**data, **others}), notes

@@ -11,7 +11,7 @@ from fixtures import write_challenge
 
 from hf_histo.data import schema
 from hf_histo.data.load import fingerprint, load
-from hf_histo.data.splits.folds import k_folds, leave_one_center_out, pool_centers, with_validation
+from hf_histo.data.splits.folds import k_folds, leave_one_center_out, pool_centers, with_test, with_validation
 from hf_histo.errors import HistoError
 
 Rows = list[tuple[int, int, str]]  # label, center, group
@@ -68,7 +68,7 @@ def test_an_id_leads_back_to_its_image(data: datasets.DatasetDict) -> None:
 
 
 def test_validation_has_its_share_of_every_class_and_center(data: datasets.DatasetDict) -> None:
-    for share in (0.15, 0.3):
+    for share in (0.15, 0.3, 0.5):
         for fold in leave_one_center_out(data, seed=1, validation_share=share).values():
             train, part = (Counter(zip(fold[s]["label"], fold[s]["center"], strict=True)) for s in ("train", "val"))
             for stratum, count in (train + part).items():
@@ -160,6 +160,10 @@ def test_pooling_trains_on_every_labeled_center_and_keeps_the_test(data: dataset
     assert fingerprint(pooled) != fingerprint(pool_centers(data, seed=1))
     with pytest.raises(HistoError, match=r"validation_share is 0\.9"):
         pool_centers(data, seed=0, validation_share=0.9)
+    with pytest.raises(HistoError, match="no image has a known center"):
+        pool_centers(datasets.DatasetDict(train=split([(0, -1, "a"), (1, -1, "b")])), seed=0)
+    two = pool_centers(datasets.DatasetDict(train=split(rows(0, 60)), val=split(rows(1, 60))), seed=0)
+    assert set(two["train"]["center"]) == set(two["val"]["center"]) == {0, 1}
 
 
 def test_folds_hold_out_every_image_once_and_no_group_twice(data: datasets.DatasetDict) -> None:
@@ -183,7 +187,10 @@ def test_folds_hold_out_every_image_once_and_no_group_twice(data: datasets.Datas
 def test_folds_refuse_a_class_of_too_few_groups_and_less_than_two() -> None:
     data = datasets.DatasetDict(train=split([*rows(0, 40), *[(1, 0, "slide_x")] * 3]))
     assert len(k_folds(data, folds=2)) == 2
-    few = datasets.DatasetDict(train=split([(0, 0, f"slide_{i}") for i in range(20)] + [(1, 0, "slide_x")] * 3))
+    normal = [(0, 0, f"slide_{i}") for i in range(20)]
+    enough = datasets.DatasetDict(train=split([*normal, (1, 0, "slide_x"), (1, 0, "slide_y")]))
+    assert [sum(fold["test"]["label"]) for fold in k_folds(enough, folds=2).values()] == [1, 1]
+    few = datasets.DatasetDict(train=split([*normal, *[(1, 0, "slide_x")] * 3]))
     with pytest.raises(HistoError, match="class 'tumor' has 1 groups, expected at least one for each of 2 folds"):
         k_folds(few, folds=2)
     with pytest.raises(HistoError, match="folds is 1"):
@@ -199,6 +206,16 @@ def test_validation_is_cut_where_there_is_none(data: datasets.DatasetDict) -> No
     assert sorted([*cut["train"]["id"], *cut["val"]["id"]]) == sorted(data["train"]["id"])
     assert len(cut["val"]) == pytest.approx(20, abs=8)
     assert fingerprint(cut) == fingerprint(with_validation(without)) != fingerprint(without)
+
+
+def test_a_single_split_is_divided_into_whole_groups_the_same_way_each_time(data: datasets.DatasetDict) -> None:
+    divided = with_test(datasets.DatasetDict(full=data["train"]), "full")
+    assert list(divided) == ["train", "val", "test"]
+    groups = [set(part["group"]) for part in divided.values()]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 50
+    assert len(divided["test"]) == pytest.approx(200 / 5, abs=8)
+    first = k_folds(datasets.DatasetDict(full=data["train"]), folds=5, seed=0)[0]
+    assert [part["id"][:] for part in divided.values()] == [part["id"][:] for part in first.values()]
 
 
 def test_folds_follow_their_seed(data: datasets.DatasetDict) -> None:

@@ -61,6 +61,7 @@ def test_published_splits_cut_val_and_part_the_copies(folder: Path, caplog: pyte
     assert ("val", "test_clean") not in shared
     assert len(set(data["train"]["group"]) | set(data["val"]["group"])) == 60
     description = data["train"].info.description
+    assert description.startswith(f"{files['train'].info.description}; near copies were searched for")
     assert f"val: {len(data['val'])} images of train" in description and "test: 12 of 30 have copies" in description
     assert fingerprint(data) == fingerprint(arrange(load(folder), "published")) != fingerprint(files)
     assert fingerprint(data) == fingerprint(data["test_clean"])
