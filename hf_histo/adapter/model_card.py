@@ -19,7 +19,7 @@ RESIZED = {
     "pad": "longer side resized to, and the shorter one padded with the mean color below to,",
 }
 CARD_METRICS = {"accuracy": "accuracy", "auroc": "roc_auc", "f1": "f1"}  # names of metrics on the Hub
-UNSEEN = "Near copies (other compression, size or color) were not looked for here: `hf_histo audit` does."
+UNSEEN = "Near copies (other compression, size or color) were not searched for here: `hf_histo audit` does."
 HERE = "THIS_FOLDER"  # placeholder in the card's code, which `hub.push` replaces by the repository's name
 
 
@@ -92,7 +92,7 @@ def facts(sidecar: Sidecar, metrics: Mapping[str, Any], figures: Mapping[str, Pa
         "title": f"{' / '.join(names) if len(names) < 4 else f'{len(names)} classes'} on {sidecar.data.name}",
         "decision": "The most probable class is predicted."
         if sidecar.num_outputs > 1
-        else f"{names[1]} is predicted from a probability of {sidecar.threshold} on.",
+        else f"{names[1]} is predicted if its probability is at least {sidecar.threshold}.",
         "backbone": Path(name).name if Path(name).is_absolute() else name,
         "sidecar": sidecar,
         "metrics": metrics,
@@ -117,15 +117,15 @@ def _leaks(splits: Mapping[str, Composition]) -> Iterator[str]:
             f"{split}: "
             + ", ".join(
                 [
-                    f"{copies:,} of {held.images:,} images are byte for byte also in train"
+                    f"{copies:,} of {held.images:,} images are byte copies of images in train"
                     if copies
-                    else "no image is byte for byte one of train",
+                    else "no image is a byte copy of one in train",
                     f"{groups:,} of {held.groups:,} groups are also in train"
                     if groups
                     else "no group is also in train"
                     if held.groups
                     else "groups are unknown",
-                    f"centers that train has not seen: {', '.join(sorted(held.centers.keys() - seen)) or 'none'}"
+                    f"centers that are not in train: {', '.join(sorted(held.centers.keys() - seen)) or 'none'}"
                     if held.centers
                     else "centers are unknown",
                 ]

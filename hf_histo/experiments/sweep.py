@@ -70,7 +70,7 @@ def sweep(config: Config, options: SweepOptions) -> None:
     with atomic_file(folder / "best.yaml") as temporary:
         kept = {key: value for key, value in chosen.items() if value is not None and key not in left_out}
         temporary.write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
-    choice = f"Best: trial-{slot(best)}, chosen by {trials.metric} on val; no other split was looked at."
+    choice = f"Best: trial-{slot(best)}, chosen by {trials.metric} on val; no other split was used."
     found = {
         number: {"state": trial.state.name, "params": trial.params, "value": trial.value, **trial.user_attrs}
         for number, trial in trials.trials().items()

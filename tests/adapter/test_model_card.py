@@ -105,7 +105,7 @@ def test_the_card_states_what_was_measured(results: dict[str, Result]) -> None:
     facts = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
     assert ["", "images", "24", "13", "7", ""] in facts
     assert ["", "tumor", "12", "6", "3", ""] in facts
-    assert "- test: no image is byte for byte one of train, no group is also in train, centers" in text
+    assert "- test: no image is a byte copy of one in train, no group is also in train, centers" in text
     assert "not a medical device" in text
     shown = re.findall(r"!\[[^]]+\]\((.+?)\)", text)
     assert {"figures/training_curve.png", "figures/confusion_test.png", "figures/reliability_val.png"} <= set(shown)
@@ -142,7 +142,8 @@ def test_leaks_are_reported(results: dict[str, Result]) -> None:
     splits["test"] = dataclasses.replace(splits["test"], copies_of_train=3, groups_of_train=2, centers={})
     text = model_card.card(sidecar, results["frozen"].metrics).text
     assert (
-        "- test: 3 of 7 images are byte for byte also in train, 2 of 4 groups are also in train, centers are unknown."
+        "- test: 3 of 7 images are byte copies of images in train, 2 of 4 groups are also in train, centers are "
+        "unknown."
     ) in text
 
 
