@@ -102,13 +102,28 @@ def rule_of(of: dataclasses.Field[Any]) -> Rule:
     return found
 
 
+@dataclass(kw_only=True)
+class TableOptions:
+    """How a table of image files is read; see `hf_histo.data.readers.image_table`."""
+
+    image_root: str | None = option(
+        None, "folder that the image paths of a table are relative to (default: the table's)", role="place"
+    )
+    image_column: str | None = option(None, "column of image paths in a table (default: by its usual names)")
+    label_column: str | None = option(None, "column of labels, as text or numbers")
+    id_column: str | None = option(None, "column of image ids (default: the path)")
+    split_column: str | None = option(None, "column of train, val or test ('none': new splits)")
+    center_column: str | None = option(None, "column of centers, as names or numbers")
+    group_column: str | None = option(None, "column of patients or slides, which are never on both sides of a split")
+
+
 @dataclass
-class DataOptions:
+class DataOptions(TableOptions):
     _argument_group_name = "data"
 
     data: str = option(
         "synthetic",
-        "folder or hub:OWNER/NAME",
+        "folder, table of images, or hub:OWNER/NAME",
         role="source",
         common=True,
     )
@@ -122,8 +137,14 @@ class DataOptions:
     family: Literal["copies", "near"] | None = option(
         None,
         "images that stay on one side: copies, or near images as well, such as "
-        "neighboring slices of a volume (default: copies; near in cross_validate.py)",
+        "neighboring slices of a volume (default: copies; near in cross-validate)",
         needs={"split": ("published", "clean")},
+    )
+    test_centers: str | None = option(
+        None,
+        "centers to hold out as test, by name or number, separated by commas",
+        details="val is made of the others where it is missing",
+        needs={"split": "files", "streaming": False},
     )
     negative_class: str | None = option(None, "class that means 'nothing found', for sensitivity at a specificity")
     cache_dir: str | None = option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import xxhash
@@ -42,14 +42,14 @@ def seal(folder: Path) -> None:
         write_checksums(folder)
 
 
-def state_of(directory: Path, names: Sequence[str]) -> str:
+def state_of(directory: Path, files: Mapping[str, Path]) -> str:
     """Hash (32 hexadecimal digits) of the paths, sizes, inodes and modification times of files; none is opened.
 
     Raises HistoError for anything but a regular file, and FileNotFoundError for a missing one.
     """
     state = xxhash.xxh3_128(os.fsencode(directory.resolve()))
-    for name in names:
-        stat = regular(directory / name).stat()
+    for name, path in files.items():
+        stat = regular(path).stat()
         # The change time catches a file that was rewritten and had its modification time set back; the inode, one that
         # was replaced by a rename.
         seen = f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\0{stat.st_ino}"
@@ -57,7 +57,7 @@ def state_of(directory: Path, names: Sequence[str]) -> str:
     return state.hexdigest()
 
 
-def content_of(directory: Path, names: Sequence[str], state: str, memos: Path) -> str:
+def content_of(directory: Path, files: Mapping[str, Path], state: str, memos: Path) -> str:
     """Hash (32 hexadecimal digits) of the names and contents of files, cached in the folder `memos` under `state`.
 
     A damaged cache entry is computed again. Raises HistoError for a file that changes while it is read.
@@ -67,19 +67,19 @@ def content_of(directory: Path, names: Sequence[str], state: str, memos: Path) -
     if text[DIGITS:] == _check(state, text[:DIGITS]):
         return text[:DIGITS]
     contents = xxhash.xxh3_128()
-    for name in names:
-        contents.update(os.fsencode(f"{name}\0{checksum(directory / name)}\0"))
+    for name, path in files.items():
+        contents.update(os.fsencode(f"{name}\0{checksum(path)}\0"))
     found = contents.hexdigest()
-    check_unchanged(directory, directory, names, state)
+    check_unchanged(directory, directory, files, state)
     with atomic_file(memo) as temporary:
         temporary.write_text(found + _check(state, found), encoding="ascii")
     return found
 
 
-def check_unchanged(where: str | Path, directory: Path, names: Sequence[str], state: str) -> None:
+def check_unchanged(where: str | Path, directory: Path, files: Mapping[str, Path], state: str) -> None:
     """Raise HistoError, starting with `where`, unless `state_of` the files is still `state`."""
     try:
-        unchanged = state_of(directory, names) == state
+        unchanged = state_of(directory, files) == state
     except FileNotFoundError:
         unchanged = False
     if not unchanged:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import datasets
+import pandas as pd
 import xxhash
 from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 
-from hf_histo.config import DataOptions
+from hf_histo.config import DataOptions, with_role
 from hf_histo.data import cache, schema
-from hf_histo.data.readers import hub
+from hf_histo.data.readers import hub, image_rows
 from hf_histo.data.readers.builder import LEFT_OUT, FolderBuilder
-from hf_histo.data.readers.class_folders import ClassFolders
+from hf_histo.data.readers.class_folders import ClassFolders, split_files
 from hf_histo.data.readers.cytology import HiCervix, NamedImages, SplitLists, check_known
 from hf_histo.data.readers.idx import Idx
+from hf_histo.data.readers.image_table import TableOfImages
 from hf_histo.data.readers.multicenter_hdf5 import MulticenterHdf5, MulticenterHdf5File
 from hf_histo.data.readers.nifti import VolumeFolders
 from hf_histo.data.readers.patch_camelyon import PatchCamelyon
@@ -29,6 +33,7 @@ from hf_histo.errors import HistoError
 logger = logging.getLogger(__name__)
 
 SYNTHETIC = "synthetic"
+TABLES = tuple(dict.fromkeys((*image_rows.SUFFIXES, *SUFFIXES)))
 LAYOUTS: tuple[type[FolderBuilder], ...] = (
     MulticenterHdf5,
     PatchCamelyon,
@@ -37,20 +42,31 @@ LAYOUTS: tuple[type[FolderBuilder], ...] = (
     HiCervix,
     NamedImages,
     SplitLists,
+    TableOfImages,
     PixelTables,
     VolumeFolders,
     ClassFolders,
 )
 
 
-def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = None) -> datasets.DatasetDict:
+Source: TypeAlias = str | Path | DataOptions | pd.DataFrame | datasets.Dataset | Sequence[str | Path]
+
+
+def load(
+    source: Source, labels: Sequence[Any] | None = None, *, cache_dir: str | Path | None = None, **options: Any
+) -> datasets.DatasetDict:
     """Load a folder in any supported layout as splits `train`, `val` and, where present, `test` and others.
 
     Args:
         source: the folder, or options that name it (`data`) and how it is read. "synthetic" is the built-in data set,
             generated in `cache_dir` on first use; "hub:OWNER/NAME" is a data set on the Hub (see `hub.load`). A single
-            HDF5 file in the multi-center layout is loaded as the split `test`, a single table of pixels as `full`.
+            HDF5 file in the multi-center layout is loaded as the split `test`, a single table as `full`. Or a table of
+            images in memory (see `image_table.TableOfImages`): a `pandas.DataFrame`, a `datasets.Dataset` whose images
+            may also be a column of `datasets.Image`, or paths of images; they are relative to the current folder, or to
+            `image_root`.
+        labels: of a list of paths, one each; they are hidden without.
         cache_dir: folder of the converted data; default: the options' one, then `datasets.config.HF_DATASETS_CACHE`.
+        **options: fields of `DataOptions` that say how the source is read, e.g. `label_column="diagnosis"`.
 
     Returns:
         Splits with the columns of `schema.features`. `val` may be missing, or all images may be in the single split
@@ -67,8 +83,29 @@ def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = Non
             layout; a file has a fault, or changes while it is read; and as `schema.check_texts` does.
         OSError: the disk is full, or the cache can't be written.
     """
-    options = source if isinstance(source, DataOptions) else DataOptions(data=str(source))
-    cache_dir = Path(cache_dir or options.cache_dir or datasets.config.HF_DATASETS_CACHE)
+    if unknown := options.keys() - {name for layout in LAYOUTS for name in layout.OPTIONS}:
+        raise TypeError(f"load() got options that don't say how a source is read: {', '.join(sorted(unknown))}")
+    base = source if isinstance(source, DataOptions) else DataOptions()
+    chosen = dataclasses.replace(base, **options)
+    cache_dir = Path(cache_dir or chosen.cache_dir or datasets.config.HF_DATASETS_CACHE)
+    if labels is not None or not isinstance(source, str | Path | DataOptions):
+        return _load(image_rows.store(_table(source, labels), chosen, cache_dir), cache_dir)
+    return _load(chosen if source is base else dataclasses.replace(chosen, data=str(source)), cache_dir)
+
+
+def _table(source: Source, labels: Sequence[Any] | None) -> pd.DataFrame | datasets.Dataset:
+    """A source in memory as a table."""
+    if isinstance(source, pd.DataFrame | datasets.Dataset) and labels is None:
+        return source
+    if isinstance(source, str | Path | DataOptions | pd.DataFrame | datasets.Dataset):
+        raise HistoError(f"labels are given beside a {type(source).__name__}, expected none; name a column of labels")
+    paths = list(source)
+    if labels is not None and len(paths) != len(labels):
+        raise HistoError(f"{len(paths)} images, but {len(labels)} labels, expected one each")
+    return pd.DataFrame({"image": paths} | ({} if labels is None else {"label": list(labels)}))
+
+
+def _load(options: DataOptions, cache_dir: Path) -> datasets.DatasetDict:
     if options.data.startswith(hub.PREFIX):
         _refuse_idle(options, "of the Hub", ("gray_bits",) if options.streaming else hub.OPTIONS)
         if options.streaming:
@@ -76,14 +113,14 @@ def load(source: str | Path | DataOptions, *, cache_dir: str | Path | None = Non
         skip, bits = options.on_bad_image == "skip", options.gray_bits
         return hub.load(options.data, cache_dir=cache_dir, skip_bad_images=skip, gray_bits=bits)
     directory = _synthetic(cache_dir) if options.data == SYNTHETIC else Path(options.data)
-    builder_class = _layout(directory)
+    builder_class = _layout(directory, options)
     _refuse_idle(options, f"in the layout {builder_class.LAYOUT}", builder_class.OPTIONS)
     defaults = DataOptions()
     try:
-        sources = builder_class.sources(directory)
-        state = cache.state_of(directory, sources)
-        name = cache.content_of(directory, sources, state, cache_dir / "hf_histo_fingerprints")
-        chosen = {key: getattr(options, key) for key in builder_class.OPTIONS}
+        files = builder_class.files(directory, options)
+        state = cache.state_of(directory, files)
+        name = cache.content_of(directory, files, state, cache_dir / "hf_histo_fingerprints")
+        chosen = {key: getattr(options, key) for key in builder_class.OPTIONS if key not in with_role("place")}
         if changed := {key: value for key, value in chosen.items() if value != getattr(defaults, key)}:
             name = xxhash.xxh3_128(f"{name}{changed}".encode()).hexdigest()
     except FileNotFoundError as error:
@@ -172,15 +209,20 @@ def _synthetic(cache_dir: Path) -> Path:
     return folder
 
 
-def _layout(directory: Path) -> type[FolderBuilder]:
+def _layout(directory: Path, options: DataOptions) -> type[FolderBuilder]:
     if directory.is_file():
-        return PixelTables if directory.suffix.lower() in SUFFIXES else MulticenterHdf5File
+        return _layout_of_table(directory, options) if directory.suffix.lower() in TABLES else MulticenterHdf5File
     if not directory.is_dir():
         raise HistoError(f"{directory}: no such folder; give the folder that holds the data set")
     for layout in LAYOUTS:
         if layout.matches(directory):
-            return layout
+            tables = split_files(directory, TABLES) if layout in (TableOfImages, PixelTables) else {}
+            return _layout_of_table(next(iter(tables.values())), options) if tables else layout
     names = sorted(path.name for path in directory.iterdir())
     found = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
     expected = "; or ".join(layout.EXPECTED for layout in LAYOUTS)
     raise HistoError(f"{directory}: no known layout: found {found}; expected {expected}")
+
+
+def _layout_of_table(path: Path, options: DataOptions) -> type[FolderBuilder]:
+    return TableOfImages if image_rows.fits(path, options) else PixelTables

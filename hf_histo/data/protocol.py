@@ -8,11 +8,16 @@ A reader returns the splits of the files. Missing ones are made here:
 | published | `val`: a tenth of `train`, in whole families of copies | refused |
 | clean | all images are split anew in whole families: a fifth is `test`, a tenth of the rest `val` | the same |
 
+A table of images without splits is divided 70/15/15 by label and center, in whole groups. With `--test_centers`, `test`
+is all images of these centers, and `val`, where it is missing, 15 percent of the rest.
+
 Then `--pool_centers` splits the images of `train` and `val` anew. Only that depends on a run's seed.
 """
 
 from __future__ import annotations
 
+import difflib
+import logging
 from collections.abc import Mapping
 
 import datasets
@@ -22,10 +27,15 @@ from hf_histo.data.load import load
 from hf_histo.data.readers import hub
 from hf_histo.data.readers.class_folders import SINGLE
 from hf_histo.data.readers.idx import Idx
+from hf_histo.data.readers.image_table import TableOfImages
+from hf_histo.data.schema import center_name, center_names
+from hf_histo.data.splits import folds
 from hf_histo.data.splits.checks import named
 from hf_histo.data.splits.folds import k_folds, pool_centers, with_test, with_validation
 from hf_histo.data.splits.leakage import grouped, without_copies
 from hf_histo.errors import HistoError, idle_option
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(config: Config) -> datasets.DatasetDict:
@@ -40,6 +50,8 @@ def prepare(config: Config) -> datasets.DatasetDict:
 def arranged(options: DataOptions) -> datasets.DatasetDict:
     """Load `--data`, split by `--split` and `--family` as `arrange` does."""
     files = load(options)
+    if options.test_centers is not None:
+        return hold_out(files, options.test_centers)
     if options.split == "files" and options.data.startswith(hub.PREFIX) and "val" not in files:
         whole = complete(files)
         # Order and fingerprint as in earlier versions: a run that is resumed compares them.
@@ -77,11 +89,45 @@ def arrange(files: datasets.DatasetDict, split: str = "files", family: str | Non
     return data
 
 
+def hold_out(files: datasets.DatasetDict, test_centers: str) -> datasets.DatasetDict:
+    """The images of some centers, in any split, as `test`, and those of the others as `train` and `val`.
+
+    See `folds.held_out_centers`; the images that it leaves out are logged, and recorded in `info.description`.
+
+    Args:
+        files: splits with known centers.
+        test_centers: their names or numbers, separated by commas.
+
+    Raises HistoError for a name that no center has, and data without known centers.
+    """
+    names = center_names(next(iter(files.values())))
+    every = sorted({center for rows in files.values() for center in rows.unique("center")} - {-1})
+    known = {center_name(center, names): center for center in every}
+    if not known:
+        raise idle_option("test_centers", test_centers, "no image has a known center")
+    wanted = [test_centers] if test_centers in known else [name.strip() for name in test_centers.split(",")]
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise HistoError(
+                f"--test_centers is {test_centers!r}, expected some of {', '.join(known)}; did you mean {near!r}?"
+            )
+    data, left_out = folds.held_out_centers(files, {known[name] for name in wanted})
+    notes = [f"test: center {', '.join(wanted)}", *left_out]
+    if left_out:
+        logger.warning("--test_centers %s: %s", test_centers, "; ".join(left_out))
+    for rows in data.values():
+        rows.info.description += f"; {'; '.join(notes)}"
+    return data
+
+
 def complete(files: datasets.DatasetDict) -> datasets.DatasetDict:
     """Add the missing ones of `train`, `val` and `test`, drawn from `train` or the single split `full`.
 
     Data that has them all, or neither `train` nor `full`, is returned unchanged.
     """
+    if SINGLE in files and files[SINGLE].info.dataset_name == TableOfImages.LAYOUT:
+        return folds.split_in_three(files, SINGLE)
     data = with_test(files, SINGLE) if SINGLE in files else files
     if "val" in data or "train" not in data:
         return data

@@ -48,30 +48,43 @@ class Sample(TypedDict):
     index: int
 
 
-def features(label_names: Sequence[str]) -> datasets.Features:
+def features(label_names: Sequence[str], center_names: Sequence[str] = ()) -> datasets.Features:
     """Columns of every data set, as `datasets.Features`.
 
     `id` is the key as the source spells it; `image` is stored as bytes inside the table; `label` is an index into
-    `label_names`, -1 where the source hides it; `center` is the acquisition center, -1 where unknown; `group` is the
-    patient, slide or tile family that must stay on one side of a split, "" where unknown.
+    `label_names`, -1 where the source hides it; `center` is the acquisition center, a number or an index into
+    `center_names`, -1 where unknown; `group` is the patient, slide or tile family that must stay on one side of a
+    split, "" where unknown.
     """
     return datasets.Features(
         {
             "id": datasets.Value("string"),
             "image": datasets.Image(),
             "label": datasets.ClassLabel(names=list(label_names)),
-            "center": datasets.Value("int64"),
+            "center": datasets.ClassLabel(names=list(center_names)) if center_names else datasets.Value("int64"),
             "group": datasets.Value("string"),
         }
     )
 
 
+def center_names(rows: datasets.Dataset) -> list[str]:
+    """Names of the centers by number; none where centers have numbers alone."""
+    kind = rows.features["center"]
+    return list(kind.names) if isinstance(kind, datasets.ClassLabel) else []
+
+
+def center_name(center: int, names: Sequence[str]) -> str:
+    """A known center as tables show it: its name, or its number where `names` is empty."""
+    return names[center] if names else str(center)
+
+
 def check_texts(where: str, data: datasets.DatasetDict) -> None:
-    """Raise HistoError, starting with `where`, for ids, groups and class names that a table or terminal can't carry.
+    """Raise HistoError, starting with `where`, for ids, groups and names that a table or terminal can't carry.
 
     Each must be printable and have at most `MAX_TEXT` characters, and an id must be unique in its split.
     """
     _check_texts(where, "class", pa.chunked_array([next(iter(data.values())).features["label"].names], pa.string()))
+    _check_texts(where, "center", pa.chunked_array([center_names(next(iter(data.values())))], pa.string()))
     for split, rows in data.items():
         table = rows.select_columns(["id", "group"]).with_format("arrow")
         ids, groups = table["id"][:], table["group"][:]

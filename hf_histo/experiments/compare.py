@@ -167,7 +167,7 @@ def read_rows(options: CompareOptions) -> dict[str, Row]:
     for path, config in zip(paths, parse_each(CompareOptions, [str(path) for path in paths]), strict=True):
         if options.protocol == "leave_one_center_out":
             reason = "with --protocol leave_one_center_out a center is held out of training"
-            refuse(config, {"pool_centers": reason, "streaming": reason})
+            refuse(config, dict.fromkeys(("pool_centers", "test_centers", "streaming"), reason))
         config.parent_folder()  # a file, too, may ask for what is for one run
         row = Row(config, published[path.stem], parse(None, ["--config", str(path)]).model.backbone)
         if path.stem in rows or row.published.name in [other.published.name for other in rows.values()]:

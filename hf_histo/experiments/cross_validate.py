@@ -32,7 +32,8 @@ def cross_validate(config: Config, options: CrossValidateOptions) -> None:
     """
     folder = config.parent_folder()
     seeds = grid.seeds(config, options.seeds)
-    refuse(config, {"pool_centers": "all splits are put together", "streaming": "folds are of images that are kept"})
+    together = dict.fromkeys(("pool_centers", "test_centers"), "all splits are put together")
+    refuse(config, {**together, "streaming": "folds are of images that are kept"})
     files = load(config.data)
     split, family = config.data.split, config.data.family or "near"
     if split == "files":

@@ -25,7 +25,8 @@ def leave_one_center_out(config: Config, options: LeaveOneCenterOutOptions) -> N
     """
     folder = config.parent_folder()
     seeds = grid.seeds(config, options.seeds)
-    refuse(config, {"pool_centers": "a center is held out of training", "streaming": "it knows no centers"})
+    held_out_in_turn = dict.fromkeys(("pool_centers", "test_centers"), "each center is held out of training in turn")
+    refuse(config, {**held_out_in_turn, "streaming": "it knows no centers"})
     data = prepare(config)
     cells = {
         (center, seed): grid.cell(config, fold, folder / f"center-{center}-seed-{seed}", seed)

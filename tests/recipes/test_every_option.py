@@ -22,11 +22,20 @@ import optuna
 import pandas as pd
 import pytest
 import torch
-from miniature import SIZE, write_adapter, write_backbone, write_centers, write_data, write_hf_vit, write_shards
+from miniature import (
+    SIZE,
+    write_adapter,
+    write_backbone,
+    write_centers,
+    write_data,
+    write_hf_vit,
+    write_image_table,
+    write_shards,
+)
 from safetensors.torch import load_file
 
 from hf_histo import finetune, hub
-from hf_histo.config import OPTIONS, Config, effective, parse
+from hf_histo.config import OPTIONS, Config, TableOptions, effective, parse
 from hf_histo.config.options import RULES, SET, Except
 from hf_histo.data import protocol
 from hf_histo.data.load import fingerprint
@@ -48,6 +57,13 @@ TYPES = {name: kind for group in get_type_hints(Config).values() for name, kind 
 VALUES: dict[str, Any] = {
     "split": "clean",
     "family": "near",
+    "image_column": "picture",
+    "label_column": "finding",
+    "id_column": "key",
+    "split_column": "part",
+    "center_column": "department",
+    "group_column": "person",
+    "test_centers": "3",
     "negative_class": "tumor",
     "percentage": 50.0,
     "shots": 2,
@@ -91,6 +107,7 @@ REFUSED_IN_MINIATURE = {"level", "revision", "head_softmax", "text_prompt", "lor
 # Options that decide which images a run is given, and in which splits.
 ARRANGING = {option.name for option in dataclasses.fields(Config().data)} - {"negative_class", "num_workers"}
 ARRANGING |= {"pool_centers"}
+OF_A_TABLE = {option.name for option in dataclasses.fields(TableOptions)}
 ON_AN_EARLIER_RUN = {"overwrite_output_dir", "resume_from_checkpoint"}  # see tests/training/test_run_folder.py
 
 
@@ -120,6 +137,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     backbone, data = write_centers(folder)
     write_centers(folder / "other")
     write_shards(folder / "shards")
+    write_image_table(folder)
     write_adapter(folder / "adapter", backbone)
     write_backbone(folder / "other_backbone", seed=1)
     return Source(folder, backbone, data)
@@ -133,6 +151,7 @@ def other_value(name: str, source: Source) -> Any:
         "init_adapter": source.folder / "adapter",
         "cache_dir": source.folder / "cache",
         "output_dir": source.folder / "output",
+        "image_root": source.folder / "table" / "other",
     }
     if name in places:
         return str(places[name])
@@ -166,6 +185,8 @@ def needed(name: str, source: Source) -> dict[str, Any]:
         found["hub_model_id"] = "me/model"
     if name == "streaming":
         found["data"] = f"hub:{source.folder / 'shards'}"
+    if name in OF_A_TABLE:
+        found["data"] = source.folder / "table" / "images.csv"
     return found | NEEDS.get(name, {})
 
 
@@ -483,6 +504,10 @@ def other_sources(source: Source) -> dict[str, list[str]]:
         ("histo_lora", ["--method=pca", "--torch_compile"], "--torch_compile is True"),
         ("histo_lora", ["--method=pca", "--preview"], "--preview is True"),
         ("histo_lora", ["--method=pca", "--text_prompt=a {}"], "--text_prompt is 'a {}'"),
+        ("histo_lora", ["--label_column=finding"], "--label_column is 'finding'"),
+        ("histo_lora", ["--split=clean", "--test_centers=3"], "--test_centers is '3'"),
+        ("leave_one_center_out", ["--test_centers=3"], "--test_centers is '3'"),
+        ("cross_validate", ["--test_centers=3"], "--test_centers is '3'"),
         ("leave_one_center_out", ["--pool_centers"], "--pool_centers is True"),
         ("leave_one_center_out", ["streamed", "--streaming"], "--streaming is True"),
         ("cross_validate", ["--pool_centers"], "--pool_centers is True"),

@@ -9,6 +9,8 @@ from typing import Any
 import datasets
 import h5py
 import numpy as np
+import pandas as pd
+import PIL.Image
 import torch
 from fixtures import write_challenge
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
@@ -120,6 +122,30 @@ def write_shards(folder: Path, *, each: tuple[int, ...] = (12,) * 4) -> Path:
         name = f"train-{shard:05}-of-{len(each):05}" if isinstance(shard, int) else shard
         datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{name}.parquet"))
     return folder
+
+
+def write_image_table(folder: Path, count: int = 72) -> Path:
+    """Save `table/images.csv` with images of two classes from three named centers, in splits; odd ones are darker.
+
+    Each column is there twice, under its usual name and, with other values, under another one; and other images with
+    the same names lie in `table/other`.
+    """
+    rows = []
+    for number in range(count):
+        for place, seed in (("images", number), ("other/images", count + number)):
+            image = np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+            (folder / "table" / place).mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(image // (1 + 2 * (number % 2))).save(folder / "table" / place / f"{number}.png")
+        patient, center, last = number // 2, ("Leipzig", "Halle", "Jena")[number // 2 % 3], (count - 1 - number) // 2
+        split, part = (("train", "train", "val", "test")[(number // 6 + shift) % 4] for shift in (0, 1))
+        rows.append(
+            {"image": f"images/{number}.png", "picture": f"images/{count - 1 - number}.png"}
+            | {"label": ("normal", "tumor")[number % 2], "finding": ("normal", "tumor")[number // 2 % 2]}
+            | {"id": f"scan {number}", "key": f"{number:03}", "split": split, "part": part}
+            | {"center": center, "department": number // 2 % 2, "patient": f"P{patient}", "person": f"{last}"}
+        )
+    pd.DataFrame(rows).to_csv(folder / "table" / "images.csv", index=False)
+    return folder / "table" / "images.csv"
 
 
 def divide_training(folder: Path) -> None:

@@ -59,6 +59,14 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
         """
         raise NotImplementedError
 
+    @classmethod
+    def files(cls, directory: Path, options: DataOptions) -> dict[str, Path]:
+        """Path of each file that the conversion reads, by a name that doesn't depend on where the data lies.
+
+        `sources`, unless the files depend on `options`.
+        """
+        return {name: directory / name for name in cls.sources(directory)}
+
     @contextmanager
     def skipping(self) -> Iterator[None]:
         """Context in which one image is read and yielded; with `--on_bad_image skip`, an unreadable one is left out.
@@ -79,7 +87,8 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
         """Convert as `datasets` does. Raises HistoError, and keeps nothing, if a file changed in the meantime."""
         super()._download_and_prepare(*arguments, **options)
         directory = self.config.directory
-        cache.check_unchanged(directory, directory, self.sources(directory), self.config.state)
+        files = self.files(directory, self.config.options)
+        cache.check_unchanged(directory, directory, files, self.config.state)
 
     def _find_bits(self, paths: Iterable[Path]) -> None:
         """Find the bit depth of the 16-bit gray images among `paths`, for `_stored`, and add it to the description.
@@ -89,9 +98,12 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
         self._gray_bits = schema.bits_for(map(schema.brightest, paths), self.config.options.gray_bits)
         schema.record_bits(self.info, self._gray_bits)
 
-    def _stored(self, path: Path) -> dict[str, Any]:
-        """Value of the column `image` for an image file. Raises HistoError as `schema.decode` does."""
-        return {"bytes": schema.checked(path.read_bytes(), str(path), self._gray_bits), "path": None}
+    def _stored(self, path: Path, where: str | None = None) -> dict[str, Any]:
+        """Value of the column `image` for an image file.
+
+        Raises HistoError, starting with `where` (default: the path), as `schema.decode` does.
+        """
+        return {"bytes": schema.checked(path.read_bytes(), where or str(path), self._gray_bits), "path": None}
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=schema.features(self.LABELS))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -183,6 +183,21 @@ def _folders(directory: Path) -> list[Path]:
 def split_of(path: Path) -> str | None:
     """The split that a folder holds, by its name; None for other folders."""
     return next((split for split, names in SPLITS.items() if path.name.lower() in names), None)
+
+
+def split_files(directory: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Files of a folder that are named as splits may be and have one of `suffixes`; as train, val, test.
+
+    Raises HistoError for two files of one split.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(directory.iterdir()):
+        split = split_of(path.with_suffix(""))
+        if split and path.suffix.lower() in suffixes and path.is_file():
+            if split in found:
+                raise HistoError(f"{path}: {found[split].name} is there as well, expected one file; remove one")
+            found[split] = path
+    return {split: found[split] for split in SPLITS if split in found}
 
 
 def is_image(path: Path) -> bool:

@@ -64,7 +64,7 @@ def load(
     with FileLock(f"{root}.lock"):
         cache.discard_damaged(root)
         builder = _find(name, cache_dir=str(root))
-        folder, local = Path(builder.cache_dir), _local_files(builder)
+        folder, local = Path(builder.cache_dir), {path: Path(path) for path in _local_files(builder)}
         fresh = not folder.exists()
         state = cache.state_of(Path(), local)
         try:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from hf_histo.data import schema
 from hf_histo.data.readers import shards
 from hf_histo.data.readers.builder import FolderBuilder, split_generator
-from hf_histo.data.readers.class_folders import SINGLE, SPLITS
+from hf_histo.data.readers.class_folders import SINGLE, split_files
 from hf_histo.data.schema import MAX_TEXT
 from hf_histo.errors import HistoError
 
@@ -126,7 +126,7 @@ class PixelTables(FolderBuilder):
         files = _files(self.config.directory)
         columns = _columns_of(list(files.values()))
         tables = {split: _described(path) for split, path in files.items()}
-        names = _classes(tables.get("train", pd.concat(tables.values()))["label"])
+        names = classes_of(tables.get("train", pd.concat(tables.values()))["label"])
         if len(names) < 2:
             raise HistoError(f"{self.config.directory}: classes {names}, expected at least two; add labeled images")
         self.info.features = schema.features(names)
@@ -189,16 +189,7 @@ class PixelTables(FolderBuilder):
 
 def _files(directory: Path) -> dict[str, Path]:
     """The file of each split; a single file is the split `full`."""
-    if directory.is_file():
-        return {SINGLE: directory}
-    found: dict[str, Path] = {}
-    for path in sorted(directory.iterdir()):
-        split = next((split for split, names in SPLITS.items() if path.stem.lower() in names), None)
-        if split and path.suffix.lower() in SUFFIXES and path.is_file():
-            if split in found:
-                raise HistoError(f"{path}: {found[split].name} is there as well, expected one file; remove one")
-            found[split] = path
-    return {split: found[split] for split in SPLITS if split in found}
+    return {SINGLE: directory} if directory.is_file() else split_files(directory, SUFFIXES)
 
 
 def _roughness(images: NDArray[Any]) -> float:
@@ -206,7 +197,7 @@ def _roughness(images: NDArray[Any]) -> float:
     return float(np.abs(np.diff(images, axis=1)).mean() + np.abs(np.diff(images, axis=2)).mean())
 
 
-def _classes(labels: pd.Series[str]) -> list[str]:
+def classes_of(labels: pd.Series[str]) -> list[str]:
     """Class names, sorted: by value if all are numbers, else as text."""
     names = sorted(set(labels) - {""})
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else names

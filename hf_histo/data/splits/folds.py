@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import datasets
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from hf_histo.data.splits.checks import named
 from hf_histo.errors import HistoError, idle_option
 
 POOLED = ("train", "val")
 FOLDS = 5  # of data without splits: one fold becomes `test`
+TWENTIETHS = 20  # folds of images that come without splits, by label and center
+SHARE = 3 / TWENTIETHS  # share of such images that go to `val`, and to `test`
 TEST = 2  # number of the split `test` for `drawn`; `train` is 0 and `val` is 1
 
 
@@ -143,6 +145,71 @@ def with_test(data: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
     return named(datasets.DatasetDict({"train": rows.select(train), "test": rows.select(test)}), data)
 
 
+def split_in_three(data: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
+    """The single split `name` as `train`, `val` and `test`: 70, 15 and 15 percent, always the same ones.
+
+    Of twenty folds that are stratified by label and center, in whole groups, three are `test` and three `val`. Where
+    groups are fewer than 20, or images of every label and center, there are as many folds, and shares are rounded to
+    whole ones, at least one each. Images without a label go to none of them.
+
+    Raises HistoError for fewer than three groups, and a `train` with fewer than two classes.
+    """
+    rows = data[name]
+    labels = np.array(rows["label"])
+    pool = rows.select(np.flatnonzero(labels >= 0))
+    folds = _folds(pool, TWENTIETHS)
+    if len(folds) < 3:
+        raise HistoError(
+            f"{len(pool)} labeled images of {len(set(_groups(pool)))} groups can't make train, val and test, "
+            "expected at least three groups with images of one label and center; add images, or a column split"
+        )
+    chosen = 2 * max(1, round(SHARE * len(folds)))
+    parts = {"train": folds[chosen:], "val": folds[1:chosen:2], "test": folds[:chosen:2]}
+    rows_of = {split: np.sort(np.concatenate(of_split)) for split, of_split in parts.items()}
+    _check_classes(pool, rows_of["train"], "no splits")
+    divided = {split: pool.select(chosen_rows) for split, chosen_rows in rows_of.items()}
+    return named(datasets.DatasetDict(divided), data)
+
+
+def held_out_centers(data: datasets.DatasetDict, centers: Set[int]) -> tuple[datasets.DatasetDict, list[str]]:
+    """All images of some centers as `test`, those of the others as they were in `train` and `val`.
+
+    Without `val`, or where nothing of it is left, it is made of `train` as in `leave_one_center_out`. Left out are
+    other images of groups that a held-out center shares, and of other splits than these two. Where images of several
+    splits have one id, ids of `test` get the split as a prefix.
+
+    Returns:
+        The splits, and a sentence about each kind of images left out.
+
+    Raises:
+        HistoError: the other centers have no image in `train` or the single split.
+    """
+    chosen = np.array(sorted(centers))
+    masks = {split: np.isin(np.array(rows["center"]), chosen) for split, rows in data.items()}
+    tests = {split: data[split].select(np.flatnonzero(mask)) for split, mask in masks.items() if mask.any()}
+    test = datasets.concatenate_datasets(list(tests.values()))
+    if len(test.unique("id")) < len(test):
+        test = datasets.concatenate_datasets([_prefixed(rows, split) for split, rows in tests.items()])
+    shared = set(test.unique("group")) - {""}
+    parts, notes = {}, []
+    for split, rows in data.items():
+        linked = ~masks[split] & np.isin(np.array(rows["group"]), sorted(shared))
+        if linked.any():
+            notes.append(f"{linked.sum():,} images of {split} are left out, whose groups the held-out centers share")
+        rest = np.flatnonzero(~masks[split] & ~linked)
+        if split in POOLED or len(data) == 1:
+            parts["train" if len(data) == 1 else split] = rows.select(rest)
+        elif len(rest):
+            notes.append(f"{len(rest):,} images of other centers in {split} are left out")
+    train = parts.get("train")
+    if train is None or not len(train):
+        raise HistoError("train: all images are of the centers held out, expected some of others; hold out fewer")
+    if not len(parts.get("val", ())):
+        made = _parts(train, np.flatnonzero(np.array(train["label"]) >= 0), 0, SHARE, "held-out centers")
+        parts = {name: train.select(rows) for name, rows in made.items()}
+    return named(datasets.DatasetDict({"train": parts["train"], "val": parts["val"], "test": test}), data), notes
+
+
 def hold_out(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Divide rows without groups into training rows and validation rows, a tenth of each class; both are sorted.
 
@@ -174,9 +241,7 @@ def _pool(data: datasets.DatasetDict, names: Sequence[str] = POOLED) -> datasets
     parts = []
     for name in names:
         if name in data:
-            ids = [f"{name}/{key}" for key in data[name]["id"]]
-            split = data[name].remove_columns("id").add_column("id", ids, feature=datasets.Value("string"))
-            parts.append(split.select_columns(data[name].column_names))
+            parts.append(_prefixed(data[name], name))
     if not parts:
         raise HistoError(f"the data has the splits {', '.join(data)}, expected train or val; rename one")
     pool = datasets.concatenate_datasets(parts)
@@ -184,6 +249,40 @@ def _pool(data: datasets.DatasetDict, names: Sequence[str] = POOLED) -> datasets
     if not len(labeled):
         raise HistoError(f"{' and '.join(names)}: all labels are hidden (-1), expected labeled images; add labels")
     return pool.select(labeled)
+
+
+def _prefixed(rows: datasets.Dataset, split: str) -> datasets.Dataset:
+    """The same images with the split in their ids."""
+    ids = [f"{split}/{key}" for key in rows["id"]]
+    named_rows = rows.remove_columns("id").add_column("id", ids, feature=datasets.Value("string"))
+    return named_rows.select_columns(rows.column_names)
+
+
+def _folds(pool: datasets.Dataset, most: int) -> list[NDArray[np.int64]]:
+    """Rows of each of `most` folds or fewer, of whole groups; first those with the most even share of every stratum.
+
+    Strata are the combinations of label and center.
+    """
+    groups, strata = _groups(pool), _strata(pool)
+    # The splitters refuse more folds than the most frequent stratum has images.
+    count = min(most, len(np.unique(groups)), int(np.bincount(strata).max(initial=0)))
+    if count < 2:
+        return []
+    chosen = {"n_splits": count, "shuffle": True, "random_state": 0}
+    with warnings.catch_warnings():
+        # A stratum with fewer images than there are folds is in some of them only.
+        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
+        if any(pool.unique("group")):
+            divided = list(StratifiedGroupKFold(**chosen).split(strata, strata, groups))
+        else:  # the same without groups, and much faster
+            divided = list(StratifiedKFold(**chosen).split(strata, strata))
+    return sorted((part for _, part in divided), key=lambda part: _unevenness(strata, part, 1 / count))
+
+
+def _strata(pool: datasets.Dataset) -> NDArray[np.int64]:
+    """Number of the combination of label and center, (n,)."""
+    numbers: NDArray[np.int64] = np.unique([pool["label"][:], pool["center"][:]], axis=1, return_inverse=True)[1]
+    return numbers
 
 
 def _fold(pool: datasets.Dataset, center: int, seed: int, share: float) -> datasets.DatasetDict:
@@ -206,15 +305,20 @@ def _parts(
     strata = np.unique(np.stack([labels[rest], centers[rest]]), axis=1, return_inverse=True)[1]
     validation = _nearest_fold(strata, groups[rest], seed, share, what)
     rows = {"train": rest[~validation], "val": rest[validation]}
+    _check_classes(pool, rows["train"], what)
+    return rows
+
+
+def _check_classes(pool: datasets.Dataset, train: NDArray[np.int64], what: str) -> None:
+    """Raise HistoError, starting with `what`, for training rows of fewer than two classes."""
     classes = pool.features["label"].names
-    present = np.unique(labels[rows["train"]])
+    present = np.unique(np.array(pool["label"])[train])
     if len(present) < 2:
         found = ", ".join(classes[label] for label in present) or "none"
         raise HistoError(
             f"{what}: classes present in train: {found}, expected at least two of "
             f"{', '.join(classes)}; add images of other centers, or leave fewer of them to validation"
         )
-    return rows
 
 
 def _nearest_fold(
@@ -234,7 +338,13 @@ def _nearest_fold(
         # scikit-learn warns of a stratum with fewer images than folds, which is fine here.
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
         parts = [part for _, part in splitter.split(strata, strata, groups)]
-    distances = [np.abs(np.bincount(strata[part], minlength=len(counts)) - share * counts).sum() for part in parts]
+    distances = [_unevenness(strata, part, share) for part in parts]
     mask = np.zeros(len(strata), dtype=bool)
     mask[parts[int(np.argmin(distances))]] = True
     return mask
+
+
+def _unevenness(strata: NDArray[np.int64], part: NDArray[np.int64], share: float) -> float:
+    """How far some rows are from a `share` of every stratum, in images."""
+    counts = np.bincount(strata)
+    return float(np.abs(np.bincount(strata[part], minlength=len(counts)) - share * counts).sum())

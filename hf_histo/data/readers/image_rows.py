@@ -1,0 +1,421 @@
+"""Rows of a table of image files: which columns hold what, and checks of every row before an image is read."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import logging
+import os
+import unicodedata
+import zipfile
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from numpy.typing import NDArray
+
+from hf_histo.config import DataOptions
+from hf_histo.data.readers import shards
+from hf_histo.data.readers.class_folders import SINGLE, SPLITS, split_files
+from hf_histo.data.readers.pixel_tables import UNREADABLE
+from hf_histo.errors import HistoError
+from hf_histo.files import atomic_folder, regular
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".csv", ".tsv", ".parquet", ".xlsx")
+NAMED = {  # names of a column, in any capitalization, with spaces, hyphens or underscores; the first one is the usual
+    "image": (
+        *("image", "path", "file", "filename", "file_name", "filepath", "file_path"),
+        *("image_path", "image_file", "image_name", "img", "img_path"),
+    ),
+    "label": ("label", "labels", "class", "class_name", "target", "diagnosis", "y"),
+    "id": ("id", "image_id"),
+    "split": ("split", "subset", "partition"),
+    "center": ("center", "centre", "center_id", "hospital", "site", "institution", "scanner"),
+    "group": ("group", "patient", "patient_id", "subject", "subject_id", "case", "case_id", "slide", "slide_id"),
+}
+COLUMN_OPTIONS = tuple(f"{role}_column" for role in NAMED)
+WITHOUT = "none"  # value of such an option: no column has this role
+ROLES = {spelling: role for role, spellings in NAMED.items() for spelling in spellings}
+# By byte order mark, the longer ones first.
+ENCODINGS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+DELIMITERS = ",;\t|"  # of CSV files; the most frequent one in the first line is taken
+LARGEST_SHEET = 2**30  # bytes of an unpacked workbook
+SHOWN = 5  # rows or names that an error lists
+
+
+def read(directory: Path, options: DataOptions) -> pd.DataFrame:
+    """Rows of a table, or of `train`, `val` and `test` tables in a folder, checked; no image is opened.
+
+    Returns a row per image, with text columns: `where` (file and row, for errors), `name` (path below the root, with
+    forward slashes), `path` (a `Path`), `present` (bool), `label` ("" where hidden), `id`, `split`, `center` and
+    `group` ("" where unknown).
+
+    Raises HistoError as `image_table.TableOfImages` documents, except for images.
+    """
+    tables = {SINGLE: directory} if directory.is_file() else split_files(directory, SUFFIXES)
+    folder = directory.parent if directory.is_file() else directory
+    root = Path(options.image_root) if options.image_root else folder
+    if not root.is_dir():
+        raise HistoError(f"--image_root {root}: no such folder, expected the one that image paths are relative to")
+    rows = pd.concat([_read_table(path, split, options) for split, path in tables.items()], ignore_index=True)
+    _locate(rows, root)
+    rows["id"] = rows["id"].where(rows["id"] != "", rows["name"])
+    _check(rows)
+    return rows
+
+
+def fits(path: Path, options: DataOptions) -> bool:
+    """Whether a table lists image files, rather than pixel values as `pixel_tables` reads them.
+
+    It does if a column is named for paths (`NAMED`, or `--image_column`). Raises HistoError for a table that has
+    neither such a column nor one of numbers.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        return False
+    if options.image_column is not None or suffix not in (".csv", ".parquet"):
+        return True
+    try:
+        names, are_numbers = _head(path)
+    except UnicodeError as error:
+        raise HistoError(f"{path}: {error}, expected text in UTF-8, or UTF-16 with its mark; save it so") from None
+    except UNREADABLE:
+        return False  # the reader of pixel tables names the fault
+    if any(ROLES.get(_plain(name)) == "image" for name in names):
+        return True
+    values = [number for name, number in zip(names, are_numbers, strict=False) if _plain(name) not in ROLES]
+    if are_numbers and not any(values):
+        raise HistoError(
+            f"{path}: the columns are {_few(names)}, expected one of image paths ({', '.join(NAMED['image'][:3])}, or "
+            "as --image_column names it), or numbers, one column for each pixel value; rename or name a column"
+        )
+    return False
+
+
+def numbered(centers: pd.Series[str]) -> tuple[NDArray[np.int64], list[str]]:
+    """Numbers of centers, (n,) with -1 for blank ones, and their names by number; none if all are whole numbers."""
+    known = sorted(set(centers) - {""})
+    if all(center.isdecimal() for center in known):
+        return np.array([int(center or -1) for center in centers], np.int64), []
+    numbers = {"": -1} | {name: number for number, name in enumerate(known)}
+    return np.array([numbers[center] for center in centers], np.int64), known
+
+
+def check_present(rows: pd.DataFrame) -> None:
+    """Raise HistoError for images that are no files."""
+    missing = rows[~rows["present"]]
+    if len(missing):
+        more = f" ({len(missing)} images are missing in all)" if len(missing) > 1 else ""
+        raise HistoError(
+            f"{missing['where'].iloc[0]}: image {missing['name'].iloc[0]!r} is missing{more}, expected a file below "
+            "the folder of the images; add it, or remove the row"
+        )
+
+
+def store(source: pd.DataFrame | datasets.Dataset, options: DataOptions, cache_dir: Path) -> DataOptions:
+    """Write a table in memory to a file below `cache_dir`, named by its content; returns the options to load it.
+
+    Paths are relative to `image_root` (default: the current folder), or absolute within it. Images that a
+    `datasets.Dataset` holds as bytes are written beside the table.
+    """
+    root = Path(options.image_root or Path.cwd())
+    images: list[bytes] = []
+    if isinstance(source, datasets.Dataset):
+        source, images = _frame(source)
+    frame = source.rename(columns=str)
+    column = _column(list(frame.columns), "image", options, "the table")
+    if column is None:
+        raise _lacks_images("the table", list(frame.columns))
+    if not images:  # without where they lie on this machine
+        frame[column] = [_below(os.fspath(path), root) if _is_given(path) else "" for path in frame[column]]
+    table = pa.table({str(name): pa.array(_texts(values)) for name, values in frame.items()})
+    content = xxhash.xxh3_128(repr(table.to_pydict()).encode())
+    for data in images:
+        content.update(data)
+    folder = cache_dir / "hf_histo_tables" / content.hexdigest()
+    if not folder.is_dir():
+        with atomic_folder(folder) as temporary:
+            pq.write_table(table, temporary / "table.parquet")
+            for row, data in enumerate(images):
+                (temporary / str(row)).write_bytes(data)
+    return replace(options, data=str(folder / "table.parquet"), image_root=None if images else str(root))
+
+
+def _read_table(path: Path, split: str, options: DataOptions) -> pd.DataFrame:
+    """Rows of one file, as texts; without its split column, they are all of `split`."""
+    try:
+        stat = regular(path).stat()
+        cells = _cells(path, (stat.st_size, stat.st_mtime_ns, stat.st_ino))
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:300]
+        raise HistoError(
+            f"{path}: unreadable ({reason}), expected a whole {path.suffix[1:]} file, and CSV as UTF-8 or UTF-16; "
+            "export it again"
+        ) from None
+    names = list(cells.columns)
+    columns = {role: _column(names, role, options, str(path)) for role in NAMED}
+    if columns["image"] is None:
+        raise _lacks_images(str(path), names)
+    if cells.empty:
+        raise HistoError(f"{path}: no rows, expected one for each image; add them")
+    rows = pd.DataFrame(
+        {role: "" if name is None else _texts(cells[name]) for role, name in columns.items()}, index=cells.index
+    )
+    rows.insert(0, "where", [f"{path}, row {row}" for row in rows.index])
+    for role in ("image", "split", "group", "id"):
+        if columns[role] is not None:
+            _refuse_rows(rows[rows[role] == ""], f"the {role} is blank", "fill it in, or remove the row")
+    if columns["split"] is None:
+        rows["split"] = "test" if split == SINGLE and columns["label"] is None else split
+        return rows
+    known = {spelling: split for split, spellings in SPLITS.items() for spelling in spellings}
+    given = rows["split"].str.lower().map(known)
+    for row in rows[given.isna()].itertuples():
+        raise HistoError(
+            f"{row.where}: split {row.split!r}, expected {', '.join(SPLITS)}; correct it, or give --split_column "
+            f"{WITHOUT} for new splits"
+        )
+    if split != SINGLE:
+        _refuse_rows(rows[given != split], f"the split is not {split}, as the file's name", "move it, or correct it")
+    rows["split"] = given
+    return rows
+
+
+def _locate(rows: pd.DataFrame, root: Path) -> None:
+    """Add `name`, `path` and `present` of each image. Raises HistoError for a path outside `root`."""
+    inside = root.resolve()
+    names, paths = [], []
+    for where, text in zip(rows["where"], rows["image"], strict=True):
+        path = root / text
+        if "\\" in text and not _is_file(path):  # of Windows
+            path = root / text.replace("\\", "/")
+        target = path.resolve()
+        if not target.is_relative_to(inside):
+            raise HistoError(
+                f"{where}: image {text!r} lies outside {root}, expected a path within it; correct it, or state the "
+                "folder of the images by --image_root"
+            )
+        names.append(_below(str(path.absolute()), root))
+        paths.append(path)
+    rows["name"], rows["path"] = names, paths
+    rows["present"] = [_is_file(path) for path in paths]
+
+
+def _check(rows: pd.DataFrame) -> None:
+    """Raise HistoError for rows that contradict each other."""
+    for column, what in (("id", "have the id"), ("name", "name the image")):
+        for value, same in rows[rows[column].duplicated(keep=False)].groupby(column, sort=False):
+            raise HistoError(f"{_listed(same)} {what} {value!r}, expected one row per image; remove or correct one")
+    rows["label"] = rows["label"].replace("-1", "")
+    hidden = rows[(rows["label"] == "") & (rows["split"] != "test")]
+    _refuse_rows(hidden, "the label is blank (or -1, hidden)", "fill it in, or remove the row; test images may lack it")
+    for column in ("label", "center"):
+        _check_spellings(rows, column)
+    known = rows[rows["group"] != ""]
+    splits = known.groupby("group")["split"].nunique()
+    if len(mixed := splits.index[splits > 1]):
+        one = known[known["group"] == mixed[0]].drop_duplicates("split")
+        found = " and ".join(f"{split} ({where})" for split, where in zip(one["split"], one["where"], strict=True))
+        raise HistoError(
+            f"{len(mixed)} groups (patients, slides) are in several splits: {_few(list(mixed))}, expected each in one; "
+            f"{mixed[0]} is in {found}; correct the splits, or give --split_column {WITHOUT} for new ones"
+        )
+
+
+def _check_spellings(rows: pd.DataFrame, column: str) -> None:
+    """Raise HistoError for values that differ in capitals, inner spaces or the encoding of a character alone."""
+    spelled: dict[str, str] = {}
+    for value in rows[column].unique():
+        other = spelled.setdefault(" ".join(unicodedata.normalize("NFKC", value).casefold().split()), value)
+        if other != value:
+            counts = " and ".join(f"{text!r} ({(rows[column] == text).sum()} rows)" for text in (other, value))
+            where = rows.loc[rows[column] == value, "where"].iloc[0]
+            raise HistoError(f"{where}: the {column} is written in two ways, {counts}, expected one; correct the table")
+
+
+def _refuse_rows(rows: pd.DataFrame, fault: str, remedy: str) -> None:
+    """Raise HistoError, naming the rows, unless there are none."""
+    if len(rows):
+        raise HistoError(f"{_listed(rows)}: {fault}, expected a value in each; {remedy}")
+
+
+def _listed(rows: pd.DataFrame) -> str:
+    """File and rows, e.g. "images.csv, rows 3, 7 and 2 more"."""
+    first, *others = rows["where"]
+    if not others:
+        return str(first)
+    start, _, number = first.rpartition(", row ")
+    return f"{start}, rows {_few([number, *(other.rpartition(' ')[2] for other in others)])}"
+
+
+def _few(names: Sequence[Any]) -> str:
+    shown, rest = ", ".join(map(str, names[:SHOWN])), len(names) - SHOWN
+    return shown + (f" and {rest} more" if rest > 0 else "")
+
+
+def _column(names: Sequence[str], role: str, options: DataOptions, where: str) -> str | None:
+    """The column of a role, by its option or its name; None if there is none."""
+    given = {name: getattr(options, name) for name in COLUMN_OPTIONS}
+    option = f"{role}_column"
+    if given[option] is None:
+        found = [name for name in names if ROLES.get(_plain(name)) == role and name not in given.values()]
+    elif given[option] in names:
+        found = [name for name in names if name == given[option]]
+    elif given[option] == WITHOUT:
+        return None
+    else:
+        near = difflib.get_close_matches(given[option], names, n=1, cutoff=0)
+        raise HistoError(
+            f"{where}: no column {given[option]!r} (--{option}), expected one of {_few(names)}; did you mean "
+            f"{near[0] if near else names!r}?"
+        )
+    if len(found) > 1:
+        raise HistoError(
+            f"{where}: {len(found)} columns could be the {role}: {', '.join(found)}, expected one; name it by "
+            f"--{option}, or rename the other"
+        )
+    return found[0] if found else None
+
+
+def _lacks_images(where: str, names: Sequence[str]) -> HistoError:
+    return HistoError(f"{where}: no column of image paths among {_few(names)}, expected one; name it by --image_column")
+
+
+@lru_cache(maxsize=4)
+def _cells(path: Path, state: tuple[int, ...]) -> pd.DataFrame:
+    """All cells, by column name and row: the number in a spreadsheet, or, of parquet, counted from 0.
+
+    Those of a file whose `state` is as before are not read again.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        file = pq.ParquetFile(path)
+        shards.check_rows(str(path), file, path.stat().st_size, 64 * len(file.schema_arrow))
+        shards.check_content({str(path): path})
+        plain = [field.name for field in file.schema_arrow if not pa.types.is_nested(field.type)]
+        table: pd.DataFrame = file.read(columns=plain).to_pandas()
+        return table
+    cells = _sheet(path) if suffix == ".xlsx" else _csv(path)
+    cells = cells.dropna(how="all")
+    if cells.empty:
+        raise HistoError(f"{path}: empty, expected the names of columns in the first row; export it again")
+    body = cells.iloc[1:]
+    body.columns = pd.Index(cells.iloc[0].fillna("").str.strip())
+    body.index += 1
+    return body
+
+
+def _csv(path: Path) -> pd.DataFrame:
+    encoding, delimiter = _format_of(path)
+    return pd.read_csv(
+        path, header=None, dtype=str, sep=delimiter, encoding=encoding, skip_blank_lines=False, index_col=False
+    )
+
+
+def _format_of(path: Path) -> tuple[str, str]:
+    """Encoding and delimiter of a CSV file."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    encoding = next((name for mark, name in ENCODINGS.items() if start.startswith(mark)), "utf-8-sig")
+    with path.open(encoding=encoding, newline="") as text:
+        first = text.readline()
+    return encoding, max(DELIMITERS, key=first.count)
+
+
+def _sheet(path: Path) -> pd.DataFrame:
+    """First sheet of a workbook."""
+    try:
+        import openpyxl  # noqa: F401
+    except ImportError:
+        raise HistoError(f"{path}: needs openpyxl: pip install hf_histo[excel], or save it as CSV") from None
+    with zipfile.ZipFile(path) as archive:
+        if (size := sum(member.file_size for member in archive.infolist())) > LARGEST_SHEET:
+            raise HistoError(f"{path}: unpacks to {size:,} bytes, expected at most {LARGEST_SHEET:,}; save it as CSV")
+    with pd.ExcelFile(path, engine="openpyxl") as book:
+        if len(book.sheet_names) > 1:
+            logger.warning("%s: read the first of its sheets, %s", path, _few(book.sheet_names))
+        return pd.read_excel(book, header=None, dtype=str)
+
+
+def _head(path: Path) -> tuple[list[str], list[bool]]:
+    """Names of the columns, and whether each one is of numbers: in a CSV, in its first row."""
+    if path.suffix.lower() == ".parquet":
+        schema = pq.read_schema(path)
+        return schema.names, [pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in schema.types]
+    encoding, delimiter = _format_of(path)
+    with path.open(encoding=encoding, newline="") as file:
+        rows = csv.reader(file, delimiter=delimiter)
+        names, first = next(rows, []), next(rows, [])
+    return names, pd.to_numeric(pd.Series(first, dtype=object), errors="coerce").notna().to_list()
+
+
+def _frame(data: datasets.Dataset) -> tuple[pd.DataFrame, list[bytes]]:
+    """A `datasets.Dataset` as a table of texts and numbers, and the images that it holds as bytes, in its order."""
+    columns: dict[str, Any] = {}
+    images: list[bytes] = []
+    for name, kind in data.features.items():
+        if isinstance(kind, datasets.Image):
+            if images:
+                raise HistoError(f"the data set has several columns of images, expected one; leave out {name!r}")
+            found = data.cast_column(name, datasets.Image(decode=False))[name]
+            if all(image and image["bytes"] is None for image in found):
+                columns[name] = [image["path"] for image in found]
+                continue
+            images = [_bytes_of(image, row) for row, image in enumerate(found)]
+            columns[name] = [str(row) for row in range(len(images))]
+        elif isinstance(kind, datasets.ClassLabel):
+            columns[name] = [None if label in (None, -1) else kind.int2str(label) for label in data[name]]
+        elif isinstance(kind, datasets.Value):
+            columns[name] = data[name][:]
+    return pd.DataFrame(columns), images
+
+
+def _bytes_of(image: dict[str, Any] | None, row: int) -> bytes:
+    if image is None:
+        raise HistoError(f"row {row} of the data set has no image, expected one; leave it out")
+    data: bytes = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+    return data
+
+
+def _texts(values: pd.Series[Any]) -> pd.Series[str]:
+    """Cells as texts without spaces around them, "" where blank; whole numbers without decimals."""
+    if pd.api.types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():
+        values = values.astype("Int64")
+    texts = values.astype("string").fillna("").str.strip()
+    if texts.str.fullmatch(r"(-?\d+\.0)?").all():  # integers beside blanks, as pandas writes them
+        texts = texts.str.removesuffix(".0")
+    return texts.astype(str)
+
+
+def _plain(name: str) -> str:
+    return "_".join(name.strip().lower().replace("-", " ").replace("_", " ").split())
+
+
+def _is_given(path: Any) -> bool:
+    return isinstance(path, str | os.PathLike)
+
+
+def _below(path: str, root: Path) -> str:
+    """A path relative to `root`, with forward slashes; where links lead there, by their targets."""
+    relative = Path(os.path.relpath(root.absolute() / path, root.absolute()))
+    if relative.parts[:1] == ("..",):
+        relative = Path(os.path.relpath((root / path).resolve(), root.resolve()))
+    return relative.as_posix()
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a path that somebody wrote is a file; one that is too long for a name is not."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
