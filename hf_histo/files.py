@@ -36,10 +36,10 @@ def require_output(path: str | Path, inputs: Iterable[str | Path | None] = (), *
         raise HistoError(f"output {path}: is a link, expected a regular path; choose another, or remove the link")
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
         kind = "folder" if folder else "regular file"
-        raise HistoError(f"output {path}: is no {kind}, expected a new path or a {kind}; choose another")
+        raise HistoError(f"output {path}: is not a {kind}, expected a new path or a {kind}; choose another")
     for source in inputs:
         if source and Path(source).exists() and path.resolve().is_relative_to(Path(source).resolve()):
-            raise HistoError(f"output {path}: is or lies in the input {source}, expected another path; choose one")
+            raise HistoError(f"output {path}: is the input {source} or inside it, expected another path; choose one")
 
 
 @contextmanager
@@ -184,7 +184,7 @@ def read_checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str
         raise ValueError(f"{CHECKSUMS} is damaged")
     for name in content["files"] if names is None else names:
         if checksum(folder / name) != content["files"].get(name):
-            raise ValueError(f"{name} is not as it was written, or not as {CHECKSUMS} lists it")
+            raise ValueError(f"{name} does not match its checksum in {CHECKSUMS}")
     return content
 
 

@@ -133,7 +133,7 @@ def push(
         again += " --hub_create_pr" if pull_request else ""
         again += f" --hub_base_model {base_model}" if base_model else ""
         raise HistoError(
-            f"--hub_model_id {repository}: the upload failed: {_reason(error)}. {folder} is whole; once that is done, "
+            f"--hub_model_id {repository}: the upload failed: {_reason(error)}. {folder} is complete; after that, "
             f"{again} resumes it"
         ) from None
     return str(commit.pr_url or commit.repo_url)

@@ -312,7 +312,7 @@ def test_several_classes_have_no_threshold(classifier: Classifier) -> None:
     sidecar = replace(classifier.sidecar, label_names=["a", "b", "c"], num_outputs=3, thresholds={})
     assert sidecar.threshold_named(None) == 0.5
     with pytest.raises(
-        HistoError, match=r"--threshold is 0\.3, expected none: of 3 classes the likeliest is predicted"
+        HistoError, match=r"--threshold is 0\.3, expected none: the most probable of 3 classes is predicted"
     ):
         sidecar.threshold_named(0.3)
 

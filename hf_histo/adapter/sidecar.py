@@ -228,7 +228,7 @@ class Sidecar:
             return self.threshold
         if self.num_outputs > 1:
             raise HistoError(
-                f"--threshold is {name!r}, expected none: of {self.num_outputs} classes the likeliest is predicted"
+                f"--threshold is {name!r}, expected none: the most probable of {self.num_outputs} classes is predicted"
             )
         if isinstance(name, str) and name.startswith("balanced-"):
             raise HistoError(

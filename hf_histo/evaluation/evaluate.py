@@ -62,7 +62,7 @@ def evaluate(options: EvaluateOptions) -> None:
     for split, predictions in splits.items():
         check_classes(f"--predictions {files[split][0]}", predictions, names)
     if options.threshold is not None and len(names) > 2:
-        raise HistoError(f"--threshold is for two classes, found {len(names)}, of which the most probable is predicted")
+        raise HistoError(f"--threshold is for two classes, found {len(names)}: the most probable one is predicted")
     negative = class_index(names, options.negative_class)
     temperature = calibration.Temperature(1.0, "--calibrate_on was not given")
     if options.calibrate_on:

@@ -299,7 +299,7 @@ class Predictions(pd.DataFrame):
         try:
             table = _table(path)
         except (pa.ArrowException, OSError, MemoryError, ValueError, LookupError, TypeError) as error:
-            raise HistoError(f"{path} can't be read as parquet: pass a whole predictions file ({error})") from None
+            raise HistoError(f"{path} can't be read as parquet: pass a complete predictions file ({error})") from None
         columns = {name: table[name].to_pylist() for name in COLUMNS}
         try:
             logits, probability = (np.array(columns[name], dtype=np.float64) for name in ("logit", "probability"))
@@ -354,7 +354,7 @@ class Predictions(pd.DataFrame):
         ids = self["id"].map(_harmless)
         if len(same := ids[ids.duplicated()]):
             found = _first(same)
-            raise HistoError(f"ids are the same once made harmless for a spreadsheet: {found}; rename the images")
+            raise HistoError(f"ids are the same after escaping for spreadsheets: {found}; rename the images")
         columns = {"ID": ids, "Pred": chosen, "Prob": self.class_probabilities[rows, shown]}
         if details:
             names = np.array([_harmless(name) for name in self.label_names])
@@ -391,7 +391,7 @@ def _texts(path: Path, schema: pa.Schema, name: str) -> list[str] | None:
     except (ValueError, RecursionError):
         values = False
     if values is not None and not (isinstance(values, list) and set(map(type, values)) <= {str}):
-        raise HistoError(f"{path}: its {name} are not a list of texts: pass a file made by Predictions.write")
+        raise HistoError(f"{path}: its {name} are not a list of strings: pass a file made by Predictions.write")
     return values
 
 

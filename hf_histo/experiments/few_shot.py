@@ -115,7 +115,7 @@ def read_shots(options: FewShotOptions) -> list[int]:
             f"--shot_counts is {' '.join(options.shot_counts)}, expected numbers or {ALL_LABELS!r}"
         ) from None
     if options.seeds < 1 or min(shots) < 0 or len({Path(m).stem for m in options.methods}) < len(options.methods):
-        raise HistoError("--seeds and --shot_counts are numbers from 1 on, --methods of different names; correct them")
+        raise HistoError("--seeds and --shot_counts must be at least 1, --methods have different names; correct them")
     return shots
 
 

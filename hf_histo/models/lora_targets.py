@@ -233,7 +233,7 @@ def _check(wanted: str, chosen: list[str], adaptable: dict[str, nn.Module], head
             fitting = (other for other in chosen if rank % getattr(adaptable.get(other), "groups", 1) == 0)
             raise HistoError(
                 f"--target_modules {wanted!r} matches {name}, a convolution in {groups} groups, and --lora_rank "
-                f"{rank} is no multiple of {groups}; leave it out; these fit: {_examples(fitting)}"
+                f"{rank} is not a multiple of {groups}; leave it out; these fit: {_examples(fitting)}"
             )
 
 
@@ -243,7 +243,7 @@ def _within_blocks(chosen: list[str], adaptable: dict[str, nn.Module], blocks: s
         return chosen
     index = {name: int(match["index"]) for name in adaptable if (match := BLOCK.fullmatch(name))}
     if not index:
-        raise HistoError(f"--lora_blocks is {blocks}, expected all: the backbone is no sequence of transformer blocks")
+        raise HistoError(f"--lora_blocks is {blocks}, expected all: the backbone has no sequence of transformer blocks")
     depth = max(index.values()) + 1
     start, end = (max(0, 1 - 3 / depth), 1) if blocks == "top3" else BLOCKS[blocks]
     wanted = range(round(start * depth), round(end * depth))

@@ -106,14 +106,14 @@ def _unwanted(session: Trainer, mode: str) -> str | None:
     if mode == "off":
         return "switched off"
     if views is None:
-        return "every epoch draws new views; give their number, --training_views, or --augmentation none"
+        return "each epoch draws new views; set --training_views or --augmentation none"
     if mode == "auto" and views >= epochs:
-        return f"{epochs:g} epochs are no more than there are views, {views}"
+        return f"there are not more epochs ({epochs:g}) than views ({views})"
     assert session.model is not None
     if session.batch_norm == "track" and batchnorm.layers(session.model):
         return "batch norm follows the data; expected --batch_norm frozen"
     if _is_sharded(session) or session.args.torch_compile:
-        return "the model is compiled or divided among devices; expected one whole model in each process"
+        return "the model is compiled or sharded; expected a whole model in each process"
     return None
 
 

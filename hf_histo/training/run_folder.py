@@ -319,7 +319,7 @@ def _other_run(run: Run) -> str | None:
     if not folder.exists() or (folder.is_dir() and all(".incomplete" in path.name for path in folder.iterdir())):
         return None
     if not (folder / RECORD).is_file():
-        raise HistoError(f"--output_dir {folder}: holds no run but other files (no {RECORD}); choose another one")
+        raise HistoError(f"--output_dir {folder}: holds other files, and no run (no {RECORD}); choose another one")
     try:
         before = yaml.safe_load(read_text(folder / RECORD))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):

@@ -125,7 +125,7 @@ def test_a_folder_that_holds_other_files_keeps_them(fails: Callable[..., str], t
     thesis = tmp_path / "run" / "thesis.txt"
     thesis.parent.mkdir()
     thesis.write_text("years of work")
-    assert "holds no run but other files" in fails(write_data(tmp_path / "data"))
+    assert "holds other files, and no run" in fails(write_data(tmp_path / "data"))
     fails(write_data(tmp_path / "more"), "--overwrite_output_dir")
     assert thesis.read_text() == "years of work"
 

@@ -154,7 +154,7 @@ def test_probes_and_training_see_the_same_images(
         (["--methods", "knn", "--shot_counts", "few"], "--shot_counts is few, expected numbers or 'all'"),
         (["--methods", "knn", CONFIG, "--shot_counts", "7"], "train: ASC > ASC-H has 6 images, expected at least 7"),
         (["--methods", "knn", "--config=x.yaml"], "--config is one config, expected the option that takes several"),
-        (["--methods", "knn", "--seeds=0"], "--seeds and --shot_counts are numbers from 1 on"),
+        (["--methods", "knn", "--seeds=0"], "--seeds and --shot_counts must be at least 1"),
     ],
 )
 def test_a_grid_that_can_not_be(arguments: list[str], expected: str, call: Call, tmp_path: Path) -> None:

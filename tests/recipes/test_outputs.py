@@ -45,5 +45,5 @@ def test_an_output_that_is_an_input_is_refused(
     folder = shutil.copytree(inputs, tmp_path / "work")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     monkeypatch.chdir(folder)
-    assert "is or lies in the input" in shown_by(*command.split()).splitlines()[-1]
+    assert "is the input" in shown_by(*command.split()).splitlines()[-1]
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

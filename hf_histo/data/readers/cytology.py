@@ -120,7 +120,7 @@ class NamedImages(ListedImages):
             for path, name in images:
                 if name not in known:
                     raise HistoError(
-                        f"{path}: is of class {name!r} (what stands before the last underscore), expected one of "
+                        f"{path}: is of class {name!r} (the text before the last underscore), expected one of "
                         f"train: {', '.join(sorted(known))}; rename it or add training images"
                     )
         return splits
@@ -130,7 +130,7 @@ class NamedImages(ListedImages):
         name, _, number = path.stem.rpartition("_")
         if not name or not number:
             raise HistoError(
-                f"{path}: its name holds no class, expected CLASS_NUMBER{path.suffix}, parted by the last underscore"
+                f"{path}: its name has no class, expected CLASS_NUMBER{path.suffix}, divided at the last underscore"
             )
         return name
 
@@ -175,11 +175,11 @@ class SplitLists(ListedImages):
                 path, number = cls._found(directory, line)
                 if path is None:
                     raise HistoError(
-                        f"{place}: {line!r} is no image below {directory / 'images'}; add it or the line out"
+                        f"{place}: {line!r} is not an image in {directory / 'images'}; add it or remove the line"
                     )
                 folder = path.parent.name
                 if shown and folder not in shown:
-                    raise HistoError(f"{place}: class {folder!r} is none of classnames.txt: {', '.join(shown)}; add it")
+                    raise HistoError(f"{place}: class {folder!r} is not in classnames.txt: {', '.join(shown)}; add it")
                 if number is not None and (not shown or order.index(folder) != number):
                     expected = (
                         f"{order.index(folder)} as in classnames.txt" if shown else "no number without classnames.txt"
@@ -188,7 +188,7 @@ class SplitLists(ListedImages):
                         f"{place}: class {folder!r} has the number {number}, expected {expected}; correct it"
                     )
                 if path in seen:
-                    raise HistoError(f"{place}: {line!r} is in {seen[path]} as well, expected once; take it out of one")
+                    raise HistoError(f"{place}: {line!r} is in {seen[path]} as well, expected once; remove one of them")
                 seen[path] = place
                 images.append((path, shown.get(folder, folder)))
             if not images:
@@ -212,7 +212,7 @@ class SplitLists(ListedImages):
             if _is_there(directory / "images" / line, folder=True):
                 folder, name = line, line
             if not _is_there(directory / "images" / folder, folder=True) or folder in shown:
-                raise HistoError(f"{place}: {folder!r} is no folder in images/, or is named twice; correct it")
+                raise HistoError(f"{place}: {folder!r} is not a folder in images/, or is listed twice; correct it")
             shown[folder] = name.strip() or folder
         return shown
 

@@ -68,7 +68,7 @@ class Idx(FolderBuilder):
         if len(images) != len(labels):
             raise HistoError(
                 f"{path}: {len(images)} images, but {len(labels)} labels in the file of labels, expected as many; "
-                "the two are not of one data set, download them again"
+                "the two are from different data sets, download them again"
             )
         for row in range(len(labels)):
             image = encode_ppm(np.stack([images[row]] * 3, axis=-1))
@@ -130,7 +130,7 @@ def _read(path: Path, kind: str) -> NDArray[np.uint8]:
                 most = path.stat().st_size * (EXPANSION if is_packed else 1)  # a forged header may declare more
                 data = file.read(min(math.prod(shape) + 1, most))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise HistoError(f"{path}: can't be unpacked ({error}), expected a whole gzip file; {remedy}") from None
+        raise HistoError(f"{path}: can't be decompressed ({error}), expected a complete gzip file; {remedy}") from None
     if len(data) != math.prod(shape):
         found = "more" if len(data) > math.prod(shape) else f"{len(data):,}"
         raise HistoError(f"{path}: {found} bytes after the header, expected {math.prod(shape):,} of {shape}; {remedy}")

@@ -100,7 +100,7 @@ def _gray(path: Path) -> NDArray[np.uint8]:
     finite = volume[np.isfinite(volume)]
     low, high = np.percentile(finite, PERCENTILES).tolist() if len(finite) else (0.0, 0.0)
     if not low < high:
-        raise HistoError(f"{path}: has nothing in it but {low:g}, expected voxels that differ; export it again")
+        raise HistoError(f"{path}: almost no voxel differs from {low:g}, expected different values; export it again")
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = (volume - low) / (high - low)
     gray: NDArray[np.uint8] = np.rint(np.nan_to_num(scaled, nan=0, posinf=1, neginf=0).clip(0, 1) * 255).astype(

@@ -57,7 +57,7 @@ def check_content(files: Mapping[str, str | Path]) -> None:
     for path, line in zip_longest(bounds, done.stdout.splitlines()):
         found = f"the reader ended with exit code {done.returncode}" if line is None else json.loads(line)
         if isinstance(found, str):
-            raise HistoError(f"{by_path[path]}: can't be read ({found}), expected a whole file; replace it")
+            raise HistoError(f"{by_path[path]}: can't be read ({found}), expected a complete file; replace it")
         if found >= bounds[path]:
             raise _expands(by_path[path], found, sizes[path])
 
@@ -81,7 +81,7 @@ def check_types(where: str, schema: pa.Schema) -> None:
     for field in schema:
         if not (pa.types.is_null(field.type) or _is_plain(field.type)):
             raise HistoError(
-                f"{where}: column {field.name} is {field.type}, expected texts, bytes, numbers, or lists of them; "
+                f"{where}: column {field.name} is {field.type}, expected text, bytes, numbers, or lists of them; "
                 "convert or remove it"
             )
 

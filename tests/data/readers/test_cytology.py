@@ -44,10 +44,10 @@ def test_files_named_by_class(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("images/train/HSIL.bmp", "its name holds no class"),
-        ("images/val/HSIL_.bmp", "its name holds no class"),
+        ("images/train/HSIL.bmp", "its name has no class"),
+        ("images/val/HSIL_.bmp", "its name has no class"),
         ("images/test/other_1.bmp", "is of class 'other'"),
-        ("images/test/normal_1.bmp", "is of class 'normal' (what stands before the last underscore)"),
+        ("images/test/normal_1.bmp", "is of class 'normal' (the text before the last underscore)"),
     ],
 )
 def test_a_file_whose_name_has_no_known_class(name: str, expected: str, tmp_path: Path) -> None:
@@ -78,15 +78,15 @@ def test_lists_without_class_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "expected"),
     [
-        ("splits/test.txt", "nl/missing.png", "test.txt, line 1: 'nl/missing.png' is no image below"),
+        ("splits/test.txt", "nl/missing.png", "test.txt, line 1: 'nl/missing.png' is not an image in"),
         ("splits/test.txt", "nl/cell (3).png 1", "class 'nl' has the number 1, expected 0 as in classnames.txt"),
         ("splits/test.txt", "\nnl/cell (0).png", "test.txt, line 2: 'nl/cell (0).png' is in"),
-        ("splits/test.txt", "nl/" + 300 * "x" + ".png", "is no image below"),
+        ("splits/test.txt", "nl/" + 300 * "x" + ".png", "is not an image in"),
         ("splits/test.txt", "", "lists no images"),
-        ("classnames.txt", "nl\n", "class 'hsil' is none of classnames.txt: nl"),
-        ("classnames.txt", 300 * "x", "is no folder in images/"),
-        ("classnames.txt", "nl\nscc\n", "classnames.txt, line 2: 'scc' is no folder in images/"),
-        ("classnames.txt", "nl\nnl\n", "classnames.txt, line 2: 'nl' is no folder in images/, or is named twice"),
+        ("classnames.txt", "nl\n", "class 'hsil' is not in classnames.txt: nl"),
+        ("classnames.txt", 300 * "x", "is not a folder in images/"),
+        ("classnames.txt", "nl\nscc\n", "classnames.txt, line 2: 'scc' is not a folder in images/"),
+        ("classnames.txt", "nl\nnl\n", "classnames.txt, line 2: 'nl' is not a folder in images/, or is listed twice"),
     ],
 )
 def test_a_list_that_is_wrong(file: str, text: str, expected: str, tmp_path: Path) -> None:

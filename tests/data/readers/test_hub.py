@@ -322,7 +322,7 @@ def test_columns_whose_values_take_no_bytes_are_refused(tmp_path: Path, kind: st
     }
     write_shard(path, with_text(path, texts[kind]))
     error = refused(tmp_path)
-    assert f"train-0{suffix}: column text is " in error and "expected texts, bytes, numbers, or lists of them" in error
+    assert f"train-0{suffix}: column text is " in error and "expected text, bytes, numbers, or lists of them" in error
 
 
 def test_a_column_without_a_value_is_read(tmp_path: Path) -> None:

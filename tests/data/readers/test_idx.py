@@ -68,7 +68,7 @@ def test_other_spellings_of_the_names_and_no_test(tmp_path: Path) -> None:
 
 def cut_off(folder: Path) -> str:
     truncate(folder / f"{TRAIN}.gz")
-    return "can't be unpacked"
+    return "can't be decompressed"
 
 
 def cut_off_inside(folder: Path) -> str:
@@ -105,7 +105,7 @@ def no_idx(folder: Path) -> str:
 
 def no_gzip(folder: Path) -> str:
     (folder / f"{LABELS}.gz").write_bytes(b"\x1f\x8b" + b"\xff" * 30)
-    return "can't be unpacked"
+    return "can't be decompressed"
 
 
 def damaged(folder: Path) -> str:
@@ -113,7 +113,7 @@ def damaged(folder: Path) -> str:
     content = bytearray(path.read_bytes())
     content[100:140] = b"\xff" * 40
     path.write_bytes(bytes(content))
-    return "can't be unpacked"
+    return "can't be decompressed"
 
 
 def other_number(folder: Path) -> str:
