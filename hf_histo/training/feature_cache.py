@@ -39,7 +39,7 @@ def folded_layers(session: Trainer) -> Iterator[None]:
         yield
         return
     with folding.folded(session.model, _sample(session)) as count:
-        logger.info("batch norm or a low-rank update is folded into %d convolutions", count)
+        logger.info("batch norm or a low-rank update is folded into %d layers", count)
         yield
 
 

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Conv2d as LoraConv2d
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from hf_histo.models.qkv import SplitLinear
 from hf_histo.models.speed import low_rank
 from hf_histo.models.speed.activation_cut import Call, record, replaced
 
@@ -25,17 +27,17 @@ TOLERANCE = 1e-5  # between the logits of a model and of its merged form, times 
 
 @contextmanager
 def folded(model: nn.Module, pixels: torch.Tensor) -> Iterator[int]:
-    """Within the block, a convolution takes in the batch norm that directly follows it, and its own low-rank update.
+    """Within the block, layers take in their low-rank update, and convolutions the batch norm that directly follows.
 
-    Exact up to rounding: batch norm is an affine map of each channel after a linear one, and convolution is linear in
-    its weight. The update is added at each call, see `low_rank`; layers with dropout, DoRA or several adapters are left
+    Exact up to rounding: batch norm is an affine map of each channel after a linear one, and a layer is linear in its
+    weight. The update is added at each call, see `low_rank`; layers with dropout, DoRA or several adapters are left
     alone. Afterwards the model is what it was, to the last bit; within, its frozen weights must not be saved.
 
     Args:
         model: called as `model(pixel_values=...)`; its batch norm is frozen (`batchnorm.freeze`).
         pixels: a sample batch (B, 3, H, W), which shows what follows what.
 
-    Yields the number of convolutions that are changed.
+    Yields the number of layers that are changed.
     """
     if not any(isinstance(module, nn.BatchNorm2d) or low_rank.is_simple(module) for module in model.modules()):
         yield 0
@@ -57,12 +59,15 @@ def folded(model: nn.Module, pixels: torch.Tensor) -> Iterator[int]:
                 stack.enter_context(replaced(layer, low_rank.forward(layer, weight, bias, factor)))
             else:
                 _swap(convolution, weight, bias, stack)
+        linear = list(_linear_layers(model))
+        for layer, parts in linear:
+            stack.enter_context(replaced(layer, low_rank.linear_forward(layer, parts)))
         close = torch.allclose(model(pixel_values=pixels).logits, logits, rtol=1e-3, atol=1e-4)
         if not close:  # something else took what a convolution gave
             stack.close()
         model.train(training)
         with torch.enable_grad():
-            yield len(pairs) if close else 0
+            yield len(pairs) + len(linear) if close else 0
 
 
 @contextmanager
@@ -124,6 +129,17 @@ def _rest(norm: nn.BatchNorm2d) -> nn.Module:
     return nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
 
 
+def _linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """Linear layers under LoRA with what they consist of: themselves, or the parts of a split one, all at once."""
+    seen: set[nn.Module] = set()
+    for layer in model.modules():
+        parts = list(layer.children()) if isinstance(layer, SplitLinear) else [layer]
+        is_fixed = all(low_rank.is_simple(part) or type(part) is nn.Linear for part in parts)
+        if is_fixed and any(isinstance(part, LoraLinear) for part in parts) and not seen & {*parts}:
+            seen |= {*parts}
+            yield layer, parts
+
+
 def _pairs(calls: list[Call], *, frozen: bool = True) -> Iterator[tuple[nn.Module, nn.BatchNorm2d | None]]:
     """Convolutions, frozen (or any) or under LoRA, and the batch norms that took what they gave, each called once."""
     often = Counter(call.name for call in calls)
@@ -134,7 +150,8 @@ def _pairs(calls: list[Call], *, frozen: bool = True) -> Iterator[tuple[nn.Modul
         assert norm is None or isinstance(norm, nn.BatchNorm2d)
         is_fixed = not frozen or not any(p.requires_grad for p in call.module.parameters())
         folds = type(call.module) is nn.Conv2d and is_fixed and norm is not None
-        if often[call.name] == 1 and (low_rank.is_simple(call.module) or folds):
+        is_adapted = isinstance(call.module, LoraConv2d) and low_rank.is_simple(call.module)
+        if often[call.name] == 1 and (is_adapted or folds):
             yield call.module, norm
 
 

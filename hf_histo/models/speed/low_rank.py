@@ -1,4 +1,4 @@
-"""A convolution under LoRA as one convolution with the sum of both weights: the same function, with fewer passes.
+"""A convolution or linear layer under LoRA as one with the sum of both weights: the same function, with fewer passes.
 
 peft runs the update beside the layer, which writes tensors as large as the layer's output three more times, and as many
 in the backward pass. Here the update is added to the weight at each call, and the gradients of its two factors come
@@ -7,38 +7,49 @@ from tensors of `rank` channels. The gradient of the whole weight is never forme
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Conv2d
+from peft.tuners.lora.layer import Conv2d, Linear
 from torch import nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 
 def is_simple(layer: nn.Module) -> bool:
-    """Whether `forward` can stand for peft's: one plain update of a plain convolution, all of whose input it sees."""
-    if not isinstance(layer, Conv2d) or len(layer.active_adapters) != 1 or layer.merged or layer.disable_adapters:
+    """Whether a function of this module can stand for peft's: one plain update of a plain, frozen layer."""
+    if not isinstance(layer, Conv2d | Linear) or len(layer.active_adapters) != 1:
         return False
     base, name = layer.get_base_layer(), layer.active_adapters[0]
-    plain = type(base) is nn.Conv2d and base.groups == 1 and base.dilation == (1, 1) and base.padding_mode == "zeros"
     return (
-        plain
+        not layer.merged
+        and not layer.disable_adapters
+        and (_is_plain_convolution(base) or type(base) is nn.Linear)
         and name in layer.lora_A
         and name not in layer.lora_variant  # DoRA among them
         and not layer.lora_bias[name]
         and isinstance(layer.lora_dropout[name], nn.Identity)
-        and not isinstance(base.padding, str)
         and not any(parameter.requires_grad for parameter in base.parameters())
+    )
+
+
+def _is_plain_convolution(layer: nn.Module) -> bool:
+    return (
+        type(layer) is nn.Conv2d
+        and layer.groups == 1
+        and layer.dilation == (1, 1)
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
     )
 
 
 def forward(
     layer: Conv2d, weight: torch.Tensor, bias: torch.Tensor | None, factor: torch.Tensor | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function of a layer that `is_simple`, with a weight and a bias that may hold more than its own.
+    """The function of a convolution that `is_simple`, with a weight and a bias that may hold more than its own.
 
     Args:
         layer: the update's factors and scale are looked up in it at each call.
@@ -71,6 +82,83 @@ def forward(
             return F.conv2d(x, frozen[dtype], offset, stride, padding) + F.conv2d(inner, up.to(dtype))
 
     return forward
+
+
+def linear_forward(layer: nn.Module, parts: Sequence[nn.Module]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function of `layer`, a linear layer, or several ones whose outputs are concatenated, as one linear layer.
+
+    Args:
+        layer: the whole; its own forward serves inputs of so few tokens that adding up the weights would cost more.
+        parts: frozen `nn.Linear` or layers that are `is_simple`, in the order of their outputs: `layer` itself, or
+            those that it concatenates. The updates' factors and scales are looked up in them at each call.
+
+    As `forward`, it runs in the precision of autocast, with a sum made in the precision of the weights.
+    """
+    layers: list[Any] = [part.get_base_layer() if isinstance(part, Linear) else part for part in parts]
+    ends = [sum(each.out_features for each in layers[:count]) for count in range(len(layers) + 1)]
+    spans = [slice(start, end) for start, end in itertools.pairwise(ends)]
+    adapted = [(place, part) for place, part in enumerate(parts) if isinstance(part, Linear)]
+    plain = type(layer).forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if x.numel() <= layers[0].in_features ** 2:
+            unchanged: torch.Tensor = plain(layer, x)
+            return unchanged
+        kind = x.device.type
+        factors: list[Any] = []
+        for _, part in adapted:
+            name = part.active_adapters[0]
+            factors += [part.lora_A[name].weight, part.lora_B[name].weight * part.scaling[name]]
+        with torch.no_grad():
+            weights = [each.weight for each in layers]
+            for (place, _), down, up in zip(adapted, factors[::2], factors[1::2], strict=True):
+                weights[place] = torch.addmm(weights[place], up, down)
+            biases = [each.bias for each in layers if each.bias is not None]
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            weight = torch.cat([part.to(dtype) for part in weights])
+            bias = torch.cat(biases).to(dtype) if biases else None
+            outputs: torch.Tensor = _LowRankLinear.apply(
+                x.to(dtype), weight, bias, [spans[place] for place, _ in adapted], *factors
+            )
+            return outputs
+
+    return forward
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """x weightᵀ + bias, with gradients of x (..., c), and of each down (r, c) and up (o, r) that the weight contains.
+
+    `spans` are the rows of `weight` that each pair of factors adds to.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        spans: Sequence[slice],
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, *(factor.to(x.dtype) for factor in factors))
+        ctx.spans = spans
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, of_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, *factors = ctx.saved_tensors
+        downs, ups = factors[::2], factors[1::2]
+        of_x = of_output @ weight if ctx.needs_input_grad[0] else None
+        x, of_output = x.flatten(0, -2), of_output.flatten(0, -2)
+        of_parts = [of_output[:, span] for span in ctx.spans]
+        # The factors' gradients of all parts in one pass over x each.
+        ranks = [len(down) for down in downs]
+        inner = F.linear(x, torch.cat(downs)).split(ranks, dim=1)
+        of_inner = torch.cat([of_part @ up for of_part, up in zip(of_parts, ups, strict=True)], dim=1)
+        of_downs = (of_inner.T @ x).split(ranks)
+        of_ups = [of_part.T @ part for of_part, part in zip(of_parts, inner, strict=True)]
+        return of_x, None, None, None, *itertools.chain.from_iterable(zip(of_downs, of_ups, strict=True))
 
 
 def _positions(x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]) -> int:
