@@ -14,7 +14,7 @@ from hf_histo.data import schema
 from hf_histo.data.audit.near_duplicates import components, inventory
 from hf_histo.data.load import fingerprint, load
 from hf_histo.data.schema import ImageTable
-from hf_histo.data.splits.checks import Composition, clean, composition, shared_groups, with_families
+from hf_histo.data.splits.checks import Composition, clean, composition, named, shared_groups, with_families
 from hf_histo.errors import HistoError
 
 
@@ -115,11 +115,12 @@ def test_families_become_groups_and_join_known_ones() -> None:
 
 
 def test_another_inventory_is_refused() -> None:
-    _, table = made({"train": [(0, 0, ""), (1, 1, "")]})
-    other, _ = made({"train": [(0, 0, ""), (1, 1, ""), (2, 1, "")]})
-    for function in (clean, with_families):
-        with pytest.raises(HistoError, match="expected the inventory of this data"):
-            function(other, table)  # type: ignore[operator]
+    data, table = made({"train": [(0, 0, ""), (1, 1, "")]})
+    more, _ = made({"train": [(0, 0, ""), (1, 1, ""), (2, 1, "")]})
+    for other, listed in ((more, table), (data, table.assign(id=["a", "b"])), (data, table.assign(split="val"))):
+        for function in (clean, with_families):
+            with pytest.raises(HistoError, match="expected the inventory of this data"):
+                function(other, listed)  # type: ignore[operator]
 
 
 def test_other_groups_are_other_data(tmp_path: Path) -> None:
@@ -157,3 +158,11 @@ def test_what_splits_hold_and_what_of_train_is_in_them() -> None:
 def test_a_split_alone_has_nothing_of_train_in_it() -> None:
     data, _ = made({"full": [(0, 0, ""), (1, 1, "")]})
     assert composition(data)["full"].copies_of_train is None
+
+
+def test_fingerprints_of_derived_splits_stay_the_same_across_versions() -> None:
+    """A run that is resumed compares them."""
+    data, _ = made({"train": [(0, 0, "a"), (1, 1, "")], "test": [(2, 0, "b")]})
+    for rows in data.values():
+        rows.info.config_name = "made"
+    assert fingerprint(named(data, data)) == "ce2079cac2d1ce7f4b765f8c04bcf5c2"
