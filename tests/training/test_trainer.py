@@ -170,6 +170,41 @@ def test_adam_is_not_adamw(tmp_path: Path, source: tuple[Path, Path], name: str,
     assert sum(decayed) > 0
 
 
+def test_options_reach_transformers_under_their_names(tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "seed": 7,
+        "num_train_epochs": 3.0,
+        "per_device_train_batch_size": 5,
+        "per_device_eval_batch_size": 6,
+        "learning_rate": 0.02,
+        "weight_decay": 0.3,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 4.0,
+        "eval_steps": 11.0,
+        "logging_steps": 9,
+    }
+    arguments = trainer.training_arguments(
+        parse(None, [f"--{name}={value}" for name, value in given.items()]), tmp_path
+    )
+    assert {name: getattr(arguments, name) for name in given} == given
+    assert (arguments.eval_strategy, arguments.save_strategy, arguments.save_steps) == ("steps", "steps", 11)
+    workers = trainer.training_arguments(parse(None, ["--num_workers=2"]), tmp_path)
+    assert (workers.dataloader_num_workers, workers.dataloader_persistent_workers) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ([], -1),
+        (["--max_steps=7"], 7),
+        (["--shots=4", "--iterations_per_shot=50", "--warmup_steps=3"], 203),
+        (["--shots=4", "--iterations_per_shot=50", "--warmup_steps=0.1"], 200),
+    ],
+)
+def test_the_number_of_steps_is_given_or_follows_the_shots(tmp_path: Path, options: list[str], steps: int) -> None:
+    assert trainer.training_arguments(parse(None, options), tmp_path).max_steps == steps
+
+
 def test_accumulation_comes_from_the_launcher_unless_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert trainer.training_arguments(parse(None, []), tmp_path).gradient_accumulation_steps == 4
@@ -212,7 +247,13 @@ def test_a_compiled_model_gives_the_same_curve(tmp_path: Path, source: tuple[Pat
 
 @pytest.mark.parametrize(
     ("launched", "option", "expected"),
-    [(None, "auto", "no"), ("bf16", "auto", "bf16"), ("no", "bf16", "bf16"), ("bf16", "no", "no")],
+    [
+        (None, "auto", "no"),
+        ("bf16", "auto", "bf16"),
+        ("no", "bf16", "bf16"),
+        ("bf16", "no", "no"),
+        ("bf16", "fp16", "fp16"),
+    ],
 )
 def test_precision_is_the_options_then_the_launchers_then_the_devices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: str | None, option: str, expected: str
@@ -222,8 +263,19 @@ def test_precision_is_the_options_then_the_launchers_then_the_devices(
     if launched:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     arguments = trainer.training_arguments(parse(None, [f"--mixed_precision={option}"]), tmp_path)
-    assert arguments.bf16 is (expected == "bf16")
+    assert (arguments.bf16, arguments.fp16) == (expected == "bf16", expected == "fp16")
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == expected
+
+
+def test_the_trained_model_computes_in_full_precision_again(
+    tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run = session(tmp_path, source, "--target_modules=last-conv", "--num_train_epochs=1")
+    run.train()
+    with torch.no_grad():
+        logits = run.whole_model().eval()(pixel_values=torch.randn(8, 3, 32, 32)).logits
+    assert (logits != logits.bfloat16().float()).any()
 
 
 def test_a_gpu_that_has_bf16_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
