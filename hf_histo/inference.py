@@ -110,13 +110,14 @@ class Classifier:
         self.sidecars[name] = self.sidecar
 
     def explain(
-        self, images: Image | Sequence[Image] | datasets.Dataset, classes: Sequence[int], *, center: int = -1
+        self, images: Image | Sequence[Image] | datasets.Dataset, classes: Sequence[int], *, center: int | str = -1
     ) -> list[NDArray[np.float32]]:
         """Where the model sees class `classes[i]` in image i: a map (H, W) in [0, 1] for each, on its own pixels.
 
         Of the plain view alone; images and center are those of a call. See `explanation.heat_map`.
         """
         dataset = images if isinstance(images, datasets.Dataset) else _table(images, center, self.sidecar)
+        dataset = self.sidecar.with_known_centers(dataset)
         pipeline = self.sidecar.pipeline.extended(dataset)
         stored, prepared, maps = ImageTable(dataset), pipeline.read(dataset), []
         for row, chosen in enumerate(classes):
@@ -156,7 +157,7 @@ class Classifier:
         self,
         images: Image | Sequence[Image] | datasets.Dataset,
         *,
-        center: int = -1,
+        center: int | str = -1,
         threshold: str | float | None = None,
         batch_size: int = 64,
     ) -> Predictions:
@@ -166,15 +167,15 @@ class Classifier:
             images: paths; PIL images; arrays or tensors, (H, W, 3), (3, H, W) or (H, W), uint8 or float in [0, 1], or
                 a batch of such; a column of images of a `datasets.Dataset`; the path of an HDF5 file with one group per
                 image; or a table of the one schema (see `hf_histo.data.schema`).
-            center: that all images are from, -1 where unknown; a file or table has its own. If the adapter normalizes
-                color, a center that training saw has stored statistics, and another one is measured on `images`: give
-                all its images at once, not one by one.
+            center: name or number of the one that all images are from, -1 where unknown; a file or table has its own.
+                If the adapter normalizes color, a center that training saw has stored statistics, and another one is
+                measured on `images`: give all its images at once, not one by one.
             threshold: as `Sidecar.threshold_named` takes it.
             batch_size: images at a time, at most as many as have `BATCH_PIXELS` where the model sees them.
 
         Returns what `predict` does; `id` is the path, the key in the file, or the place in the sequence.
 
-        Raises `HistoError`, which names the image, for what is none.
+        Raises `HistoError`, which names the image, for one that is invalid or unreadable.
         """
         if isinstance(images, str | Path) and Path(images).suffix.lower() in (".h5", ".hdf5"):
             images = load_data(images)["test"]
@@ -221,13 +222,14 @@ class Classifier:
                 f"16-bit gray images were read as of {bits} bits, expected {expected or 8} as in training; "
                 + (f"give --gray_bits {expected}" if expected else "convert them to 8 bits")
             )
-        labels, pipeline = self.sidecar.labels_of(dataset), self.sidecar.pipeline.extended(dataset)
+        known = self.sidecar.with_known_centers(dataset)
+        labels, pipeline = self.sidecar.labels_of(dataset), self.sidecar.pipeline.extended(known)
         if test_time_views is not None:
             pipeline = replace(pipeline, test_time_views=test_time_views)
         adapts = self.sidecar.adapt_batch_norm if adapt_batch_norm is None else adapt_batch_norm
         logits = forward(
             self.model,
-            dataset,
+            known,
             pipeline,
             adapt_batch_norm=adapts,
             batch_size=max(1, min(batch_size, BATCH_PIXELS // pipeline.preprocessing.image_size**2)),
@@ -245,6 +247,7 @@ class Classifier:
             labels,
             logits,
             label_names=self.sidecar.label_names,
+            center_names=schema.center_names(dataset),
             transductive=[what for what, used in measured.items() if used],
         )
         names = np.array(self.sidecar.label_names)
@@ -254,13 +257,14 @@ class Classifier:
         )
 
 
-def _table(images: Image | Sequence[Image], center: int, sidecar: Sidecar) -> datasets.Dataset:
+def _table(images: Image | Sequence[Image], center: int | str, sidecar: Sidecar) -> datasets.Dataset:
     """The caller's images as a table of the one schema, each checked and read as those of training."""
     if isinstance(images, torch.Tensor | np.ndarray):
         several = list(images) if images.ndim == 4 else [images]
     else:
         several = [images] if isinstance(images, str | Path | PIL.Image.Image) else _listed(images)
     count, bits = len(several), sidecar.preprocessing.gray_bits
+    name, center = ([center], 0) if isinstance(center, str) else ([], center)
     if not -(2**63) <= center < 2**63:
         raise HistoError(f"center is {center}, expected the number of a center, or -1 where it is unknown")
     rows = {
@@ -270,7 +274,7 @@ def _table(images: Image | Sequence[Image], center: int, sidecar: Sidecar) -> da
         "center": [center] * count,
         "group": [""] * count,
     }
-    return datasets.Dataset.from_dict(rows, features=schema.features(sidecar.label_names))
+    return datasets.Dataset.from_dict(rows, features=schema.features(sidecar.label_names, name))
 
 
 def _listed(images: Sequence[Image]) -> list[Image]:

@@ -155,7 +155,7 @@ def show(text: str) -> None:
 def command() -> str:
     """The line that resumes this program: the one that started it, with its launcher (accelerate, torchrun, nice, ...).
 
-    Without `--overwrite_output_dir`, by which it would start anew.
+    Without `--overwrite_output_dir`, which would start it from the beginning.
     """
     import psutil
 
