@@ -27,6 +27,13 @@ def test_columns_and_types() -> None:
     np.testing.assert_allclose(table["probability"][:2], 1 / (1 + np.exp([-0.5, 1.0])))
 
 
+def test_names_and_marks_can_be_given() -> None:
+    table = small(label_names=["normal", "tumor"], transductive=["color statistics"])
+    assert table.is_named
+    assert (table.label_names, table.transductive) == (["normal", "tumor"], ["color statistics"])
+    assert (small().label_names, small().transductive) == (["0", "1"], None)
+
+
 def test_one_column_of_logits_is_one_logit() -> None:
     pd.testing.assert_frame_equal(small(), small([[0.5], [-1.0], [40.0]]))
 
@@ -66,8 +73,10 @@ def test_probabilities_of_0_and_1_are_read(tmp_path: Path) -> None:
 
 
 def test_file_made_by_pandas_is_read(tmp_path: Path) -> None:
-    small([[0.0, 1.0, 2.0]] * 3).to_parquet(tmp_path / "test.parquet")
-    assert Predictions.read(tmp_path / "test.parquet").attrs["label_names"] == ["0", "1", "2"]
+    small([[0.0, 1.0, 2.0]] * 3).assign(more=1).to_parquet(tmp_path / "test.parquet")
+    read = Predictions.read(tmp_path / "test.parquet")
+    assert read.attrs["label_names"] == ["0", "1", "2"]
+    assert list(read.columns) == list(tables.COLUMNS)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +183,7 @@ HARMFUL = {
     '=HYPERLINK("http://x","y")': '\'=HYPERLINK("http://x","y")',
     "+1+cmd": "'+1+cmd",
     "-2+3": "'-2+3",
+    "-٣": "'-٣",
     "@SUM(A1)": "'@SUM(A1)",
     "＝1": "'＝1",
     "\t=1": "'\\t=1",

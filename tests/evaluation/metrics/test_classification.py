@@ -211,6 +211,9 @@ def test_too_few_groups_of_a_class_have_no_interval_and_the_reason_is_given() ->
         assert found[name]["low"] < found[name]["value"] < found[name]["high"]
         assert "withheld" not in found[name]
 
+    single = classification.report(of_groups([0] * 8 + [1] * 3, images=1))["overall"]
+    assert (single["groups"], single["groups_by_class"]) == (11, {"normal": 8, "tumor": 3})
+
     one = classification.report(of_groups([0] * 20 + [1]))["overall"]
     assert one["recall"]["withheld"] == "1 groups with tumor, expected at least 5"
     assert classification.report(of_groups([0, 0, 1, 1]))["overall"]["accuracy"]["withheld"].startswith(
