@@ -27,7 +27,7 @@ from hf_histo.data.load import check_trainable, fingerprint
 from hf_histo.data.protocol import refuse
 from hf_histo.data.readers.hub import train_stream
 from hf_histo.data.readers.streaming import Stream
-from hf_histo.data.schema import ImageTable, recorded_bits
+from hf_histo.data.schema import ImageTable, center_names, recorded_bits
 from hf_histo.data.splits import few_shot, leakage
 from hf_histo.data.splits.checks import composition, shared_groups
 from hf_histo.errors import HistoError
@@ -288,6 +288,7 @@ def build(config: Config, data: datasets.DatasetDict, task: Task) -> Setup:
         preprocessing=pipeline.preprocessing,
         head=head,
         normalizer=pipeline.normalizer,
+        center_names=center_names(data["train"]),
         colors=None if config.data.streaming else ColorRange.fit(ImageTable(data["train"])),
         views=pipeline.test_time_views,
         adapt_batch_norm=config.prediction.adapt_batch_norm,

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import datasets
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, ValidationInfo
 
+from hf_histo.data import schema
 from hf_histo.data.splits.checks import Composition
 from hf_histo.errors import HistoError
 from hf_histo.files import STRICT, read_json, write_json
@@ -110,6 +111,7 @@ class Sidecar:
         batch_norm: "frozen" or "track".
         preprocessing: preprocessing of an evaluation view.
         normalizer: color normalization by center, or None.
+        center_names: names of the training data's centers by number; none if they have numbers alone.
         views: the test-time views, whose mean logit is the prediction.
         adapt_batch_norm: whether batch-norm statistics are those of the images to predict.
         colors: color statistics of the training images; None if they were streamed, and in folders of older versions.
@@ -136,6 +138,7 @@ class Sidecar:
     head: heads.HeadConfig = dataclasses.field(default_factory=heads.HeadConfig)
     bare: bool = True
     normalizer: CenterNormalizer | None = None
+    center_names: Annotated[list[str], AfterValidator(_distinct)] = dataclasses.field(default_factory=list)
     views: TestTimeViews = SINGLE_VIEW
     adapt_batch_norm: bool = False
     colors: ColorRange | None = None
@@ -216,6 +219,19 @@ class Sidecar:
                 "or use an adapter that was trained on them"
             )
         return [places[label] for label in labels]
+
+    def with_known_centers(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        """A schema table with the center numbers of `normalizer`: matched by name where centers have names.
+
+        Other centers get numbers that training did not have. A number never stands for a name.
+        """
+        names = schema.center_names(dataset)
+        if self.normalizer is None or names == self.center_names:
+            return dataset
+        known = {name: number for number, name in enumerate(self.center_names)} if names else {}
+        first = 1 + max(len(self.center_names), *self.normalizer.centers)
+        numbers = [known.get(schema.center_name(n, names), first + n) if n >= 0 else -1 for n in dataset["center"]]
+        return dataset.remove_columns("center").add_column("center", numbers)
 
     def threshold_named(self, name: str | float | None) -> float:
         """The threshold called `name` in `thresholds`, or the number that `name` is; for None, the adapter's own.

@@ -22,6 +22,7 @@ from hf_histo.config.options import (
     SpeedOptions,
     TableOptions,
     TrainingOptions,
+    columns_of,
     option,
     with_role,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "SpeedOptions",
     "TableOptions",
     "TrainingOptions",
+    "columns_of",
     "effective",
     "option",
     "parse",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hf_histo.config.options import SET, option, required
+from hf_histo.config.options import SET, TableOptions, option, required
 
 Criterion = Literal["balanced_accuracy", "f1", "accuracy", "sensitivity"]  # of a threshold
 CACHE = "folder of the converted data (default: the datasets library's cache)"
@@ -22,8 +22,8 @@ class AdapterSource:
 
 
 @dataclass(kw_only=True)
-class PredictOptions(AdapterSource):
-    data: str = required("HDF5 file or folder")
+class PredictOptions(TableOptions, AdapterSource):
+    data: str = required("folder, table of images, or HDF5 file")
     split: str = option("test", "part of a folder to predict")
     output: Path = required("CSV file to write")
     details: bool = option(False, "also the class's name and the calibrated probability")
@@ -40,10 +40,10 @@ class PredictOptions(AdapterSource):
 
 
 @dataclass(kw_only=True)
-class CompareAdaptersOptions:
+class CompareAdaptersOptions(TableOptions):
     adapters: list[str] = required("adapter folders, or names on the Hub")
     backbone: str | None = option(None, "the base model, where it is no longer where the adapters were trained")
-    data: str = required("HDF5 file or folder, with labels")
+    data: str = required("folder, table of images, or HDF5 file, with labels")
     split: str = option("val", "part of the folder to predict")
     average: bool = option(False, "also the mean of the adapters")
     batch_size: int = option(64, "images at a time", at_least=1)
@@ -72,8 +72,8 @@ class EvaluateOptions:
 
 
 @dataclass(kw_only=True)
-class AuditOptions:
-    data: str = required("folder, HDF5 file, or 'synthetic'")
+class AuditOptions(TableOptions):
+    data: str = required("folder, table of images, HDF5 file, or 'synthetic'")
     output_dir: Path = required("folder for audit.json and the figures")
     similarity: float | None = option(
         None, "correlation of details, up to 1, from which on images are copies (default: as in --split clean)"

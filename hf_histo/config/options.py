@@ -117,6 +117,11 @@ class TableOptions:
     group_column: str | None = option(None, "column of patients or slides, which are never on both sides of a split")
 
 
+def columns_of(options: TableOptions) -> dict[str, Any]:
+    """The options by which a table of image files is read, for another dataclass with them."""
+    return {option.name: getattr(options, option.name) for option in dataclasses.fields(TableOptions)}
+
+
 @dataclass
 class DataOptions(TableOptions):
     _argument_group_name = "data"

@@ -341,6 +341,10 @@ class ImageTable(torch.utils.data.Dataset[Sample]):
             digest.update(image)
         return digest.hexdigest()
 
+    def center_name(self, center: int) -> str:
+        """Name of a center, or its number as text."""
+        return center_name(center, center_names(self._rows)) if center >= 0 else str(center)
+
     @property
     def centers(self) -> list[int]:
         """Acquisition center of each row, -1 where unknown."""

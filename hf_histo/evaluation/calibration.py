@@ -116,7 +116,7 @@ def report(predictions: Predictions) -> dict[str, Any]:
     """
     return {
         "overall": compute(predictions),
-        "centers": {str(center): compute(rows) for center, rows in predictions.known_centers.items()},
+        "centers": {center: compute(rows) for center, rows in predictions.known_centers.items()},
         "bins": BINS,
     }
 

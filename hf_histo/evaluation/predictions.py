@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logsumexp, softmax
 
+from hf_histo.data.schema import center_name
 from hf_histo.errors import HistoError, printable
 from hf_histo.files import atomic_file
 
@@ -67,6 +68,7 @@ class Predictions(pd.DataFrame):
         logits: ArrayLike,
         *,
         label_names: Sequence[str] | None = None,
+        center_names: Sequence[str] = (),
         transductive: Sequence[str] | None = None,
     ) -> Self:
         """Build a table.
@@ -78,6 +80,7 @@ class Predictions(pd.DataFrame):
             labels: (n,) integers in [-1, K), -1 where hidden.
             logits: (n,) or (n, 1) for one logit of the positive class, (n, K) for one logit per class, K >= 2.
             label_names: K class names, "0", "1", ... by default.
+            center_names: names of the centers by number; none if they have numbers alone.
             transductive: see the property `transductive`.
 
         Raises:
@@ -121,6 +124,8 @@ class Predictions(pd.DataFrame):
         table = cls(columns)
         if logits.ndim == 1:
             table = table.astype({"logit": np.float64, "probability": np.float64})
+        if center_names:
+            table.attrs["center_names"] = list(center_names)
         if transductive is not None:
             table.attrs["transductive"] = list(transductive)
         return table if label_names is None else table.with_label_names(label_names)
@@ -156,9 +161,15 @@ class Predictions(pd.DataFrame):
         return self[self["label"] >= 0]
 
     @property
-    def known_centers(self) -> dict[int, Self]:
-        """The rows of each known acquisition center, in rising order of centers."""
-        return {center: self[self["center"] == center] for center in sorted(set(self["center"]) - {-1})}
+    def center_names(self) -> list[str]:
+        """Names of the centers by number; none if they have numbers alone."""
+        return self.attrs.get("center_names") or []
+
+    @property
+    def known_centers(self) -> dict[str, Self]:
+        """The rows of each known acquisition center by its name, or number as text, in rising order of numbers."""
+        numbers = sorted(set(self["center"]) - {-1})
+        return {center_name(number, self.center_names): self[self["center"] == number] for number in numbers}
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -317,18 +328,26 @@ class Predictions(pd.DataFrame):
                 f"{path}: its label_names are {names}, expected {len(expected)} different names: predict again"
             )
         predictions.attrs["label_names"] = names or expected
+        centers = _texts(path, table.schema, "center_names") or []
+        if centers and not (len(centers) == len(set(centers)) > predictions["center"].max()):
+            raise HistoError(
+                f"{path}: its center_names are {centers}, expected a different one for each: predict again"
+            )
+        if centers:
+            predictions.attrs["center_names"] = centers
         if transductive is not None:
             predictions.attrs["transductive"] = transductive
         return predictions
 
     def write(self, path: str | Path) -> None:
-        """Write the table as parquet, atomically; class names and `transductive` go into the metadata as JSON lists."""
+        """Write the table as parquet, atomically; names and `transductive` go into the metadata as JSON lists."""
         logits = self.logits
         number = pa.float64() if logits.ndim == 1 else pa.list_(pa.float64(), logits.shape[1])
         types = (pa.string(), pa.int64(), pa.string(), pa.int64(), number, number)
         schema = pa.schema(list(zip(COLUMNS, types, strict=True)))
         table = pa.Table.from_pandas(self, schema=schema, preserve_index=False)
         lists = {"label_names": self.label_names, "transductive": self.transductive}
+        lists["center_names"] = self.center_names or None
         metadata = {name: json.dumps(values) for name, values in lists.items() if values is not None}
         with atomic_file(path) as temporary:
             pq.write_table(table.replace_schema_metadata(metadata), temporary)

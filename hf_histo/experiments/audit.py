@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 
 from hf_histo import hub
-from hf_histo.config import DataOptions
+from hf_histo.config import columns_of
 from hf_histo.config.commands import AuditOptions
 from hf_histo.data.audit import findings
 from hf_histo.data.audit.near_duplicates import NEAR, SIMILARITY, inventory
@@ -37,7 +37,8 @@ def audit(options: AuditOptions) -> None:
     if (output / "audit.json").exists() and not options.overwrite:
         raise HistoError(f"--output_dir {output} already holds an audit.json: pass another folder or --overwrite")
 
-    data = load(DataOptions(data=options.data, cache_dir=options.cache_dir, on_bad_image=options.on_bad_image))
+    table_options = columns_of(options)
+    data = load(options.data, cache_dir=options.cache_dir, on_bad_image=options.on_bad_image, **table_options)
     classes = next(iter(data.values())).features["label"].names
     similarity = SIMILARITY if options.similarity is None else options.similarity
     table = inventory(data, similarity=similarity, near=NEAR if options.near else None)
@@ -53,9 +54,10 @@ def audit(options: AuditOptions) -> None:
     if options.adapter or options.backbone:
         every = datasets.concatenate_datasets(list(data.values()))
         features = features_of(every, options.adapter, options.backbone)
-        centers = [str(center) for center in every["center"]]
+        known = set(table["center"]) - set(findings.UNKNOWN)
         names = [*classes, "hidden"]
-        colorings = {"center": centers} if set(centers) != {"-1"} else {"split": table["split"].tolist()}
+        coloring = "center" if known else "split"
+        colorings = {coloring: table[coloring].astype(str).to_list()}
         colorings["class"] = [names[label] for label in every["label"]]
         embedding.embedding_map(features, colorings, output / "embedding.png")
 

@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 
 import datasets
-import pandas as pd
 import yaml
 
 from hf_histo import launch
@@ -231,7 +230,7 @@ def measure(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) 
             threshold = thresholds.for_share(table, 0.5).value if row.published.balanced else 0.5
             found = classification.compute(table, threshold=threshold)
             if found["n"]:
-                name = title(split, table) if run.center is None else str(run.center)
+                name = title(split, table) if run.center is None else next(iter(table.known_centers))
                 for metric in METRICS:
                     values.setdefault(name, {}).setdefault(metric, {})[run.seed] = found[metric]
     return values
@@ -262,17 +261,17 @@ def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
     return folder
 
 
-def title(split: str, table: pd.DataFrame) -> str:
+def title(split: str, table: Predictions) -> str:
     """Name of a split with its centers, if known."""
-    centers = ", ".join(map(str, sorted(set(table["center"]) - {-1})))
-    return f"{split} (center{'s' if ',' in centers else ''} {centers})" if centers else split
+    centers = list(table.known_centers)
+    return f"{split} (center{'s' if len(centers) > 1 else ''} {', '.join(centers)})" if centers else split
 
 
 def summed_up(values: Values, protocol: str) -> dict[str, dict[str, Spread]]:
     """Summary over seeds, by the split's name in the table, then by metric."""
     if protocol == "validation":
         return {split: {m: spread(of.values()) for m, of in by_metric.items()} for split, by_metric in values.items()}
-    summaries = {m: held_out({int(center): by_metric[m] for center, by_metric in values.items()}) for m in METRICS}
+    summaries = {m: held_out({center: by_metric[m] for center, by_metric in values.items()}) for m in METRICS}
     return {
         "held-out centers, mean": {metric: summary.mean for metric, summary in summaries.items()},
         "held-out centers, worst": {metric: summary.worst for metric, summary in summaries.items()},

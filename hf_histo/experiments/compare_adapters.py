@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_histo.config import columns_of
 from hf_histo.config.commands import CompareAdaptersOptions
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
@@ -21,7 +22,7 @@ def compare_adapters(options: CompareAdaptersOptions) -> str:
     adapters, split = options.adapters, options.split
     if options.average and len(adapters) < 2:
         raise HistoError(f"--average is for several adapters, found {adapters[0]} alone; give more, or leave it out")
-    data = load(options.data, cache_dir=options.cache_dir)
+    data = load(options.data, cache_dir=options.cache_dir, **columns_of(options))
     if split not in data:
         raise HistoError(f"--split {split}: {options.data} has {', '.join(data)}")
     rows = data[split]

@@ -14,6 +14,7 @@ from hf_histo import launch
 from hf_histo.config import Config, DataOptions, PredictionOptions, PreparationOptions, parse_each
 from hf_histo.config.experiments import ALL_LABELS, FewShotOptions
 from hf_histo.data.protocol import prepare, refuse
+from hf_histo.data.schema import center_names
 from hf_histo.data.splits.few_shot import select
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import probes
@@ -168,7 +169,13 @@ def fit_probe(trial: Trial, drawn: datasets.DatasetDict, known: FrozenFeatures) 
     scores = probes.PROBES[trial.method](parts["train"], labels["train"], parts["val"], labels["val"], parts["test"])
     test = drawn["test"]
     found = Predictions.make(
-        test["id"], test["center"], test["group"], labels["test"], scores, label_names=test.features["label"].names
+        test["id"],
+        test["center"],
+        test["group"],
+        labels["test"],
+        scores,
+        label_names=test.features["label"].names,
+        center_names=center_names(test),
     )
     count = probes.trainable(trial.method, parts["train"].shape[1], found.num_classes)
     return measured(found, count)

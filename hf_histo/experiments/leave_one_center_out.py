@@ -9,6 +9,7 @@ from hf_histo.config import Config
 from hf_histo.config.experiments import LeaveOneCenterOutOptions
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare, refuse
+from hf_histo.data.schema import center_name, center_names
 from hf_histo.data.splits import folds
 from hf_histo.evaluation.reporting.report import table
 from hf_histo.evaluation.reporting.summary import METRICS, held_out
@@ -38,10 +39,11 @@ def leave_one_center_out(config: Config, options: LeaveOneCenterOutOptions) -> N
         return
 
     runs = {cell.name: grid.on_test(result) for cell, result in zip(cells.values(), results, strict=True)}
-    values: dict[str, dict[int, dict[int, float | None]]] = {metric: {} for metric in METRICS}
+    names = center_names(next(iter(data.values())))
+    values: dict[str, dict[str, dict[int, float | None]]] = {metric: {} for metric in METRICS}
     for (center, seed), cell in cells.items():
         for metric, by_center in values.items():
-            by_center.setdefault(center, {})[seed] = runs[cell.name][metric]
+            by_center.setdefault(center_name(center, names), {})[seed] = runs[cell.name][metric]
     summaries = {metric: held_out(by_center) for metric, by_center in values.items()}
     centers = next(iter(values.values()))
     lines = {f"center {center}": [summary.centers[center] for summary in summaries.values()] for center in centers}

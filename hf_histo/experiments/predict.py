@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 
 from hf_histo.adapter.sidecar import Sidecar
-from hf_histo.config import DataOptions
+from hf_histo.config import DataOptions, columns_of
 from hf_histo.config.commands import PredictOptions
 from hf_histo.data.load import load
 from hf_histo.data.protocol import complete
@@ -65,7 +65,8 @@ def predict(options: PredictOptions) -> str:
 
 def _split(options: PredictOptions, gray_bits: int | None) -> datasets.Dataset:
     """The split to predict, with 16-bit gray images read as in training."""
-    data = load(DataOptions(data=options.data, cache_dir=options.cache_dir, gray_bits=gray_bits))
+    table = columns_of(options)
+    data = load(DataOptions(data=options.data, cache_dir=options.cache_dir, gray_bits=gray_bits, **table))
     if options.split not in data:
         data = complete(data)
     if options.split not in data:

@@ -119,7 +119,7 @@ class CenterNormalizer:
         return dataclasses.replace(self, centers={**self.centers, **found})
 
     def __call__(
-        self, images: torch.Tensor, centers: torch.Tensor, targets: torch.Tensor | None = None
+        self, images: torch.Tensor, centers: NDArray[np.int64], targets: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Normalize images, uint8 (B, 3, H, W), of `centers` (B,) int64: float32 in [0, 1] on the same device.
 
@@ -127,7 +127,7 @@ class CenterNormalizer:
         for a center without statistics.
         """
         location, scale = self._of(centers.tolist())
-        goal = torch.tensor(_flat(self.reference)).expand(len(images), 12) if targets is None else targets.cpu()
+        goal = torch.tensor(_flat(self.reference)).expand(len(images), 12) if targets is None else targets
         goal_location, goal_scale = goal[:, :3], goal[:, 3:].reshape(-1, 3, 3)
         matrix = goal_scale @ torch.linalg.inv(scale)
         shift = goal_location - (matrix @ location[:, :, None])[:, :, 0]
@@ -186,7 +186,7 @@ def measure(images: ImageTable, method: str) -> dict[int, Statistics]:
             moments = np.array([np.ones(3) * len(pixels), pixels.sum(0), (pixels**2).sum(0)])
             gathered[center] = gathered.get(center, 0) + moments
     of = _stains if method == "macenko" else _moments
-    return {center: of(center, found) for center, found in sorted(gathered.items())}
+    return {center: of(images.center_name(center), found) for center, found in sorted(gathered.items())}
 
 
 def _pixels(images: ImageTable, method: str, batch: int = 64) -> Iterator[tuple[int, NDArray[np.float64]]]:
@@ -202,7 +202,7 @@ def _pixels(images: ImageTable, method: str, batch: int = 64) -> Iterator[tuple[
                 yield center, _into(method, image[None])[0].reshape(3, -1).T.double().numpy()
 
 
-def _moments(center: int, sums: NDArray[np.float64]) -> Statistics:
+def _moments(center: str, sums: NDArray[np.float64]) -> Statistics:
     count, total, squares = sums
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
@@ -213,7 +213,7 @@ def _moments(center: int, sums: NDArray[np.float64]) -> Statistics:
     return Statistics(tuple(mean.tolist()), tuple(map(tuple, np.diag(std).tolist())))
 
 
-def _stains(center: int, pixels: list[NDArray[np.uint8]]) -> Statistics:
+def _stains(center: str, pixels: list[NDArray[np.uint8]]) -> Statistics:
     every = torch.from_numpy(np.concatenate(pixels)).T[:, :, None]
     estimator = torchstain.normalizers.MacenkoNormalizer(backend="torch")
     try:

@@ -15,17 +15,18 @@ from hf_histo.data.audit.near_duplicates import CHANNELS
 
 TINY = 32  # pixels: a shorter side leaves less than one cell of a ResNet's or ViT-32's last grid
 IMBALANCE = 10.0  # images of the largest class for one of the smallest
+UNKNOWN = (-1, "")  # centers
 HIDDEN = "(hidden)"  # stands for the label -1
 
 
 @dataclass(frozen=True)
 class Image:
-    """Reference to an image: `id` as in the schema, `label` its class name or "(hidden)"; `center` -1 if unknown."""
+    """Reference to an image: `id` and `center` as in an `inventory`, `label` its class name or "(hidden)"."""
 
     split: str
     id: str
     label: str
-    center: int
+    center: int | str
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Stratum:
     and `deviation` are those of all pixels of R, G, B in gray levels from 0 to 255, with equal weight for each image.
     """
 
-    center: int
+    center: int | str
     images: int
     classes: dict[str, int]
     groups: int
@@ -268,11 +269,11 @@ def _split(name: str, rows: pd.DataFrame, classes: Sequence[str]) -> Split:
         sizes=len(sizes.drop_duplicates()),
         smallest=[int(x) for x in sizes.min()],
         largest=[int(x) for x in sizes.max()],
-        centers=[_stratum(int(str(center)), part, classes) for center, part in rows.groupby("center")],
+        centers=[_stratum(_plain(center), part, classes) for center, part in rows.groupby("center")],
     )
 
 
-def _stratum(center: int, rows: pd.DataFrame, classes: Sequence[str]) -> Stratum:
+def _stratum(center: int | str, rows: pd.DataFrame, classes: Sequence[str]) -> Stratum:
     means = rows[list(CHANNELS)].to_numpy()
     variances = rows[[f"{channel}_deviation" for channel in CHANNELS]].to_numpy() ** 2
     return Stratum(
@@ -298,7 +299,12 @@ def _groups(rows: pd.DataFrame) -> int:
 
 def _listed(rows: pd.DataFrame) -> list[Image]:
     columns = (rows[name] for name in ("split", "id", "name", "center"))
-    return [Image(split, key, name, int(center)) for split, key, name, center in zip(*columns, strict=True)]
+    return [Image(split, key, name, _plain(center)) for split, key, name, center in zip(*columns, strict=True)]
+
+
+def _plain(center: object) -> int | str:
+    """A value of the column `center` as JSON takes it."""
+    return center if isinstance(center, str) else int(str(center))
 
 
 def _described(split: Split) -> Iterator[str]:
@@ -317,7 +323,7 @@ def _described(split: Split) -> Iterator[str]:
         if count or name != HIDDEN:
             yield f"  {name:{width}}  {count:>9,}  {count / split.images:6.1%}"
     for stratum in split.centers:
-        where = "all centers (unknown)" if stratum.center < 0 else f"center {stratum.center}"
+        where = f"center {stratum.center}" if stratum.center not in UNKNOWN else "all centers (unknown)"
         counts = ", ".join(f"{name} {count:,}" for name, count in stratum.classes.items())
         color = " ".join(f"{m:.0f}±{d:.0f}" for m, d in zip(stratum.mean, stratum.deviation, strict=True))
         yield f"  {where}: {counts}; RGB {color}"

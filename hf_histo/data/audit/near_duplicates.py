@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from hf_histo.data.schema import ImageTable
+from hf_histo.data.schema import ImageTable, center_names
 from hf_histo.errors import HistoError
 
 CHANNELS = ("red", "green", "blue")
@@ -45,7 +45,8 @@ def inventory(data: datasets.DatasetDict, *, similarity: float = SIMILARITY, nea
 
     Returns a row for each image, in the order of splits and rows of `data`, with the columns:
 
-    - `split`, `row` (index in the split), `id`, `label` (-1: hidden), `center`, `group`: as in the schema
+    - `split`, `row` (index in the split), `id`, `label` (-1: hidden), `group`: as in the schema
+    - `center`: its number, -1 if unknown; of named centers the name, "" if unknown
     - `height`, `width`: pixels
     - `red`, `green`, `blue`: mean of the channel, 0 to 255; `red_deviation` and so on: its standard deviation
     - `blank`: whether all three deviations are below 2
@@ -84,6 +85,8 @@ def inventory(data: datasets.DatasetDict, *, similarity: float = SIMILARITY, nea
         ],
         ignore_index=True,
     )[["split", "row", *columns]]
+    if names := center_names(next(iter(data.values()))):
+        table["center"] = table["center"].map({-1: "", **dict(enumerate(names))})
 
     digests: list[bytes] = []
     measures = np.empty((total, 2 + 2 * len(CHANNELS)))

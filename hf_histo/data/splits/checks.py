@@ -18,6 +18,7 @@ from pydantic import Field
 
 from hf_histo.data.audit.near_duplicates import components
 from hf_histo.data.load import fingerprint
+from hf_histo.data.schema import center_name, center_names
 from hf_histo.errors import HistoError
 from hf_histo.files import STRICT
 
@@ -33,7 +34,7 @@ class Composition:
         hidden: number of images with a hidden label.
         groups: number of known groups.
         classes: number of images by class name.
-        centers: number of images by center number, without unknown centers.
+        centers: number of images by center name (or number), without unknown centers.
         copies_of_train: number of images whose stored bytes equal those of an image of `train`. None for `train`
             itself, without a split `train`, and if `train` is streamed.
         groups_of_train: number of groups that are also in `train`; None as above.
@@ -76,7 +77,11 @@ def composition(data: Mapping[str, datasets.Dataset]) -> dict[str, Composition]:
             hidden=int((labels < 0).sum()),
             groups=len(set(rows.unique("group")) - {""}),
             classes={name: int((labels == place).sum()) for place, name in enumerate(rows.features["label"].names)},
-            centers={str(center): int((centers == center).sum()) for center in np.unique(centers) if center >= 0},
+            centers={
+                center_name(center, center_names(rows)): int((centers == center).sum())
+                for center in np.unique(centers)
+                if center >= 0
+            },
         )
         if known and split != "train":
             copies = sum(digest in known for digest in _digests(rows))

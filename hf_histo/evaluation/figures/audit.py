@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -13,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 
-from hf_histo.data.audit.findings import HIDDEN, Audit, Image
+from hf_histo.data.audit.findings import HIDDEN, UNKNOWN, Audit, Image
 from hf_histo.data.audit.near_duplicates import CHANNELS
 from hf_histo.data.schema import ImageTable
 from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing, short, write_message
@@ -21,6 +22,7 @@ from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing, short, writ
 # The palette, then a lighter shade of each; hidden labels are gray.
 SHADES = (*(to_rgb(color) for color in COLORS), *(tuple((x + 1) / 2 for x in to_rgb(color)) for color in COLORS))
 CHANNEL_COLORS = ("#D55E00", "#009E73", "#0072B2")  # the red, green and blue of the palette
+SPACED = re.compile(r"[^\w.-]+")  # what file names have none of
 MOST_CLASSES = 20  # largest number of rows of a figure of samples
 ImageOf = Callable[[str, str], NDArray[np.uint8]]
 
@@ -104,7 +106,7 @@ def samples(table: pd.DataFrame, classes: list[str], image_of: ImageOf, folder: 
     """
     for where, rows in _strata(table).items():
         present = [label for label in (*range(len(classes)), -1) if (rows["label"] == label).any()][:MOST_CLASSES]
-        path = Path(folder) / f"samples_{where.replace(', ', '_').replace(' ', '_')}.png"
+        path = Path(folder) / f"samples_{SPACED.sub('_', where)}.png"
         with drawing(path, 1.35 * n + 1.6, 0.6 + 1.45 * len(present)) as figure:
             figure.suptitle(where)
             panels = figure.subplots(len(present), n, squeeze=False)
@@ -162,8 +164,8 @@ def _strata(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     }
 
 
-def _where(split: str, center: int) -> str:
-    return split if center < 0 else f"{split}, center {center}"
+def _where(split: str, center: int | str) -> str:
+    return split if center in UNKNOWN else f"{split}, center {center}"
 
 
 def _bare(axes: Axes) -> None:

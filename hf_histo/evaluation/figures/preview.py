@@ -38,7 +38,9 @@ def preview(pipeline: Pipeline, rows: datasets.Dataset, path: str | Path, count:
     columns += [list(pipeline.train(batch, epoch, normalize=False)) for epoch in range(epochs)]
     sheet(
         {
-            f"{rows[row]['id']}, center {centers[row]}": [column[place].permute(1, 2, 0).numpy() for column in columns]
+            f"{rows[row]['id']}, center {images.center_name(centers[row])}": [
+                column[place].permute(1, 2, 0).numpy() for column in columns
+            ]
             for place, row in enumerate(chosen)
         },
         path,

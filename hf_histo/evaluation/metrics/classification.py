@@ -92,7 +92,7 @@ def report(predictions: Predictions, *, threshold: float = 0.5, negative: int | 
     names = predictions.label_names
 
     overall = _Rows(predictions, threshold, negative)
-    by_center = {str(center): _Rows(rows, threshold, negative) for center, rows in predictions.known_centers.items()}
+    by_center = {center: _Rows(rows, threshold, negative) for center, rows in predictions.known_centers.items()}
     return {
         "constant": constant(predictions, threshold=threshold),
         "transductive": predictions.transductive,

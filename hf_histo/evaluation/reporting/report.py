@@ -13,6 +13,7 @@ from sklearn.metrics import auc
 from sklearn.metrics import confusion_matrix as count_confusions
 from sklearn.metrics import roc_curve as rates
 
+from hf_histo.data.schema import center_name
 from hf_histo.errors import printable
 from hf_histo.evaluation.figures.style import COLORS, GRAY, LINES, drawing, short, write_message
 from hf_histo.evaluation.metrics.classification import SPECIFICITIES
@@ -152,7 +153,7 @@ def worst_errors(
             axes.set_axis_off()
         for axes, row in zip(panels, worst.to_dict("records"), strict=False):
             axes.imshow(image_of(row["id"]), cmap="gray", vmin=0, vmax=255)
-            center = "" if row["center"] < 0 else f"center {row['center']}\n"
+            center = "" if row["center"] < 0 else f"center {center_name(row['center'], predictions.center_names)}\n"
             axes.set_title(f"{short(row['id'])}\n{center}{names[row['label']]}, P = {row['of_truth']:.2g}", fontsize=9)
 
 

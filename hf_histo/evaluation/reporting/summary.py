@@ -35,7 +35,7 @@ def of_run(metrics: Mapping[str, Any], adapter: Path, seconds: float | None, add
         names += [name for name in reports["val"] if name.startswith("sensitivity_at")]
     rows: list[list[object]] = [["split", "images", *names]]
     for split, overall in reports.items():
-        title = report.marked(split, metrics["splits"][split])
+        title = report.marked(_with_centers(split, metrics["splits"][split]), metrics["splits"][split])
         rows.append([title, overall["n"], *(overall[name]["value"] for name in names)])
     levels = metrics.get("levels", {})
     parameters, size = metrics["parameters"], metrics["bytes"]
@@ -50,6 +50,12 @@ def of_run(metrics: Mapping[str, Any], adapter: Path, seconds: float | None, add
             *([f"uploaded: {address}"] if address else []),
         ]
     )
+
+
+def _with_centers(split: str, measured: Mapping[str, Any]) -> str:
+    """A split with its centers in parentheses, if these have names."""
+    names = [name for name in measured.get("centers", ()) if not name.isdecimal()]
+    return f"{split} ({', '.join(names)})" if names else split
 
 
 @dataclass(frozen=True)
@@ -80,13 +86,13 @@ class HeldOut:
         centers: the metric over seeds, by center.
         mean: the mean over centers, over seeds; each center has the same weight, whatever its number of images.
         worst: the one of `centers` with the lowest mean; None if the metric is undefined for all.
-        worst_center: number of that center; None likewise.
+        worst_center: name of that center, or its number as text; None likewise.
     """
 
-    centers: dict[int, Spread]
+    centers: dict[str, Spread]
     mean: Spread
     worst: Spread
-    worst_center: int | None
+    worst_center: str | None
 
 
 def spread(values: Iterable[float | None]) -> Spread:
@@ -99,7 +105,7 @@ def spread(values: Iterable[float | None]) -> Spread:
     )
 
 
-def held_out(values: Mapping[int, Mapping[int, float | None]]) -> HeldOut:
+def held_out(values: Mapping[str, Mapping[int, float | None]]) -> HeldOut:
     """Summarize the values of a metric (None: undefined), given by held-out center, then by seed.
 
     Raises HistoError if there is no center, or centers have different seeds.
