@@ -170,14 +170,22 @@ def test_bad_bins_are_refused() -> None:
 
 @pytest.mark.parametrize("classes", [1, 3])
 def test_reliability_diagram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
-    drawn, titles, plot, title = [], [], Axes.plot, Axes.set_title
+    drawn, titles, panels, plot, title = [], [], [], Axes.plot, Axes.set_title
     monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: (drawn.append(k.get("data")), plot(self, *a, **k))[1])
-    monkeypatch.setattr(Axes, "set_title", lambda self, text: (titles.append(text), title(self, text))[1])
+
+    def titled(axes: Axes, text: str) -> object:
+        titles.append(text)
+        panels.append(axes)
+        return title(axes, text)
+
+    monkeypatch.setattr(Axes, "set_title", titled)
     predictions = planted(2.0, classes=classes)
     calibration.reliability_diagram(predictions, tmp_path / "reliability.png", bins=10)
     with Image.open(tmp_path / "reliability.png") as image:
         assert image.format == "PNG" and np.asarray(image.convert("L")).std() > 1
     assert [text.split("\n")[0] for text in titles] == ["overall", "center 0", "center 1", "center 2"]
+    assert {(axes.get_xlim(), axes.get_ylim()) for axes in panels} == {((0, 1), (0, 1))}
+    assert panels[0].get_ylabel() == ("share of 1" if classes == 1 else "share predicted right")
     error = calibration.expected_calibration_error(predictions, bins=10)
     assert titles[0].endswith(f"3,000 images, ECE {error:.3f}")
     curves = [data for data in drawn if data is not None]

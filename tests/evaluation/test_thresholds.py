@@ -68,8 +68,8 @@ def test_ties_and_ends(logits: list[float], share: float, achieved: float) -> No
     assert thresholds.for_share(predictions[::-1], share) == found
 
 
-def test_neighboring_floats_are_parted() -> None:
-    low = 0.3
+@pytest.mark.parametrize("low", [0.3, np.nextafter(0.3, 1)])  # the mean of the two is rounded up, and down
+def test_neighboring_floats_are_parted(low: float) -> None:
     predictions = table([0.0, 0.0]).assign(probability=[low, np.nextafter(low, 1)])
     assert predictions.predicted_classes(thresholds.for_share(predictions).value).tolist() == [0, 1]
 
@@ -109,10 +109,11 @@ def test_chosen_threshold_is_the_best_of_all(criterion: thresholds.Criterion, se
 
 
 def test_of_equally_good_thresholds_the_nearest_to_one_half() -> None:
-    # Above 0.4 or above 0.9, one of six is wrong.
     p = np.array([0.1, 0.3, 0.5, 0.8, 0.88, 0.92])
-    predictions = table(np.log(p / (1 - p)), [0, 0, 1, 0, 1, 1])
-    assert thresholds.choose(predictions, "accuracy").value == pytest.approx(0.4)
+    # From 0.4 or from 0.9 on, one of six is wrong; in the reverse, from 0.1 or from 0.6 on.
+    for probability, labels, value in ((p, [0, 0, 1, 0, 1, 1], 0.4), (1 - p[::-1], [0, 0, 1, 0, 1, 1], 0.6)):
+        predictions = table(np.log(probability / (1 - probability)), labels)
+        assert thresholds.choose(predictions, "accuracy").value == pytest.approx(value)
 
 
 def test_of_equally_sensitive_thresholds_the_most_specific() -> None:
@@ -144,7 +145,10 @@ def test_hidden_labels_are_left_out() -> None:
         (lambda: thresholds.choose(table([0.0, 1.0], [1, 1])), "only '1' is labeled"),
         (lambda: thresholds.choose(table([0.0, 1.0])), "no class is labeled"),
         (lambda: thresholds.choose(table([0.0, 1.0], [0, 1]), "auroc"), "criterion is 'auroc'"),  # type: ignore[arg-type]
-        (lambda: thresholds.choose(table([0.0, 1.0], [0, 1]), "sensitivity", specificity=95), "specificity is 95"),
+        (
+            lambda: thresholds.choose(table([0.0, 1.0], [0, 1]), "sensitivity", specificity=1.5),
+            "1.5, expected a number",
+        ),
         (lambda: thresholds.choose(table([800.0, 800.0], [0, 1]), "sensitivity"), "no threshold reaches"),
     ],
 )

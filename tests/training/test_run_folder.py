@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -192,6 +193,19 @@ def test_a_full_device_is_not_taken_for_the_disk_of_the_run(tmp_path: Path, erro
     assert str(error.filename or "--cache_dir") in str(caught.value)
 
 
+def test_a_full_disk_is_reported_whatever_the_library_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage._replace(free=2**23))
+    with pytest.raises(HistoError, match=r"the disk is full \(8\.0 MiB left\)"), run_folder.system_failures(tmp_path):
+        raise RuntimeError("writing failed")
+    monkeypatch.undo()
+    with (
+        pytest.raises(HistoError, match=r"the disk is full \(0\.0 MiB left\)"),
+        run_folder.system_failures(tmp_path / "vanished"),
+    ):
+        raise OSError(28, "No space left on device")
+
+
 def test_a_killed_reader_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(HistoError, match=r"lower --num_workers"), run_folder.system_failures(tmp_path):
         raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed.")
@@ -253,6 +267,7 @@ def test_the_last_complete_checkpoint_is_taken(
     for name in ("checkpoint-best", "checkpoint-"):
         (folder / name).mkdir()
     assert checkpoint(config(folder)) == str(folder / "checkpoint-100")
+    assert checkpoint(config(folder, "--resume_from_checkpoint=last")) == str(folder / "checkpoint-100")
     damage(folder / "checkpoint-100")
     with caplog.at_level(logging.WARNING):
         assert checkpoint(config(folder)) == str(folder / "checkpoint-10")
@@ -307,3 +322,23 @@ def test_two_launches_are_not_in_one_folder(tmp_path: Path) -> None:
             pass
     with run_folder.alone_in(folder):
         pass
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"output_dir": "other"}, "output_dir 'other' in process 1 and 'FOLDER' in process 0"),
+        ({"data fingerprint": "x"}, "data fingerprint 'x' in process 1 and '' in process 0"),
+        ({"lora_rank": 4, "mixed_precision": "bf16"}, "lora_rank 4 in process 1 and 8 in process 0, mixed_precision"),
+    ],
+)
+def test_processes_of_a_launch_that_differ_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, object], message: str
+) -> None:
+    run = Run.of(config(tmp_path / "run", "--mixed_precision=no"))
+    monkeypatch.setattr(run_folder, "gather_object", lambda own: [*own, *own])
+    run_folder.require_agreement(run)
+    monkeypatch.setattr(run_folder, "gather_object", lambda own: [*own, own[0] | changed])
+    with pytest.raises(HistoError, match="the 2 processes of this launch differ") as caught:
+        run_folder.require_agreement(run)
+    assert message.replace("FOLDER", str(run.folder)) in str(caught.value)
