@@ -121,4 +121,5 @@ def test_compare() -> None:
     assert found.loc["second", "ece"] == pytest.approx(calibration.compute(tables["second"])["ece"])
     hidden = compare({"hidden": random_table().assign(label=-1)})
     assert hidden.loc["hidden", "n"] == 0
+    assert set(found.dtypes) == set(hidden.dtypes) == {np.dtype(np.float64)}
     assert np.isnan(hidden.loc["hidden", ["auroc", "brier"]].to_numpy(np.float64)).all()

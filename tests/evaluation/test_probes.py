@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from hf_histo.evaluation import probes
 from hf_histo.evaluation.figures import few_labels
@@ -56,6 +57,19 @@ def test_the_number_of_neighbors_is_chosen_on_validation() -> None:
     val, test = np.array([[1, 0.115], [0.05, 1]]), np.array([[1, 0.112]])
     assert probes.knn(train, labels, val, np.array([0, 1]), test).argmax() == 0
     assert probes.knn(train, labels, val, np.array([1, 1]), test).argmax() == 1
+
+
+def test_the_penalty_is_chosen_on_validation_the_stronger_of_equals() -> None:
+    (train, labels), (val, val_labels), (test, _) = images(6, 0.8, 3), images(40, 0.8, 4), images(5, 0.8, 5)
+    models = [
+        LogisticRegression(C=c, class_weight="balanced", max_iter=2000).fit(probes.unit(train), labels)
+        for c in probes.INVERSE_PENALTIES
+    ]
+    right = [model.score(probes.unit(val), val_labels) for model in models]
+    best = right.index(max(right))
+    assert models[best].C != 1
+    expected = models[best].predict_log_proba(probes.unit(test))
+    np.testing.assert_allclose(probes.linear(train, labels, val, val_labels, test), expected)
 
 
 def test_parameters() -> None:

@@ -48,12 +48,27 @@ def test_it_is_the_pipeline_multiplied_out_with_the_best_number_of_components(cl
     np.testing.assert_allclose(others @ probe.weight.T + probe.bias, expected, atol=5e-3)
 
 
-def test_copies_leave_no_component_of_rounding_errors() -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e-5])
+def test_copies_leave_no_component_of_rounding_errors(scale: float) -> None:
     features, labels = drawn(2)
     rows = np.repeat(np.arange(6), 20)
-    probe = fit(features[rows], labels[rows], classes=2, balanced=False, score=lambda probe: probe.components)
+    probe = fit(scale * features[rows], labels[rows], classes=2, balanced=False, score=lambda probe: probe.components)
     assert probe.components == 4  # of the five that six pictures span
-    assert np.abs(probe.weight).max() < 10
+    assert np.abs(scale * probe.weight).max() < 10
+
+
+def test_of_equal_scores_the_fewest_components_are_taken() -> None:
+    features, labels = drawn(2)
+    assert fit(features, labels, classes=2, balanced=True, score=lambda probe: 0.5).components == 2
+
+
+def test_the_same_features_give_the_same_probe() -> None:
+    """So many features that scikit-learn draws a part of the decomposition."""
+    features, labels = drawn(2)
+    wide = np.random.default_rng(2).normal(size=(520, 340)) + np.tile(features, (5, 12))[:520, :340]
+    labels = np.tile(labels, 5)[:520]
+    probes = [fit(wide, labels, classes=2, balanced=True, score=lambda probe: 0.5) for _ in range(2)]
+    np.testing.assert_array_equal(probes[0].weight, probes[1].weight)
 
 
 def test_a_class_without_images_is_refused() -> None:
