@@ -24,7 +24,7 @@ from hf_histo.adapter.sidecar import BackboneRecord, DataRecord, Sidecar
 from hf_histo.config import Config, with_role
 from hf_histo.data import hierarchy
 from hf_histo.data.load import check_trainable, fingerprint
-from hf_histo.data.protocol import refuse
+from hf_histo.data.protocol import complete, refuse
 from hf_histo.data.readers.hub import train_stream
 from hf_histo.data.readers.streaming import Stream
 from hf_histo.data.schema import ImageTable, center_names, recorded_bits
@@ -155,7 +155,7 @@ def fine_tune(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence
 
     Args:
         config: all options.
-        data: splits with the columns of `hf_histo.data.schema.features`, including `train` and `val`.
+        data: splits with the columns of `hf_histo.data.schema.features`; `protocol.complete` makes missing ones.
         callbacks: additional callbacks of training; an exception raised by one of them ends the run.
 
     Returns:
@@ -167,7 +167,7 @@ def fine_tune(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence
     started = time.monotonic()
     protocol = config.protocol
     data = few_shot.select(
-        data,
+        complete(data),
         seed=config.training.seed,
         shots=protocol.shots,
         percentage=protocol.percentage,

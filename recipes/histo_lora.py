@@ -4,7 +4,8 @@
     accelerate launch recipes/histo_lora.py --data DIR --backbone NAME_OR_FOLDER
     accelerate launch recipes/histo_lora.py --config recipes/configs/histo_resnet50_lora.yaml --data DIR
 
-DIR holds train.h5, val.h5 (and test.h5), PatchCamelyon's files, or WILDS Camelyon17. The checkpoint is chosen on val;
+DIR holds train.h5, val.h5 (and test.h5), PatchCamelyon's files, or WILDS Camelyon17; or it is a table of image files,
+with `--test_centers NAME` to hold centers out. The checkpoint is chosen on val;
 test is only predicted. The result is an adapter folder for recipes/predict.py and hf_histo.inference.Classifier.
 """
 

@@ -3,7 +3,8 @@
     accelerate launch recipes/mri_lora.py --config recipes/configs/mri_vgg16_lora.yaml --data DIR
     accelerate launch recipes/mri_lora.py --data DIR --backbone NAME_OR_FOLDER --split clean --negative_class no_tumor
 
-DIR holds Training/ and Testing/, or train/, val/ and test/, with a folder of images for each class. Before training,
+DIR holds Training/ and Testing/, or train/, val/ and test/, with a folder of images for each class; or it is a table of
+image files with a column split. Before training,
 images are compared with each other, and copies between and within splits are reported. `--split published` (the default
 here) keeps the splits, cuts val from train by families of copies where there is none, and gives every result twice: on
 test, and on test_clean, the images of test without a copy in training. `--split clean` keeps one image of each family
