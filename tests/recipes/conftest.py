@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,17 +22,32 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def shown_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def in_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a recipe's main here, as a process of its own would, without the seconds in which that imports everything."""
+
+    def in_process(recipe: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        main = runpy.run_path(str(RECIPES / recipe), run_name="recipe")["main"]
+        monkeypatch.setattr(sys, "argv", [recipe, *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            run(main)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        shown = capsys.readouterr()
+        return subprocess.CompletedProcess(sys.argv, code, shown.out, shown.err)
+
+    return in_process
+
+
+@pytest.fixture
+def shown_by(in_process: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., str]:
     """Run a recipe's main in this process; return what it printed, on standard error where it fails."""
 
     def shown_by(recipe: str, *arguments: str) -> str:
-        main = runpy.run_path(str(RECIPES / recipe), run_name="recipe")["main"]
-        monkeypatch.setattr(sys, "argv", [recipe, *arguments])
-        capsys.readouterr()
-        try:
-            run(main)
-        except SystemExit:
-            return capsys.readouterr().err
-        return capsys.readouterr().out
+        done = in_process(recipe, *arguments)
+        return done.stderr if done.returncode else done.stdout
 
     return shown_by

@@ -19,9 +19,17 @@ from scipy.ndimage import gaussian_filter
 RECIPE = Path(__file__).parents[2] / "recipes" / "audit.py"
 
 
-def run(tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+Call = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def process(tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, RECIPE, *arguments, "--cache_dir", tmp_path / "cache"]
     return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+
+
+@pytest.fixture
+def run(in_process: Call) -> Call:
+    return lambda tmp_path, *arguments: in_process(RECIPE.name, *arguments, "--cache_dir", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -43,9 +51,9 @@ def leaking(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_end_to_end_and_no_overwriting(leaking: Path, tmp_path: Path) -> None:
+def test_end_to_end_and_no_overwriting(run: Call, leaking: Path, tmp_path: Path) -> None:
     output = tmp_path / "report"
-    done = run(tmp_path, "--data", leaking, "--output_dir", output)
+    done = process(tmp_path, "--data", leaking, "--output_dir", output)
     assert done.returncode == 0, done.stderr
     assert sorted(file.name for file in output.iterdir()) == [
         "audit.json",
@@ -75,7 +83,7 @@ def test_end_to_end_and_no_overwriting(leaking: Path, tmp_path: Path) -> None:
     assert (output / "audit.json").read_bytes() == before
 
 
-def test_several_centers_and_hidden_labels(tmp_path: Path) -> None:
+def test_several_centers_and_hidden_labels(run: Call, tmp_path: Path) -> None:
     write_challenge(tmp_path / "data", size=40)
     done = run(tmp_path, "--data", tmp_path / "data", "--output_dir", tmp_path / "report", "--strict")
     assert done.returncode == 0, done.stderr
@@ -105,7 +113,7 @@ def test_splits_that_a_frozen_backbone_separates(shown_by: Callable[..., str], b
     assert (tmp_path / "report" / "embedding.png").stat().st_size > 5000
 
 
-def test_bad_input_is_one_line(tmp_path: Path) -> None:
+def test_bad_input_is_one_line(run: Call, tmp_path: Path) -> None:
     done = run(tmp_path, "--data", tmp_path / "absent", "--output_dir", tmp_path / "report")
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

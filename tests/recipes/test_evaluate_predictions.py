@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,16 @@ from hf_histo.evaluation.predictions import Predictions
 RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate_predictions.py"
 
 
-def evaluate(*arguments: object) -> subprocess.CompletedProcess[str]:
+def process(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, RECIPE, *map(str, arguments)], capture_output=True, text=True)
+
+
+Call = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def evaluate(in_process: Call) -> Call:
+    return partial(in_process, RECIPE.name)
 
 
 def random_table(seed: int, sharpness: float = 1.0) -> pd.DataFrame:
@@ -39,9 +49,9 @@ def files(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_end_to_end_and_no_overwriting(files: list[Path], tmp_path: Path) -> None:
+def test_end_to_end_and_no_overwriting(evaluate: Call, files: list[Path], tmp_path: Path) -> None:
     output = tmp_path / "report"
-    done = evaluate("--predictions", *files[:2], "--output_dir", output, "--threshold", 0.6)
+    done = process("--predictions", *files[:2], "--output_dir", output, "--threshold", 0.6)
     assert done.returncode == 0, done.stderr
     assert sorted(file.name for file in output.iterdir()) == [
         "confusion_test.png",
@@ -75,7 +85,7 @@ def test_end_to_end_and_no_overwriting(files: list[Path], tmp_path: Path) -> Non
     assert list(json.loads((output / "metrics.json").read_text())) == ["val"]
 
 
-def test_ensemble_calibrated_and_balanced(files: list[Path], tmp_path: Path) -> None:
+def test_ensemble_calibrated_and_balanced(evaluate: Call, files: list[Path], tmp_path: Path) -> None:
     output, submission = tmp_path / "report", tmp_path / "preds.csv"
     arguments = ["--predictions", files[1], files[3], "--ensemble", "--calibrate_on", files[0], files[2]]
     done = evaluate(*arguments, "--balanced", 0.4, "--submission", submission, "--output_dir", output)
@@ -102,7 +112,7 @@ def test_ensemble_calibrated_and_balanced(files: list[Path], tmp_path: Path) -> 
     np.testing.assert_allclose(csv["Prob"], expected["probability"])
 
 
-def test_threshold_from_calibrated_validation(files: list[Path], tmp_path: Path) -> None:
+def test_threshold_from_calibrated_validation(evaluate: Call, files: list[Path], tmp_path: Path) -> None:
     output = tmp_path / "report"
     done = evaluate(
         *("--predictions", files[1], "--output_dir", output, "--calibrate_on", files[0], "--threshold_on", files[0]),
@@ -119,7 +129,9 @@ def test_threshold_from_calibrated_validation(files: list[Path], tmp_path: Path)
     assert written["threshold"] == expected.value
 
 
-def test_what_predictions_owe_to_their_own_images_is_in_data_and_words(files: list[Path], tmp_path: Path) -> None:
+def test_what_predictions_owe_to_their_own_images_is_in_data_and_words(
+    evaluate: Call, files: list[Path], tmp_path: Path
+) -> None:
     table = random_table(1)
     for measured, words in ([], None), (["color statistics"], "Transductive: used the unlabeled images of test as a"):
         table.attrs["transductive"] = measured
@@ -145,7 +157,7 @@ def test_submission_of_several_classes_gives_the_predicted_one(tmp_path: Path) -
     np.testing.assert_allclose(csv["Prob"], tables.probabilities(logits[:, :2])[:, 1])
 
 
-def test_bad_input_is_one_line(files: list[Path], tmp_path: Path) -> None:
+def test_bad_input_is_one_line(evaluate: Call, files: list[Path], tmp_path: Path) -> None:
     output, other, swapped = tmp_path / "report", tmp_path / "other.parquet", tmp_path / "swapped.parquet"
     random_table(0).with_label_names(["benign", "malignant"]).write(other)
     random_table(0).with_label_names(["tumor", "normal"]).write(swapped)
