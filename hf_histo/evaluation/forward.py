@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from hf_histo import launch
 from hf_histo.models import adapters, batchnorm
 from hf_histo.models.speed import folding
-from hf_histo.transforms.pipeline import Batch, Pipeline, collate
+from hf_histo.transforms.pipeline import Batch, Pipeline, collate, to_device
 
 FEW = 16  # images, for which merging the adapter would take longer than it saves
 
@@ -69,13 +69,13 @@ def forward(
     def batches(loader: DataLoader[Any], description: str) -> Iterator[Batch]:  # Any: a loader of samples gives batches
         hidden = not accelerator.is_local_main_process
         for batch in tqdm(loader, desc=description, disable=hidden, leave=False):
-            yield {name: part.to(device) for name, part in batch.items()}
+            yield to_device(batch, device)
 
     gathered = []
     adaptation = map(pipeline.evaluate, batches(loader, "Adapting batch norm"))
 
     def sample() -> torch.Tensor:
-        return pipeline.evaluate(collate([images[0]])).to(device)
+        return pipeline.evaluate(to_device(collate([images[0]]), device))
 
     with (
         batchnorm.adapted(model, adaptation) if adapt_batch_norm else nullcontext(),
@@ -84,7 +84,8 @@ def forward(
         for batch in batches(accelerator.prepare(loader, device_placement=[False]), description):
             views = pipeline.test_time(batch)
             logits = torch.stack([model(pixel_values=view).logits.float() for view in views]).mean(0)
-            gathered.append([part.cpu() for part in accelerator.gather_for_metrics((logits, batch["index"]))])
+            index = torch.from_numpy(batch["index"]).to(device)
+            gathered.append([part.cpu() for part in accelerator.gather_for_metrics((logits, index))])
     every, order = (torch.cat(parts).numpy() for parts in zip(*gathered, strict=True))
     if not np.array_equal(np.sort(order), np.arange(len(dataset))):
         raise RuntimeError(f"{len(order)} predictions for {len(dataset)} images: each must come once")

@@ -77,7 +77,7 @@ def build(name: str, weight: float, model: nn.Module, centers: Sequence[int]) ->
     head = heads.module_of(model)
     features = HeadInput(head)
     if name == "coral":
-        return Coral(features, weight)
+        return Coral(features, weight, centers)
     width = next(part.in_features for part in head.modules() if isinstance(part, nn.Linear))
     return DomainAdversarial(features, DomainClassifier(width, centers), weight)
 
@@ -98,42 +98,39 @@ class GroupDRO(TrainerCallback, ExportableState):
     def __init__(self, centers: Sequence[int], step: float = 0.01, weights: Sequence[float] | None = None) -> None:
         self.centers = sorted(set(centers))
         self.step = step
-        self.weights = list(weights or [1 / len(self.centers)] * len(self.centers))
+        self.weights = torch.tensor(weights or [1 / len(self.centers)] * len(self.centers))
 
     @property
     def classifier(self) -> None:
         """None: it trains nothing besides the model."""
 
     def objective(self, step: Step) -> torch.Tensor:
-        means = {}
-        for center in step.centers.unique().tolist():
-            chosen = step.centers == center
-            means[center] = step.loss_of(ImageClassifierOutput(logits=step.logits[chosen]), step.labels[chosen])
-        return step.share * self(means)
+        members = [step.centers == center for center in self.centers]
+        outputs = ImageClassifierOutput(logits=step.logits)
+        losses = [step.loss_of(outputs, torch.where(chosen, step.labels, -1)) for chosen in members]  # -1: hidden
+        return step.share * self(torch.stack(losses), torch.stack(members).any(1))
 
     def state(self) -> dict[str, Any]:  # Any: what transformers writes to trainer_state.json
         return {
-            "args": {"centers": self.centers, "step": self.step, "weights": self.weights},
+            "args": {"centers": self.centers, "step": self.step, "weights": self.weights.tolist()},
             "attributes": {},
         }
 
-    def __call__(self, losses: dict[int, torch.Tensor]) -> torch.Tensor:
-        """Objective of a batch, from the mean loss of each center in it; updates the weights.
+    def __call__(self, losses: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """Objective of a batch; updates the weights.
 
         The update uses the mean over all processes of a launch, so that weights are the same in each.
+
+        Args:
+            losses: mean loss (G,) of each of `centers` in the batch.
+            present: bool (G,), the centers that have images in the batch; the losses of others do not count.
         """
-        device = next(iter(losses.values())).device
-        found = torch.zeros(2, len(self.centers), device=device)
-        for place, center in enumerate(self.centers):
-            if center in losses:
-                found[:, place] = torch.stack([losses[center].detach().float(), torch.ones((), device=device)])
-        found = reduce(found, "sum")
-        raised = torch.tensor(self.weights, device=device) * torch.exp(self.step * found[0] / found[1].clamp(min=1))
-        self.weights = (raised / raised.sum()).tolist()
+        counted = present.to(losses.dtype)
+        found = reduce(torch.stack([losses.detach() * counted, counted]).float(), "sum")
+        raised = self.weights.to(losses.device) * torch.exp(self.step * found[0] / found[1].clamp(min=1))
+        self.weights = raised / raised.sum()
         # Scaled by the number of centers: with equal weights, this is the mean over centers, as without GroupDRO.
-        return torch.stack([self.weights[self.centers.index(c)] * loss for c, loss in losses.items()]).sum() * (
-            len(self.centers) / len(losses)
-        )
+        return (self.weights * counted * losses).sum() * (len(self.centers) / counted.sum())
 
 
 class Coral:
@@ -141,30 +138,39 @@ class Coral:
 
     classifier = None
 
-    def __init__(self, features: HeadInput, weight: float) -> None:
+    def __init__(self, features: HeadInput, weight: float, centers: Sequence[int]) -> None:
         self.features = features
         self.weight = weight
+        self.centers = sorted(set(centers))
 
     def objective(self, step: Step) -> torch.Tensor:
-        return step.loss + step.share * self.weight * coral(self.features.last, step.centers)
+        members = torch.stack([step.centers == center for center in self.centers])
+        return step.loss + step.share * self.weight * coral(self.features.last, members)
 
 
-def coral(features: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-    """Scalar distance between centers in feature space, for features (B, d) and centers (B,) int64.
+def coral(features: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    """Scalar distance between centers in feature space.
 
     The mean squared difference of feature means plus that of covariances, averaged over pairs of centers with at least
     two images each; 0 without such a pair. Sun & Saenko 2016, "Deep CORAL"; the difference of means is added as in Koh
     et al. 2021, "WILDS".
+
+    Args:
+        features: (B, d) of a batch.
+        members: bool (G, B), the images of each center.
     """
-    moments = [
-        (part.mean(0), torch.cov(part.T).reshape(-1))
-        for part in (features[centers == center].float() for center in centers.unique())
-        if len(part) > 1
-    ]
-    distances = [
-        sum(((a - b) ** 2).mean() for a, b in zip(one, other, strict=True)) for one, other in combinations(moments, 2)
-    ]
-    return torch.stack(distances).mean() if distances else features.sum() * 0  # type: ignore[arg-type]
+    features, counts = features.float(), members.sum(1)
+    moments = []
+    for chosen, count in zip(members.to(features), counts, strict=True):
+        mean = chosen @ features / count.clamp(min=1)
+        deviations = (features - mean) * chosen[:, None]
+        moments.append((mean, deviations.T @ deviations / (count - 1).clamp(min=1)))
+    distances, pairs = features.sum() * 0, features.new_zeros(())
+    for one, other in combinations(range(len(members)), 2):
+        distance = sum(((a - b) ** 2).mean() for a, b in zip(moments[one], moments[other], strict=True))
+        counted = ((counts[one] > 1) & (counts[other] > 1)).to(features)
+        distances, pairs = distances + counted * distance, pairs + counted
+    return distances / pairs.clamp(min=1)
 
 
 class _Reverse(torch.autograd.Function):

@@ -24,7 +24,7 @@ from hf_histo.models import batchnorm
 from hf_histo.models.speed import activation_cut, folding
 from hf_histo.training.trainer import Stored, Trainer
 from hf_histo.transforms.augmentation import Augmentation
-from hf_histo.transforms.pipeline import collate
+from hf_histo.transforms.pipeline import collate, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ def _fill(session: Trainer, cut: activation_cut.Cut, stored: Stored) -> None:
                 for view, rows in missing:
                     parts = []
                     for _ in range(math.ceil(len(rows) / size)):
-                        batch = {name: part.to(session.args.device) for name, part in next(computed).items()}
+                        batch = to_device(next(computed), session.args.device)
                         pixels = session.pixel_values(batch, view if is_training else None)
                         parts.append(cut.activations(model, pixels))
                         bar.update(len(pixels))

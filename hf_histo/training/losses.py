@@ -27,15 +27,19 @@ def classification(num_outputs: int, class_weights: Sequence[float] | None = Non
     """
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-        labeled = labels >= 0
-        logits, targets = outputs.logits[labeled].float(), labels[labeled]
+        # Hidden labels are weighted, not selected: a selection waits for the device to count them.
+        labeled, logits = labels >= 0, outputs.logits.float()
         weights = None if class_weights is None else torch.tensor(class_weights, device=logits.device)
         if num_outputs == 1:
             total = F.binary_cross_entropy_with_logits(
-                logits[:, 0], targets.to(logits), pos_weight=None if weights is None else weights[1], reduction="sum"
+                logits[:, 0],
+                labels.clamp(min=0).to(logits),
+                weight=labeled.to(logits),
+                pos_weight=None if weights is None else weights[1],
+                reduction="sum",
             )
         else:
-            total = F.cross_entropy(logits, targets, weight=weights, reduction="sum")
+            total = F.cross_entropy(logits, labels, weight=weights, ignore_index=-1, reduction="sum")
         return total / (labeled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
     return loss

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 import transformers
 from accelerate.data_loader import DataLoaderShard
+from numpy.typing import NDArray
 from peft import PeftModel
 from safetensors.torch import load_model, save_model
 from torch import nn
@@ -39,6 +41,8 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {}),
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),
 }
+# Steps on an accelerator after which losses are checked, at the latest: a check in each step would make it wait.
+UNCHECKED = 50
 DOMAIN_CLASSIFIER = "domain_classifier.safetensors"  # in a checkpoint, not in an adapter
 
 
@@ -48,6 +52,15 @@ class Stored:
 
     training: Store
     validation: Store
+
+
+class _Loss(NamedTuple):
+    """Loss of a batch, with the rows of the batch in the training table, its step from 1, and its epoch."""
+
+    value: torch.Tensor
+    rows: NDArray[np.int64]
+    step: int
+    epoch: float | None
 
 
 class Trainer(transformers.Trainer):
@@ -85,6 +98,8 @@ class Trainer(transformers.Trainer):
         self.balanced = balanced
         self.training_views = training_views
         self.stored: Stored | None = None
+        self._unchecked: list[_Loss] = []
+        self._checked_after = 1 if self.args.device.type == "cpu" else UNCHECKED
         self.loss = loss
         self.batch_norm = batch_norm
         self.stop = StopAtCheckpoint(self.accelerator)
@@ -140,9 +155,13 @@ class Trainer(transformers.Trainer):
         view = epoch % self.training_views if self.training_views else epoch
         training = self.model is not None and self.model.training
         if self.stored is None:
-            return {"pixel_values": self.pixel_values(inputs, view if training else None), **inputs}
-        store = self.stored.training if training else self.stored.validation
-        return {"pixel_values": store.read(view % store.views, inputs["index"]), **inputs}
+            pixel_values = self.pixel_values(inputs, view if training else None)
+        else:
+            store = self.stored.training if training else self.stored.validation
+            pixel_values = store.read(view % store.views, inputs["index"]).to(self.args.device)
+        if not training:  # gathered from all processes, as the labels are
+            inputs["index"] = torch.from_numpy(inputs["index"]).to(self.args.device)
+        return {"pixel_values": pixel_values, **inputs}
 
     def pixel_values(self, batch: Batch, view: int | None) -> torch.Tensor:
         """Input of the model: the training view number `view`, or for None the evaluation view."""
@@ -164,21 +183,37 @@ class Trainer(transformers.Trainer):
                 loss=loss,
                 logits=outputs.logits,
                 labels=labels,
-                centers=centers,
+                centers=torch.from_numpy(centers).to(self.args.device),
                 share=1.0 if num_items_in_batch is None else images / num_items_in_batch,
                 progress=self.state.global_step / max(1, self.state.max_steps),
                 loss_of=self.loss,
             )
             loss = self.domain_loss.objective(step)
-        if model.training and not torch.isfinite(loss):
-            self._refuse(loss.item(), index)
+        if model.training:
+            self._unchecked.append(_Loss(loss.detach(), index, self.state.global_step + 1, self.state.epoch))
+            if len(self._unchecked) >= self._checked_after:
+                self._check_losses()
         return (loss, outputs) if return_outputs else loss
 
-    def _refuse(self, loss: float, index: torch.Tensor) -> NoReturn:
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:  # Any: as declared by transformers
+        """Check the losses before anything is logged, evaluated or saved; transformers calls this after each step."""
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self._check_losses()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _check_losses(self) -> None:
+        """Raise `HistoError` for the first loss since the last check that is NaN or infinite."""
+        unchecked, self._unchecked = self._unchecked, []
+        if unchecked:
+            finite = torch.isfinite(torch.stack([each.value for each in unchecked])).tolist()
+            for each in itertools.compress(unchecked, np.logical_not(finite)):
+                self._refuse(each)
+
+    def _refuse(self, at: _Loss) -> NoReturn:
         assert isinstance(self.train_dataset, ImageTable | Stream)
-        file, step = Path(str(self.args.output_dir)) / run_folder.NAN_BATCH, self.state.global_step + 1
-        ids = self.train_dataset.ids(index.tolist())
-        found = {"loss": str(loss), "step": step, "epoch": self.state.epoch, "process": self.args.process_index}
+        file, loss, step = Path(str(self.args.output_dir)) / run_folder.NAN_BATCH, at.value.item(), at.step
+        ids = self.train_dataset.ids(at.rows.tolist())
+        found = {"loss": str(loss), "step": step, "epoch": at.epoch, "process": self.args.process_index}
         write_json(file, found | {"ids": ids})
         raise HistoError(
             f"the loss is {loss} at step {step}, expected a finite number; look at the {len(ids)} images with the ids "

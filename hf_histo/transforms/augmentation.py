@@ -142,7 +142,7 @@ def augment(
     *,
     seed: int,
     epoch: int,
-    index: torch.Tensor,
+    index: NDArray[np.int64],
     normalize: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Augment images (B, 3, H, W), uint8 or float in [0, 1]: float32 (B, 3, size, size) in [0, 1] on the same device.
@@ -203,7 +203,7 @@ class TestTimeViews:
         return cls(config.prediction.test_time_views, config.prediction.test_time_augmentation, config.training.seed)
 
     def __call__(
-        self, images: torch.Tensor, preprocessing: Preprocessing, index: torch.Tensor
+        self, images: torch.Tensor, preprocessing: Preprocessing, index: NDArray[np.int64]
     ) -> Iterator[torch.Tensor]:
         """Yield each view of images (B, 3, H, W), uint8 or float in [0, 1]: normalized float32 (B, 3, S, S).
 
@@ -233,7 +233,7 @@ class TestTimeViews:
 SINGLE_VIEW = TestTimeViews()
 
 
-def uniform(seed: int, epoch: int, index: torch.Tensor, count: int) -> np.ndarray:
+def uniform(seed: int, epoch: int, index: NDArray[np.int64], count: int) -> np.ndarray:
     """Uniform random numbers in [0, 1), float64 (B, count), a pure function of (seed, epoch, index, column).
 
     A counter-based generator: SplitMix64's mixing function (Steele, Lea & Flood 2014, "Fast splittable pseudorandom
@@ -241,7 +241,7 @@ def uniform(seed: int, epoch: int, index: torch.Tensor, count: int) -> np.ndarra
     """
     state = _mix(np.array(seed, dtype=np.uint64))
     state = _mix(state ^ np.uint64(epoch))
-    state = _mix(state ^ index.cpu().numpy().astype(np.uint64))
+    state = _mix(state ^ np.asarray(index).astype(np.uint64))
     state = _mix(state[:, None] ^ np.arange(1, count + 1, dtype=np.uint64))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -277,8 +277,8 @@ def _recolor(images: torch.Tensor, draws: Draws, augmentation: Augmentation) -> 
     to_yiq = np.array(RGB_TO_YIQ)
     matrix = (bright * contrast)[:, None, None] * (np.linalg.inv(to_yiq) @ rotation @ to_yiq)
     luma = torch.einsum("bchw,c->b", images, torch.tensor(LUMA, device=images.device)) / images[0, 0].numel()
-    shift = (bright * (1 - contrast) * luma.double().cpu().numpy())[:, None] * np.ones(3)
-    return _affine(images, matrix, shift).clamp_(0, 1)
+    shift = torch.from_numpy(bright * (1 - contrast)).to(luma.device) * luma.double()
+    return _affine(images, matrix, shift[:, None].expand(-1, 3)).clamp_(0, 1)
 
 
 def _scan(images: torch.Tensor, draws: Draws, augmentation: Augmentation) -> torch.Tensor:
@@ -303,10 +303,10 @@ def _scan(images: torch.Tensor, draws: Draws, augmentation: Augmentation) -> tor
 
 
 def _resample(images: torch.Tensor, draws: Draws, augmentation: Augmentation, size: int) -> torch.Tensor:
-    maps, levels = _geometry(draws, augmentation, images.shape[-2:], size)
+    placed, levels = _geometry(draws, augmentation, images.shape[-2:], size)
     # If no map reaches outside its image, the cheaper padding gives the same result.
-    padding = "border" if maps.abs().sum(-1).max() <= 1 + 1e-6 else "reflection"
-    maps = maps.to(images.device)
+    padding = "border" if np.abs(placed).sum(-1).max() <= 1 + 1e-6 else "reflection"
+    maps = torch.from_numpy(placed).to(images.device)
     if not levels.any():
         return _sample(images, maps, size, padding)
     views = torch.empty(len(images), 3, size, size, device=images.device)
@@ -326,10 +326,8 @@ def _sample(images: torch.Tensor, maps: torch.Tensor, size: int, padding: str) -
     return F.grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)
 
 
-def _geometry(
-    draws: Draws, augmentation: Augmentation, shape: torch.Size, size: int
-) -> tuple[torch.Tensor, np.ndarray]:
-    """Affine maps (B, 2, 3) from view to image, both in [-1, 1], and how often to halve each image before, (B,)."""
+def _geometry(draws: Draws, augmentation: Augmentation, shape: torch.Size, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Affine maps (B, 2, 3), float32, from view to image, both in [-1, 1], and how often to halve each image before, (B,)."""
     height, width = shape
     area = _between(draws["area"], *augmentation.scale)
     aspect = np.exp(_between(draws["aspect"], *np.log(augmentation.ratio)))
@@ -352,15 +350,15 @@ def _geometry(
         [to_x * cos / width, to_y * (shear * cos - sin) / width, center_x],
         [to_x * sin / height, to_y * (shear * sin + cos) / height, center_y],
     ]
-    maps = torch.from_numpy(np.array(rows, dtype=np.float32)).permute(2, 0, 1).contiguous()
+    maps = np.ascontiguousarray(np.array(rows, dtype=np.float32).transpose(2, 0, 1))
     shrink = np.sqrt(np.abs(to_x * to_y)) / size
     return maps, np.maximum(np.floor(np.log2(shrink) + 1e-6), 0).astype(int)
 
 
-def _affine(images: torch.Tensor, matrix: np.ndarray, shift: np.ndarray) -> torch.Tensor:
+def _affine(images: torch.Tensor, matrix: np.ndarray, shift: np.ndarray | torch.Tensor) -> torch.Tensor:
     """Apply matrix (B, 3, 3) @ color + shift (B, 3) to each pixel."""
     mixed = torch.einsum("bij,bjhw->bihw", torch.from_numpy(matrix).to(images), images)
-    return mixed.add_(torch.from_numpy(shift).to(images)[:, :, None, None])
+    return mixed.add_(torch.as_tensor(shift).to(images)[:, :, None, None])
 
 
 def _between(draw: np.ndarray, low: float, high: float) -> np.ndarray:

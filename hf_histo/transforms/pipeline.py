@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import datasets
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
 from hf_histo.config import Config
@@ -16,7 +19,9 @@ from hf_histo.transforms.mri import Preparation
 from hf_histo.transforms.preprocessing import Preprocessing, resolve
 from hf_histo.transforms.stain import CenterNormalizer
 
-Batch = dict[str, torch.Tensor]  # "image": uint8 (B, 3, H, W), "labels", "center", "index": int64 (B,)
+# "image": uint8 (B, 3, H, W), "labels": int64 (B,), tensors on the device of the model; "center", "index": int64 (B,),
+# arrays: what is looked up or drawn by them is computed on the host, which must not wait for the device.
+Batch = dict[str, Any]  # Any: a tensor or an array
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ class Pipeline:
         """Yield each test-time view of a batch; by default only the evaluation view."""
         return self.test_time_views(self._in_color(batch), self.preprocessing, batch["index"])
 
-    def stain_targets(self, index: torch.Tensor, epoch: int) -> torch.Tensor | None:
+    def stain_targets(self, index: NDArray[np.int64], epoch: int) -> torch.Tensor | None:
         """Color statistics (B, 12) that each training view is moved to, see `CenterNormalizer.targets`.
 
         None if all views are moved to the reference, or color is not normalized.
@@ -133,8 +138,16 @@ class Pipeline:
         return batch["image"] if self.normalizer is None else self.normalizer(batch["image"], batch["center"], targets)
 
 
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`; pinned ones are copied without waiting."""
+    return {
+        name: part.to(device, non_blocking=True) if isinstance(part, torch.Tensor) else part
+        for name, part in batch.items()
+    }
+
+
 def collate(samples: list[Sample]) -> Batch:
-    """Collate samples into a `Batch`: {"image": uint8 (B, 3, H, W), "labels", "center", "index": int64 (B,)}.
+    """Collate samples into a `Batch`: tensors "image", uint8 (B, 3, H, W), and "labels", arrays "center" and "index".
 
     All images must have the same size. For samples without images, "image" is missing.
     """
@@ -142,6 +155,6 @@ def collate(samples: list[Sample]) -> Batch:
     return {
         **({"image": torch.stack(images)} if images else {}),
         "labels": torch.tensor([sample["label"] for sample in samples]),
-        "center": torch.tensor([sample["center"] for sample in samples]),
-        "index": torch.tensor([sample["index"] for sample in samples]),
+        "center": np.array([sample["center"] for sample in samples]),
+        "index": np.array([sample["index"] for sample in samples]),
     }

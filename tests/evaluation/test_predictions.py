@@ -141,12 +141,12 @@ def test_files_made_to_do_harm_are_refused(tmp_path: Path) -> None:
         "text": "group has a text of 5000 bytes",
         "names": "expected 2 different names",
         "same": "expected 2 different names",
-        "marked": "its transductive are not a list of texts",
+        "marked": "its transductive are not a list of strings",
     }
     for name in ("rows", "text", "marked", *hostile):
         file = tmp_path / f"{name}.parquet"
         assert file.stat().st_size < 2**20
-        with pytest.raises(HistoError, match=expected.get(name, "label_names are not a list of texts")) as error:
+        with pytest.raises(HistoError, match=expected.get(name, "label_names are not a list of strings")) as error:
             Predictions.read(file)
         assert str(file) in str(error.value)
 

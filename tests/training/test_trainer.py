@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from miniature import config, write_backbone, write_centers, write_data
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from hf_histo import finetune, launch
@@ -20,8 +22,9 @@ from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.metrics import classification
+from hf_histo.files import read_json
 from hf_histo.models import adapters, backbones, batchnorm
-from hf_histo.training import domain_loss, feature_cache, losses, trainer
+from hf_histo.training import domain_loss, feature_cache, losses, run_folder, trainer
 from hf_histo.transforms import augmentation, pipeline
 from hf_histo.transforms.pipeline import Pipeline, collate
 
@@ -315,9 +318,10 @@ def test_the_penalties_are_weighted_parts_of_the_loss(
             more = [f"--domain_loss={penalty}", f"--domain_weight={weight}"]
             run = domain_session(tmp_path / f"{penalty}{weight}", source, *more)
             loss = run.compute_loss(run.model, dict(inputs), num_items_in_batch=items).item()
-            centers = inputs["center"]
+            centers = torch.from_numpy(inputs["center"])
             if isinstance(run.domain_loss, domain_loss.Coral):
-                expected = domain_loss.coral(run.domain_loss.features.last, centers)
+                members = torch.stack([centers == center for center in (0, 3)])
+                expected = domain_loss.coral(run.domain_loss.features.last, members)
             else:
                 assert isinstance(run.domain_loss, domain_loss.DomainAdversarial)
                 expected = run.domain_loss.classifier(run.domain_loss.features.last, centers, 0.0)
@@ -332,15 +336,75 @@ def test_group_dro_weighs_the_losses_of_the_centers(tmp_path: Path, source: tupl
     groups = run.domain_loss
     assert isinstance(groups, domain_loss.GroupDRO)
     assert groups in run.callback_handler.callbacks
+    centers = torch.from_numpy(inputs["center"])
     means = [
         torch.nn.functional.binary_cross_entropy_with_logits(
-            outputs.logits[inputs["center"] == center, 0], inputs["labels"][inputs["center"] == center].float()
+            outputs.logits[centers == center, 0], inputs["labels"][centers == center].float()
         ).item()
         for center in (0, 3)
     ]
     raised = np.exp(0.5 * np.array(means))  # a step of 50 hundredths
     np.testing.assert_allclose(groups.weights, raised / raised.sum(), rtol=1e-5)
-    assert loss.item() == pytest.approx(np.dot(groups.weights, means), rel=1e-5)
+    assert loss.item() == pytest.approx(np.dot(groups.weights.tolist(), means), rel=1e-5)
+
+
+class Waits(TorchDispatchMode):
+    """Records what makes the host wait for an accelerator: reading a value, and results of a size that data decide."""
+
+    OPS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        selects = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in self.OPS or selects:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("penalty", ["none", "group_dro", "coral", "dann"])
+def test_no_step_waits_for_the_device(
+    tmp_path: Path, source: tuple[Path, Path], penalty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--augmentation=strong", "--normalization=reinhard", "--stain_mixing=0.5", f"--domain_loss={penalty}"]
+    run = session(tmp_path, source, "--target_modules=last-conv", *options)
+    run.state.max_steps = 10
+    run._checked_after = 50  # as on an accelerator
+    run.pipeline = run.pipeline.fitted(run._training_table(), "reinhard")
+    assert run.model is not None
+    run.model.train()
+    inputs = collate(run._training_table().__getitems__(range(8)))
+    waits = Waits()
+    for method in ("cpu", "tolist", "numpy"):
+        original = getattr(torch.Tensor, method)
+        monkeypatch.setattr(torch.Tensor, method, lambda *a, m=method, o=original: waits.found.append(m) or o(*a))
+    with waits:
+        run.compute_loss(run.model, run._prepare_inputs(inputs)).backward()
+    assert waits.found == []
+    with waits:
+        run._check_losses()
+    assert waits.found
+
+
+def test_a_loss_that_is_checked_later_is_reported_with_its_own_batch(tmp_path: Path, source: tuple[Path, Path]) -> None:
+    run = session(tmp_path, source, "--augmentation=none")
+    run._checked_after = 3
+    table = run._training_table()
+    for step, value in enumerate((0.5, math.nan, 0.4)):
+        run.state.global_step = step
+        rows = list(range(4 * step, 4 * step + 4))
+        inputs = run._prepare_inputs(collate(table.__getitems__(rows)))
+        run.compute_loss_func = lambda *args, value=value, **kwargs: torch.tensor(value)
+        assert run.model is not None
+        run.model.train()
+        if step < 2:
+            run.compute_loss(run.model, inputs)
+    with pytest.raises(HistoError, match="the loss is nan at step 2, expected a finite number"):
+        run.compute_loss(run.model, inputs)
+    assert read_json(tmp_path / run_folder.NAN_BATCH)["ids"] == table.ids(range(4, 8))
 
 
 @pytest.mark.parametrize(

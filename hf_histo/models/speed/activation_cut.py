@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -289,14 +290,14 @@ class Store:
             content.tofile(file)
             file.write(xxhash.xxh3_128_digest(content.data))
 
-    def read(self, view: int, index: torch.Tensor) -> torch.Tensor:
-        """The activations (B, ...) of the rows `index` (B,), on its device."""
+    def read(self, view: int, index: NDArray[np.int64]) -> torch.Tensor:
+        """The activations (B, ...) of the rows `index` (B,), on the CPU."""
         found = torch.empty(len(index), *self.shape, dtype=self.like.dtype)
         for place, row in enumerate(index.tolist()):
             found[place] = self._map(view, row - row % self.chunk)[row % self.chunk]
         if self.like.dim() == 4 and self.like.is_contiguous(memory_format=torch.channels_last):
             found = found.contiguous(memory_format=torch.channels_last)
-        return found.to(index.device)
+        return found
 
     def _is_intact(self, path: Path, rows: int) -> bool:
         if path in self._intact or not path.exists():

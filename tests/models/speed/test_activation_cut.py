@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -126,7 +127,7 @@ def test_the_store_gives_back_what_it_took(tmp_path: Path, monkeypatch: pytest.M
         store.write(view, rows, every[view, rows.start : rows.stop])
     assert store.missing() == []
     again = activation_cut.Store(tmp_path, rows=10, like=like, views=2)
-    index = torch.tensor([9, 0, 3, 4, 9])
+    index = np.array([9, 0, 3, 4, 9])
     found = again.read(1, index)
     assert torch.equal(found, every[1, index])
     assert found.is_contiguous(memory_format=torch.channels_last)
