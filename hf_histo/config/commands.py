@@ -36,6 +36,10 @@ class PredictOptions(TableOptions, AdapterSource):
     adapt_batch_norm: bool | None = option(None, "take batch-norm statistics from these images", bare=True)
     explain: Path | None = option(None, "PNG file: draw where the model sees the predicted class")
     batch_size: int = option(64, "images at a time", at_least=1)
+    num_workers: int = option(0, "processes that read images while the model runs", at_least=0)
+    mixed_precision: Literal["no", "bf16"] = option(
+        "no", "compute in bfloat16; how many decisions that changes is measured on some of the images, and printed"
+    )
     cache_dir: str | None = option(None, CACHE)
 
 

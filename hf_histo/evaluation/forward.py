@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -32,6 +32,7 @@ def forward(
     adapt_batch_norm: bool = False,
     batch_size: int = 64,
     num_workers: int = 0,
+    mixed_precision: Literal["no", "bf16"] = "no",
     description: str = "Predicting",
     device: torch.device | None = None,
 ) -> NDArray[np.float64]:
@@ -39,7 +40,7 @@ def forward(
 
     Each is the mean over the pipeline's test-time views. Of more than `FEW` images, it is that of the adapter merged
     into the backbone, the same up to rounding (`folding.merged`). Computed in float32 whatever the launcher's mixed
-    precision, so that a saved prediction can be reproduced. `model` is moved to the device and left in evaluation mode.
+    precision, so that a saved prediction can be reproduced, unless `mixed_precision` asks for bfloat16. `model` is moved to the device and left in evaluation mode.
 
     Args:
         model: takes `pixel_values` and returns an object with `logits` (B, outputs).
@@ -49,6 +50,7 @@ def forward(
         adapt_batch_norm: use batch-norm statistics of `dataset`'s own unlabeled images (see `batchnorm.adapted`); every
             process measures them on all images.
         batch_size, num_workers: of the loader in each process.
+        mixed_precision: "bf16" runs the model under autocast to bfloat16.
         description: of the progress bar.
         device: to compute on, by default this process's own in the launch.
     """
@@ -83,7 +85,8 @@ def forward(
     ):
         for batch in batches(accelerator.prepare(loader, device_placement=[False]), description):
             views = pipeline.test_time(batch)
-            logits = torch.stack([model(pixel_values=view).logits.float() for view in views]).mean(0)
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
+                logits = torch.stack([model(pixel_values=view).logits.float() for view in views]).mean(0)
             index = torch.from_numpy(batch["index"]).to(device)
             gathered.append([part.cpu() for part in accelerator.gather_for_metrics((logits, index))])
     every, order = (torch.cat(parts).numpy() for parts in zip(*gathered, strict=True))

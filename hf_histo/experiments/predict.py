@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import datasets
@@ -18,6 +19,8 @@ from hf_histo.evaluation import thresholds
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.files import require_output
 from hf_histo.inference import Classifier
+
+COMPARED = 200  # images, evenly spread over the table, that are predicted in float32 as well
 
 
 def predict(options: PredictOptions) -> str:
@@ -44,12 +47,14 @@ def predict(options: PredictOptions) -> str:
             "give --test_time_views 8, or leave it out"
         )
     views: dict[str, Any] = {"count": options.test_time_views, "augmentation": options.test_time_augmentation}
-    predictions = classifier.predict(
-        images,
+    predicted = partial(
+        classifier.predict,
         test_time_views=replace(sidecar.views, **{key: value for key, value in views.items() if value is not None}),
         adapt_batch_norm=options.adapt_batch_norm,
         batch_size=options.batch_size,
+        num_workers=options.num_workers,
     )
+    predictions = predicted(images, mixed_precision=options.mixed_precision)
     threshold, origin = _threshold(options, sidecar, predictions)
     predictions["predicted"] = np.array(sidecar.label_names)[predictions.predicted_classes(threshold)]
     predictions.write_submission(options.output, threshold, details=options.details)
@@ -60,7 +65,18 @@ def predict(options: PredictOptions) -> str:
     summary = f"{len(predictions)} predictions{decision}: {options.output}"
     if measured := predictions.attrs["transductive"]:
         summary += f"\ntransductive: used the images of {options.data} as a whole, for {', '.join(measured)}"
+    if options.mixed_precision != "no":
+        some = images.select(np.linspace(0, len(images) - 1, min(COMPARED, len(images))).round().astype(int))
+        summary += "\n" + _changed(predicted(some), predicted(some, mixed_precision=options.mixed_precision), threshold)
     return summary
+
+
+def _changed(exact: Predictions, rounded: Predictions, threshold: float) -> str:
+    """How predictions in bfloat16 differ from those in float32, as a line of text."""
+    changed = int((exact.predicted_classes(threshold) != rounded.predicted_classes(threshold)).sum())
+    most = np.abs(exact.class_probabilities - rounded.class_probabilities).max()
+    share = f"{changed} of {len(exact)} decisions ({changed / len(exact):.1%})"
+    return f"bf16 changed {share} on images also predicted in float32; probabilities differ by at most {most:.4f}"
 
 
 def _split(options: PredictOptions, gray_bits: int | None) -> datasets.Dataset:

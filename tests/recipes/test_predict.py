@@ -50,6 +50,25 @@ def test_the_threshold_is_printed_with_its_origin(backbone: Path, tmp_path: Path
     assert pd.read_csv(tmp_path / "preds.csv")["Pred"].sum() == 3
 
 
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_what_bfloat16_changes_is_printed(
+    backbone: Path, tmp_path: Path, shown_by: Callable[..., str], outputs: int
+) -> None:
+    file = write_data(tmp_path / "data") / "test.h5"
+    adapter = write_adapter(tmp_path / "adapter", backbone, outputs=outputs)
+    common = f"--adapter {adapter} --data {file} --cache_dir {tmp_path / 'cache'} --details --num_workers 1".split()
+    exact, rounded = (tmp_path / name for name in ("exact.csv", "rounded.csv"))
+    assert "bf16" not in shown_by("predict.py", *common, "--output", str(exact))
+    shown = shown_by("predict.py", *common, "--output", str(rounded), "--mixed_precision", "bf16")
+    tables = [pd.read_csv(path) for path in (exact, rounded)]
+    difference = (tables[0]["Prob"] - tables[1]["Prob"]).abs().max()
+    changed = (tables[0]["Pred"] != tables[1]["Pred"]).sum()
+    assert 1e-6 < difference < 0.05
+    assert f"bf16 changed {changed} of 7 decisions ({changed / 7:.1%})" in shown
+    if outputs == 1:
+        assert f"probabilities differ by at most {difference:.4f}" in shown
+
+
 @pytest.mark.parametrize(
     ("outputs", "options", "message"),
     [
