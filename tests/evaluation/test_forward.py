@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from miniature import write_data
+from miniature import config, write_backbone, write_data
 from torch import nn
 
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
+from hf_histo.evaluation import forward as forward_module
 from hf_histo.evaluation.forward import forward
+from hf_histo.models import adapters, backbones
 from hf_histo.transforms.augmentation import TestTimeViews, augment, preset
 from hf_histo.transforms.pipeline import Pipeline
 from hf_histo.transforms.preprocessing import Preprocessing
@@ -73,3 +76,40 @@ def test_drawn_views_are_those_of_the_augmentation(data: datasets.Dataset, image
         TestTimeViews(),
     ):
         assert np.abs(forward(Linear(), data, Pipeline(VIEW, test_time_views=other)) - found).min() > 1e-3
+
+
+def test_batch_norm_takes_the_statistics_of_the_images_where_that_is_asked_for(
+    data: datasets.Dataset, images: torch.Tensor
+) -> None:
+    class Normalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.norm(pixel_values).mean((-2, -1)))
+
+    model = Normalized()
+    plain = forward(model, data, Pipeline(VIEW))
+    adapted = forward(model, data, Pipeline(VIEW), adapt_batch_norm=True)
+    np.testing.assert_allclose(plain, VIEW(images).mean((-2, -1)), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(adapted.mean(axis=0), 0, atol=1e-4)
+    assert np.abs(plain.mean(axis=0)).max() > 0.1
+    assert np.array_equal(forward(model, data, Pipeline(VIEW)), plain)  # the model has its own again
+
+
+def test_a_merged_adapter_gives_the_same_logits(
+    tmp_path: Path, data: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = write_backbone(tmp_path / "backbone")
+    options = config(tmp_path, backbone, tmp_path, "--target_modules=all-conv")
+    model = adapters.add(backbones.load(str(backbone), 1), options.adapter)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    found = []
+    for few in (len(data), len(data) - 1):
+        monkeypatch.setattr(forward_module, "FEW", few)
+        found.append(forward(model, data, Pipeline(VIEW)))
+    assert not np.array_equal(found[0], found[1])  # merged, it rounds otherwise
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-4)

@@ -47,6 +47,16 @@ def test_a_path_is_consistent_and_no_worse_at_the_top() -> None:
     assert 0 < found["consistent"] < 1
 
 
+def test_the_summary_has_a_line_for_each_level_and_their_mean() -> None:
+    found = hierarchical_metrics.scores(table([TORN, [0.1, 0.1, 0.1, 0.7], TORN], [0, 3, 0]))
+    lines = hierarchical_metrics.summary(found).splitlines()
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]] == [
+        ["1", "3", "1.000", "1.000"],
+        ["2", "4", "0.333", "1.000"],
+        ["mean", "", "0.667", "1.000"],
+    ]
+
+
 def test_no_labels_and_no_levels() -> None:
     found = hierarchical_metrics.scores(table([TORN], [-1]))
     assert found["n"] == 0

@@ -35,7 +35,7 @@ def test_the_class_that_differs_is_found() -> None:
     assert shifted.auroc is not None and shifted.auroc > 0.9
     assert alike.auroc is not None and alike.low is not None and alike.high is not None
     assert alike.low < 0.5 < alike.high and 0.35 < alike.auroc < 0.65
-    assert rare.auroc is None and (rare.train, rare.images) == (1, 1)
+    assert rare.auroc is None and (rare.split, rare.train, rare.images) == ("test", 1, 1)
 
 
 @pytest.mark.parametrize("grouped", [True, False])
