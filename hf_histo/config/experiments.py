@@ -10,6 +10,7 @@ from hf_histo.config.options import option, required
 REPORTED = "reported.yaml"  # published results, beside the rows of a comparison
 ALL_LABELS = "all"  # among the numbers of shots
 WITHOUT_QUICK = {"quick": False}  # --quick sets its own numbers
+BENCHMARK_PARTS = (*("training", "pieces", "prediction", "features", "jobs", "scaling", "reading", "growth", "memory"),)
 PROBES = ("prototype", "knn", "linear")  # of frozen features
 
 
@@ -88,8 +89,16 @@ class SweepOptions:
 class BenchmarkOptions:
     _argument_group_name = "benchmark"
 
+    backbones: list[str] = option([], "their names or folders, measured one after the other (default: --backbone)")
+    parts: list[str] = option(
+        list(BENCHMARK_PARTS),
+        "what to measure: training steps beside those of others and the floor; with each piece turned off; prediction; "
+        "features of a probe; jobs from start to end; scaling to two processes; reading; growth of the data; memory",
+    )
     quick: bool = option(False, "few images, steps and repetitions: to see that it runs, not to measure")
-    repetitions: int = option(5, "of each measurement", needs=WITHOUT_QUICK)
-    steps: int = option(3, "training steps in each, after one that does not count", needs=WITHOUT_QUICK)
-    images: int = option(512, "that are generated for training", needs=WITHOUT_QUICK)
-    rows: list[int] = option([1_000, 10_000, 100_000], "of growing tables", needs=WITHOUT_QUICK)
+    repetitions: int = option(5, "of each measurement", at_least=1, needs=WITHOUT_QUICK)
+    steps: int = option(3, "training steps in each, after one that does not count", at_least=1, needs=WITHOUT_QUICK)
+    images: int = option(
+        512, "that are generated for training, and a fourth as many to predict", at_least=1, needs=WITHOUT_QUICK
+    )
+    rows: list[int] = option([1_000, 10_000, 100_000, 1_000_000], "of growing tables", needs=WITHOUT_QUICK)

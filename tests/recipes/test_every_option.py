@@ -42,7 +42,8 @@ from hf_histo.data.load import fingerprint
 from hf_histo.data.splits import folds
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.figures import run as run_figures
-from hf_histo.experiments import benchmark, cross_validate, grid, sweep
+from hf_histo.experiments import cross_validate, grid, sweep
+from hf_histo.experiments.benchmark import measure
 from hf_histo.files import read_json
 from hf_histo.training import feature_cache, trainer
 
@@ -381,7 +382,7 @@ def reached(
             seen.add(cell.config, cell.data)
         raise seen
 
-    def stopped_at_measurements(bench: Any) -> None:
+    def stopped_at_measurements(bench: Any, parts: Any) -> None:
         seen.add(bench.config, None)
         raise seen
 
@@ -412,7 +413,7 @@ def reached(
     monkeypatch.setattr(finetune, "fine_tune", stopped_at_a_run)
     monkeypatch.setattr(sweep, "fine_tune", stopped_at_a_run)
     monkeypatch.setattr(grid, "train", stopped_at_cells)
-    monkeypatch.setattr(benchmark, "measure", stopped_at_measurements)
+    monkeypatch.setattr(measure, "measure", stopped_at_measurements)
     monkeypatch.setattr(sweep, "open_storage", lambda url: optuna.storages.InMemoryStorage())
     monkeypatch.setattr(folds, "leave_one_center_out", remembered(folds.leave_one_center_out))
     monkeypatch.setattr(cross_validate, "k_folds", remembered(folds.k_folds))
