@@ -269,6 +269,8 @@ def build(config: Config, data: datasets.DatasetDict, task: Task) -> Setup:
         head=head,
         head_dropout=options.head_dropout,
     )
+    if options.patch_dropout:
+        backbones.add_patch_dropout(options.backbone, backbone, options.patch_dropout)
     source = backbones.locate(options.backbone)
     pipeline = Pipeline.of(config, backbone.config, source, recorded_bits(data["train"]))
     train: ImageTable | Stream

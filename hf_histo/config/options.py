@@ -221,6 +221,13 @@ class ModelOptions:
     head_dropout: float = option(
         0.0, "dropout before each linear layer of the classifier, in [0, 1)", at_least=0, below=1, needs=GRADIENT
     )
+    patch_dropout: float = option(
+        0.0,
+        "share of the patches that each training step leaves out, in [0, 1), for vision transformers of timm",
+        at_least=0,
+        below=1,
+        needs=GRADIENT,
+    )
     batch_norm: BatchNorm = option("frozen", "keep batch-norm statistics, or let them follow the data", needs=GRADIENT)
     image_size: int | None = option(None, "pixels on a side (default: the backbone's)", above=0, common=True)
     resize_size: int | None = option(

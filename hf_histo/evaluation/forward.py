@@ -40,7 +40,8 @@ def forward(
 
     Each is the mean over the pipeline's test-time views. Of more than `FEW` images, it is that of the adapter merged
     into the backbone, the same up to rounding (`folding.merged`). Computed in float32 whatever the launcher's mixed
-    precision, so that a saved prediction can be reproduced, unless `mixed_precision` asks for bfloat16. `model` is moved to the device and left in evaluation mode.
+    precision, so that a saved prediction can be reproduced, unless `mixed_precision` asks for bfloat16. `model` is
+    moved to the device and left in evaluation mode.
 
     Args:
         model: takes `pixel_values` and returns an object with `logits` (B, outputs).

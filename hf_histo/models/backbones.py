@@ -17,6 +17,8 @@ import xxhash
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
+from timm.layers import PatchDropout
+from timm.models.vision_transformer import VisionTransformer
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -138,6 +140,19 @@ def load(
     if head_dropout:
         heads.add_dropout(model, head_dropout)
     return model
+
+
+def add_patch_dropout(name: str, model: PreTrainedModel, rate: float) -> None:
+    """Let a vision transformer drop a share `rate` of its patches, drawn anew for each image, in training mode.
+
+    Liu et al. 2023, "PatchDropout: Economizing vision transformers using patch dropout", as in timm. Raises
+    `HistoError` for a model that can't do it.
+    """
+    network = getattr(model, "timm_model", None)
+    if not isinstance(network, VisionTransformer):
+        expected = "a vision transformer of timm (vit_..., deit_..., vit_..._dinov2)"
+        raise HistoError(f"--patch_dropout is {rate}, found the backbone {name}, expected {expected}; leave it out")
+    network.patch_drop = PatchDropout(rate, num_prefix_tokens=network.num_prefix_tokens).train(network.training)
 
 
 def is_bare(name: str) -> bool:

@@ -327,7 +327,7 @@ def _sample(images: torch.Tensor, maps: torch.Tensor, size: int, padding: str) -
 
 
 def _geometry(draws: Draws, augmentation: Augmentation, shape: torch.Size, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Affine maps (B, 2, 3), float32, from view to image, both in [-1, 1], and how often to halve each image before, (B,)."""
+    """Affine maps from view to image, both in [-1, 1], float32 (B, 2, 3), and how often to halve images, (B,)."""
     height, width = shape
     area = _between(draws["area"], *augmentation.scale)
     aspect = np.exp(_between(draws["aspect"], *np.log(augmentation.ratio)))

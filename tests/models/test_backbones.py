@@ -12,8 +12,10 @@ import torch
 from miniature import write_backbone
 from safetensors.torch import load_file, save_file
 
+from hf_histo.config import AdapterOptions
 from hf_histo.errors import HistoError
-from hf_histo.models import backbones, heads
+from hf_histo.models import adapters, backbones, heads
+from hf_histo.models.speed import activation_cut
 
 WEIGHTS = "model.safetensors"
 
@@ -154,6 +156,23 @@ def test_dropout_on_the_head_acts_in_training_only(resnet: Path) -> None:
     draws = head(pooled.expand(4000, -1))
     assert draws.std() > 0
     assert (draws.mean() - head.eval()(pooled)).abs() < 5 * draws.std() / 4000**0.5  # scaled by 1 / (1 - p)
+
+
+def test_patches_are_dropped_in_training_only(resnet: Path) -> None:
+    torch.manual_seed(0)
+    model = backbones.load("test_vit.r160_in1k", 2, random_weights=True, image_size=64)
+    pixels, tokens = torch.randn(2, 3, 64, 64), []
+    whole = model.eval()(pixel_values=pixels).logits
+    backbones.add_patch_dropout("test_vit", model, 0.75)
+    model.timm_model.blocks[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
+    assert torch.equal(model(pixel_values=pixels).logits, whole)
+    drawn = [model.train()(pixel_values=pixels).logits for _ in range(2)]
+    assert tokens == [17, 5, 5]  # 16 patches and the class token, of which a quarter and the token remain
+    assert not torch.equal(*drawn)
+    adapted = adapters.add(model, AdapterOptions(target_modules=r".*blocks\.1\..*qkv"))
+    assert activation_cut.find(adapted, pixels) is None  # what is below is not the same in each pass
+    with pytest.raises(HistoError, match=r"--patch_dropout is 0\.5, found the backbone resnet, expected a vision"):
+        backbones.add_patch_dropout("resnet", backbones.load(str(resnet), 1), 0.5)
 
 
 def test_the_fingerprint_covers_all_but_the_head(resnet: Path) -> None:

@@ -104,7 +104,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "lr_scheduler_patience": {"metric_for_best_model": "accuracy", "learning_rate": 1e-5, "logging_steps": 1},
 }
 # Options that a run on images of two classes in an HDF5 file, by a convolutional backbone on this machine, refuses.
-REFUSED_IN_MINIATURE = {"level", "revision", "head_softmax", "text_prompt", "lora_blocks"}
+REFUSED_IN_MINIATURE = {"level", "revision", "head_softmax", "text_prompt", "lora_blocks", "patch_dropout"}
 # Options that decide which images a run is given, and in which splits.
 ARRANGING = {option.name for option in dataclasses.fields(Config().data)} - {"negative_class", "num_workers"}
 ARRANGING |= {"pool_centers"}

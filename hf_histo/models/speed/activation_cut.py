@@ -179,7 +179,8 @@ def _find(model: nn.Module, pixels: torch.Tensor) -> Cut | None:
     with FlopCounterMode(display=False) as before:
         evaluated = cut.activations(model, pixels)
     trained = cut.activations(model.train(), pixels)
-    if not before.get_total_flops() or not torch.allclose(trained, evaluated, rtol=1e-3, atol=1e-5):
+    is_fixed = trained.shape == evaluated.shape and torch.allclose(trained, evaluated, rtol=1e-3, atol=1e-5)
+    if not before.get_total_flops() or not is_fixed:
         return None
     return dataclasses.replace(cut, share=before.get_total_flops() / whole.get_total_flops())
 
