@@ -291,6 +291,9 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     other = complete_checkpoint(tmp_path, 5, config(folder, "--lora_rank=4"))
     with pytest.raises(HistoError, match=r"is of another run: lora_rank 4 there and 8 here"):
         checkpoint(config(folder, f"--resume_from_checkpoint={other}"))
+    write_checksums(other)
+    with pytest.raises(HistoError, match=r"is of another run: "):
+        checkpoint(config(folder, f"--resume_from_checkpoint={other}"))
     own = complete_checkpoint(tmp_path, 6)
     with pytest.raises(HistoError, match=r"data fingerprint '' there and 'other images' here"):
         checkpoint(config(folder, f"--resume_from_checkpoint={own}"), "other images")
@@ -308,6 +311,19 @@ def test_other_data_is_another_run(tmp_path: Path) -> None:
     begin(options, "one")
     with pytest.raises(HistoError, match=r"other data .*fingerprint one, now two.*--overwrite_output_dir"):
         begin(options, "two")
+
+
+def test_what_a_killed_process_left_unfinished_is_no_run_and_goes(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "run"
+    left = folder / ".run.yaml.x.incomplete"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    assert begin(config(folder)) == folder
+    assert not left.exists()
+
+
+def test_folders_above_a_run_are_made(tmp_path: Path) -> None:
+    assert (begin(config(tmp_path / "runs" / "today" / "run")) / run_folder.RECORD).is_file()
 
 
 def test_two_launches_are_not_in_one_folder(tmp_path: Path) -> None:
