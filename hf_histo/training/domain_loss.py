@@ -95,7 +95,7 @@ class GroupDRO(TrainerCallback, ExportableState):
         weights: initial weights of the sorted centers, summing to 1; None is uniform.
     """
 
-    def __init__(self, centers: Sequence[int], step: float = 0.01, weights: Sequence[float] | None = None) -> None:
+    def __init__(self, centers: Sequence[int], step: float, weights: Sequence[float] | None = None) -> None:
         self.centers = sorted(set(centers))
         self.step = step
         self.weights = torch.tensor(weights or [1 / len(self.centers)] * len(self.centers))
