@@ -25,6 +25,7 @@ STAGES = (
     "app",
     "finetune",
     "experiments",
+    "doctor",
     "cli",
     "__main__",
 )

@@ -127,6 +127,11 @@ class ImportBackboneOptions:
 
 
 @dataclass(kw_only=True)
+class DoctorOptions:
+    cache_dir: str | None = option(None, CACHE)
+
+
+@dataclass(kw_only=True)
 class PretrainBackboneOptions:
     output_dir: Path = required("new folder for the backbone")
     steps: int = option(500, "optimizer steps, 128 images each", at_least=1)

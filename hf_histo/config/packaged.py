@@ -28,6 +28,7 @@ COMMANDS = {
     "export": ("export", "an adapter: one checkpoint, or ONNX"),
     "app": ("app", "an adapter: a page in the browser"),
     "benchmark": ("benchmark", "how fast this package is on this machine, beside stock practice"),
+    "doctor": ("doctor", "what this machine has for a run, and what it lacks"),
     "backbones": ("import_backbone", "registered foundation models: list them, fetch one"),
 }
 STUDIES = ("histo_lora", "mri_lora", "cytology_lora", "digits_lora")  # each fine-tunes
