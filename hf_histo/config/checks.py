@@ -76,6 +76,7 @@ def check_pairs(config: Config, given: Collection[str] = ()) -> None:
     if config.data.streaming:
         _check_streaming(config)
     _check_updates(config, given)
+    _check_views(config, given)
     _check_revision(config, given)
     _check_hub(config)
 
@@ -109,6 +110,13 @@ def _check_updates(config: Config, given: Collection[str]) -> None:
             f"--max_steps is {training.max_steps} and --iterations_per_shot is {protocol.iterations_per_shot}, "
             "which both set the number of updates; leave one out"
         )
+
+
+def _check_views(config: Config, given: Collection[str]) -> None:
+    views, changes = config.augmentation.training_views, config.augmentation.augmentation != "none"
+    if views and "training_views" in given and not (changes or config.centers.stain_mixing):
+        reason = "which acts only with --augmentation other than none, or with --stain_mixing"
+        raise HistoError(f"--training_views is {views}, {reason}; leave it out")
 
 
 def _check_revision(config: Config, given: Collection[str]) -> None:

@@ -265,6 +265,7 @@ def test_other_options_are_checked_as_on_the_command_line() -> None:
         ("--train_output_layer", "with --head_on logits"),
         ("--lr_scheduler_patience=2", "with --lr_scheduler_type reduce_lr_on_plateau"),
         ("--iterations_per_shot=5", "with --shots"),
+        ("--training_views=2 --augmentation=none", "with --augmentation other than none, or with --stain_mixing"),
         ("--test_time_augmentation=flips", "with --test_time_views other than 1"),
         ("--hub_private", "with --push_to_hub"),
         ("--family=near", "with --split published or clean"),
