@@ -10,10 +10,10 @@ guide to image classification in PEFT's documentation: torchvision's transforms 
 `LoraConfig`, `Trainer`, with the same layers, rank and augmentation, in float32 and in the precision of the others.
 The tuned peer is what a careful user makes of it: that precision, channels-last, frozen batch norm, and torchvision's
 transforms on uint8 tensors. The floor of a step is a forward pass and the gradient down to the output of the first
-adapted layer. Prediction is measured in float32, beside models that are fed from memory, in ONNX Runtime and OpenVINO,
-too, where they are installed. Images are generated. The sides are timed in turn, and the median over the repetitions
-counts: on a busy machine, ratios are worth more than seconds. All parts of a large backbone take long:
---parts chooses some. Into OUT go benchmark.md, .json and .png.
+adapted layer. Prediction is measured in float32, with bf16 in that, too, beside models that are fed from memory, also
+in ONNX Runtime and OpenVINO where they are installed. Images are generated. The sides are timed in turn, and the median
+over the repetitions counts: on a busy machine, ratios are worth more than seconds. All parts of a large backbone take
+long: --parts chooses some. Into OUT go benchmark.md, .json and .png.
 """
 
 from hf_histo.config import parse_with

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,11 +37,22 @@ def several(side: str) -> str:
     return f"{side}, {VIEWS} views"
 
 
-def sides(bench: Bench) -> dict[str, Callable[[], float]]:
-    """Seconds for an image, in float32 and batches of the same size; each side runs a batch first that does not count.
+def in_bf16(side: str) -> str:
+    """The name of a side that computes in bfloat16."""
+    return f"{side}, bf16"
 
-    Views take as many times longer, so there are that many times fewer images.
+
+def sides(bench: Bench) -> dict[str, Callable[[], float]]:
+    """Seconds for an image, in batches of the same size; each side runs a batch first that does not count.
+
+    In float32, and with `--mixed_precision bf16` in that, too. Views take as many times longer, so there are that many
+    times fewer images.
     """
+    half = {
+        in_bf16(OURS): partial(ours, bench, 1, "bf16"),
+        in_bf16(MERGED): partial(merged, bench, 1, "bf16"),
+        in_bf16(OPENVINO): partial(openvino, bench, "bf16"),
+    }
     return {
         OURS: partial(ours, bench, 1),
         MERGED: partial(merged, bench, 1),
@@ -51,6 +62,7 @@ def sides(bench: Bench) -> dict[str, Callable[[], float]]:
         STOCK: partial(peers.prediction, bench),
         ONNX_RUNTIME: partial(onnx_runtime, bench),
         OPENVINO: partial(openvino, bench),
+        **(half if bench.precision == "bf16" else {}),
     }
 
 
@@ -60,23 +72,31 @@ def count(bench: Bench, views: int) -> int:
     return max(images // views, min(images, FEW + 1))
 
 
-def ours(bench: Bench, views: int) -> float:
+def ours(bench: Bench, views: int, precision: Literal["no", "bf16"] = "no") -> float:
     model, pixels = _ready(bench)
     pipeline = replace(bench.pipeline(model, bench.config), test_time_views=TestTimeViews(views))
     rows = bench.data()["val"].select(range(count(bench, views)))
-    with torch.no_grad():
+    with torch.no_grad(), _autocast(bench, precision):
         model(pixel_values=pixels)
     started = time.perf_counter()
-    forward(model, rows, pipeline, batch_size=bench.batch, num_workers=bench.config.data.num_workers)
+    forward(
+        model,
+        rows,
+        pipeline,
+        batch_size=bench.batch,
+        num_workers=bench.config.data.num_workers,
+        mixed_precision=precision,
+    )
     return (time.perf_counter() - started) / len(rows)
 
 
-def merged(bench: Bench, views: int) -> float:
+def merged(bench: Bench, views: int, precision: str = "no") -> float:
     model, pixels = _ready(bench)
     with torch.no_grad(), folding.merged(model, pixels[:1]) as is_merged:
         if not is_merged and (isinstance(model, PeftModel) or batchnorm.layers(model)):
             raise Unavailable("merging changes the logits here, so this package does without")
-        return _fed(bench, lambda batch: model(pixel_values=batch).logits.float().cpu(), pixels, views)
+        with _autocast(bench, precision):
+            return _fed(bench, lambda batch: model(pixel_values=batch).logits.float().cpu(), pixels, views)
 
 
 def unmerged(bench: Bench) -> float:
@@ -99,15 +119,15 @@ def onnx_runtime(bench: Bench) -> float:
     return _fed(bench, lambda batch: session.run(None, {"pixel_values": batch}), _numpy(bench))
 
 
-def openvino(bench: Bench) -> float:
+def openvino(bench: Bench, precision: str = "f32") -> float:
     try:
         import openvino
     except ImportError:
         raise Unavailable("not installed: pip install openvino") from None
     if bench.device.type != "cpu":
         raise Unavailable("not measured beside a GPU, which it does not use")
-    # On a CPU that has it, OpenVINO would take bf16 by itself, and the other sides are in float32.
-    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    # On a CPU that has it, OpenVINO would take bf16 by itself.
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision}
     model = openvino.Core().compile_model(_onnx(bench), "CPU", settings)
     return _fed(bench, lambda batch: model({"pixel_values": batch}), _numpy(bench))
 
@@ -116,6 +136,10 @@ def _ready(bench: Bench) -> tuple[nn.Module, torch.Tensor]:
     """A model as this package predicts with it, and a batch for it."""
     model = adapters.channels_last(bench.adapted().to(bench.device)).eval()
     return model, bench.pixels(model)
+
+
+def _autocast(bench: Bench, precision: str) -> torch.autocast:
+    return torch.autocast(bench.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def _fed(bench: Bench, predict: Callable[[Any], object], pixels: Any, views: int = 1) -> float:

@@ -54,6 +54,8 @@ RATIOS = (
     Ratio("memory", OURS, steps.FULL, "device memory", 0.5),
     Ratio("prediction", OURS, prediction.MERGED, "images/s", 0.9),
     Ratio("prediction", prediction.several(OURS), prediction.several(prediction.MERGED), "images/s", 0.9),
+    Ratio("prediction", prediction.in_bf16(OURS), prediction.in_bf16(prediction.MERGED), "images/s", 0.9),
+    Ratio("prediction", prediction.in_bf16(OURS), prediction.in_bf16(prediction.OPENVINO), "images/s"),
     Ratio("prediction", OURS, prediction.UNMERGED, "images/s"),
     Ratio("prediction", OURS, prediction.STOCK, "images/s"),
     Ratio("prediction", OURS, prediction.ONNX_RUNTIME, "images/s"),

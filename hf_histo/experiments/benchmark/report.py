@@ -19,7 +19,7 @@ NAME = "benchmark"
 OF_A_BATCH, OF_A_COMMAND = ("training", "scaling"), ("jobs",)
 TITLES = {
     "training": "training step",
-    "prediction": "prediction in float32, an image",
+    "prediction": "prediction, an image; float32 unless named",
     "features": "features of a linear probe, an image",
     "jobs": "command",
     "scaling": "training step on CPUs, the same batch and threads in all",
@@ -88,7 +88,7 @@ def timing_table(title: str, sides: Mapping[str, Any], images: int | None) -> st
             rows.append([name, seconds, None, *([None] if images else [])])
             continue
         median = statistics.median(seconds)
-        spread = f"{_number(min(seconds))} to {_number(max(seconds))}"
+        spread = _range(min(seconds), max(seconds))
         rows.append([name, _number(median), spread, *([_number(images / median)] if images else [])])
     return table(rows)
 
@@ -97,7 +97,7 @@ def ratio_table(found: Mapping[Any, Value | str]) -> str:
     """Every ratio with what it is of, its range over repetitions, and its aim."""
     rows: list[list[object]] = [["of", "against", "ratio of", "ratio", "range", "aim"]]
     for ratio, value in found.items():
-        measured = (value, None) if isinstance(value, str) else (f"{value.median:.2f}", _range(value))
+        measured = (value, None) if isinstance(value, str) else (_number(value.median), _range(value.low, value.high))
         rows.append([f"{ratio.part}: {ratio.side}", ratio.against, ratio.quantity, *measured, ratio.aimed])
     return table(rows)
 
@@ -127,5 +127,5 @@ def _mib(count: int | None) -> str | None:
     return None if count is None else f"{count / 2**20:,.0f}"
 
 
-def _range(value: Value) -> str:
-    return f"{value.low:.2f} to {value.high:.2f}"
+def _range(low: float, high: float) -> str:
+    return f"{_number(low)} to {_number(high)}"

@@ -27,6 +27,9 @@ def found() -> dict[str, Any]:
             prediction.MERGED: [4.0, 4.0],
             of_eight[0]: [50.0, 50.0],
             of_eight[1]: [30.0, 30.0],
+            prediction.in_bf16("this package"): [3.0, 3.0],
+            prediction.in_bf16(prediction.MERGED): [1.5, 1.5],
+            prediction.in_bf16(prediction.OPENVINO): [0.75, 0.75],
             prediction.UNMERGED: [6.0, 6.0],
             prediction.STOCK: [15.0, 15.0],
             prediction.ONNX_RUNTIME: [2.5, 2.5],
@@ -51,7 +54,7 @@ def test_ratios_are_those_of_the_medians(found: dict[str, Any]) -> None:
     assert values == [
         *(9 / 4, 10 / 4, 16 / 4, 4 / 2),
         *(30 / 60, 30 / 40),
-        *(0.8, 0.6, 1.2, 3.0, 0.5, "not installed: pip install openvino"),
+        *(0.8, 0.6, 0.5, 0.25, 1.2, 3.0, 0.5, "not installed: pip install openvino"),
         *(0.5, 0.75),
         *(1.5, 1.6),
         *(10.0, 3.5),
