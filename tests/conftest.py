@@ -40,3 +40,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A backbone and a data set in miniature."""
     folder = tmp_path_factory.mktemp("source")
     return write_backbone(folder / "backbone"), write_data(folder / "data")
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process draw no figures, which is most of the time of a run in miniature."""
+    monkeypatch.setattr("hf_histo.evaluation.figures.run.draw", lambda *arguments, **options: {})

@@ -14,6 +14,8 @@ from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.inference import Classifier
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 CLASSES = ("glioma", "none", "pituitary")
 Call = Callable[..., str]
