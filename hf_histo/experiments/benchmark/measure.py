@@ -44,7 +44,7 @@ LEAST = 32  # images to predict: a few more than those for which nothing is merg
 
 
 def benchmark(config: Config, options: BenchmarkOptions) -> None:
-    """Measure the parts for each backbone; print tables, and write benchmark.md, .json and .png.
+    """Measure the parts for each backbone; after each, print tables, and write benchmark.md, .json and .png.
 
     Raises HistoError for options that can't act here, and for a command among the jobs that fails.
     """
@@ -66,9 +66,17 @@ def benchmark(config: Config, options: BenchmarkOptions) -> None:
             own.mkdir()
             bench = Bench(replace(config, model=replace(config.model, backbone=name)), options, own)
             blocks[name] = measure(bench, parts)
+            if place < len(names) - 1:  # hours may have passed: what was measured is not lost with the next backbone
+                _write(folder, bench, parts, before, blocks)
         blocks[WITHOUT_BACKBONE] = measure_images(bench, parts)
-    found = described(bench) | {"load": {"before": before, "after": _load()}, "parts": parts}
-    report.write(folder, found | {"blocks": {name: block for name, block in blocks.items() if block}})
+        _write(folder, bench, parts, before, blocks)
+
+
+def _write(
+    folder: Path, bench: Bench, parts: Collection[str], before: float | None, blocks: dict[str, dict[str, Any]]
+) -> None:
+    about = described(bench) | {"load": {"before": before, "after": _load()}, "parts": list(parts)}
+    report.write(folder, about | {"blocks": {name: block for name, block in blocks.items() if block}})
 
 
 def _checked(config: Config, options: BenchmarkOptions) -> tuple[list[str], list[str]]:

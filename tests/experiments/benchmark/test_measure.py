@@ -67,6 +67,22 @@ def test_each_backbone_has_a_block_and_the_tuned_peer_comes_first(
 
 
 @pytest.mark.usefixtures("given")
+def test_what_was_measured_survives_a_backbone_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = measure.measure
+
+    def fails(bench: Bench, parts: Any) -> dict[str, Any]:
+        if bench.config.model.backbone == "b":
+            raise KeyboardInterrupt
+        return measured(bench, parts)
+
+    monkeypatch.setattr(measure, "measure", fails)
+    config = Config(output=OutputOptions(output_dir=str(tmp_path)))
+    with pytest.raises(KeyboardInterrupt):
+        measure.benchmark(config, BenchmarkOptions(backbones=["a", "b"], images=32))
+    assert list(json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))["blocks"]) == ["a"]
+
+
+@pytest.mark.usefixtures("given")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
