@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -18,10 +19,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from hf_histo import hub, launch
+from hf_histo import hub, launch, library_warnings
 from hf_histo.adapter import folder as adapter_folder
 from hf_histo.adapter.sidecar import BackboneRecord, DataRecord, Sidecar
-from hf_histo.config import Config, with_role
+from hf_histo.config import Config
 from hf_histo.data import hierarchy
 from hf_histo.data.load import check_trainable, fingerprint
 from hf_histo.data.protocol import complete, refuse
@@ -42,7 +43,7 @@ from hf_histo.files import write_json
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones, batchnorm, heads, qkv
 from hf_histo.models.model_size import account
-from hf_histo.training import feature_cache, losses, run_folder, trainer
+from hf_histo.training import feature_cache, losses, run_folder, trackers, trainer
 from hf_histo.training.run_folder import Run
 from hf_histo.transforms.color_shift import ColorRange
 from hf_histo.transforms.pipeline import Pipeline
@@ -164,6 +165,11 @@ def fine_tune(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence
     Raises `HistoError` before training for data or options that can't be trained on, and a Hub repository that can't be
     written to; and after training if the upload fails.
     """
+    with library_warnings.shown() if config.output.verbose else nullcontext():
+        return _fine_tune_and_push(config, data, callbacks)
+
+
+def _fine_tune_and_push(config: Config, data: datasets.DatasetDict, callbacks: Sequence[TrainerCallback]) -> Result:
     started = time.monotonic()
     protocol = config.protocol
     data = few_shot.select(
@@ -224,6 +230,7 @@ def check(config: Config, data: datasets.DatasetDict) -> Task:
     if config.adapter.method == "full" and not is_plain:
         raise HistoError("--method full saves a model of transformers, expected --head linear on features; use lora")
     trainer.require_scheduler(config.training.lr_scheduler_type)
+    trackers.create(config)
     if config.output.explain and find_spec("captum") is None:
         raise HistoError("--explain needs captum: pip install hf_histo[explain], or leave it out")
     missing = {"train", "val"} - data.keys()
@@ -335,7 +342,9 @@ def train(
         validation=setup.validation,
         pipeline=setup.pipeline.extended(data["val"]),
         loss=losses.classification(task.num_outputs, weights),
-        compute_metrics=classification.for_trainer(negative=task.negative),
+        compute_metrics=classification.for_trainer(
+            negative=task.negative, centers=setup.validation.centers, center_names=center_names(data["val"])
+        ),
         callbacks=[run_folder.CheckpointRecord(run), *callbacks],
     )
     checkpoint = run_folder.checkpoint(run, config.training.resume_from_checkpoint)
@@ -343,7 +352,9 @@ def train(
     precision = session.accelerator.mixed_precision.replace("no", "float32")
     launch.show(f"training on {session.args.device.type} in {precision}, {torch.get_num_threads()} CPU threads")
     if config.output.preview and isinstance(setup.train, ImageTable) and session.is_world_process_zero():
-        preview(session.pipeline, data["train"], run.folder / run_folder.PREVIEW)
+        file = run.folder / run_folder.PREVIEW
+        preview(session.pipeline, data["train"], file)
+        session.add_callback(trackers.ShowImage(session.callback_handler.callbacks, "preview", file))
     selection: dict[str, Any] = {"split": "val", "metric": config.training.metric_for_best_model}
     if config.adapter.method == "pca":
         selection |= pca_baseline.fit(
@@ -382,7 +393,7 @@ def evaluate(config: Config, data: datasets.DatasetDict, task: Task, setup: Setu
         "calibration": {"split": "val", **dataclasses.asdict(temperature)},
         "splits": {split: classification.report(table, negative=task.negative) for split, table in tables.items()},
         **setup.sizes,
-        "options": _recorded_options(config),
+        "options": config.recorded(),
     }
     by_level = {
         split: hierarchical_metrics.scores(table)
@@ -464,15 +475,6 @@ def _thresholds(validation: Predictions) -> dict[str, float]:
     """Named thresholds for new images, chosen on labeled images only."""
     labels = validation["label"]
     return {"validation": thresholds.choose(validation).value} if labels[labels >= 0].nunique() > 1 else {}
-
-
-def _recorded_options(config: Config) -> dict[str, Any]:
-    """The options with an effect on the result that are not in the sidecar, without paths of this machine."""
-    recorded = {key: value for key, value in config.flat().items() if key in with_role("result")}
-    start = recorded["init_adapter"]
-    if start and (folder := Path(start).expanduser()).is_dir():
-        recorded["init_adapter"] = "/".join(folder.resolve().parts[-2:])  # RUN/adapter
-    return recorded
 
 
 def _cost(trained: Trained, seconds: float) -> dict[str, Any]:

@@ -57,6 +57,8 @@ def run(main: Callable[[], object], *, threads: int | None = None) -> None:
     """
 
     def start() -> None:
+        if rank() > 0:  # the first process logs the same warnings
+            logging.getLogger("hf_histo").setLevel(logging.ERROR)
         _use_threads(threads or thread_count(_first_number(LOCAL_SIZES, 1)))
         main()
 

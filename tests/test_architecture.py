@@ -29,7 +29,7 @@ STAGES = (
     "cli",
     "__main__",
 )
-BASE = ("config", "errors", "files", "launch")
+BASE = ("config", "errors", "files", "launch", "library_warnings")
 
 PACKAGE = Path(hf_histo.__file__).parent
 RECIPES = PACKAGE.parent / "recipes"

@@ -72,3 +72,11 @@ def test_a_number_that_a_person_chose_holds(scripts: tuple[Path, Path]) -> None:
 def test_what_is_no_number_is_refused(scripts: tuple[Path, Path]) -> None:
     recipe, _ = scripts
     assert started([recipe], OMP_NUM_THREADS="many").startswith("error: OMP_NUM_THREADS is 'many', expected a number")
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", "something to know"), ("1", "")])
+def test_warnings_of_this_package_come_from_the_first_process(tmp_path: Path, rank: str, shown: str) -> None:
+    recipe = tmp_path / "recipe.py"
+    log = "import logging; logging.getLogger('hf_histo.module').warning('something to know')"
+    recipe.write_text(f"from hf_histo.launch import run\nrun(lambda: exec({log!r}))\n", encoding="utf-8")
+    assert started([recipe], RANK=rank) == shown

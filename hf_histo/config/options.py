@@ -247,7 +247,11 @@ class AdapterOptions:
         common=True,
     )
     target_modules: str | None = option(
-        None, "layers with LoRA: a preset or regex (default: by architecture)", needs=LORA, common=True
+        None,
+        "layers with LoRA (default: by architecture)",
+        details="a preset or regex",
+        needs=LORA,
+        common=True,
     )
     lora_blocks: Literal["all", "bottom", "mid", "up", "half-bottom", "half-up", "top3"] = option(
         "all", "transformer blocks with LoRA: a third, a half, or the last three", needs=LORA
@@ -438,10 +442,29 @@ class OutputOptions:
         False, "delete a finished run in the folder, or one with other options", role="output"
     )
     preview: bool = option(
-        False, "before training, draw preview.png: what training makes of some images", role="output", needs=GRADIENT
+        False,
+        "before training, draw preview.png: what training makes of some images",
+        details="which --report_to shows as well",
+        role="output",
+        needs=GRADIENT,
     )
     explain: bool = option(
         False, "draw explanations.png: where the model sees the class it predicts on val", role="output"
+    )
+    report_to: str = option(
+        "none",
+        "trackers, e.g. tensorboard,wandb",
+        details="any of transformers: trackio, tensorboard, wandb, mlflow, ...; 'all': those that are installed",
+        role="output",
+        needs=GRADIENT,
+        exempt=("none",),
+        common=True,
+    )
+    run_name: str | None = option(
+        None, "name of the run there (default: by its folder)", role="output", needs={"report_to": SET}
+    )
+    verbose: bool = option(
+        False, "show every warning of the libraries, also those that call for no action", role="output"
     )
     push_to_hub: bool = option(False, "upload the adapter folder at the end", role="output", common=True)
     hub_model_id: str | None = option(None, "repository on the Hub: owner/name", role="output", needs=PUSHED)
@@ -493,6 +516,14 @@ class Config:
             }
         )
 
+    def recorded(self) -> dict[str, Any]:
+        """The options with an effect on the result, without data, backbone and paths of this machine."""
+        recorded = {key: value for key, value in self.flat().items() if key in with_role("result")}
+        start = recorded["init_adapter"]
+        if start and (folder := Path(start).expanduser()).is_dir():
+            recorded["init_adapter"] = "/".join(folder.resolve().parts[-2:])  # RUN/adapter
+        return recorded
+
     def at(self, output_dir: str | Path, seed: int) -> Config:
         """The same options for a run of its own: another folder and seed."""
         return dataclasses.replace(
@@ -511,6 +542,7 @@ class Config:
         for name, value in (
             ("push_to_hub", self.output.push_to_hub),
             ("resume_from_checkpoint", self.training.resume_from_checkpoint),
+            ("run_name", self.output.run_name),
         ):
             if value:
                 raise HistoError(

@@ -1,6 +1,5 @@
 """Backbones, heads and adapters."""
 
-import warnings
+from hf_histo import library_warnings
 
-# transformers calls its own deprecated property whenever a model is built or wrapped.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+library_warnings.silence()

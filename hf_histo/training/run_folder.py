@@ -33,8 +33,9 @@ COST = "cost.json"
 PREVIEW = "preview.png"
 NAN_BATCH = "nan_batch.json"
 PREDICTIONS = "predictions"
+TENSORBOARD = "tensorboard"
 # Everything that a run writes into its folder besides checkpoints, and that overwriting it deletes.
-WRITTEN = (RECORD, DATA, ADAPTER, FIGURES, COST, PREVIEW, NAN_BATCH, PREDICTIONS)
+WRITTEN = (RECORD, DATA, ADAPTER, FIGURES, COST, PREVIEW, NAN_BATCH, PREDICTIONS, TENSORBOARD)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 

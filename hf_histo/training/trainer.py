@@ -19,7 +19,14 @@ from peft import PeftModel
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import EarlyStoppingCallback, SchedulerType, TrainerCallback, TrainingArguments, get_scheduler
+from transformers import (
+    EarlyStoppingCallback,
+    ProgressCallback,
+    SchedulerType,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+)
 
 from hf_histo import launch
 from hf_histo.config import Config
@@ -30,9 +37,10 @@ from hf_histo.files import CHECKSUMS, write_json
 from hf_histo.models import adapters
 from hf_histo.models.speed.activation_cut import Store
 from hf_histo.training import domain_loss as domain_losses
-from hf_histo.training import run_folder
+from hf_histo.training import run_folder, trackers
 from hf_histo.training.losses import Loss
 from hf_histo.training.preemption import StopAtCheckpoint
+from hf_histo.training.progress import Progress
 from hf_histo.training.sampling import BalancedSampler
 from hf_histo.transforms.pipeline import Batch, Pipeline, collate
 
@@ -104,6 +112,8 @@ class Trainer(transformers.Trainer):
         self.batch_norm = batch_norm
         self.stop = StopAtCheckpoint(self.accelerator)
         self.add_callback(self.stop)
+        if self.pop_callback(ProgressCallback) is not None:  # neither in a notebook, nor if bars are turned off
+            self.add_callback(Progress())
         # FSDP shards a model in place.
         self._unsharded = copy.deepcopy(model) if self.is_fsdp_enabled else None
         # After the base class has set the seed, by which a domain classifier is initialized.
@@ -132,6 +142,10 @@ class Trainer(transformers.Trainer):
                 f"--output_dir {self.args.output_dir}: its last checkpoint holds more than tensors and numbers, or is "
                 f"damaged ({' '.join(str(error).split())[:200]}); delete that checkpoint"
             ) from None
+        finally:
+            for tracker in self.callback_handler.callbacks:
+                if isinstance(tracker, trackers.Tracker):
+                    tracker.close(self.args, self.state, self.control)
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint; transformers would use the last weights if the best ones are missing."""
@@ -303,7 +317,7 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
         updates = warmup + config.protocol.shots * config.protocol.iterations_per_shot
     often = "steps" if options.eval_steps else "epoch"
     try:
-        return TrainingArguments(
+        return trackers.Arguments(
             output_dir=str(folder),
             seed=options.seed,
             num_train_epochs=options.num_train_epochs,
@@ -340,7 +354,9 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
             fp16=precision == "fp16",
             torch_compile=config.speed.torch_compile,
             accelerator_config={"non_blocking": torch.cuda.is_available()},
-            report_to="none",
+            report_to="none",  # `build` adds the trackers
+            run_name=trackers.run_name(config),
+            described=trackers.described(config),
         )
     except ValueError as error:
         raise HistoError(f"these training options can't be combined: {' '.join(str(error).split())}") from None
@@ -378,7 +394,7 @@ def build(
         data_collator=collate,
         compute_metrics=compute_metrics,
         optimizer_cls_and_kwargs=(optimizer, settings),
-        callbacks=[*stopping, *callbacks],
+        callbacks=[*stopping, *trackers.create(config), *callbacks],
         pipeline=pipeline,
         domain_loss=config.centers.domain_loss,
         domain_weight=config.centers.domain_weight,

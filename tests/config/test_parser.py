@@ -268,6 +268,8 @@ def test_other_options_are_checked_as_on_the_command_line() -> None:
         ("--training_views=2 --augmentation=none", "with --augmentation other than none, or with --stain_mixing"),
         ("--test_time_augmentation=flips", "with --test_time_views other than 1"),
         ("--hub_private", "with --push_to_hub"),
+        ("--run_name=mine", "with --report_to other than none"),
+        ("--method=pca --report_to=wandb", "with --method linear, lora or full"),
         ("--family=near", "with --split published or clean"),
         ("--max_steps=4 --num_train_epochs=2", "without --max_steps"),
         ("--revision=v1", "on a backbone from the Hub"),
@@ -342,5 +344,6 @@ def test_what_changes_no_result() -> None:
         *("cache_dir", "activation_checkpointing", "cache_features", "num_workers", "per_device_eval_batch_size"),
         *("resume_from_checkpoint", "output_dir", "overwrite_output_dir", "preview", "explain", "push_to_hub"),
         *("hub_model_id", "hub_base_model", "hub_private", "hub_revision", "hub_create_pr", "image_root"),
+        *("report_to", "run_name", "verbose"),
     } == NON_RESULT_OPTIONS
     assert with_role("source") == {"data", "backbone", "revision"}

@@ -34,7 +34,7 @@ from miniature import (
 )
 from safetensors.torch import load_file
 
-from hf_histo import finetune, hub
+from hf_histo import finetune, hub, library_warnings
 from hf_histo.config import OPTIONS, Config, TableOptions, effective, parse
 from hf_histo.config.options import RULES, SET, Except
 from hf_histo.data import protocol
@@ -45,7 +45,7 @@ from hf_histo.evaluation.figures import run as run_figures
 from hf_histo.experiments import cross_validate, grid, sweep
 from hf_histo.experiments.benchmark import measure
 from hf_histo.files import read_json
-from hf_histo.training import feature_cache, trainer
+from hf_histo.training import feature_cache, run_folder, trainer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FINE_TUNE = finetune.fine_tune
@@ -95,6 +95,8 @@ VALUES: dict[str, Any] = {
     "hub_base_model": "me/base",
     "hub_license": "mit",
     "hub_revision": "v2",
+    "report_to": "tensorboard",
+    "run_name": "mine",
 }
 # Options that an option needs, besides those that it declares.
 NEEDS: dict[str, dict[str, Any]] = {
@@ -213,6 +215,7 @@ def outcome_of(source: Source) -> Iterator[Callable[..., dict[str, Any]]]:
         def built(*args: Any, **kwargs: Any) -> trainer.Trainer:
             session = build(*args, **kwargs)
             seen["session"] = session
+            seen["reported"], seen["verbose"] = session.args.run_name, library_warnings._shows_all
             return session
 
         def caching(session: trainer.Trainer, mode: str, cache_dir: str | None) -> Any:
@@ -265,6 +268,7 @@ def outcome(result: finetune.Result, seen: Mapping[str, Any]) -> dict[str, Any]:
             seen.get("caching"),
         ),
         "written": sorted(str(path.relative_to(run)) for path in [*run.glob("*.png"), *run.glob("*/figures/*")]),
+        "reported": (seen.get("reported"), (run / run_folder.TENSORBOARD).is_dir(), seen.get("verbose")),
         "folder": str(run) if run.name == "output" else None,
         "pushed": seen.get("pushed"),
     }

@@ -28,6 +28,7 @@ An undefined metric is None. Rows with a hidden label (-1) are left out; `n` cou
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,8 @@ Floats = NDArray[np.float64]
 
 SPECIFICITIES = (0.9, 0.95)  # of the screening metrics
 MIN_ABOVE = 5  # negative images above the threshold that the interval of a screening metric requires
+PER_CENTER = ("accuracy", "balanced_accuracy", "auroc")  # during training; reports have every metric
+MAX_CENTERS = 50  # shown one by one during training: trackers draw a curve for each
 BLOCK = 2**18  # rows × sets of weights computed at once: 2 MiB per float64 array fits into the processor's cache
 
 
@@ -131,21 +134,56 @@ def of_logits(
     return compute(table, threshold=threshold, negative=negative)
 
 
-def for_trainer(*, threshold: float = 0.5, negative: int | None = None) -> Callable[[EvalPrediction], dict[str, float]]:
+def for_trainer(
+    *,
+    threshold: float = 0.5,
+    negative: int | None = None,
+    centers: Sequence[int] = (),
+    center_names: Sequence[str] = (),
+) -> Callable[[EvalPrediction], dict[str, float]]:
     """Return a `compute_metrics` function for `transformers.Trainer`.
 
     It takes logits of shape (n,), (n, 1) or (n, K), and label ids that are labels (n,) or a tuple that starts with
     them. Undefined metrics are left out, and so is `loss`, which would replace the Trainer's own `eval_loss`, the value
     of the training objective.
+
+    With `centers`, label ids must be (labels, index). `PER_CENTER` metrics of each known center are added as
+    `center_<name>/<metric>`, if there are 2 to `MAX_CENTERS`.
+
+    Args:
+        threshold, negative: as in `compute`.
+        centers: center of each row of the evaluation set, -1 where unknown.
+        center_names: names of the centers; without, their numbers are used.
     """
+    of_row = np.asarray(centers)
+    known = np.unique(of_row[of_row >= 0]).tolist() if len(of_row) else []
+    several = 2 <= len(known) <= MAX_CENTERS
+    keys = _center_keys(known, center_names) if several else {}
 
     def compute_metrics(evaluation: EvalPrediction) -> dict[str, float]:
-        labels = evaluation.label_ids
-        labels = labels[0] if isinstance(labels, tuple) else labels
-        values = of_logits(evaluation.predictions, labels, threshold=threshold, negative=negative)
-        return {name: float(value) for name, value in values.items() if value is not None and name != "loss"}
+        given = evaluation.label_ids
+        labels, index = (given[0], given[-1]) if isinstance(given, tuple) else (given, given)
+        logits = np.asarray(evaluation.predictions)
+        values = of_logits(logits, labels, threshold=threshold, negative=negative)
+        values.pop("loss")
+        for center, key in keys.items():
+            rows = of_row[index] == center
+            own = of_logits(logits[rows], labels[rows], threshold=threshold, negative=negative)
+            values |= {f"{key}/{name}": own[name] for name in PER_CENTER}
+        return {name: float(value) for name, value in values.items() if value is not None}
 
     return compute_metrics
+
+
+def _center_keys(centers: Sequence[int], names: Sequence[str]) -> dict[int, str]:
+    """A key for each center that every tracker takes: ASCII letters, digits, `_`, `-` and `.`; by its name, if any."""
+    texts = {center: re.sub(r"[^\w.-]", "_", names[center][:50], flags=re.ASCII) if names else "" for center in centers}
+    found = list(texts.values())
+    alike = {center for center, text in texts.items() if found.count(text) > 1}
+    return {
+        center: f"center_{text}_{center}".replace("__", "_") if center in alike else f"center_{text}"
+        for center, text in texts.items()
+    }
 
 
 class _Rows:

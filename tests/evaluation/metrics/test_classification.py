@@ -361,6 +361,36 @@ def test_threshold_and_negative_class_reach_the_metrics_of_logits_and_of_the_tra
         assert found == {name: value for name, value in expected.items() if name != "loss"}
 
 
+def test_metrics_by_center_during_training() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=40), rng.integers(0, 2, 40)
+    centers = [0, 2, 2, -1] * 10  # by row of the table; evaluation comes in another order
+    index = rng.permutation(40)
+    evaluation = EvalPrediction(predictions=logits, label_ids=(labels, index))
+    plain = classification.for_trainer()(evaluation)
+    assert classification.for_trainer(centers=[1] * 40)(evaluation) == plain  # of one center
+    found = classification.for_trainer(centers=centers)(evaluation)
+    assert found.keys() - plain.keys() == {
+        f"center_{center}/{metric}" for center in (0, 2) for metric in ("accuracy", "balanced_accuracy", "auroc")
+    }
+    assert found == found | plain
+    for center in (0, 2):
+        rows = np.array(centers)[index] == center
+        expected = classification.of_logits(logits[rows], labels[rows])
+        assert found[f"center_{center}/auroc"] == expected["auroc"]
+        assert found[f"center_{center}/accuracy"] == expected["accuracy"]
+    # Names as a tracker takes them, one for each center.
+    names = ["a/../b c", "", "Universität", "Universitit"]
+    named = classification.for_trainer(centers=[0, 2, 3, 3] * 10, center_names=names)(evaluation)
+    keys = {key.split("/")[0] for key in named if key.startswith("center_")}
+    assert keys == {"center_a_.._b_c", "center_Universit_t", "center_Universitit"}
+    alike = classification.for_trainer(centers=[0, 1] * 20, center_names=["a b", "a/b"])(evaluation)
+    assert {key.split("/")[0] for key in alike if key.startswith("center_")} == {"center_a_b_0", "center_a_b_1"}
+    many = classification.for_trainer(centers=list(range(60)), center_names=())
+    table = EvalPrediction(predictions=np.zeros(60), label_ids=(np.arange(60) % 2, np.arange(60)))
+    assert not [key for key in many(table) if key.startswith("center_")]
+
+
 def test_evaluate_metric_needs_no_network() -> None:
     program = """
 import json, numpy as np
