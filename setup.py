@@ -1,4 +1,4 @@
-"""The recipes are part of the wheel. Everything else is in setup.cfg, whose values one that is given here would hide."""
+"""The recipes are part of the wheel. All else is in setup.cfg: a value that is given here would hide the one there."""
 
 from setuptools import find_packages, setup
 
