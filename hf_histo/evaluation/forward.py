@@ -86,7 +86,7 @@ def forward(
     ):
         for batch in batches(accelerator.prepare(loader, device_placement=[False]), description):
             views = pipeline.test_time(batch)
-            with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16) if mixed_precision == "bf16" else nullcontext():
                 logits = torch.stack([model(pixel_values=view).logits.float() for view in views]).mean(0)
             index = torch.from_numpy(batch["index"]).to(device)
             gathered.append([part.cpu() for part in accelerator.gather_for_metrics((logits, index))])

@@ -306,7 +306,7 @@ def _resample(images: torch.Tensor, draws: Draws, augmentation: Augmentation, si
     placed, levels = _geometry(draws, augmentation, images.shape[-2:], size)
     # If no map reaches outside its image, the cheaper padding gives the same result.
     padding = "border" if np.abs(placed).sum(-1).max() <= 1 + 1e-6 else "reflection"
-    maps = torch.from_numpy(placed).to(images.device)
+    maps = torch.tensor(placed, device=images.device)
     if not levels.any():
         return _sample(images, maps, size, padding)
     views = torch.empty(len(images), 3, size, size, device=images.device)

@@ -14,8 +14,6 @@ from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.inference import Classifier
 
-pytestmark = pytest.mark.usefixtures("without_figures")
-
 RECIPES = Path(__file__).parents[2] / "recipes"
 CLASSES = ("glioma", "none", "pituitary")
 Call = Callable[..., str]
@@ -73,6 +71,7 @@ def test_an_unknown_class_is_refused(call: Call, tmp_path: Path) -> None:
     assert "--negative_class is 'healthy', expected the name of a class: glioma, none, pituitary" in shown
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_folds_summed_up_and_resumed(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shown = call("cross_validate.py", out, "--folds=3")
