@@ -134,7 +134,8 @@ class Source:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("source")
     backbone, data = write_centers(folder)
@@ -143,7 +144,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     write_image_table(folder)
     write_adapter(folder / "adapter", backbone)
     write_backbone(folder / "other_backbone", seed=1)
-    return Source(folder, backbone, data)
+    yield Source(folder, backbone, data)
+    torch.set_num_threads(threads)  # as other test files in this process expect
 
 
 def other_value(name: str, source: Source) -> Any:
