@@ -86,8 +86,7 @@ def _packages() -> Iterator[Line]:
 
 
 def _devices() -> Iterator[Line]:
-    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    precisions = "float32, bf16 (--mixed_precision bf16)" if bf16 else "float32"
+    precisions = "float32, bf16 (--mixed_precision bf16)" if launch.cpu_has_bf16() else "float32"
     yield Line("CPU", f"{launch.thread_count()} threads for a run; {precisions}")
     for number in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(number)

@@ -224,9 +224,16 @@ def mixed_precision(wanted: str) -> str:
         return launched
     if not use_cpu():
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    if cpu_has_bf16():
         logger.info("this CPU computes in bf16, too, which --mixed_precision bf16 makes use of")
     return "no"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor computes in bfloat16: AVX-512 BF16 or AMX."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def set_mixed_precision(precision: str) -> None:

@@ -13,7 +13,7 @@ SEPARATOR = " > "
 
 
 def join(levels: Sequence[str]) -> str:
-    """Name of the class at the end of a path of level names."""
+    """Name of the class that the names of its levels, from the coarsest on, lead to."""
     return SEPARATOR.join(levels)
 
 

@@ -64,9 +64,9 @@ def load(
             images in memory (see `image_table.TableOfImages`): a `pandas.DataFrame`, a `datasets.Dataset` whose images
             may also be a column of `datasets.Image`, or paths of images; they are relative to the current folder, or to
             `image_root`.
-        labels: of a list of paths, one each; they are hidden without.
+        labels: a label for each path, if `source` is a list of paths; without it, all labels are hidden.
         cache_dir: folder of the converted data; default: the options' one, then `datasets.config.HF_DATASETS_CACHE`.
-        **options: fields of `DataOptions` that say how the source is read, e.g. `label_column="diagnosis"`.
+        **options: fields of `DataOptions` that control how the source is read, e.g. `label_column="diagnosis"`.
 
     Returns:
         Splits with the columns of `schema.features`. `val` may be missing, or all images may be in the single split
@@ -84,7 +84,7 @@ def load(
         OSError: the disk is full, or the cache can't be written.
     """
     if unknown := options.keys() - {name for layout in LAYOUTS for name in layout.OPTIONS}:
-        raise TypeError(f"load() got options that don't say how a source is read: {', '.join(sorted(unknown))}")
+        raise TypeError(f"load() got options that don't control how a source is read: {', '.join(sorted(unknown))}")
     base = source if isinstance(source, DataOptions) else DataOptions()
     chosen = dataclasses.replace(base, **options)
     cache_dir = Path(cache_dir or chosen.cache_dir or datasets.config.HF_DATASETS_CACHE)

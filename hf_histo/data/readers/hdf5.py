@@ -80,7 +80,7 @@ def array(parent: h5py.Group, name: str, kinds: str) -> h5py.Dataset | None:
 
 
 def _unwritten(dataset: h5py.Dataset) -> str:
-    """The part of a dataset that was never written, which HDF5 would replace by a fill value; "" if there is none.
+    """Name of the part of a dataset that was never written, which HDF5 would read as a fill value; "" if all was.
 
     Storage is allocated on the first write, by whole chunks (https://docs.hdfgroup.org, "H5Pset_alloc_time").
     """

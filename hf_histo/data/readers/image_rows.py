@@ -1,4 +1,4 @@
-"""Rows of a table of image files: which columns hold what, and checks of every row before an image is read."""
+"""Rows of a table of image files: find the columns, and check every row before an image is read."""
 
 from __future__ import annotations
 

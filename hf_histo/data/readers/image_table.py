@@ -93,10 +93,10 @@ class TableOfImages(FolderBuilder):
 
     def _generate_examples(self, rows: pd.DataFrame) -> Iterator[tuple[int, dict[str, Any]]]:
         label_of = self.info.features["label"].str2int
-        for place in range(len(rows)):
-            row = rows.iloc[place]
+        for place, row in enumerate(rows.to_dict("records")):
             with self.skipping():
-                image_rows.check_present(rows.iloc[[place]])
+                if not row["present"]:
+                    image_rows.check_present(rows.iloc[[place]])
                 image = self._stored(row["path"], f"{row['where']} ({row['name']})")
                 label = label_of(row["label"]) if row["label"] else -1
                 yield (

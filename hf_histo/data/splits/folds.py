@@ -263,20 +263,27 @@ def _folds(pool: datasets.Dataset, most: int) -> list[NDArray[np.int64]]:
 
     Strata are the combinations of label and center.
     """
-    groups, strata = _groups(pool), _strata(pool)
+    strata = _strata(pool)
+    folds = _equal_folds(strata, _groups(pool), most, 0, is_grouped=any(pool.unique("group")))
+    return sorted(folds, key=lambda part: _unevenness(strata, part, 1 / len(folds)))
+
+
+def _equal_folds(
+    strata: NDArray[np.int64], groups: NDArray[np.str_], most: int, seed: int, *, is_grouped: bool = True
+) -> list[NDArray[np.int64]]:
+    """Rows of each of `most` equal folds or fewer, of whole groups, stratified; none if two can't be made.
+
+    Without `is_grouped`, each row is a group: the same, and much faster.
+    """
     # The splitters refuse more folds than the most frequent stratum has images.
     count = min(most, len(np.unique(groups)), int(np.bincount(strata).max(initial=0)))
     if count < 2:
         return []
-    chosen = {"n_splits": count, "shuffle": True, "random_state": 0}
+    splitter = (StratifiedGroupKFold if is_grouped else StratifiedKFold)(count, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
-        # A stratum with fewer images than there are folds is in some of them only.
+        # scikit-learn warns of a stratum with fewer images than folds, which is fine here.
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-        if any(pool.unique("group")):
-            divided = list(StratifiedGroupKFold(**chosen).split(strata, strata, groups))
-        else:  # the same without groups, and much faster
-            divided = list(StratifiedKFold(**chosen).split(strata, strata))
-    return sorted((part for _, part in divided), key=lambda part: _unevenness(strata, part, 1 / count))
+        return [part for _, part in splitter.split(strata, strata, groups if is_grouped else None)]
 
 
 def _strata(pool: datasets.Dataset) -> NDArray[np.int64]:
@@ -301,9 +308,8 @@ def _parts(
     pool: datasets.Dataset, rest: NDArray[np.int64], seed: int, share: float, what: str
 ) -> dict[str, NDArray[np.int64]]:
     """Divide the rows `rest` of `pool` into `train` and `val`; errors start with `what`."""
-    labels, centers, groups = np.array(pool["label"]), np.array(pool["center"]), _groups(pool)
-    strata = np.unique(np.stack([labels[rest], centers[rest]]), axis=1, return_inverse=True)[1]
-    validation = _nearest_fold(strata, groups[rest], seed, share, what)
+    of_rest = np.unique(_strata(pool)[rest], return_inverse=True)[1]  # numbered without gaps
+    validation = _nearest_fold(of_rest, _groups(pool)[rest], seed, share, what)
     rows = {"train": rest[~validation], "val": rest[validation]}
     _check_classes(pool, rows["train"], what)
     return rows
@@ -325,19 +331,12 @@ def _nearest_fold(
     strata: NDArray[np.int64], groups: NDArray[np.str_], seed: int, share: float, what: str
 ) -> NDArray[np.bool_]:
     """Mask (n,) of the fold, among equal folds of whole groups, nearest to `share` of each stratum."""
-    counts = np.bincount(strata)
-    # The splitter refuses more folds than the most frequent stratum has images.
-    folds = min(round(1 / share), len(np.unique(groups)), int(counts.max(initial=0)))
-    if folds < 2:
+    parts = _equal_folds(strata, groups, round(1 / share), seed)
+    if not parts:
         raise HistoError(
             f"{what}: {len(strata)} images in {len(np.unique(groups))} groups are left for train and "
             "val, expected at least two groups, and two images of a class and center; add images of other centers"
         )
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        # scikit-learn warns of a stratum with fewer images than folds, which is fine here.
-        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-        parts = [part for _, part in splitter.split(strata, strata, groups)]
     distances = [_unevenness(strata, part, share) for part in parts]
     mask = np.zeros(len(strata), dtype=bool)
     mask[parts[int(np.argmin(distances))]] = True

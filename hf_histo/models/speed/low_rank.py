@@ -70,7 +70,7 @@ def forward(
         up: Any = layer.lora_B[name].weight * layer.scaling[name]
         if factor is not None:
             up = up * factor[:, None, None, None]
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = _dtype(x)
         with torch.autocast(kind, enabled=False):
             x, offset = x.to(dtype), bias if bias is None else bias.to(dtype)
             if weight[0].numel() < len(x) * _positions(x, weight, stride, padding):
@@ -114,7 +114,7 @@ def linear_forward(layer: nn.Module, parts: Sequence[nn.Module]) -> Callable[[to
             for (place, _), down, up in zip(adapted, factors[::2], factors[1::2], strict=True):
                 weights[place] = torch.addmm(weights[place], up, down)
             biases = [each.bias for each in layers if each.bias is not None]
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = _dtype(x)
         with torch.autocast(kind, enabled=False):
             weight = torch.cat([part.to(dtype) for part in weights])
             bias = torch.cat(biases).to(dtype) if biases else None
@@ -159,6 +159,12 @@ class _LowRankLinear(torch.autograd.Function):
         of_downs = (of_inner.T @ x).split(ranks)
         of_ups = [of_part.T @ part for of_part, part in zip(of_parts, inner, strict=True)]
         return of_x, None, None, None, *itertools.chain.from_iterable(zip(of_downs, of_ups, strict=True))
+
+
+def _dtype(x: torch.Tensor) -> torch.dtype:
+    """The precision to compute in: that of autocast, where it is on, else that of the input."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _positions(x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]) -> int:
