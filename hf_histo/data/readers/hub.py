@@ -336,7 +336,7 @@ def _whole(name: str, split: str, rows: datasets.IterableDataset) -> pa.Table:
 
 
 def _labels(name: str, found: pa.ChunkedArray, classes: Sequence[str], first: int) -> NDArray[np.int64]:
-    """Labels of a batch of rows, -1 where hidden. Raises HistoError for an invalid one; rows are counted from `first`."""
+    """Labels of a batch, -1 where hidden. Raises HistoError for an invalid one, its row counted from `first`."""
     labels: NDArray[np.int64] = found.fill_null(-1).to_numpy()
     for place in np.flatnonzero((labels < -1) | (labels >= len(classes)))[:1]:
         expected = f"0 to {len(classes) - 1}, or -1 where it is hidden"
