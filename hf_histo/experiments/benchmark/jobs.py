@@ -34,7 +34,7 @@ PROCESSES = {1: "1 process", 2: "2 processes"}
 
 @dataclass(frozen=True)
 class Job:
-    """A command that ended well: its seconds, those of each logged loss since its start, and what it printed."""
+    """A command that ended well: its seconds, those of each training step since its start, and what it printed."""
 
     seconds: float
     steps: list[float]
@@ -125,7 +125,8 @@ def run(command: Sequence[str], launcher: Sequence[str] = (), **variables: str) 
     Raises HistoError if the command fails.
     """
     words = [sys.executable, *(["-m", *launcher] if launcher else []), "-m", PROGRAM, *command]
-    environment = psutil.Process().environ() | {"PYTHONUNBUFFERED": "1"} | variables
+    # Without its progress bars, Trainer prints each loss in a line.
+    environment = psutil.Process().environ() | {"PYTHONUNBUFFERED": "1", "TRANSFORMERS_VERBOSITY": "error"} | variables
     steps, lines = [], []
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         started = time.perf_counter()
