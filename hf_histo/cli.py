@@ -9,14 +9,13 @@ A command is the `main` of a recipe.
 
 from __future__ import annotations
 
-import difflib
 import runpy
 import sys
 from collections.abc import Sequence
 
 from hf_histo import __version__
 from hf_histo.config.packaged import COMMANDS, PROGRAM, recipes
-from hf_histo.errors import HistoError
+from hf_histo.errors import HistoError, did_you_mean
 from hf_histo.launch import run
 
 
@@ -53,5 +52,4 @@ def usage() -> str:
 
 
 def _refuse(name: str) -> None:
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    raise HistoError(f"unknown command {name!r}; " + (f"did you mean {near[0]!r}?" if near else "--help lists them"))
+    raise HistoError(f"unknown command {name!r}; {did_you_mean(name, COMMANDS, '--help lists them')}")

@@ -85,7 +85,7 @@ def test_a_packaged_config_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
         "mri_report_grid",
         "mri_search",
     ]
-    with pytest.raises(HistoError, match=r"config histo_odd: .*did you mean histo_ood\?"):
+    with pytest.raises(HistoError, match=r"config histo_odd: .*did you mean 'histo_ood'\?"):
         config_file("histo_odd")
     Path("histo_ood").write_text("seed: 3\n", encoding="utf-8")  # a file of the user's comes first
     assert parse(None, ["--config", "histo_ood"]).training.seed == 3

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from hf_histo.errors import HistoError
+from hf_histo.errors import HistoError, did_you_mean
 
 PACKAGE = Path(__file__).parents[1]
 PROGRAM = "hf_histo"
@@ -52,8 +51,7 @@ def config_file(name: str) -> Path:
     names = {file.relative_to(configs).with_suffix("").as_posix(): file for file in configs.rglob("*.yaml")}
     names |= {folder.name: folder for folder in configs.iterdir() if folder.is_dir()}
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(sorted(n for n in names if '/' not in n))}"
+        hint = did_you_mean(name, names, f"they are {', '.join(sorted(n for n in names if '/' not in n))}")
         raise HistoError(f"config {name}: no such file, and no packaged config of that name; {hint}")
     return names[name]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -21,7 +20,7 @@ from transformers import HfArgumentParser
 from hf_histo.config.checks import check_bounds, check_pairs, effective, ineffective, needed
 from hf_histo.config.options import OPTIONS, RULES, Config, rule_of
 from hf_histo.config.packaged import PROGRAM, as_commands, config_file
-from hf_histo.errors import HistoError, idle_option
+from hf_histo.errors import HistoError, did_you_mean, idle_option
 from hf_histo.files import read_text
 
 if TYPE_CHECKING:
@@ -287,5 +286,4 @@ def _yaml_arguments(file: str) -> list[str]:
 
 def _unknown(kind: str, name: str, known: list[str]) -> str:
     name = name.split("=")[0]
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"unknown {kind} {name!r}; " + (f"did you mean {near[0]!r}?" if near else "--help_all lists the options")
+    return f"unknown {kind} {name!r}; {did_you_mean(name, known, '--help_all lists the options')}"

@@ -16,7 +16,6 @@ Then `--pool_centers` splits the images of `train` and `val` anew. Only that dep
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping
 
@@ -33,7 +32,7 @@ from hf_histo.data.splits import folds
 from hf_histo.data.splits.checks import named
 from hf_histo.data.splits.folds import k_folds, pool_centers, with_test, with_validation
 from hf_histo.data.splits.leakage import grouped, without_copies
-from hf_histo.errors import HistoError, idle_option
+from hf_histo.errors import HistoError, did_you_mean, idle_option
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +107,8 @@ def hold_out(files: datasets.DatasetDict, test_centers: str) -> datasets.Dataset
     wanted = [test_centers] if test_centers in known else [name.strip() for name in test_centers.split(",")]
     for name in wanted:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            raise HistoError(
-                f"--test_centers is {test_centers!r}, expected some of {', '.join(known)}; did you mean {near!r}?"
-            )
+            remedy = did_you_mean(name, known, "correct the names")
+            raise HistoError(f"--test_centers is {test_centers!r}, expected some of {', '.join(known)}; {remedy}")
     data, left_out = folds.held_out_centers(files, {known[name] for name in wanted})
     notes = [f"test: center {', '.join(wanted)}", *left_out]
     if left_out:

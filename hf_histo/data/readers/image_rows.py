@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import logging
 import os
 import unicodedata
@@ -26,7 +25,7 @@ from hf_histo.config import DataOptions
 from hf_histo.data.readers import shards
 from hf_histo.data.readers.class_folders import SINGLE, SPLITS, split_files
 from hf_histo.data.readers.pixel_tables import UNREADABLE
-from hf_histo.errors import HistoError
+from hf_histo.errors import HistoError, did_you_mean
 from hf_histo.files import atomic_folder, regular
 
 logger = logging.getLogger(__name__)
@@ -274,11 +273,8 @@ def _column(names: Sequence[str], role: str, options: DataOptions, where: str) -
     elif given[option] == WITHOUT:
         return None
     else:
-        near = difflib.get_close_matches(given[option], names, n=1, cutoff=0)
-        raise HistoError(
-            f"{where}: no column {given[option]!r} (--{option}), expected one of {_few(names)}; did you mean "
-            f"{near[0] if near else names!r}?"
-        )
+        remedy = did_you_mean(given[option], names, "correct the name")
+        raise HistoError(f"{where}: no column {given[option]!r} (--{option}), expected one of {_few(names)}; {remedy}")
     if len(found) > 1:
         raise HistoError(
             f"{where}: {len(found)} columns could be the {role}: {', '.join(found)}, expected one; name it by "
