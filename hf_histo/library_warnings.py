@@ -25,7 +25,6 @@ LOGGED: dict[str, tuple[str, ...]] = {
     "transformers.configuration_utils": ("You passed `num_labels=",),  # the new head has other classes
     "transformers.trainer_utils": ("mtime may not be reliable",),  # checkpoints are sorted by their steps
     "transformers.training_args": ("The speedups for torchdynamo mostly come with GPU",),  # --torch_compile
-    "torch._dynamo.convert_frame": ("torch._dynamo hit config.recompile_limit",),  # layers of many shapes
 }
 
 _shows_all = False

@@ -8,7 +8,6 @@ from tensors of `rank` channels. The gradient of the whole weight is never forme
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -169,8 +168,10 @@ def _dtype(x: torch.Tensor) -> torch.dtype:
 
 def _positions(x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]) -> int:
     """Height times width of what a convolution makes of x."""
-    sides = zip(x.shape[-2:], weight.shape[-2:], stride, padding, strict=True)
-    return math.prod((size + 2 * edge - kernel) // step + 1 for size, kernel, step, edge in sides)
+    height, width = (
+        (x.shape[axis] + 2 * padding[axis] - weight.shape[axis]) // stride[axis] + 1 for axis in (-2, -1)
+    )
+    return height * width
 
 
 class _LowRank(torch.autograd.Function):

@@ -90,6 +90,21 @@ def test_the_same_gradients_under_lora(name: str, target_modules: str) -> None:
             torch.testing.assert_close(inside, outside, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("name", "target_modules"), [("test_resnet.r160_in1k", "all-conv"), ("test_vit.r160_in1k", "attention-mlp")]
+)
+def test_a_folded_model_is_one_graph_for_the_compiler(name: str, target_modules: str) -> None:
+    """Else each layer is compiled by itself, until there are too many for torch, which then compiles none of them."""
+    model = backbones.load(name, 3, random_weights=True, image_size=64)
+    batchnorm.freeze(model)
+    adapted = adapters.add(model, AdapterOptions(target_modules=target_modules)).train()
+    pixels = torch.randn(8, 3, 64, 64)
+    with folding.folded(adapted, pixels):
+        compiled = torch.compile(adapted, backend="eager", fullgraph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            compiled(pixel_values=pixels).logits.sum().backward()
+
+
 def test_in_half_precision_as_near_as_that_is() -> None:
     torch.manual_seed(0)
     model = backbones.load("test_resnet.r160_in1k", 3, random_weights=True, image_size=64)
