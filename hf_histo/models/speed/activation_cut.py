@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_histo.files import atomic_file
+from hf_histo.models.speed import attention
 
 CHUNK_BYTES = 2**26  # of a file of activations: what a kill costs, and what a process holds in memory while it writes
 CHUNK_ROWS = 1024
@@ -37,7 +38,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Call:
-    """A module's call in a forward pass: its name, first input tensor, output, and the order of start and end."""
+    """A module's call in a forward pass: its name, first input tensor, output, and the order of start and end.
+
+    `attends`: whether the module itself, not one in it, calls `F.scaled_dot_product_attention`.
+    """
 
     name: str
     module: nn.Module
@@ -45,6 +49,7 @@ class Call:
     given: torch.Tensor | None
     left: int = -1
     output: Any = None
+    attends: bool = False
 
 
 class _Reached(Exception):
@@ -223,13 +228,18 @@ def record(model: nn.Module, pixels: torch.Tensor) -> tuple[list[Call], torch.Te
         call = running.pop()
         call.left, call.output = next(clock), output
 
+    def attend() -> None:
+        if running:
+            running[-1].attends = True
+
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if name:
                 first = module.register_forward_pre_hook(partial(enter, name), prepend=True, with_kwargs=True)
                 stack.callback(first.remove)
                 stack.callback(module.register_forward_hook(leave).remove)
-        logits = model(pixel_values=pixels).logits
+        with attention.Seen(attend):
+            logits = model(pixel_values=pixels).logits
     return calls, logits
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from hf_histo.models.qkv import SplitLinear
-from hf_histo.models.speed import low_rank
+from hf_histo.models.speed import attention, low_rank
 from hf_histo.models.speed.activation_cut import Call, record, replaced
 
 TOLERANCE = 1e-5  # between the logits of a model and of its merged form, times the largest logit if above 1
@@ -31,7 +31,7 @@ def folded(model: nn.Module, pixels: torch.Tensor) -> Iterator[int]:
 
     Exact up to rounding: batch norm is an affine map of each channel after a linear one, and a layer is linear in its
     weight. The update is added at each call, see `low_rank`; layers with dropout, DoRA or several adapters are left
-    alone. Afterwards the model is what it was, to the last bit; within, its frozen weights must not be saved.
+    alone. Attention gets the gradient of `attention`. Afterwards the model is what it was, to the last bit; within, its frozen weights must not be saved.
 
     Args:
         model: called as `model(pixel_values=...)`; its batch norm is frozen (`batchnorm.freeze`).
@@ -39,9 +39,6 @@ def folded(model: nn.Module, pixels: torch.Tensor) -> Iterator[int]:
 
     Yields the number of layers that are changed.
     """
-    if not any(isinstance(module, nn.BatchNorm2d) or low_rank.is_simple(module) for module in model.modules()):
-        yield 0
-        return
     training = model.training
     with ExitStack() as stack, torch.no_grad():
         calls, logits = record(model.eval(), pixels)
@@ -62,6 +59,8 @@ def folded(model: nn.Module, pixels: torch.Tensor) -> Iterator[int]:
         linear = list(_linear_layers(model))
         for layer, parts in linear:
             stack.enter_context(replaced(layer, low_rank.linear_forward(layer, parts)))
+        for module in {call.module: None for call in calls if call.attends}:
+            stack.enter_context(replaced(module, attention.forward(module)))
         close = torch.allclose(model(pixel_values=pixels).logits, logits, rtol=1e-3, atol=1e-4)
         if not close:  # something else took what a convolution gave
             stack.close()
