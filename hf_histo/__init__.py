@@ -2,10 +2,11 @@
 
 The public API, imported when it is first used, so that `import hf_histo` stays light:
 
+- `fine_tune`: one run, from data and keyword options to a `Result`.
+- `Result`: the metrics, predictions, classifier and folder of a run.
 - `Classifier`: predictions for new images, from an adapter folder or its name on the Hub.
-- `load_dataset`: a folder or file in any supported layout as a `datasets.DatasetDict` of one schema.
+- `load_dataset`: a folder, file or table in any supported layout as a `datasets.DatasetDict` of one schema.
 - `Config`: the options of a run.
-- `fine_tune`: one run, from a `Config` and a data set to an adapter folder.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hf_histo.api import fine_tune
     from hf_histo.config import Config
     from hf_histo.data.load import load as load_dataset
-    from hf_histo.finetune import fine_tune
     from hf_histo.inference import Classifier
+    from hf_histo.result import Result
 
 __version__ = "0.1.0"
-__all__ = ["Classifier", "Config", "fine_tune", "load_dataset"]
+__all__ = ["Classifier", "Config", "Result", "fine_tune", "load_dataset"]
 
 _HOMES = {
     "Classifier": ("hf_histo.inference", "Classifier"),
     "Config": ("hf_histo.config", "Config"),
-    "fine_tune": ("hf_histo.finetune", "fine_tune"),
+    "Result": ("hf_histo.result", "Result"),
+    "fine_tune": ("hf_histo.api", "fine_tune"),
     "load_dataset": ("hf_histo.data.load", "load"),
 }
 

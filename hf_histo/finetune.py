@@ -38,11 +38,12 @@ from hf_histo.evaluation.figures.embedding import features
 from hf_histo.evaluation.figures.preview import preview
 from hf_histo.evaluation.metrics import classification, hierarchical_metrics
 from hf_histo.evaluation.predictions import Predictions
-from hf_histo.evaluation.reporting import report, summary
+from hf_histo.evaluation.reporting import report
 from hf_histo.files import write_json
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones, batchnorm, heads, qkv
 from hf_histo.models.model_size import account
+from hf_histo.result import Result
 from hf_histo.training import feature_cache, losses, run_folder, trackers, trainer
 from hf_histo.training.run_folder import Run
 from hf_histo.transforms.color_shift import ColorRange
@@ -52,27 +53,6 @@ from hf_histo.transforms.preprocessing import Preprocessing
 logger = logging.getLogger(__name__)
 
 COMPONENTS, EXPLANATIONS = "components.png", "explanations.png"
-
-
-@dataclass(frozen=True)
-class Result:
-    """Result of a run.
-
-    Attributes:
-        adapter: path of the adapter folder.
-        metrics: content of metrics.json in it.
-        seconds: duration of the run; None if it was finished before.
-        address: URL of the upload, if any, in the process that did it.
-    """
-
-    adapter: Path
-    metrics: dict[str, Any]  # Any: JSON
-    seconds: float | None
-    address: str | None = None
-
-    def summary(self) -> str:
-        """A text: a short table of the evaluated splits, then sizes, seconds and the folder."""
-        return summary.of_run(self.metrics, self.adapter, self.seconds, self.address)
 
 
 @dataclass(frozen=True)
@@ -147,7 +127,7 @@ class Evaluation:
     sidecar: Sidecar
 
 
-def fine_tune(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence[TrainerCallback] = ()) -> Result:
+def run_config(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence[TrainerCallback] = ()) -> Result:
     """Train on `train`, choose the checkpoint on `val`, predict all splits but `train`, and save the adapter folder.
 
     `--shots`, `--percentage` and `--level` select from `data` (see `few_shot.select`). With `--push_to_hub`, the folder
@@ -165,7 +145,7 @@ def fine_tune(config: Config, data: datasets.DatasetDict, *, callbacks: Sequence
     Raises `HistoError` before training for data or options that can't be trained on, and a Hub repository that can't be
     written to; and after training if the upload fails.
     """
-    with library_warnings.shown() if config.output.verbose else nullcontext():
+    with library_warnings.shown() if config.output.verbose else nullcontext(), launch.own_precision():
         return _fine_tune_and_push(config, data, callbacks)
 
 
@@ -207,7 +187,7 @@ def _fine_tune(
     adapter = run.folder / run_folder.ADAPTER
     if run_folder.is_finished(run.folder) and not run.overwrites:
         adapter_folder.verify(adapter)
-        return Result(adapter, adapter_folder.read_metrics(adapter), None)
+        return Result(run.folder, adapter_folder.read_metrics(adapter), None)
     set_seed(config.training.seed)
     task = check(config, data)
     setup = build(config, data, task)
@@ -216,7 +196,7 @@ def _fine_tune(
     if trained.session.is_world_process_zero():
         write(config, data, trained, evaluation, run.folder, started)
     launch.process().wait_for_everyone()
-    return Result(adapter, evaluation.metrics, time.monotonic() - started)
+    return Result(run.folder, evaluation.metrics, time.monotonic() - started)
 
 
 def check(config: Config, data: datasets.DatasetDict) -> Task:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import datasets
 import numpy as np
+import pandas as pd
 import PIL.Image
 import torch
 from numpy.typing import NDArray
@@ -18,8 +19,9 @@ from torch import nn
 from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.data import schema
 from hf_histo.data.load import load as load_data
+from hf_histo.data.readers.image_rows import SUFFIXES
 from hf_histo.data.schema import ImageTable
-from hf_histo.errors import HistoError
+from hf_histo.errors import HistoError, printable
 from hf_histo.evaluation.figures.explanation import explanations, heat_map
 from hf_histo.evaluation.figures.style import short
 from hf_histo.evaluation.forward import forward
@@ -30,9 +32,11 @@ from hf_histo.models import adapters, backbones
 from hf_histo.transforms.augmentation import TestTimeViews
 from hf_histo.transforms.pipeline import collate
 
+HDF5 = (".h5", ".hdf5")
 BATCH_PIXELS = 64 * 384 * 384  # that a model sees at a time: an adapter's image size must not decide over the memory
 
 Image = str | Path | PIL.Image.Image | np.ndarray | torch.Tensor
+Images: TypeAlias = Image | Sequence[Image] | pd.DataFrame | datasets.Dataset
 
 
 class Classifier:
@@ -41,6 +45,7 @@ class Classifier:
     >>> classifier = Classifier.from_pretrained("runs/demo/adapter")
     >>> classifier(["a.png", "b.png"])  # a predictions table
     >>> classifier("hospital.h5", threshold="validation")
+    >>> classifier.probabilities(["a.png", "b.png"])  # a column for each class
     """
 
     def __init__(self, model: nn.Module, sidecar: Sidecar) -> None:
@@ -48,6 +53,11 @@ class Classifier:
         self.sidecar = sidecar
         self.sidecars = {"default": sidecar}
         self._device: torch.device | None = None
+
+    def __repr__(self) -> str:
+        known, sidecar = "".join(f", adapter {name!r}" for name in [*self.sidecars][1:]), self.sidecar
+        classes = ", ".join(sidecar.label_names)
+        return printable(f"Classifier({sidecar.method} on {sidecar.backbone.name}: {classes}{known})")
 
     @classmethod
     def from_pretrained(
@@ -156,7 +166,7 @@ class Classifier:
 
     def __call__(
         self,
-        images: Image | Sequence[Image] | datasets.Dataset,
+        images: Images,
         *,
         center: int | str = -1,
         threshold: str | float | None = None,
@@ -167,7 +177,8 @@ class Classifier:
         Args:
             images: paths; PIL images; arrays or tensors, (H, W, 3), (3, H, W) or (H, W), uint8 or float in [0, 1], or
                 a batch of such; a column of images of a `datasets.Dataset`; the path of an HDF5 file with one group per
-                image; or a table of the one schema (see `hf_histo.data.schema`).
+                image; a table of image paths, as a `DataFrame` or the path of its file (see
+                `hf_histo.data.readers.image_table`); or a table of the one schema (see `hf_histo.data.schema`).
             center: name or number of the one that all images are from, -1 where unknown; a file or table has its own.
                 If the adapter normalizes color, a center that training saw has stored statistics, and another one is
                 measured on `images`: give all its images at once, not one by one.
@@ -176,13 +187,25 @@ class Classifier:
 
         Returns what `predict` does; `id` is the path, the key in the file, or the place in the sequence.
 
-        Raises `HistoError`, which names the image, for one that is invalid or unreadable.
+        Raises `HistoError`, which names the image, for one that is invalid or unreadable; and for a table of several
+        splits.
         """
-        if isinstance(images, str | Path) and Path(images).suffix.lower() in (".h5", ".hdf5"):
-            images = load_data(images)["test"]
+        suffix = Path(images).suffix.lower() if isinstance(images, str | Path) else None
+        if isinstance(images, pd.DataFrame) or suffix in (*HDF5, *SUFFIXES):
+            images = _one_split(images, None if suffix in HDF5 else self.sidecar.preprocessing.gray_bits)
         if not isinstance(images, datasets.Dataset):
             images = _table(images, center, self.sidecar)
         return self.predict(images, threshold=threshold, batch_size=batch_size)
+
+    def probabilities(self, images: Images, *, center: int | str = -1, batch_size: int = 64) -> pd.DataFrame:
+        """The calibrated probability of each class, in [0, 1], by the arguments of a call.
+
+        Returns a row for each image, whose index is its `id`, and a column for each class; the sum of a row is 1. The
+        adapter's thresholds are for the column `probability` of a call, before calibration, and not for these.
+        """
+        table = self(images, center=center, batch_size=batch_size)
+        calibrated = table.with_temperature(self.sidecar.temperature).class_probabilities
+        return pd.DataFrame(calibrated, index=pd.Index(table["id"], name="id"), columns=self.sidecar.label_names)
 
     def predict(
         self,
@@ -259,6 +282,15 @@ class Classifier:
             calibrated=table.with_temperature(self.sidecar.temperature)["probability"],
             predicted=names[table.predicted_classes(chosen)],
         )
+
+
+def _one_split(source: Any, gray_bits: int | None) -> datasets.Dataset:
+    """The images of a file or table that has one split."""
+    splits = load_data(source, gray_bits=gray_bits)
+    if len(splits) > 1:
+        found = f"the table has the splits {', '.join(splits)}"
+        raise HistoError(f'{found}, expected one; pass one of them, such as load_dataset(...)["test"]')
+    return next(iter(splits.values()))
 
 
 def _table(images: Image | Sequence[Image], center: int | str, sidecar: Sidecar) -> datasets.Dataset:

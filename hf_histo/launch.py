@@ -15,7 +15,8 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -239,6 +240,21 @@ def cpu_has_bf16() -> bool:
 def set_mixed_precision(precision: str) -> None:
     """Make "no", "bf16" or "fp16" what transformers and accelerate use: `TrainingArguments` has no value for "no"."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+
+
+@contextmanager
+def own_precision() -> Iterator[None]:
+    """Within the block, a run chooses its mixed precision; the next one in this process has the launcher's again."""
+    from accelerate.state import AcceleratorState
+
+    before = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()  # it keeps the first precision, and refuses another one
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+        if before is not None:
+            os.environ["ACCELERATE_MIXED_PRECISION"] = before
 
 
 def gradient_accumulation_steps() -> int:

@@ -17,10 +17,10 @@ def main() -> None:
     config = parse(__doc__)
     show(config.title())
     from hf_histo.data.protocol import prepare
-    from hf_histo.finetune import fine_tune
+    from hf_histo.finetune import run_config
 
     data = prepare(config)
-    show(fine_tune(config, data).summary())
+    show(run_config(config, data).summary())
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ def main() -> None:
     config = parse(__doc__, split="published")
     show(config.title())
     from hf_histo.data.protocol import prepare
-    from hf_histo.finetune import fine_tune
+    from hf_histo.finetune import run_config
 
     data = prepare(config)
     show(f"{config.data.data}: {data['train'].info.description}")
-    show(fine_tune(config, data).summary())
+    show(run_config(config, data).summary())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from miniature import config, write_backbone
 
 from hf_histo.data.load import load
 from hf_histo.evaluation.predictions import Predictions
-from hf_histo.finetune import fine_tune
+from hf_histo.finetune import run_config
 from hf_histo.inference import Classifier
 from hf_histo.transforms.mri import Preparation
 
@@ -39,7 +39,7 @@ def test_images_of_different_sizes(folder: Path, tmp_path: Path, fit: str) -> No
     more += [f"--fit={fit}", "--preview", "--num_train_epochs=1"]
     options = config(tmp_path / "run", write_backbone(tmp_path / "backbone"), folder / "data", *more)
     data = load(folder / "data")
-    result = fine_tune(options, data)
+    result = run_config(options, data)
     assert (tmp_path / "run/preview.png").is_file()
 
     classifier = Classifier.from_pretrained(result.adapter)
@@ -59,7 +59,7 @@ def test_predictions_are_in_float32_whatever_the_launcher_asks_for(
     """In bfloat16, decisions would change, see SECURITY.md."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     data = load(source[1])
-    result = fine_tune(config(tmp_path / "run", *source, "--num_train_epochs=1", "--target_modules=last-conv"), data)
+    result = run_config(config(tmp_path / "run", *source, "--num_train_epochs=1", "--target_modules=last-conv"), data)
     assert json.loads((tmp_path / "run" / "cost.json").read_text())["precision"] == "bf16"
     saved = Predictions.read(result.adapter / "predictions" / "val.parquet")["logit"]
 

@@ -12,7 +12,7 @@ from miniature import SIZE, config, write_backbone, write_data
 from safetensors.torch import load_file, save_file
 
 from hf_histo.data.load import load
-from hf_histo.finetune import fine_tune
+from hf_histo.finetune import run_config
 from hf_histo.inference import Classifier
 from hf_histo.models import backbones, clip
 
@@ -36,7 +36,7 @@ def check_it_loads_again(adapter: Path, data: Path) -> None:
 
 def test_slices_of_fused_attention(data: Path, tmp_path: Path) -> None:
     vit = write_backbone(tmp_path / "vit", "test_vit.r160_in1k")
-    adapter = fine_tune(config(tmp_path / "run", vit, data, *QUICK, "--lora_blocks=top3"), load(data)).adapter
+    adapter = run_config(config(tmp_path / "run", vit, data, *QUICK, "--lora_blocks=top3"), load(data)).adapter
     matrices = {key for key in load_file(adapter / "adapter_model.safetensors") if "lora_A" in key}
     assert {key.split(".attn.")[1].split(".lora")[0] for key in matrices} == {"qkv.q", "qkv.v"}
     assert len({key.split(".blocks.")[1][0] for key in matrices}) == 3
@@ -62,7 +62,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_clip_model_that_starts_from_sentences(clip_folder: Path, data: Path, tmp_path: Path) -> None:
     sentences = ("--text_prompt=a slide of {} tissue", "--learning_rate=1e-30", "--weight_decay=0")  # learns nothing
-    adapter = fine_tune(config(tmp_path / "run", clip_folder, data, *QUICK, *sentences), load(data)).adapter
+    adapter = run_config(config(tmp_path / "run", clip_folder, data, *QUICK, *sentences), load(data)).adapter
     state = load_file(adapter / "adapter_model.safetensors")
     (head,) = (tensor for key, tensor in state.items() if key.endswith("classifier.weight"))
     names = load(data)["train"].features["label"].names
@@ -74,7 +74,7 @@ def test_a_clip_model_that_starts_from_sentences(clip_folder: Path, data: Path, 
 
 def test_a_clip_model_that_is_trained_whole(clip_folder: Path, data: Path, tmp_path: Path) -> None:
     whole = ("--method=full", "--num_train_epochs=1")
-    adapter = fine_tune(config(tmp_path / "run", clip_folder, data, *whole), load(data)).adapter
+    adapter = run_config(config(tmp_path / "run", clip_folder, data, *whole), load(data)).adapter
     recorded = pd.read_parquet(adapter / "predictions" / "test.parquet")
     again = Classifier.from_pretrained(adapter).predict(load(data)["test"])
     assert again["logit"].tolist() == pytest.approx(recorded["logit"].tolist(), abs=1e-6)

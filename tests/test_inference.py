@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import PIL.ExifTags
 import PIL.Image
 import pytest
@@ -32,7 +33,7 @@ from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, thresholds
 from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import Predictions
-from hf_histo.finetune import fine_tune
+from hf_histo.finetune import run_config
 from hf_histo.hub import load as load_adapter
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters
@@ -46,7 +47,7 @@ from hf_histo.transforms.stain import CenterNormalizer
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     data = write_data(folder / "data")
-    fine_tune(
+    run_config(
         config(folder / "run", write_backbone(folder / "backbone"), data, "--method=linear", "--explain"), load(data)
     )
     return folder
@@ -218,7 +219,7 @@ def test_a_run_on_deep_images_reads_others_as_it_read_those(run: Path, tmp_path:
         gray = np.random.default_rng(i).integers(0, 2048 * (1 + i % 2), (40, 40), dtype=np.uint16)
         PIL.Image.fromarray(gray).save(folder / f"{i}.png")
     options = config(tmp_path / "run", run / "backbone", tmp_path / "data", "--method=linear")
-    adapter = fine_tune(options, load(tmp_path / "data", cache_dir=tmp_path / "cache")).adapter
+    adapter = run_config(options, load(tmp_path / "data", cache_dir=tmp_path / "cache")).adapter
     classifier = Classifier.from_pretrained(adapter)
     assert classifier.sidecar.preprocessing.gray_bits == 12
     assert classifier(tmp_path / "data/val/dark/14.png")["id"].tolist() == [str(tmp_path / "data/val/dark/14.png")]
@@ -260,6 +261,32 @@ def test_a_file_and_a_table_keep_their_ids_and_centers(classifier: Classifier, r
         np.testing.assert_array_equal(found["logit"], table["logit"])
     with pytest.raises(HistoError, match=r"columns \['image'\], but no id"):
         classifier(data.select_columns("image"))
+
+
+def test_a_table_of_paths(classifier: Classifier, arrays: list[np.ndarray], tmp_path: Path) -> None:
+    paths = [tmp_path / f"{place}.png" for place in range(len(arrays))]
+    for path, pixels in zip(paths, arrays, strict=True):
+        PIL.Image.fromarray(pixels).save(path)
+    frame = pd.DataFrame({"image": paths, "hospital": "Halle"})
+    frame.assign(image=[path.name for path in paths]).to_csv(tmp_path / "images.csv", index=False)
+    for found in (classifier(frame), classifier(tmp_path / "images.csv")):
+        np.testing.assert_array_equal(found["logit"], classifier(arrays)["logit"])
+        assert list(found["id"]) == ["0.png", "1.png", "2.png"]
+        assert found.center_names == ["Halle"]
+    with pytest.raises(HistoError, match=r"has the splits train, test, expected one; pass one of them"):
+        classifier(frame.assign(label=["normal", "tumor", "normal"], split=["train", "train", "test"]))
+
+
+def test_probabilities_of_the_classes(classifier: Classifier, arrays: list[np.ndarray]) -> None:
+    table, found = classifier(arrays), classifier.probabilities(arrays)
+    assert list(found.columns) == classifier.sidecar.label_names and list(found.index) == ["0", "1", "2"]
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+    np.testing.assert_allclose(found.iloc[:, 1], table["calibrated"])
+
+
+def test_how_a_classifier_is_shown(classifier: Classifier) -> None:
+    assert repr(classifier).startswith("Classifier(linear on ")
+    assert repr(classifier).endswith(": " + ", ".join(classifier.sidecar.label_names) + ")")
 
 
 def reordered(data: datasets.Dataset, names: list[str]) -> datasets.Dataset:

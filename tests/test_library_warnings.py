@@ -65,7 +65,7 @@ def test_verbose_shows_them_in_a_run(
     with warnings.catch_warnings(record=True), pytest.raises(KeyboardInterrupt):
         warnings.simplefilter("default")
         library_warnings.silence()
-        finetune.fine_tune(options, protocol.prepare(options))
+        finetune.run_config(options, protocol.prepare(options))
     assert (WARNED in shown[0][0], LOGGED in shown[0][1]) == (verbose, verbose)
 
 

@@ -8,10 +8,11 @@ import sys
 import pytest
 
 import hf_histo
+from hf_histo.api import fine_tune
 from hf_histo.config import Config
 from hf_histo.data.load import load
-from hf_histo.finetune import fine_tune
 from hf_histo.inference import Classifier
+from hf_histo.result import Result
 
 
 def test_names_are_those_of_the_modules() -> None:
@@ -19,6 +20,8 @@ def test_names_are_those_of_the_modules() -> None:
     assert hf_histo.Config is Config
     assert hf_histo.fine_tune is fine_tune
     assert hf_histo.load_dataset is load
+    assert hf_histo.Result is Result
+    assert hf_histo.__all__ == ["Classifier", "Config", "Result", "fine_tune", "load_dataset"]
     assert set(hf_histo.__all__) < set(dir(hf_histo))
 
 

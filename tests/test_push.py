@@ -28,7 +28,7 @@ from hf_histo.data.load import load
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.files import checksum
-from hf_histo.finetune import fine_tune
+from hf_histo.finetune import run_config
 from hf_histo.inference import Classifier
 from hf_histo.training import trainer
 
@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def finished(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "run"
-    return fine_tune(config(run, *source, *QUICK), load(source[1])).adapter
+    return run_config(config(run, *source, *QUICK), load(source[1])).adapter
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_no_path_of_this_machine_is_pushed(
     more = [*QUICK, f"--init_adapter={finished}", f"--cache_dir={tmp_path / 'converted'}"]
     whole = ["--num_train_epochs=1", "--method=full"]
     for method, options in {"lora": more, "full": whole}.items():
-        result = fine_tune(config(tmp_path / "run" / method, *source, *options), load(source[1]))
+        result = run_config(config(tmp_path / "run" / method, *source, *options), load(source[1]))
         hub.push(result.adapter, f"ana/{method}")
         pushed = server.files(f"ana/{method}")
         assert len(pushed) > 10
@@ -430,7 +430,7 @@ def test_a_run_asks_before_it_trains_and_pushes_after(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "build", lambda *args, **kwargs: pytest.fail("trained"))
         with pytest.raises(HistoError, match=r"status 401.*hf auth login"):
-            fine_tune(config(tmp_path / "run", *source, *QUICK, *options), load(source[1]))
+            run_config(config(tmp_path / "run", *source, *QUICK, *options), load(source[1]))
     assert not (tmp_path / "run").exists()
     server.heal()
 
@@ -438,9 +438,9 @@ def test_a_run_asks_before_it_trains_and_pushes_after(
     shutil.copytree(finished.parent, tmp_path / "run")
     server.fail("commit", 500)
     with pytest.raises(HistoError, match="hf_histo push"):
-        fine_tune(config(tmp_path / "run", *source, *QUICK, *options), load(source[1]))
+        run_config(config(tmp_path / "run", *source, *QUICK, *options), load(source[1]))
     server.heal()
-    result = fine_tune(config(tmp_path / "run", *source, *QUICK, *options), load(source[1]))
+    result = run_config(config(tmp_path / "run", *source, *QUICK, *options), load(source[1]))
     assert result.address == f"{server.address}/{NAME}"
     assert f"uploaded: {result.address}" in result.summary()
     assert server.files(NAME) == on_the_hub(result.adapter)
@@ -452,7 +452,7 @@ def test_only_the_main_process_pushes(
     shutil.copytree(finished.parent, tmp_path / "run")
     monkeypatch.setattr("accelerate.PartialState.is_main_process", property(lambda state: False))
     options = config(tmp_path / "run", *source, *QUICK, "--push_to_hub", f"--hub_model_id={NAME}")
-    assert fine_tune(options, load(source[1])).address is None
+    assert run_config(options, load(source[1])).address is None
     assert not server.requests
 
 

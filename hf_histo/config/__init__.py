@@ -26,7 +26,15 @@ from hf_histo.config.options import (
     option,
     with_role,
 )
-from hf_histo.config.parser import parse, parse_command, parse_each, parse_with, refuse_given, with_options
+from hf_histo.config.parser import (
+    parse,
+    parse_command,
+    parse_each,
+    parse_options,
+    parse_with,
+    refuse_given,
+    with_options,
+)
 
 __all__ = [
     "NON_RESULT_OPTIONS",
@@ -55,6 +63,7 @@ __all__ = [
     "parse",
     "parse_command",
     "parse_each",
+    "parse_options",
     "parse_with",
     "refuse_given",
     "with_options",

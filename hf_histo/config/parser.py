@@ -10,7 +10,9 @@ import argparse
 import copy
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Sized
+from numbers import Number
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
@@ -43,6 +45,28 @@ def parse(usage: str | None, arguments: Sequence[str] | None = None, **defaults:
     return _parse(usage, arguments, [], defaults)[0]
 
 
+def parse_options(options: Mapping[str, Any], config: str | Path | Config | None = None) -> Config:
+    """The `Config` of options by name, as keyword arguments are: checked as on a command line; they win over `config`.
+
+    Args:
+        options: their values; None is the default, as if the option was not given.
+        config: what `--config` takes, a YAML file or the name of a packaged one; or a `Config`.
+
+    Raises `HistoError` as `parse` does, and for None where `config` has another value.
+    """
+    arguments = _as_arguments(options, "")
+    if config is None:
+        return parse(None, arguments)
+    base = _as_arguments(config.flat(), "") if isinstance(config, Config) else _yaml_arguments(str(config))
+    for argument in base:
+        name, value = argument[2:].split("=", 1)
+        if name in options and options[name] is None and value != str(OPTIONS[name].default):
+            raise HistoError(f"{name} is None, and config has {value}; give a value, or leave it out")
+    if isinstance(config, Config):
+        return _parse(None, [*base, *arguments], [], {}, given=_given(arguments))[0]
+    return parse(None, [f"--config={config}", *arguments])
+
+
 def parse_with(
     extra: type[Extra],
     usage: str | None,
@@ -61,7 +85,7 @@ def parse_with(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if is_shared and "config" in _given(arguments):
         raise HistoError("--config is one config, expected the option that takes several; give it there")
-    config, (own,) = _parse(usage, arguments, [extra], defaults, is_shared)
+    config, (own,) = _parse(usage, arguments, [extra], defaults, given=() if is_shared else None)
     _refuse_ineffective(own)
     return config, own
 
@@ -78,7 +102,7 @@ def parse_each(extra: type[Any], files: Sequence[str], arguments: Sequence[str] 
     for name in _given(arguments):
         if idle and all(name in of_one for of_one in idle):
             raise HistoError(f"--{name} is {configs[0].flat()[name]!r}, which {idle[0][name]}; leave it out")
-    return [_parse(None, ["--config", file, *arguments], [extra], {}, is_shared=True)[0] for file in files]
+    return [_parse(None, ["--config", file, *arguments], [extra], {}, given=())[0] for file in files]
 
 
 def refuse_given(config: Config, reasons: Mapping[str, str], arguments: Sequence[str] | None = None) -> None:
@@ -97,9 +121,7 @@ def with_options(config: Config, options: Mapping[str, Any]) -> Config:
 
     An option that cannot act beside the others takes its default.
     """
-    values = config.flat() | dict(options)
-    arguments = [f"--{name}={value}" for name, value in values.items() if value is not None]
-    return _parse(None, arguments, [], {}, is_shared=True)[0]
+    return _parse(None, _as_arguments(config.flat() | dict(options), ""), [], {}, given=())[0]
 
 
 def parse_command(kind: type[Command], usage: str | None, arguments: Sequence[str] | None = None) -> Command:
@@ -238,10 +260,11 @@ def _parse(
     arguments: Sequence[str] | None,
     extra: list[type],
     defaults: Mapping[str, Any],
-    is_shared: bool = False,
+    given: Collection[str] | None = None,
 ) -> tuple[Config, list[Any]]:
+    """As `parse`. `given` are the options that are refused where they cannot act; by default, those of `arguments`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    given = set() if is_shared else _given(arguments)
+    given = _given(arguments) if given is None else given
     config, own, file = _read(usage, arguments, extra, defaults)
     values = config.flat()
     if idle := ineffective(values):
@@ -269,19 +292,32 @@ def _yaml_arguments(file: str) -> list[str]:
         return []
     if not isinstance(content, dict):
         raise HistoError(f"--config {file}: expected a mapping of options, found {type(content).__name__}")
-    arguments = []
     if content.get("overwrite_output_dir"):
         found = "overwrite_output_dir is true, by which each use of the file would delete a run"
         raise HistoError(f"--config {file}: {found}; give it on the command line")
-    for key, value in content.items():
+    return _as_arguments(content, f"--config {file}: ")
+
+
+def _as_arguments(values: Mapping[Any, Any], where: str) -> list[str]:
+    """Options by name as a command line; `where` starts the message of a `HistoError`."""
+    arguments = []
+    for key, value in values.items():
         if key not in OPTIONS:
-            raise HistoError(f"--config {file}: " + _unknown("key", str(key), list(OPTIONS)))
-        if isinstance(value, dict | list):
+            raise HistoError(where + _unknown("key" if where else "option", str(key), list(OPTIONS)))
+        if value is None:
+            continue
+        if isinstance(value, bool) and not isinstance(OPTIONS[key].default, bool):
+            raise HistoError(f"{where}{key} is {value}, expected text or a number, not yes or no; correct it")
+        if not isinstance(value, str | Path | Number):
             # Not what it holds: a few lines of aliases can stand for more than fits into memory.
-            raise HistoError(f"--config {file}: {key} takes one value, found a {type(value).__name__} of {len(value)}")
-        if value is not None:
-            arguments.append(f"--{key}={value}")
+            raise HistoError(f"{where}{key} takes one value, found a {_shape(value)}; give text or a number")
+        arguments.append(f"--{key}={value}")
     return arguments
+
+
+def _shape(value: object) -> str:
+    kind = type(value).__name__
+    return f"{kind} of {len(value)}" if isinstance(value, Sized) else kind
 
 
 def _unknown(kind: str, name: str, known: list[str]) -> str:

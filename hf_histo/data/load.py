@@ -14,7 +14,7 @@ import xxhash
 from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 
-from hf_histo.config import DataOptions, with_role
+from hf_histo.config import OPTIONS, DataOptions, parse_options, with_role
 from hf_histo.data import cache, schema
 from hf_histo.data.readers import hub, image_rows
 from hf_histo.data.readers.builder import LEFT_OUT, FolderBuilder
@@ -28,7 +28,7 @@ from hf_histo.data.readers.patch_camelyon import PatchCamelyon
 from hf_histo.data.readers.pixel_tables import SUFFIXES, PixelTables
 from hf_histo.data.readers.wilds_camelyon17 import WildsCamelyon17
 from hf_histo.data.synthetic import tissue
-from hf_histo.errors import HistoError
+from hf_histo.errors import HistoError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,12 @@ LAYOUTS: tuple[type[FolderBuilder], ...] = (
 )
 
 
-Source: TypeAlias = str | Path | DataOptions | pd.DataFrame | datasets.Dataset | Sequence[str | Path]
+# Options that control how a source is read, each in some of the layouts.
+READING = tuple(name for name in OPTIONS if any(name in layout.OPTIONS for layout in LAYOUTS))
+
+Source: TypeAlias = (
+    str | Path | DataOptions | pd.DataFrame | datasets.Dataset | datasets.DatasetDict | Sequence[str | Path]
+)
 
 
 def load(
@@ -63,10 +68,12 @@ def load(
             HDF5 file in the multi-center layout is loaded as the split `test`, a single table as `full`. Or a table of
             images in memory (see `image_table.TableOfImages`): a `pandas.DataFrame`, a `datasets.Dataset` whose images
             may also be a column of `datasets.Image`, or paths of images; they are relative to the current folder, or to
-            `image_root`.
+            `image_root`. Or a `datasets.DatasetDict`, whose splits are such tables: one of this schema is returned as
+            it is, but for its fingerprint, which is that of its content.
         labels: a label for each path, if `source` is a list of paths; without it, all labels are hidden.
         cache_dir: folder of the converted data; default: the options' one, then `datasets.config.HF_DATASETS_CACHE`.
-        **options: fields of `DataOptions` that control how the source is read, e.g. `label_column="diagnosis"`.
+        **options: those of `READING`, by which the source is read, e.g. `label_column="diagnosis"`; checked as on the
+            command line.
 
     Returns:
         Splits with the columns of `schema.features`. `val` may be missing, or all images may be in the single split
@@ -79,15 +86,21 @@ def load(
     with a warning.
 
     Raises:
-        HistoError: an option has no effect on this layout; the folder is missing, incomplete or of no supported
-            layout; a file has a fault, or changes while it is read; and as `schema.check_texts` does.
+        HistoError: an option is unknown, invalid, or has no effect on this layout; the folder is missing, incomplete or
+            of no supported layout; a file has a fault, or changes while it is read; and as `schema.check_texts` does.
         OSError: the disk is full, or the cache can't be written.
     """
-    if unknown := options.keys() - {name for layout in LAYOUTS for name in layout.OPTIONS}:
-        raise TypeError(f"load() got options that don't control how a source is read: {', '.join(sorted(unknown))}")
+    for name in options:
+        if name not in READING:
+            remedy = did_you_mean(name, READING, f"expected some of {', '.join(READING)}")
+            raise HistoError(f"unknown option {name!r} of how a source is read; {remedy}")
+    checked = parse_options(options).data
     base = source if isinstance(source, DataOptions) else DataOptions()
-    chosen = dataclasses.replace(base, **options)
+    chosen = dataclasses.replace(base, **{name: getattr(checked, name) for name in options})
     cache_dir = Path(cache_dir or chosen.cache_dir or datasets.config.HF_DATASETS_CACHE)
+    if isinstance(source, datasets.DatasetDict) and labels is None and schema.holds(source):
+        _refuse_idle(chosen, "that is loaded already", ())
+        return _with_content_fingerprint(source)
     if labels is not None or not isinstance(source, str | Path | DataOptions):
         return _load(image_rows.store(_table(source, labels), chosen, cache_dir), cache_dir)
     return _load(chosen if source is base else dataclasses.replace(chosen, data=str(source)), cache_dir)
@@ -97,12 +110,48 @@ def _table(source: Source, labels: Sequence[Any] | None) -> pd.DataFrame | datas
     """A source in memory as a table."""
     if isinstance(source, pd.DataFrame | datasets.Dataset) and labels is None:
         return source
-    if isinstance(source, str | Path | DataOptions | pd.DataFrame | datasets.Dataset):
+    if isinstance(source, datasets.DatasetDict) and labels is None:
+        return _joined(source)
+    if isinstance(source, str | Path | DataOptions | pd.DataFrame | datasets.Dataset | datasets.DatasetDict):
         raise HistoError(f"labels are given beside a {type(source).__name__}, expected none; name a column of labels")
-    paths = list(source)
+    try:
+        paths = list(source)
+    except TypeError:
+        raise HistoError(f"data is a {type(source).__name__}, expected a path, a table or a list of paths") from None
     if labels is not None and len(paths) != len(labels):
         raise HistoError(f"{len(paths)} images, but {len(labels)} labels, expected one each")
     return pd.DataFrame({"image": paths} | ({} if labels is None else {"label": list(labels)}))
+
+
+def _joined(splits: datasets.DatasetDict) -> datasets.Dataset:
+    """The splits as one table, with their names in the column `split`."""
+    named = []
+    for name, rows in splits.items():
+        if "split" in rows.column_names:
+            raise HistoError(f"the split {name!r} has a column 'split' itself, expected none; remove or rename it")
+        named.append(rows.add_column("split", [name] * len(rows)))
+    try:
+        return datasets.concatenate_datasets(named)
+    except ValueError as error:
+        raise HistoError(f"the splits have different columns ({error}), expected the same in each") from None
+
+
+def _with_content_fingerprint(data: datasets.DatasetDict) -> datasets.DatasetDict:
+    """The same data, with a `fingerprint` of the rows that it holds now: some may be left out or changed."""
+    content = xxhash.xxh3_128()
+    for split, rows in data.items():
+        content.update(repr((split, rows.features)).encode())
+        stored = rows.cast_column("image", datasets.Image(decode=False))
+        for batch in stored.iter(batch_size=1000):
+            content.update(repr([batch[name] for name in ("id", "label", "center", "group")]).encode())
+            for image in batch["image"]:
+                if image is None or image["bytes"] is None:
+                    raise HistoError(f"{split}: images are not stored in the table; pass their paths as a table")
+                content.update(image["bytes"])
+    found = datasets.DatasetDict({split: rows.select_columns(rows.column_names) for split, rows in data.items()})
+    for rows in found.values():  # copies, info included
+        rows.info.config_name = content.hexdigest()
+    return found
 
 
 def _load(options: DataOptions, cache_dir: Path) -> datasets.DatasetDict:
@@ -151,8 +200,7 @@ def _load(options: DataOptions, cache_dir: Path) -> datasets.DatasetDict:
 
 def _refuse_idle(options: DataOptions, kind: str, acting: Sequence[str]) -> None:
     """Raise HistoError for a reading option that was set but has no effect on this kind of data."""
-    every = {name for layout in LAYOUTS for name in layout.OPTIONS}
-    for name in sorted(every - set(acting)):
+    for name in sorted(set(READING) - set(acting)):
         if (value := getattr(options, name)) != getattr(DataOptions(), name):
             raise HistoError(f"--{name} is {value!r}, which changes nothing for data {kind}; leave it out")
 

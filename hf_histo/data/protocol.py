@@ -37,18 +37,18 @@ from hf_histo.errors import HistoError, did_you_mean, idle_option
 logger = logging.getLogger(__name__)
 
 
-def prepare(config: Config) -> datasets.DatasetDict:
-    """Load `--data` as the splits `train`, `val` and, where the data has them, `test` and others.
+def prepare(config: Config, files: datasets.DatasetDict | None = None) -> datasets.DatasetDict:
+    """Load `--data`, or take `files`, loaded splits, as `train`, `val` and, where the data has them, `test` and others.
 
     Raises `HistoError` for data that can't be read or split as the options ask.
     """
-    data = arranged(config.data)
+    data = arranged(config.data, files)
     return pool_centers(data, seed=config.training.seed) if config.centers.pool_centers else data
 
 
-def arranged(options: DataOptions) -> datasets.DatasetDict:
-    """Load `--data`, split by `--split` and `--family` as `arrange` does."""
-    files = load(options)
+def arranged(options: DataOptions, files: datasets.DatasetDict | None = None) -> datasets.DatasetDict:
+    """Load `--data`, or take `files`, split by `--split` and `--family` as `arrange` does."""
+    files = load(options) if files is None else files
     if options.test_centers is not None:
         return hold_out(files, options.test_centers)
     if options.split == "files" and options.data.startswith(hub.PREFIX) and "val" not in files:

@@ -67,6 +67,19 @@ def features(label_names: Sequence[str], center_names: Sequence[str] = ()) -> da
     )
 
 
+def holds(data: datasets.DatasetDict) -> bool:
+    """Whether the splits of a data set have the columns of `features`, no others, and the same classes and centers."""
+    first = next(iter(data.values()), None)
+    if (
+        first is None
+        or not isinstance(first.features.get("label"), datasets.ClassLabel)
+        or "center" not in first.features
+    ):
+        return False
+    expected = features(first.features["label"].names, center_names(first))
+    return all(rows.features == expected for rows in data.values())
+
+
 def center_names(rows: datasets.Dataset) -> list[str]:
     """Names of the centers by number; none where centers have numbers alone."""
     kind = rows.features["center"]

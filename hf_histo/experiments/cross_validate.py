@@ -22,7 +22,7 @@ from hf_histo.evaluation.reporting.summary import METRICS, spread
 from hf_histo.experiments import grid
 from hf_histo.experiments.grid import Cell
 from hf_histo.files import write_json
-from hf_histo.finetune import Result
+from hf_histo.result import Result
 
 
 def cross_validate(config: Config, options: CrossValidateOptions) -> None:

@@ -25,7 +25,7 @@ from hf_histo.evaluation.reporting.report import table
 from hf_histo.evaluation.reporting.summary import Spread, spread
 from hf_histo.experiments import grid
 from hf_histo.experiments.frozen_features import FrozenFeatures
-from hf_histo.finetune import Result
+from hf_histo.result import Result
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def fit_probe(trial: Trial, drawn: datasets.DatasetDict, known: FrozenFeatures) 
 def of_run(result: Result) -> dict[str, Any]:
     """Result of a training run, as `measured` returns it."""
     test = Predictions.read(result.adapter / "predictions" / "test.parquet")
-    return measured(test, result.metrics["parameters"]["trainable"])
+    return measured(test, result.record["parameters"]["trainable"])
 
 
 def measured(test: Any, trainable: int) -> dict[str, Any]:

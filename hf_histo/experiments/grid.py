@@ -25,7 +25,8 @@ from hf_histo.config.experiments import Sharing
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.reporting.summary import METRICS
 from hf_histo.files import atomic_file, locked, write_json
-from hf_histo.finetune import Result, fine_tune
+from hf_histo.finetune import run_config
+from hf_histo.result import Result
 from hf_histo.training import run_folder
 
 MINUTES = 24 * 60  # default time limit of a job; submitit's default is 5
@@ -61,7 +62,7 @@ def train(
         sharing: the processes that train; by default, only this one, in the order of the cells.
         describe: returns the line that is printed when a cell is finished.
 
-    Raises HistoError as `fine_tune` does, for invalid `sharing`, and if a worker ended without finishing its cells.
+    Raises HistoError as `run_config` does, for invalid `sharing`, and if a worker ended without finishing its cells.
     """
     _check(cells, sharing)
     if sharing.workers > 1 or sharing.cluster:
@@ -83,7 +84,7 @@ def seeds(config: Config, count: int) -> range:
 
 def on_test(result: Result) -> dict[str, float | None]:
     """The metrics of `summary.METRICS` on `test`, None if undefined."""
-    overall = result.metrics["splits"]["test"]["overall"]
+    overall = result.record["splits"]["test"]["overall"]
     return {metric: overall[metric]["value"] for metric in METRICS}
 
 
@@ -106,7 +107,7 @@ def _train(cells: Sequence[Cell], describe: Callable[[Cell, Result], str] | None
             with _claimed(cell) as is_ours:
                 if not is_ours:
                     continue
-                results[place] = fine_tune(cell.config, cell.data)
+                results[place] = run_config(cell.config, cell.data)
             if describe and launch.is_main_process():
                 print(describe(cell, results[place]), flush=True)
         if len(results) == before:
@@ -118,7 +119,7 @@ def _train(cells: Sequence[Cell], describe: Callable[[Cell, Result], str] | None
 def _claimed(cell: Cell) -> Iterator[bool]:
     """Yield whether this process has claimed the cell, until the end of the block.
 
-    The processes of a distributed launch train a cell together and don't share cells with other launches; `fine_tune`
+    The processes of a distributed launch train a cell together and don't share cells with other launches; `run_config`
     refuses a second launch in the same folder.
     """
     if launch.process().num_processes > 1:

@@ -16,7 +16,7 @@ from hf_histo.evaluation.reporting.summary import METRICS, held_out
 from hf_histo.experiments import grid
 from hf_histo.experiments.grid import Cell
 from hf_histo.files import write_json
-from hf_histo.finetune import Result
+from hf_histo.result import Result
 
 
 def leave_one_center_out(config: Config, options: LeaveOneCenterOutOptions) -> None:
@@ -65,5 +65,5 @@ def leave_one_center_out(config: Config, options: LeaveOneCenterOutOptions) -> N
 
 
 def _done(cell: Cell, result: Result) -> str:
-    overall = result.metrics["splits"]["test"]["overall"]
+    overall = result.record["splits"]["test"]["overall"]
     return f"{cell.name}: accuracy {overall['accuracy']['value']:.3f} on {overall['n']} images"

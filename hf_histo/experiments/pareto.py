@@ -16,7 +16,7 @@ from hf_histo.evaluation.figures.pareto import Point, chart, front
 from hf_histo.evaluation.reporting.report import table
 from hf_histo.evaluation.reporting.summary import Spread, spread
 from hf_histo.experiments import grid
-from hf_histo.finetune import Result
+from hf_histo.result import Result
 
 HEAD_ALONE = "classifier-alone"
 
@@ -55,18 +55,18 @@ def pareto(config: Config, options: ParetoOptions) -> None:
         name: Point(
             "classifier alone" if name == HEAD_ALONE else str(chosen[name].adapter.target_modules),
             "" if name == HEAD_ALONE else f"r = {chosen[name].adapter.lora_rank}",
-            of_seeds[0].metrics["parameters"]["trainable"],
+            of_seeds[0].record["parameters"]["trainable"],
             accuracy(of_seeds, options.front_split).mean or 0.0,
             accuracy(of_seeds, options.front_split).deviation,
         )
         for name, of_seeds in results.items()
     }
     best = front(points)
-    splits = list(next(iter(results.values()))[0].metrics["splits"])
+    splits = list(next(iter(results.values()))[0].record["splits"])
     rows: list[list[object]] = [["run", "trainable", "MiB as fp16", *(f"{s} accuracy" for s in splits), "front"]]
     for name in sorted(points, key=lambda name: points[name].trainable):
         measured = [accuracy(results[name], split) for split in splits]
-        size = results[name][0].metrics["bytes"]["adapter_fp16"] / 2**20
+        size = results[name][0].record["bytes"]["adapter_fp16"] / 2**20
         rows.append([name, f"{points[name].trainable:,}", f"{size:.2f}", *measured, "yes" if name in best else ""])
     text = (
         f"{table(rows)}\n\nAccuracy on {config.data.data} (content fingerprint {fingerprint(data)}): mean ± sample "
@@ -105,4 +105,4 @@ def combinations(config: Config, options: ParetoOptions) -> dict[str, Config]:
 
 def accuracy(results: list[Result], split: str) -> Spread:
     """Accuracy on a split over seeds; undefined if the split has no labels."""
-    return spread(result.metrics["splits"][split]["overall"]["accuracy"]["value"] for result in results)
+    return spread(result.record["splits"][split]["overall"]["accuracy"]["value"] for result in results)

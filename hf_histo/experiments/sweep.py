@@ -37,7 +37,7 @@ from hf_histo.errors import HistoError
 from hf_histo.evaluation.reporting.report import table
 from hf_histo.experiments import grid
 from hf_histo.files import atomic_file, read_text
-from hf_histo.finetune import fine_tune
+from hf_histo.finetune import run_config
 
 plt.switch_backend("Agg")
 
@@ -197,8 +197,8 @@ class Sweep:
         seed = self.config.training.seed
         try:
             config = with_options(self.config, trial.params).at(self.folder / f"trial-{slot(trial)}", seed)
-            result = fine_tune(config, data, callbacks=[Reporting(trial, self.metric)])
-            self.study.tell(trial, result.metrics["selection"]["value"])
+            result = run_config(config, data, callbacks=[Reporting(trial, self.metric)])
+            self.study.tell(trial, result.record["selection"]["value"])
         except optuna.TrialPruned:
             self.study.tell(trial, state=TrialState.PRUNED)
         except HistoError as error:

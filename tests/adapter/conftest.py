@@ -11,7 +11,8 @@ from adapter_folders import QUICK
 from miniature import config, write_backbone, write_data
 
 from hf_histo.data.load import load
-from hf_histo.finetune import Result, fine_tune
+from hf_histo.finetune import run_config
+from hf_histo.result import Result
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +27,7 @@ def results(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
     """The results of finished runs, by `--batch_norm`."""
     folder = tmp_path_factory.mktemp("runs")
     return {
-        mode: fine_tune(config(folder / mode, *source, *QUICK, f"--batch_norm={mode}"), load(source[1]))
+        mode: run_config(config(folder / mode, *source, *QUICK, f"--batch_norm={mode}"), load(source[1]))
         for mode in ("frozen", "track")
     }
 

@@ -24,8 +24,9 @@ from hf_histo.adapter import folder as adapter_folder
 from hf_histo.adapter import model_card
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
-from hf_histo.finetune import Result, fine_tune
+from hf_histo.finetune import run_config
 from hf_histo.models import adapters
+from hf_histo.result import Result
 from hf_histo.training import trainer
 
 DESIGNED = {
@@ -75,16 +76,16 @@ def test_a_finished_run_is_not_trained_again(
 ) -> None:
     monkeypatch.setattr(trainer, "build", lambda *args, **kwargs: pytest.fail("trained again"))
     folder = results["frozen"].adapter.parent
-    again = fine_tune(config(folder, *source, *QUICK, "--batch_norm=frozen"), load(source[1]))
+    again = run_config(config(folder, *source, *QUICK, "--batch_norm=frozen"), load(source[1]))
     assert again.seconds is None
-    assert again.metrics == results["frozen"].metrics
+    assert again.record == results["frozen"].record
     assert "nothing was trained" in again.summary()
 
 
 def test_the_same_command_gives_the_same_bytes(
     results: dict[str, Result], source: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    again = fine_tune(config(tmp_path / "again", *source, *QUICK), load(source[1]))
+    again = run_config(config(tmp_path / "again", *source, *QUICK), load(source[1]))
     for path in results["frozen"].adapter.rglob("*.*"):
         name = path.relative_to(results["frozen"].adapter)
         if name.name != "README.md":  # it states the seconds
@@ -272,7 +273,7 @@ def test_a_save_that_fails_leaves_the_old_folder(
     before = {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()}
     monkeypatch.setattr(module, part, fail)
     with pytest.raises(OSError, match="disk full"):
-        adapter_folder.save(adapter, model, sidecar, metrics=results["frozen"].metrics, tables={})
+        adapter_folder.save(adapter, model, sidecar, metrics=results["frozen"].record, tables={})
     assert {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()} == before
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
 
@@ -280,7 +281,7 @@ def test_a_save_that_fails_leaves_the_old_folder(
 def test_a_save_replaces_an_older_folder(adapter: Path, results: dict[str, Result]) -> None:
     (adapter / "old.txt").touch()
     model, sidecar = hub.load(adapter)
-    adapter_folder.save(adapter, model, sidecar, metrics=results["frozen"].metrics, tables={})
+    adapter_folder.save(adapter, model, sidecar, metrics=results["frozen"].record, tables={})
     assert not (adapter / "old.txt").exists()
     assert hub.load(adapter)[1] == sidecar
 

@@ -27,7 +27,7 @@ from hf_histo.config import parse
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
 from hf_histo.evaluation.reporting import report
-from hf_histo.finetune import Result
+from hf_histo.result import Result
 from hf_histo.transforms.augmentation import TestTimeViews
 from hf_histo.transforms.mri import Preparation
 from hf_histo.transforms.stain import CenterNormalizer, Statistics
@@ -65,10 +65,10 @@ def test_the_card_has_no_lines_that_give_other_logits(
 ) -> None:
     """The card has no code without this package for an adapter that needs more than its model and preprocessing."""
     sidecar = Sidecar.read(results["frozen"].adapter)
-    assert "PeftModel" in model_card.card(sidecar, results["frozen"].metrics).text
+    assert "PeftModel" in model_card.card(sidecar, results["frozen"].record).text
     if "preparation" in change:
         change = {"preprocessing": dataclasses.replace(sidecar.preprocessing, **change)}
-    text = model_card.card(dataclasses.replace(sidecar, **change), results["frozen"].metrics).text
+    text = model_card.card(dataclasses.replace(sidecar, **change), results["frozen"].record).text
     assert "PeftModel" not in text
     assert "pipeline(" not in text
     assert f"Needs this package: bare transformers and peft give other logits, without {reason}." in text
@@ -81,7 +81,7 @@ def test_the_card_is_one_for_the_hub(results: dict[str, Result]) -> None:
     assert card.data.pipeline_tag == "image-classification"
     assert card.data.license == "unknown"
     assert {"hf_histo", "lora"} <= set(card.data.tags)
-    metrics = results["frozen"].metrics["splits"]
+    metrics = results["frozen"].record["splits"]
     assert card.data.model_name == "normal / tumor on data"
     recorded = {(result.dataset_split, result.metric_type): result.metric_value for result in card.data.eval_results}
     assert recorded == {
@@ -116,7 +116,7 @@ def test_the_card_states_what_was_measured(results: dict[str, Result]) -> None:
 
 
 def test_the_recorded_options_make_the_same_run(results: dict[str, Result], source: tuple[Path, Path]) -> None:
-    recorded = results["frozen"].metrics["options"]
+    recorded = results["frozen"].record["options"]
     run = yaml.safe_load((results["frozen"].adapter.parent / "run.yaml").read_text(encoding="utf-8"))
     assert recorded == {key: value for key, value in run.items() if key in recorded}
     assert not {str(path) for path in source} & set(map(str, recorded.values()))
@@ -130,7 +130,7 @@ def test_the_card_names_a_base_model_that_the_hub_has(results: dict[str, Result]
         sidecar = dataclasses.replace(
             sidecar, backbone=dataclasses.replace(sidecar.backbone, name="timm/resnet18.a1_in1k")
         )
-    card = model_card.card(sidecar, results["frozen"].metrics)
+    card = model_card.card(sidecar, results["frozen"].record)
     assert card.data.base_model == ("timm/resnet18.a1_in1k" if on_hub else None)
     if on_hub:
         assert "from_pretrained('timm/resnet18.a1_in1k', num_labels=1" in card.text
@@ -140,7 +140,7 @@ def test_leaks_are_reported(results: dict[str, Result]) -> None:
     sidecar = Sidecar.read(results["frozen"].adapter)
     splits = sidecar.data.splits
     splits["test"] = dataclasses.replace(splits["test"], copies_of_train=3, groups_of_train=2, centers={})
-    text = model_card.card(sidecar, results["frozen"].metrics).text
+    text = model_card.card(sidecar, results["frozen"].record).text
     assert (
         "- test: 3 of 7 images are byte copies of images in train, 2 of 4 groups are also in train, centers are "
         "unknown."
@@ -156,7 +156,7 @@ def test_any_name_of_a_class_is_shown_as_it_is(results: dict[str, Result], tmp_p
         classes = dict(zip(unusual, held.classes.values(), strict=True))
         sidecar.data.splits[split] = dataclasses.replace(held, classes=classes)
     model, _ = hub.load(folder)
-    adapter_folder.save(tmp_path / "adapter", model, sidecar, metrics=results["frozen"].metrics, tables={})
+    adapter_folder.save(tmp_path / "adapter", model, sidecar, metrics=results["frozen"].record, tables={})
 
     page = Page.read(tmp_path / "adapter" / "report.html")
     assert "script" not in page.tags
@@ -211,7 +211,7 @@ def test_the_report_holds_all_that_it_shows(results: dict[str, Result]) -> None:
 def test_the_report_states_the_metrics_of_each_center(results: dict[str, Result]) -> None:
     text = Page.read(results["frozen"].adapter / "report.html").text
     for split in ("val", "test"):
-        for row in report.center_rows(results["frozen"].metrics["splits"][split])[1:]:
+        for row in report.center_rows(results["frozen"].record["splits"][split])[1:]:
             assert "".join(map(report.cell, row)) in text
     assert "learning_rate" in text
     assert "seconds" not in text

@@ -247,7 +247,7 @@ def test_other_options_are_checked_as_on_the_command_line() -> None:
     changed = with_options(config, {"lora_rank": 2, "learning_rate": 1e-5, "target_modules": r".*\.(a|b)"})
     assert (changed.adapter.lora_rank, changed.adapter.use_dora, changed.training.learning_rate) == (2, True, 1e-5)
     assert changed.adapter.target_modules == r".*\.(a|b)"
-    for options, message in (({"lora_rank": 0}, "--lora_rank is 0"), ({"lora_rnk": 1}, "did you mean '--lora_rank'")):
+    for options, message in (({"lora_rank": 0}, "--lora_rank is 0"), ({"lora_rnk": 1}, "did you mean 'lora_rank'")):
         with pytest.raises(HistoError, match=message):
             with_options(config, options)
 

@@ -303,6 +303,23 @@ def test_an_option_that_changes_nothing_for_a_layout_is_refused(tmp_path: Path, 
         load(DataOptions(data=str(tmp_path / "data"), **option))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lable_column": "x"}, "unknown option 'lable_column' of how a source is read; did you mean 'label_column'?"),
+        ({"lora_rank": 8}, "unknown option 'lora_rank' of how a source is read; expected some of image_root, "),
+        ({"gray_bits": 7}, "--gray_bits is 7, expected at least 8 and at most 16"),
+        ({"on_bad_image": "ignore"}, "invalid choice: 'ignore'"),
+        ({"slices": "many"}, "invalid int value: 'many'"),
+    ],
+)
+def test_options_are_checked_as_on_the_command_line(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    write_challenge(tmp_path)
+    with pytest.raises(HistoError) as refused:
+        load(tmp_path, **options)
+    assert message in str(refused.value)
+
+
 def test_an_option_that_changes_nothing_on_the_hub_is_refused_before_it_is_asked() -> None:
     with pytest.raises(HistoError, match="--slices is 3, which changes nothing for data of the Hub"):
         load(DataOptions(data="hub:ana/cells", slices=3))

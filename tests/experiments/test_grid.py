@@ -32,7 +32,7 @@ def cells(folder: Path, count: int) -> list[grid.Cell]:
 def slow_training(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Replace training by a function that logs its start and end as lines of the cell's file `log`."""
 
-    def fine_tune(config: Config, data: datasets.DatasetDict) -> str:
+    def run_config(config: Config, data: datasets.DatasetDict) -> str:
         folder = run_folder.folder_of(config)
         if not run_folder.is_finished(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def slow_training(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
             (folder / run_folder.ADAPTER).mkdir()
         return folder.name
 
-    monkeypatch.setattr(grid, "fine_tune", fine_tune)
+    monkeypatch.setattr(grid, "run_config", run_config)
     monkeypatch.setattr(grid, "POLL", 0.05)
 
 

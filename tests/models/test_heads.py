@@ -17,7 +17,7 @@ from hf_histo.config import AdapterOptions, ModelOptions, parse
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.predictions import Predictions
-from hf_histo.finetune import fine_tune
+from hf_histo.finetune import run_config
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones, heads
 
@@ -87,7 +87,7 @@ def test_only_what_should_move_moves(backbone: Path, options: str) -> None:
 def test_a_head_comes_back_with_its_adapter(backbone: Path, tmp_path: Path, options: str) -> None:
     data = load(write_data(tmp_path / "data"))
     more = [*options.split(), "--target_modules=last-conv", "--num_train_epochs=1", "--head_dropout=0.2"]
-    result = fine_tune(config(tmp_path / "run", backbone, tmp_path / "data", *more), data)
+    result = run_config(config(tmp_path / "run", backbone, tmp_path / "data", *more), data)
     saved = Predictions.read(result.adapter / "predictions" / "test.parquet")["logit"]
     found = Classifier.from_pretrained(result.adapter).predict(data["test"])["logit"]
     assert np.ptp(saved) > 0
@@ -163,4 +163,4 @@ def test_lora_on_the_head_and_a_backbone_without_output_layer_are_refused(backbo
 def test_a_full_run_has_the_plain_head(backbone: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     with pytest.raises(HistoError, match="--method full"):
-        fine_tune(config(tmp_path / "run", backbone, data, "--method=full", "--head=mlp"), load(data))
+        run_config(config(tmp_path / "run", backbone, data, "--method=full", "--head=mlp"), load(data))

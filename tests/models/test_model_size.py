@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_histo.config import AdapterOptions
 from hf_histo.data.load import load
-from hf_histo.finetune import fine_tune
+from hf_histo.finetune import run_config
 from hf_histo.models import adapters, backbones, heads
 from hf_histo.models.model_size import account
 
@@ -26,8 +26,8 @@ def tensor_bytes(file: Path) -> int:
 def test_bytes_are_those_of_the_files(tmp_path: Path, method: str, batch_norm: str) -> None:
     backbone, data = write_backbone(tmp_path / "backbone"), write_data(tmp_path / "data")
     more = [f"--method={method}", f"--batch_norm={batch_norm}", "--num_train_epochs=1"]
-    result = fine_tune(config(tmp_path / "run", backbone, data, *more), load(data))
-    size, parameters = result.metrics["bytes"], result.metrics["parameters"]
+    result = run_config(config(tmp_path / "run", backbone, data, *more), load(data))
+    size, parameters = result.record["bytes"], result.record["parameters"]
     name = "model" if method == "full" else "adapter_model"
     file = result.adapter / f"{name}.safetensors"
     assert size["adapter"] == tensor_bytes(file)

@@ -45,10 +45,11 @@ from hf_histo.evaluation.figures import run as run_figures
 from hf_histo.experiments import cross_validate, grid, sweep
 from hf_histo.experiments.benchmark import measure
 from hf_histo.files import read_json
+from hf_histo.result import Result
 from hf_histo.training import feature_cache, run_folder, trainer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-FINE_TUNE = finetune.fine_tune
+RUN_CONFIG = finetune.run_config
 PACKAGE = Path(finetune.__file__).parent
 TRAINING = ("histo_lora", "mri_lora", "digits_lora", "cytology_lora")
 EXPERIMENTS = ("compare", "cross_validate", "few_shot", "leave_one_center_out", "pareto", "sweep", "benchmark")
@@ -239,14 +240,14 @@ def outcome_of(source: Source) -> Iterator[Callable[..., dict[str, Any]]]:
             if key not in known:
                 seen.clear()
                 config = parse(None, source.options(**{"output_dir": next(folders), **options}))
-                result = finetune.fine_tune(config, protocol.prepare(config))
+                result = finetune.run_config(config, protocol.prepare(config))
                 known[key] = outcome(result, seen)
             return known[key]
 
         yield outcome_of
 
 
-def outcome(result: finetune.Result, seen: Mapping[str, Any]) -> dict[str, Any]:
+def outcome(result: Result, seen: Mapping[str, Any]) -> dict[str, Any]:
     """The result of a training run, without its options and duration."""
     run, arguments = result.adapter.parent, seen["session"].args
     sidecar = read_json(result.adapter / "hf_histo.json")
@@ -256,7 +257,7 @@ def outcome(result: finetune.Result, seen: Mapping[str, Any]) -> dict[str, Any]:
         "predictions": {
             path.name: pd.read_parquet(path).to_csv() for path in sorted(result.adapter.glob("predictions/*"))
         },
-        "metrics": {key: value for key, value in result.metrics.items() if key != "options"},
+        "metrics": {key: value for key, value in result.record.items() if key != "options"},
         "prediction": {key: sidecar.get(key) for key in ("preprocessing", "views", "adapt_batch_norm")},
         "license": next(line for line in (result.adapter / "README.md").read_text().splitlines() if "license" in line),
         "log": [
@@ -416,8 +417,8 @@ def reached(
         seen.arranged.append([args, kwargs])
         return grouped(files, *args, **kwargs)
 
-    monkeypatch.setattr(finetune, "fine_tune", stopped_at_a_run)
-    monkeypatch.setattr(sweep, "fine_tune", stopped_at_a_run)
+    monkeypatch.setattr(finetune, "run_config", stopped_at_a_run)
+    monkeypatch.setattr(sweep, "run_config", stopped_at_a_run)
     monkeypatch.setattr(grid, "train", stopped_at_cells)
     monkeypatch.setattr(measure, "measure", stopped_at_measurements)
     monkeypatch.setattr(sweep, "open_storage", lambda url: optuna.storages.InMemoryStorage())
@@ -542,7 +543,7 @@ def test_an_idle_option_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(finetune, "fine_tune", FINE_TUNE)  # which looks at the data and the backbone first
+    monkeypatch.setattr(finetune, "run_config", RUN_CONFIG)  # which looks at the data and the backbone first
     arguments = [argument for one in given for argument in other_sources.get(one, [one])]
     with pytest.raises(HistoError) as caught:
         reached(recipe, *arguments, output_dir=tmp_path / "out")

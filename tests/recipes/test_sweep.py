@@ -169,7 +169,7 @@ def test_a_kill_while_a_killed_trial_is_queued_again(
 @pytest.mark.parametrize(
     ("study", "message"),
     [
-        ("grid: {lora_rnk: [1]}", "did you mean '--lora_rank'"),
+        ("grid: {lora_rnk: [1]}", "did you mean 'lora_rank'"),
         ("grid: {lora_rank: [0]}", "--lora_rank is 0"),
         ("grid: {optimizer: [adagrad]}", "optimizer"),
         ("space: {lora_rank: {low: 1, high: 4}}", "KeyError: 'trials'"),

@@ -16,7 +16,7 @@ from hf_histo.config import with_options
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.predictions import Predictions
-from hf_histo.finetune import fine_tune
+from hf_histo.finetune import run_config
 from hf_histo.inference import Classifier
 from hf_histo.training.pca_probe import Probe, fit
 
@@ -81,13 +81,13 @@ def test_a_run_leaves_an_adapter_that_predicts_the_same(tmp_path: Path) -> None:
     backbone, data = write_backbone(tmp_path / "backbone"), load(write_data(tmp_path / "data"))
     gradient = config(tmp_path / "run", backbone, tmp_path / "data", "--metric_for_best_model=loss")
     options = with_options(gradient, {"method": "pca"})
-    result = fine_tune(options, data)
-    found = result.metrics["selection"]
+    result = run_config(options, data)
+    found = result.record["selection"]
     assert found["components"] in (2, 4, 8, 16) and found["metric"] == "loss"
-    assert found["value"] == pytest.approx(result.metrics["splits"]["val"]["overall"]["loss"]["value"], abs=0.2)
+    assert found["value"] == pytest.approx(result.record["splits"]["val"]["overall"]["loss"]["value"], abs=0.2)
     assert (result.adapter / "figures" / "components.png").stat().st_size > 5000
     written = Predictions.read(result.adapter / "predictions" / "test.parquet")
     again = Classifier.from_pretrained(result.adapter).predict(data["test"])
     np.testing.assert_allclose(written["probability"], again["probability"], atol=1e-6)
     assert json.loads((result.adapter / "hf_histo.json").read_text())["method"] == "pca"
-    assert fine_tune(options, data).seconds is None
+    assert run_config(options, data).seconds is None

@@ -32,7 +32,7 @@ QUICK = ["--target_modules=last-conv", "--lora_dropout=0.1", "--logging_steps=2"
 def straight(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The adapter of an uninterrupted run: two epochs of three steps."""
     folder = tmp_path_factory.mktemp("straight")
-    return finetune.fine_tune(config(folder / "run", *source, *QUICK), load(source[1])).adapter
+    return finetune.run_config(config(folder / "run", *source, *QUICK), load(source[1])).adapter
 
 
 class Signal(TrainerCallback):
@@ -67,11 +67,11 @@ def test_a_signal_ends_in_a_checkpoint_that_loses_nothing(
     with monkeypatch.context() as patch:
         signaled(patch, step, number)
         with pytest.raises(Interrupted) as end:
-            finetune.fine_tune(options, data)
+            finetune.run_config(options, data)
     assert end.value.number == number
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").is_file()
-    result = finetune.fine_tune(options, data)
+    result = finetune.run_config(options, data)
     for name in ("adapter_model.safetensors", "metrics.json", "predictions/val.parquet"):
         assert (result.adapter / name).read_bytes() == (straight / name).read_bytes(), name
 
@@ -81,7 +81,7 @@ def test_a_second_control_c_ends_at_once(
 ) -> None:
     signaled(monkeypatch, 2, signal.SIGINT, times=2)
     with pytest.raises(KeyboardInterrupt) as end:
-        finetune.fine_tune(config(tmp_path / "run", *source, *QUICK), load(source[1]))
+        finetune.run_config(config(tmp_path / "run", *source, *QUICK), load(source[1]))
     assert not isinstance(end.value, Interrupted)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
@@ -109,7 +109,7 @@ def test_a_loss_that_is_no_number_names_its_images(
 
     monkeypatch.setattr(finetune.losses, "classification", broken)
     with pytest.raises(HistoError, match=r"the loss is (nan|inf|-inf) at step 1, expected a finite number") as caught:
-        finetune.fine_tune(config(tmp_path / "run", *source, *QUICK), load(source[1]))
+        finetune.run_config(config(tmp_path / "run", *source, *QUICK), load(source[1]))
     found = json.loads((tmp_path / "run" / "nan_batch.json").read_text(encoding="utf-8"))
     assert str(tmp_path / "run" / "nan_batch.json") in str(caught.value)
     assert (found["step"], found["epoch"], len(set(found["ids"]))) == (1, 0, 8)
@@ -135,14 +135,14 @@ def test_a_checkpoint_is_never_unpickled(
     with monkeypatch.context() as patch:
         signaled(patch, 2, signal.SIGTERM)
         with pytest.raises(Interrupted):
-            finetune.fine_tune(options, data)
+            finetune.run_config(options, data)
     checkpoint = tmp_path / "run" / "checkpoint-2"
     file, run = checkpoint / name, read_checksums(checkpoint)["run"]
     assert not list(tmp_path.rglob("training_args.bin"))
     torch.save(Touch(tmp_path / "witness"), file)
     write_checksums(checkpoint, run=run)  # as somebody would who planted it
     with pytest.raises(HistoError, match=r"its last checkpoint holds more than tensors and numbers"):
-        finetune.fine_tune(options, data)
+        finetune.run_config(options, data)
     assert not (tmp_path / "witness").exists()
 
 
@@ -155,8 +155,8 @@ def test_a_model_that_predicts_the_same_for_every_image_is_flagged(
             for group in h5.values():
                 group["img"][...] = 128
     options = config(tmp_path / "run", source[0], data, *QUICK, "--augmentation=none", "--num_train_epochs=1")
-    result = finetune.fine_tune(options, load(data))
-    assert result.metrics["splits"]["val"]["constant"] == "all 13 images have the same logits"
+    result = finetune.run_config(options, load(data))
+    assert result.record["splits"]["val"]["constant"] == "all 13 images have the same logits"
     assert "val: all 13 images have the same logits" in caplog.text
     assert "all 13 images have the same logits" in (result.adapter / "README.md").read_text(encoding="utf-8")
 
@@ -179,7 +179,7 @@ class AtTheEnd(TrainerCallback):
 def test_a_run_whose_folder_vanishes_fails(tmp_path: Path, source: tuple[Path, Path]) -> None:
     options, data = config(tmp_path / "run", *source, *QUICK), load(source[1])
     with pytest.raises(HistoError, match="was deleted or moved while this run was trained"):
-        finetune.fine_tune(options, data, callbacks=[AtTheEnd(shutil.rmtree, last=False)])
+        finetune.run_config(options, data, callbacks=[AtTheEnd(shutil.rmtree, last=False)])
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -203,7 +203,7 @@ def test_the_best_weights_or_none_are_saved(
     """Not the last weights, which transformers would silently keep."""
     options, data = config(tmp_path / "run", *source, *QUICK), load(source[1])
     with pytest.raises(HistoError, match="the best checkpoint is damaged"):
-        finetune.fine_tune(options, data, callbacks=[AtTheEnd(change, last=True)])
+        finetune.run_config(options, data, callbacks=[AtTheEnd(change, last=True)])
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -213,13 +213,13 @@ def test_a_finished_run_without_its_weights_is_not_taken_for_one(
 ) -> None:
     shutil.copytree(straight.parent, tmp_path / "run")
     options, data = config(tmp_path / "run", *source, *QUICK), load(source[1])
-    assert finetune.fine_tune(options, data).seconds is None
+    assert finetune.run_config(options, data).seconds is None
     weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     if damage == "missing":
         weights.unlink()
     else:
         weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
     with pytest.raises(HistoError, match=r"adapter_model\.safetensors"):
-        finetune.fine_tune(options, data)
-    again = finetune.fine_tune(config(tmp_path / "run", *source, *QUICK, "--overwrite_output_dir"), data)
+        finetune.run_config(options, data)
+    again = finetune.run_config(config(tmp_path / "run", *source, *QUICK, "--overwrite_output_dir"), data)
     assert (again.adapter / weights.name).read_bytes() == (straight / weights.name).read_bytes()

@@ -26,7 +26,7 @@ def test_one_bar_and_a_line_for_each_evaluation(
 ) -> None:
     monkeypatch.setattr(run_figures, "draw", lambda *args, **kwargs: {})
     options = config(tmp_path / "run", *source, "--num_train_epochs=1", "--eval_steps=3", "--logging_steps=1")
-    finetune.fine_tune(options, protocol.prepare(options))
+    finetune.run_config(options, protocol.prepare(options))
     out, err = capsys.readouterr()
     number = r"\d\.\d{3}"
     values = (

@@ -19,6 +19,7 @@ from hf_histo.config import parse
 from hf_histo.data import protocol
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.figures import run as run_figures
+from hf_histo.result import Result
 from hf_histo.training import run_folder, trackers
 
 CENTERS = ("Leipzig", "Halle", "Jena")
@@ -55,9 +56,9 @@ def options(folder: Path, output: str, *more: str) -> list[str]:
     return [*sizes.split(), *places, f"--output_dir={folder / output}", "--logging_steps=1", "--warmup_steps=0", *more]
 
 
-def trained(folder: Path, output: str, *more: str, callbacks: tuple[TrainerCallback, ...] = ()) -> finetune.Result:
+def trained(folder: Path, output: str, *more: str, callbacks: tuple[TrainerCallback, ...] = ()) -> Result:
     config = parse(None, options(folder, output, *more))
-    return finetune.fine_tune(config, protocol.prepare(config), callbacks=callbacks)
+    return finetune.run_config(config, protocol.prepare(config), callbacks=callbacks)
 
 
 def in_tensorboard(folder: Path, name: str) -> Found:
@@ -111,7 +112,7 @@ def test_a_tracker_shows_the_run(tracker: str, read: Callable[[Path, str], Found
     assert found.curves["train/learning_rate"] == pytest.approx([1e-3, 5e-4])
     assert len(found.curves["train/loss"]) == 2 and np.isfinite(found.curves["train/loss"]).all()
     best = max(found.curves["eval/auroc"])
-    assert best == pytest.approx(result.metrics["selection"]["value"], abs=1e-6)
+    assert best == pytest.approx(result.record["selection"]["value"], abs=1e-6)
     for center in CENTERS:
         assert len(found.curves[f"eval/center_{center}/accuracy"]) == 2
         assert len(found.curves[f"eval/center_{center}/auroc"]) == 2

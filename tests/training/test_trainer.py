@@ -112,7 +112,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
         *PLATEAU,
     ]
     data = load(source[1])
-    straight = finetune.fine_tune(config(tmp_path / "straight", *source, *more), data)
+    straight = finetune.run_config(config(tmp_path / "straight", *source, *more), data)
 
     build = trainer.build
 
@@ -125,10 +125,10 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "build", build_to_interrupt)
         with pytest.raises(KeyboardInterrupt):
-            finetune.fine_tune(options, data)
+            finetune.run_config(options, data)
     assert not (tmp_path / "resumed" / "adapter").exists()
     assert (tmp_path / "resumed" / "checkpoint-6").exists()
-    resumed = finetune.fine_tune(options, data)
+    resumed = finetune.run_config(options, data)
     for name in ("adapter_model.safetensors", "metrics.json"):
         assert (resumed.adapter / name).read_bytes() == (straight.adapter / name).read_bytes(), name
     state = json.loads((tmp_path / "resumed" / "checkpoint-9" / "trainer_state.json").read_text(encoding="utf-8"))
@@ -480,5 +480,5 @@ def test_an_imbalance_weighs_the_loss(
 
     monkeypatch.setattr(finetune.losses, "classification", watched)
     options = ["--num_train_epochs=1", "--target_modules=last-conv", f"--class_balance={balance}"]
-    finetune.fine_tune(config(tmp_path / "run", backbone, data, *options), load(data))
+    finetune.run_config(config(tmp_path / "run", backbone, data, *options), load(data))
     assert given == [expected]

@@ -124,10 +124,10 @@ def check_present(rows: pd.DataFrame) -> None:
 def store(source: pd.DataFrame | datasets.Dataset, options: DataOptions, cache_dir: Path) -> DataOptions:
     """Write a table in memory to a file below `cache_dir`, named by its content; returns the options to load it.
 
-    Paths are relative to `image_root` (default: the current folder), or absolute within it. Images that a
-    `datasets.Dataset` holds as bytes are written beside the table.
+    Paths are relative to `image_root`, or absolute within it. Its default is the current folder; if all paths are
+    absolute, and some lie elsewhere, the folder that holds them all. Images that a `datasets.Dataset` holds as bytes
+    are written beside the table.
     """
-    root = Path(options.image_root or Path.cwd())
     images: list[bytes] = []
     if isinstance(source, datasets.Dataset):
         source, images = _frame(source)
@@ -135,6 +135,7 @@ def store(source: pd.DataFrame | datasets.Dataset, options: DataOptions, cache_d
     column = _column(list(frame.columns), "image", options, "the table")
     if column is None:
         raise _lacks_images("the table", list(frame.columns))
+    root = Path(options.image_root) if options.image_root else _root_of(frame[column])
     if not images:  # without where they lie on this machine
         frame[column] = [_below(os.fspath(path), root) if _is_given(path) else "" for path in frame[column]]
     table = pa.table({str(name): pa.array(_texts(values)) for name, values in frame.items()})
@@ -148,6 +149,16 @@ def store(source: pd.DataFrame | datasets.Dataset, options: DataOptions, cache_d
             for row, data in enumerate(images):
                 (temporary / str(row)).write_bytes(data)
     return replace(options, data=str(folder / "table.parquet"), image_root=None if images else str(root))
+
+
+def _root_of(paths: pd.Series[Any]) -> Path:
+    """The folder that paths are relative to where no option names it."""
+    current = Path.cwd()
+    given = [Path(path) for path in paths if _is_given(path)]
+    if not given or not all(path.is_absolute() for path in given):
+        return current
+    within = all(path.is_relative_to(current) for path in given)
+    return current if within else Path(os.path.commonpath([path.parent for path in given]))
 
 
 def _read_table(path: Path, split: str, options: DataOptions) -> pd.DataFrame:

@@ -183,7 +183,7 @@ def center_table(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -
 
 def center_rows(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> list[list[object]]:
     """Return rows of a `classification.report`: a header, a row for each center and one overall, with intervals."""
-    return _interval_rows(_parts(report), metrics)
+    return interval_rows(_parts(report), metrics)
 
 
 def withheld(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> list[str]:
@@ -194,7 +194,7 @@ def withheld(report: Mapping[str, Any], metrics: Sequence[str] = HEADLINE) -> li
 def overall_table(reports: Mapping[str, Mapping[str, Any]], metrics: Sequence[str] = HEADLINE) -> str:
     """Return a table like `center_table` with the overall values of several `classification.report`s, by name."""
     named = {marked(name, report): report["overall"] for name, report in reports.items()}
-    return _with_notes(table(_interval_rows(named, metrics)), _withheld(named, metrics))
+    return _with_notes(table(interval_rows(named, metrics)), _withheld(named, metrics))
 
 
 def _parts(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -216,7 +216,8 @@ def transductive(report: Mapping[str, Any], split: str) -> str:
     return f"Transductive: used the unlabeled images of {split} as a whole, for {', '.join(report['transductive'])}."
 
 
-def _interval_rows(named: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> list[list[object]]:
+def interval_rows(named: Mapping[str, Mapping[str, Any]], metrics: Sequence[str] = HEADLINE) -> list[list[object]]:
+    """Return a header and a row for each of some parts of `classification.report`s by name, with intervals."""
     rows: list[list[object]] = [["", "images", "groups (of each class)", *metrics]]
     for name, values in named.items():
         groups = f"{values['groups']} ({', '.join(map(str, values['groups_by_class'].values()))})"

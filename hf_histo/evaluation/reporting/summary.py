@@ -11,12 +11,16 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+import pandas as pd
+
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.figures.style import COLORS, drawing
 from hf_histo.evaluation.metrics import hierarchical_metrics
 from hf_histo.evaluation.reporting import report
 
 METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
+HEADLINE = {"accuracy": "accuracy", "auroc": "AUROC"}
+OVERALL = "overall"  # in place of a center: all images of a split
 
 
 def of_run(metrics: Mapping[str, Any], adapter: Path, seconds: float | None, address: str | None = None) -> str:
@@ -50,6 +54,47 @@ def of_run(metrics: Mapping[str, Any], adapter: Path, seconds: float | None, add
             *([f"uploaded: {address}"] if address else []),
         ]
     )
+
+
+def frame(reports: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """The metrics of a run as a table: a row for each split as a whole, and for each of its centers.
+
+    Args:
+        reports: a `classification.report` for each split.
+
+    Returns:
+        A table with the columns `split`; `center`, "overall" for the whole split; `images` and `groups`, their numbers
+        (labeled images); `transductive`, whether the predictions used the unlabeled images as a whole; then each metric
+        of `classification`, NaN where it is undefined, with `<metric>_low` and `<metric>_high`, the bounds of its 95%
+        confidence interval, if any row has one.
+    """
+    rows = []
+    for split, of_split in reports.items():
+        for center, part in {OVERALL: of_split["overall"], **of_split["centers"]}.items():
+            row: dict[str, Any] = {"split": split, "center": center, "images": part["n"], "groups": part["groups"]}
+            row["transductive"] = bool(of_split["transductive"])
+            for name, entry in part.items():
+                if isinstance(entry, Mapping) and "value" in entry:
+                    row |= {name: entry["value"], f"{name}_low": entry["low"], f"{name}_high": entry["high"]}
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    numbers = table.columns[5:]
+    table[numbers] = table[numbers].astype(float)
+    bounds = [name for name in numbers if name.endswith(("_low", "_high"))]
+    return table.drop(columns=[name for name in bounds if table[name].isna().all()])
+
+
+def rows(reports: Mapping[str, Mapping[str, Any]]) -> list[list[object]]:
+    """The headline metrics of a run with intervals: a header, a row for each split, and for each center of several."""
+    named: dict[str, Mapping[str, Any]] = {}
+    for split, of_split in reports.items():
+        named[report.marked(_with_centers(split, of_split), of_split)] = of_split["overall"]
+        if len(of_split["centers"]) > 1:
+            named |= {
+                report.marked(f"{split}, center {center}", of_split): part
+                for center, part in of_split["centers"].items()
+            }
+    return report.interval_rows(named)
 
 
 def _with_centers(split: str, measured: Mapping[str, Any]) -> str:

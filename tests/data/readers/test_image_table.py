@@ -341,7 +341,7 @@ def test_tables_in_memory(
 def test_tables_in_memory_take_options(table: pd.DataFrame, file: Path) -> None:
     data = load(table, image_root=file.parent, group_column="none")
     assert set(data["full"]["group"]) == {""}
-    with pytest.raises(TypeError, match="test_centers"):
+    with pytest.raises(HistoError, match="unknown option 'test_centers'"):
         load(table, image_root=file.parent, test_centers="Jena")
     with pytest.raises(HistoError, match="48 images, but 3 labels"):
         load(table["Image Path"].to_list(), [1, 2, 3], image_root=file.parent)

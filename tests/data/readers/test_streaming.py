@@ -105,7 +105,7 @@ def test_a_streamed_run_that_is_stopped_in_a_pass_resumes(
     def run(folder: Path, stop: int | None) -> bytes:
         monkeypatch.setattr(trainer, "build", watched(stop))
         options = config(folder, backbone, Path(f"hub:{shards}"), *STREAMED)
-        result = finetune.fine_tune(options, load(options.data))
+        result = finetune.run_config(options, load(options.data))
         return (result.adapter / "adapter_model.safetensors").read_bytes()
 
     straight = run(tmp_path / "straight", None)
