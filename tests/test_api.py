@@ -167,8 +167,8 @@ def test_data_in_memory(tmp_path: Path, prepared: list[Any]) -> None:
     assert set(from_frame[1]["test"]["center"]) == {1}
     assert re.fullmatch(r"memory-[0-9a-f]{8}", from_frame[0].data.data)
     assert {split: len(rows) for split, rows in from_lists[1].items()} == {"train": 48, "val": 12, "test": 12}
-    with pytest.raises(HistoError, match=r"no column 'lable' .*did you mean 'label'"):
-        hf_histo.fine_tune(frame, **options, label_column="lable")
+    with pytest.raises(HistoError, match=r"no column 'labell' .*did you mean 'label'"):
+        hf_histo.fine_tune(frame, **options, label_column="labell")
     with pytest.raises(HistoError, match="data is a int, expected a path, a table or a list of paths"):
         hf_histo.fine_tune(3)  # type: ignore[arg-type]
 
