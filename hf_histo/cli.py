@@ -4,7 +4,7 @@
     accelerate launch -m hf_histo fine-tune --data DIR
     torchrun --nproc_per_node 2 -m hf_histo fine-tune --data DIR
 
-A command is the `main` of a recipe.
+A command is the `main` of a recipe; but `hf_histo completion SHELL` prints a script for a shell, see `completion`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_histo import __version__
-from hf_histo.config.packaged import COMMANDS, PROGRAM, recipes
+from hf_histo.config.packaged import ABOUT, COMMANDS, COMPLETION, PROGRAM, SHELLS, recipes
 from hf_histo.errors import HistoError, did_you_mean
 from hf_histo.launch import run
 
@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.argv = [f"{PROGRAM} {name}", *options]
         recipe = runpy.run_path(str(recipes() / f"{COMMANDS[name][0]}.py"), run_name="recipe")
         run(recipe["main"])
+    elif name == COMPLETION:
+        run(lambda: _print_completion(options))
     elif name in ("-h", "--help"):
         print(usage())
     elif name == "--version":
@@ -36,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def usage() -> str:
     """The commands, a line each."""
-    lines = [f"  {name:<21} {about}" for name, (_, about) in COMMANDS.items()]
+    every = {name: about for name, (_, about) in COMMANDS.items()} | {COMPLETION: ABOUT}
+    lines = [f"  {name:<21} {about}" for name, about in every.items()]
     return "\n".join(
         [
             f"usage: {PROGRAM} COMMAND [--OPTION VALUE ...]",
@@ -51,5 +54,14 @@ def usage() -> str:
     )
 
 
+def _print_completion(arguments: Sequence[str]) -> None:
+    from hf_histo import completion
+
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
+        found = f"found {' '.join(arguments)!r}" if arguments else "found none"
+        raise HistoError(f"{PROGRAM} {COMPLETION}: {found}, expected one of {', '.join(SHELLS)}")
+    print(completion.script(arguments[0]))
+
+
 def _refuse(name: str) -> None:
-    raise HistoError(f"unknown command {name!r}; {did_you_mean(name, COMMANDS, '--help lists them')}")
+    raise HistoError(f"unknown command {name!r}; {did_you_mean(name, [*COMMANDS, COMPLETION], '--help lists them')}")

@@ -28,6 +28,7 @@ STAGES = (
     "api",
     "experiments",
     "doctor",
+    "completion",
     "cli",
     "__main__",
 )

@@ -16,14 +16,16 @@ CACHE = "folder of the converted data (default: the datasets library's cache)"
 class AdapterSource:
     """An adapter, and the model that it was trained on."""
 
-    adapter: str = required("adapter folder, or its name on the Hub")
+    adapter: str = required("adapter folder, or its name on the Hub", is_path=True)
     revision: str | None = option(None, "branch, tag or commit of an adapter on the Hub")
-    backbone: str | None = option(None, "the base model, where it is no longer where the adapter was trained")
+    backbone: str | None = option(
+        None, "the base model, where it is no longer where the adapter was trained", is_path=True
+    )
 
 
 @dataclass(kw_only=True)
 class PredictOptions(TableOptions, AdapterSource):
-    data: str = required("folder, table of images, or HDF5 file")
+    data: str = required("folder, table of images, or HDF5 file", is_path=True)
     split: str = option("test", "part of a folder to predict")
     output: Path = required("CSV file to write")
     details: bool = option(False, "also the class's name and the calibrated probability")
@@ -40,28 +42,32 @@ class PredictOptions(TableOptions, AdapterSource):
     mixed_precision: Literal["no", "bf16"] = option(
         "no", "compute in bfloat16; how many decisions that changes is measured on some of the images, and printed"
     )
-    cache_dir: str | None = option(None, CACHE)
+    cache_dir: str | None = option(None, CACHE, is_path=True)
 
 
 @dataclass(kw_only=True)
 class CompareAdaptersOptions(TableOptions):
-    adapters: list[str] = required("adapter folders, or names on the Hub")
-    backbone: str | None = option(None, "the base model, where it is no longer where the adapters were trained")
-    data: str = required("folder, table of images, or HDF5 file, with labels")
+    adapters: list[str] = required("adapter folders, or names on the Hub", is_path=True)
+    backbone: str | None = option(
+        None, "the base model, where it is no longer where the adapters were trained", is_path=True
+    )
+    data: str = required("folder, table of images, or HDF5 file, with labels", is_path=True)
     split: str = option("val", "part of the folder to predict")
     average: bool = option(False, "also the mean of the adapters")
     batch_size: int = option(64, "images at a time", at_least=1)
-    cache_dir: str | None = option(None, CACHE)
+    cache_dir: str | None = option(None, CACHE, is_path=True)
 
 
 @dataclass(kw_only=True)
 class EvaluateOptions:
-    predictions: list[str] = required("predictions files, one for each split")
+    predictions: list[str] = required("predictions files, one for each split", is_path=True)
     output_dir: Path = required("folder for metrics.json and the figures")
     ensemble: bool = option(False, "average the files, of one split by several models")
-    calibrate_on: list[str] | None = option(None, "labeled files to fit a temperature on")
+    calibrate_on: list[str] | None = option(None, "labeled files to fit a temperature on", is_path=True)
     threshold: float | None = option(None, "probability from which on class 1 is predicted (default: 0.5)")
-    threshold_on: list[str] | None = option(None, "labeled files to choose a threshold on", needs={"threshold": None})
+    threshold_on: list[str] | None = option(
+        None, "labeled files to choose a threshold on", needs={"threshold": None}, is_path=True
+    )
     balanced: float | None = option(
         None,
         "predict class 1 for this share of the images (0.5 if none is given); transductive",
@@ -77,7 +83,7 @@ class EvaluateOptions:
 
 @dataclass(kw_only=True)
 class AuditOptions(TableOptions):
-    data: str = required("folder, table of images, HDF5 file, or 'synthetic'")
+    data: str = required("folder, table of images, HDF5 file, or 'synthetic'", is_path=True)
     output_dir: Path = required("folder for audit.json and the figures")
     similarity: float | None = option(
         None, "correlation of details, up to 1, from which on images are copies (default: as in --split clean)"
@@ -87,12 +93,16 @@ class AuditOptions(TableOptions):
     )
     strict: bool = option(False, "exit with code 1 where there are findings")
     overwrite: bool = option(False, "replace an earlier audit.json and its figures")
-    adapter: str | None = option(None, "adapter folder or Hub name, for a map before and after adaptation")
+    adapter: str | None = option(
+        None, "adapter folder or Hub name, for a map before and after adaptation", is_path=True
+    )
     backbone: str | None = option(
-        None, "model whose frozen features measure how unlike the splits are; with --adapter, its base model"
+        None,
+        "model whose frozen features measure how unlike the splits are; with --adapter, its base model",
+        is_path=True,
     )
     on_bad_image: Literal["error", "skip"] = option("error", "stop at an image that can't be read, or leave it out")
-    cache_dir: str | None = option(None, CACHE)
+    cache_dir: str | None = option(None, CACHE, is_path=True)
 
 
 @dataclass(kw_only=True)
@@ -109,7 +119,7 @@ class ExportOptions(AdapterSource):
 
 @dataclass(kw_only=True)
 class PushOptions:
-    adapter: str = required("adapter folder of a finished run")
+    adapter: str = required("adapter folder of a finished run", is_path=True)
     hub_model_id: str = required("repository on the Hub: owner/name")
     hub_base_model: str | None = option(None, "name on the Hub (owner/name) of a backbone that was a local folder")
     hub_private: bool = option(False, "create the repository as private", needs={"hub_create_pr": False})
@@ -128,7 +138,7 @@ class ImportBackboneOptions:
 
 @dataclass(kw_only=True)
 class DoctorOptions:
-    cache_dir: str | None = option(None, CACHE)
+    cache_dir: str | None = option(None, CACHE, is_path=True)
 
 
 @dataclass(kw_only=True)

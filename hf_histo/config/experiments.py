@@ -33,7 +33,9 @@ class Sharing:
 class CompareOptions(Sharing):
     _argument_group_name = "comparison"
 
-    rows: list[str] = required(f"configs to compare, or folders of them; a {REPORTED} among them is no row")
+    rows: list[str] = required(
+        f"configs to compare, or folders of them; a {REPORTED} among them is no row", is_path=True
+    )
     seeds: int = option(2, "number of seeds for each row, counted up from --seed")
     protocol: Literal["validation", "leave_one_center_out"] = option("validation", "what rows are evaluated on")
     select: Literal["worst", "mean"] | None = option(None, "recommend a row by its worst or its mean held-out center")
@@ -43,9 +45,9 @@ class CompareOptions(Sharing):
 class FewShotOptions(Sharing):
     _argument_group_name = "grid"
 
-    methods: list[str] = required(f"probes ({', '.join(PROBES)}) and configs")
-    data_sets: list[str] = option([], "folders of data sets (default: the one of --data)")
-    backbones: list[str] = option([], "their names or folders (default: --backbone)")
+    methods: list[str] = required(f"probes ({', '.join(PROBES)}) and configs", is_path=True)
+    data_sets: list[str] = option([], "folders of data sets (default: the one of --data)", is_path=True)
+    backbones: list[str] = option([], "their names or folders (default: --backbone)", is_path=True)
     shot_counts: list[str] = option(["1", "2", "4", "8", "16"], f"images of each class, or '{ALL_LABELS}'")
     seeds: int = option(3, "number of seeds, counted up from --seed")
 
@@ -79,7 +81,7 @@ class LeaveOneCenterOutOptions(Sharing):
 class SweepOptions:
     _argument_group_name = "sweep"
 
-    study: str = required("YAML file with a grid, or a space and the number of trials")
+    study: str = required("YAML file with a grid, or a space and the number of trials", is_path=True)
     storage: str | None = option(
         None, "URL of the database of Optuna that holds the trials (default: SQLite in OUT/study.db)"
     )
@@ -89,7 +91,9 @@ class SweepOptions:
 class BenchmarkOptions:
     _argument_group_name = "benchmark"
 
-    backbones: list[str] = option([], "their names or folders, measured one after the other (default: --backbone)")
+    backbones: list[str] = option(
+        [], "their names or folders, measured one after the other (default: --backbone)", is_path=True
+    )
     parts: list[str] = option(
         list(BENCHMARK_PARTS),
         "what to measure: training steps beside those of others and the floor; with each piece turned off; prediction; "

@@ -51,6 +51,7 @@ class Rule:
             or `SET`.
         exempt: values that are true whatever `needs` asks for, e.g. no warm-up.
         bare: the value where the option is given without one; None if it needs one.
+        is_path: whether it may be a path, which a shell completes.
         common: whether `--help` shows it; `--help_all` shows every option.
         details: what `--help_all` adds to the help text.
     """
@@ -63,6 +64,7 @@ class Rule:
     needs: Mapping[str, Any] = field(default_factory=dict)
     exempt: tuple[Any, ...] = ()
     bare: Any = None
+    is_path: bool = False
     common: bool = False
     details: str = ""
 
@@ -91,9 +93,9 @@ def option(default: Any, help: str, **rule: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def required(help: str) -> Any:
-    """A dataclass field that must be given, with its line in `--help`."""
-    return field(metadata={"help": help})
+def required(help: str, **rule: Any) -> Any:
+    """A dataclass field that must be given, with its line in `--help`, and the fields of its `Rule`."""
+    return field(metadata={"help": help, "rule": Rule(**rule)})
 
 
 def rule_of(of: dataclasses.Field[Any]) -> Rule:
@@ -107,7 +109,10 @@ class TableOptions:
     """How a table of image files is read; see `hf_histo.data.readers.image_table`."""
 
     image_root: str | None = option(
-        None, "folder that the image paths of a table are relative to (default: the table's)", role="place"
+        None,
+        "folder that the image paths of a table are relative to (default: the table's)",
+        role="place",
+        is_path=True,
     )
     image_column: str | None = option(None, "column of image paths in a table (default: by its usual names)")
     label_column: str | None = option(None, "column of labels, as text or numbers")
@@ -130,6 +135,7 @@ class DataOptions(TableOptions):
         "synthetic",
         "folder, table of images, or hub:OWNER/NAME",
         role="source",
+        is_path=True,
         common=True,
     )
     split: Literal["files", "published", "clean"] = option(
@@ -153,7 +159,7 @@ class DataOptions(TableOptions):
     )
     negative_class: str | None = option(None, "class that means 'nothing found', for sensitivity at a specificity")
     cache_dir: str | None = option(
-        None, "folder of the converted data (default: the datasets library's cache)", role="place"
+        None, "folder of the converted data (default: the datasets library's cache)", role="place", is_path=True
     )
     on_bad_image: Literal["error", "skip"] = option(
         "error", "stop at an image file that can't be read, or leave it out"
@@ -204,7 +210,7 @@ class ModelOptions:
     _argument_group_name = "model"
 
     backbone: str = option(
-        "builtin", "'builtin', a local folder, a timm name, or OWNER/NAME", role="source", common=True
+        "builtin", "'builtin', a local folder, a timm name, or OWNER/NAME", role="source", is_path=True, common=True
     )
     revision: str | None = option(None, "branch, tag or commit of a backbone from the Hub", role="source")
     random_weights: bool = option(False, "build the backbone without its weights, for checks without a network")
@@ -264,7 +270,7 @@ class AdapterOptions:
     use_rslora: bool = option(False, "rank-stabilized scale", needs=LORA)
     use_dora: bool = option(False, "weight-decomposed update", needs=LORA)
     init_adapter: str | None = option(
-        None, "adapter of another data set whose LoRA weights to start from: folder or Hub", needs=LORA
+        None, "adapter of another data set whose LoRA weights to start from: folder or Hub", needs=LORA, is_path=True
     )
     init_lora_weights: str = option(
         "default",
@@ -400,7 +406,11 @@ class TrainingOptions:
         exempt=("none",),
     )
     resume_from_checkpoint: str | None = option(
-        None, "folder of a checkpoint, or 'last' (the default in a begun run)", role="place", needs=GRADIENT
+        None,
+        "folder of a checkpoint, or 'last' (the default in a begun run)",
+        role="place",
+        needs=GRADIENT,
+        is_path=True,
     )
     logging_steps: int = option(10, "updates between two lines of the training log", above=0, needs=GRADIENT)
 
@@ -436,7 +446,12 @@ class OutputOptions:
     _argument_group_name = "output"
 
     output_dir: str | None = option(
-        None, "folder of the run", details="(default: runs/DATA-BACKBONE-METHOD-seedN)", role="place", common=True
+        None,
+        "folder of the run",
+        details="(default: runs/DATA-BACKBONE-METHOD-seedN)",
+        role="place",
+        is_path=True,
+        common=True,
     )
     overwrite_output_dir: bool = option(
         False, "delete a finished run in the folder, or one with other options", role="output"

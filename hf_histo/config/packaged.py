@@ -30,6 +30,11 @@ COMMANDS = {
     "doctor": ("doctor", "what this machine has for a run, and what it lacks"),
     "backbones": ("import_backbone", "registered foundation models: list them, fetch one"),
 }
+COMPLETION, ABOUT, SHELLS = (
+    "completion",
+    "a script by which a shell completes commands and options",
+    ("bash", "zsh", "fish"),
+)
 STUDIES = ("histo_lora", "mri_lora", "cytology_lora", "digits_lora")  # each fine-tunes
 
 
@@ -47,13 +52,18 @@ def config_file(name: str) -> Path:
     path = Path(name)
     if path.exists() or path.suffix:
         return path
-    configs = recipes() / "configs"
-    names = {file.relative_to(configs).with_suffix("").as_posix(): file for file in configs.rglob("*.yaml")}
-    names |= {folder.name: folder for folder in configs.iterdir() if folder.is_dir()}
+    names = config_names()
     if name not in names:
         hint = did_you_mean(name, names, f"they are {', '.join(sorted(n for n in names if '/' not in n))}")
         raise HistoError(f"config {name}: no such file, and no packaged config of that name; {hint}")
     return names[name]
+
+
+def config_names() -> dict[str, Path]:
+    """The packaged configs, and the folders of them, by name."""
+    configs = recipes() / "configs"
+    names = {file.relative_to(configs).with_suffix("").as_posix(): file for file in configs.rglob("*.yaml")}
+    return names | {folder.name: folder for folder in configs.iterdir() if folder.is_dir()}
 
 
 def config_files(names: Iterable[str]) -> list[Path]:

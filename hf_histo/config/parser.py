@@ -10,7 +10,7 @@ import argparse
 import copy
 import dataclasses
 import sys
-from collections.abc import Collection, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from numbers import Number
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +28,7 @@ from hf_histo.files import read_text
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+PATH = "PATH"  # in `--help`, for a value that a shell completes as a path
 Extra = TypeVar("Extra")
 Command = TypeVar("Command", bound="DataclassInstance")
 
@@ -149,6 +150,35 @@ def _about(usage: str | None) -> str | None:
     return as_commands(usage) if usage and sys.argv[0].startswith(f"{PROGRAM} ") else usage
 
 
+def parser_of(main: Callable[[], object]) -> argparse.ArgumentParser:
+    """The parser of the options of a recipe, by its `main`, which is not run."""
+    before = sys.argv
+    sys.argv = [before[0], _DESCRIBE]
+    try:
+        main()
+    except _DescribedError as described:
+        return described.parser
+    finally:
+        sys.argv = before
+    raise AssertionError("a recipe parses its options first")
+
+
+_DESCRIBE = "describe the options"  # recognized by its identity, which no argument of a process has
+
+
+class _DescribedError(Exception):
+    """The parser of a program whose arguments are `_DESCRIBE`."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
+def spellings(action: argparse.Action) -> list[str]:
+    """How an option is written: with underscores, not also with hyphens."""
+    return [text for text in action.option_strings if "_" in text or "-" not in text.lstrip("-")]
+
+
 class _Refusing(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise HistoError(f"{message}; --help lists the options")
@@ -194,6 +224,9 @@ class _Parser(_Refusing, HfArgumentParser):
         # argparse takes no other entries.
         bare.metadata = MappingProxyType({"help": field.metadata["help"], **optional})
         HfArgumentParser._parse_dataclass_field(parser, bare)
+        action = parser._actions[-1]
+        if rule_of(field).is_path or action.type is Path:
+            action.metavar = PATH
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -207,10 +240,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         """One spelling of an option, not also the one with hyphens; its choices, or what kind of value it takes."""
-        spellings = [s for s in action.option_strings if "_" in s or "-" not in s.lstrip("-")]
         kind = "" if action.nargs == 0 or action.const is True else f" {_kind(action)}"
         kind = f" [{kind[1:]}]" if kind and action.const else kind
-        return ", ".join(spellings) + kind + (" ..." if action.nargs == "+" else "")
+        return ", ".join(spellings(action)) + kind + (" ..." if action.nargs == "+" else "")
 
 
 _STYLE: dict[str, Any] = {"formatter_class": _HelpFormatter, "allow_abbrev": False}  # Any: arguments of argparse
@@ -244,6 +276,8 @@ def _read(
 
 def _fill(parser: HfArgumentParser, groups: Sequence[type[DataclassInstance]], arguments: Sequence[str]) -> list[Any]:
     """An instance of each of the groups, within their bounds, then what else the parser knows."""
+    if arguments and arguments[-1] is _DESCRIBE:
+        raise _DescribedError(parser)
     *options, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )

@@ -306,7 +306,10 @@ def test_an_option_that_changes_nothing_for_a_layout_is_refused(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labell_column": "x"}, "unknown option 'labell_column' of how a source is read; did you mean 'label_column'?"),
+        (
+            {"labell_column": "x"},
+            "unknown option 'labell_column' of how a source is read; did you mean 'label_column'?",
+        ),
         ({"lora_rank": 8}, "unknown option 'lora_rank' of how a source is read; expected some of image_root, "),
         ({"gray_bits": 7}, "--gray_bits is 7, expected at least 8 and at most 16"),
         ({"on_bad_image": "ignore"}, "invalid choice: 'ignore'"),
