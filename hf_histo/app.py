@@ -64,7 +64,7 @@ def run(options: AppOptions) -> None:
     try:
         import gradio
     except ImportError:
-        raise HistoError("the page needs gradio: pip install hf_histo[app]") from None
+        raise HistoError("the page needs gradio: pip install 'hf_histo[app]'") from None
     classifier = Classifier.from_pretrained(folder, backbone=options.backbone)
     page(gradio, classifier, card_of(folder)).launch(server_port=options.port, css=STYLE, max_file_size=MAX_BYTES)
 

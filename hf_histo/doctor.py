@@ -92,14 +92,22 @@ def _devices() -> Iterator[Line]:
         device = torch.cuda.get_device_properties(number)
         precisions = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         yield Line(f"GPU {number}", f"{device.name}, {device.total_memory / 2**30:.0f} GiB; float32, {precisions}")
-    if not torch.accelerator.is_available():
-        yield Line("GPU", "none, or not usable by this build of torch")
+    if torch.accelerator.is_available() and not torch.cuda.is_available():
+        yield Line("GPU", f"{torch.accelerator.current_accelerator()}; float32")
+    elif not torch.accelerator.is_available() and shutil.which("nvidia-smi"):
+        found = f"one of NVIDIA, which torch {torch.__version__} can't use"
+        yield Line(
+            "GPU", found, "nvidia-smi for the driver, then the command of https://pytorch.org/get-started/locally"
+        )
+    elif not torch.accelerator.is_available():
+        yield Line("GPU", "none")
 
 
 def _disk(cache_dir: str | None) -> Iterator[Line]:
     places = {
         "converted data": (Path(cache_dir or datasets.config.HF_DATASETS_CACHE), "--cache_dir or HF_DATASETS_CACHE"),
         "backbones": (Path(constants.HF_HUB_CACHE), "HF_HUB_CACHE"),
+        "runs": (Path.cwd() / "runs", "--output_dir"),
     }
     for name, (folder, option) in places.items():
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

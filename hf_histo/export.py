@@ -133,7 +133,7 @@ def _to_onnx(model: PreTrainedModel, sidecar: Sidecar, path: Path) -> dict[str, 
         import onnxruntime
         import onnxscript  # noqa: F401  # torch's exporter is written in it
     except ImportError as error:
-        raise HistoError(f"--format onnx needs {error.name}: pip install hf_histo[onnx]") from None
+        raise HistoError(f"--format onnx needs {error.name}: pip install 'hf_histo[onnx]'") from None
     size, random = sidecar.preprocessing.image_size, np.random.default_rng(0)
     pixels = random.standard_normal((3, 3, size, size), dtype=np.float32)
     logits = _Logits(model).to(memory_format=torch.contiguous_format).eval()

@@ -212,7 +212,7 @@ def check(config: Config, data: datasets.DatasetDict) -> Task:
     trainer.require_scheduler(config.training.lr_scheduler_type)
     trackers.create(config)
     if config.output.explain and find_spec("captum") is None:
-        raise HistoError("--explain needs captum: pip install hf_histo[explain], or leave it out")
+        raise HistoError("--explain needs captum: pip install 'hf_histo[explain]', or leave it out")
     missing = {"train", "val"} - data.keys()
     if missing:
         raise HistoError(f"--data {config.data.data}: has no split {missing.pop()!r}, only {', '.join(data)}; make one")

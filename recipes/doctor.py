@@ -2,9 +2,9 @@
 
     python recipes/doctor.py
 
-Versions of the packages, CPU threads, GPUs and the precisions that they compute in, free disk space for converted data
-and backbones, whether a token for the Hub is stored, and which extras are missing. The exit code is 1 where no run can
-work like this.
+Versions of the packages, CPU threads, GPUs and the precisions that they compute in, free disk space for converted data,
+backbones and runs, whether a token for the Hub is stored, and which extras are missing. The exit code is 1 where no run
+can work like this.
 """
 
 from hf_histo.config import parse_command

@@ -4,7 +4,7 @@
     python recipes/export.py --adapter runs/NAME/adapter --format onnx --output_dir OUT
 
 `merged` adds LoRA into the backbone's weights: `AutoModelForImageClassification.from_pretrained(OUT)`, or
-`timm.create_model("local-dir:OUT")` for a backbone of timm. `onnx` needs `pip install hf_histo[onnx]`, and is written
+`timm.create_model("local-dir:OUT")` for a backbone of timm. `onnx` needs `pip install 'hf_histo[onnx]'`, and is written
 only if ONNX Runtime gives PyTorch's logits. `OUT/export.json` states preprocessing, labels, thresholds and temperature,
 and what the exported model leaves out: normalization of color, and the mean over several views.
 """

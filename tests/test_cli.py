@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shlex
 import subprocess
@@ -103,6 +104,17 @@ def test_a_packaged_config_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_text_of_a_recipe_as_a_command(text: str, command: str) -> None:
     assert as_commands(text) == command
+
+
+def test_no_message_names_a_file_of_a_checkout() -> None:
+    """An installed package has none; commands work in a checkout as well."""
+    found = set()
+    for path in (ROOT / "hf_histo").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        texts = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings)
+        found |= {path.name for node in texts if isinstance(node.value, str) and "recipes/" in node.value}
+    assert found == {"packaged.py", "pretraining.py"}  # the translation into commands; a record of how a file was made
 
 
 @pytest.mark.slow

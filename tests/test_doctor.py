@@ -42,6 +42,32 @@ def test_what_is_missing_comes_with_its_command(tmp_path: Path, monkeypatch: pyt
     assert "1 GiB free" in found["converted data"] and "->  make room" in found["converted data"]
 
 
+def test_each_place_that_is_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = lines()
+    assert found["backbones"].endswith(f"GiB free for {tmp_path / 'hub'}")
+    assert found["runs"].endswith(f"GiB free for {tmp_path / 'runs'}")
+
+
+def test_a_gpu_that_torch_can_not_use_comes_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.torch.accelerator, "is_available", lambda: False)
+    for tool, expected in {"/usr/bin/nvidia-smi": "->  nvidia-smi for the driver", None: "none"}.items():
+        monkeypatch.setattr(shutil, "which", lambda name, tool=tool: tool)
+        assert expected in lines()["GPU"]
+
+
+def test_the_precisions_of_each_device_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(name="H200", total_memory=140 * 2**30)
+    monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(module.torch.cuda, "get_device_properties", lambda number: device)
+    monkeypatch.setattr(module.torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(module.launch, "cpu_has_bf16", lambda: True)
+    found = lines()
+    assert found["GPU 0"].endswith("H200, 140 GiB; float32, bf16")
+    assert found["CPU"].endswith("float32, bf16 (--mixed_precision bf16)")
+
+
 def test_a_required_package_that_is_too_old_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

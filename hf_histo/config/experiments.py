@@ -20,7 +20,7 @@ class Sharing:
 
     workers: int = option(1, "processes, or jobs of --cluster, that share the runs; 1: this process, in order")
     cluster: Literal["slurm", "local"] | None = option(
-        None, "run the workers as jobs of SLURM, or as processes of submitit: pip install hf_histo[slurm]"
+        None, "run the workers as jobs of SLURM, or as processes of submitit: pip install 'hf_histo[slurm]'"
     )
     job_parameters: list[str] = option(
         [],

@@ -171,7 +171,7 @@ def _submit(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
     try:
         from submitit import AutoExecutor
     except ImportError:
-        raise HistoError("--cluster needs submitit: pip install hf_histo[slurm]") from None
+        raise HistoError("--cluster needs submitit: pip install 'hf_histo[slurm]'") from None
     try:
         executor = AutoExecutor(_logs(folder), cluster=sharing.cluster)
         executor.update_parameters(**{"timeout_min": MINUTES} | _parameters(sharing.job_parameters))

@@ -344,7 +344,7 @@ def _sheet(path: Path) -> pd.DataFrame:
     try:
         import openpyxl  # noqa: F401
     except ImportError:
-        raise HistoError(f"{path}: needs openpyxl: pip install hf_histo[excel], or save it as CSV") from None
+        raise HistoError(f"{path}: needs openpyxl: pip install 'hf_histo[excel]', or save it as CSV") from None
     with zipfile.ZipFile(path) as archive:
         if (size := sum(member.file_size for member in archive.infolist())) > LARGEST_SHEET:
             raise HistoError(f"{path}: unpacks to {size:,} bytes, expected at most {LARGEST_SHEET:,}; save it as CSV")

@@ -46,7 +46,7 @@ def heat_map(model: nn.Module, pixels: torch.Tensor, chosen: int) -> torch.Tenso
     try:
         from captum.attr import LayerGradientXActivation
     except ImportError:
-        raise HistoError("explanations need captum: pip install hf_histo[explain]") from None
+        raise HistoError("explanations need captum: pip install 'hf_histo[explain]'") from None
     classes = _Classes(model.eval())
     layer, (height, width) = _last_places(classes, pixels, chosen)
     with torch.enable_grad():

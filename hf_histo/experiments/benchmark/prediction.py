@@ -109,7 +109,7 @@ def onnx_runtime(bench: Bench) -> float:
     try:
         import onnxruntime
     except ImportError:
-        raise Unavailable("not installed: pip install hf_histo[onnx]") from None
+        raise Unavailable("not installed: pip install 'hf_histo[onnx]'") from None
     provider = "CPUExecutionProvider" if bench.device.type == "cpu" else "CUDAExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
         raise Unavailable(f"the installed onnxruntime has no {provider}")

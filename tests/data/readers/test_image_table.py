@@ -99,7 +99,7 @@ def test_a_workbook_without_openpyxl(file: Path, table: pd.DataFrame, monkeypatc
     book = file.with_suffix(".xlsx")
     book.write_bytes(b"")
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    refused(book, r"needs openpyxl: pip install hf_histo\[excel\], or save it as CSV")
+    refused(book, r"needs openpyxl: pip install 'hf_histo\[excel\]', or save it as CSV")
 
 
 def test_numbers_as_labels_and_centers_keep_their_order(table: pd.DataFrame, file: Path) -> None:
