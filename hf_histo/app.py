@@ -92,7 +92,7 @@ def answer(
     sidecar = classifier.sidecar
     names = sidecar.label_names
     try:
-        image = decode(data, "the file", sidecar.preprocessing.gray_bits, max_pixels=MAX_PIXELS)
+        image = decode(data, "the file", sidecar.preprocessing.reading, max_pixels=MAX_PIXELS)
         table = classifier(image)
         chosen = str(table["predicted"][0])
         heat = torch.from_numpy(classifier.explain(image, [names.index(chosen)])[0])

@@ -28,7 +28,7 @@ from hf_histo.data.load import check_trainable, fingerprint
 from hf_histo.data.protocol import complete, refuse
 from hf_histo.data.readers.hub import train_stream
 from hf_histo.data.readers.streaming import Stream
-from hf_histo.data.schema import ImageTable, center_names, recorded_bits
+from hf_histo.data.schema import ImageTable, center_names, recorded
 from hf_histo.data.splits import few_shot, leakage
 from hf_histo.data.splits.checks import composition, shared_groups
 from hf_histo.errors import HistoError
@@ -259,7 +259,7 @@ def build(config: Config, data: datasets.DatasetDict, task: Task) -> Setup:
     if options.patch_dropout:
         backbones.add_patch_dropout(options.backbone, backbone, options.patch_dropout)
     source = backbones.locate(options.backbone)
-    pipeline = Pipeline.of(config, backbone.config, source, recorded_bits(data["train"]))
+    pipeline = Pipeline.of(config, backbone.config, source, recorded(data["train"]))
     train: ImageTable | Stream
     if config.data.streaming:
         train = _stream(config, len(data["train"]), pipeline.preprocessing)
@@ -435,7 +435,7 @@ def _stream(config: Config, total: int, preprocessing: Preprocessing) -> Stream:
         state.process_index,
         state.num_processes,
         square,
-        preprocessing.gray_bits,
+        preprocessing.reading,
     )
 
 

@@ -20,6 +20,7 @@ from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.data import schema
 from hf_histo.data.load import load as load_data
 from hf_histo.data.readers.image_rows import SUFFIXES
+from hf_histo.data.reading import Reading
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError, printable
 from hf_histo.evaluation.figures.explanation import explanations, heat_map
@@ -242,12 +243,7 @@ class Classifier:
             )
         if not len(dataset):
             raise HistoError("no image was given; pass at least one")
-        bits, expected = schema.recorded_bits(dataset), self.sidecar.preprocessing.gray_bits
-        if bits not in (None, expected):
-            raise HistoError(
-                f"16-bit gray images were read as of {bits} bits, expected {expected or 8} as in training; "
-                + (f"give --gray_bits {expected}" if expected else "convert them to 8 bits")
-            )
+        _check_reading(schema.recorded(dataset), self.sidecar.preprocessing.reading)
         known = self.sidecar.with_known_centers(dataset)
         labels, pipeline = self.sidecar.labels_of(dataset), self.sidecar.pipeline.extended(known)
         if test_time_views is not None:
@@ -299,18 +295,31 @@ def _table(images: Image | Sequence[Image], center: int | str, sidecar: Sidecar)
         several = list(images) if images.ndim == 4 else [images]
     else:
         several = [images] if isinstance(images, str | Path | PIL.Image.Image) else _listed(images)
-    count, bits = len(several), sidecar.preprocessing.gray_bits
+    count, reading = len(several), sidecar.preprocessing.reading
     name, center = ([center], 0) if isinstance(center, str) else ([], center)
     if not -(2**63) <= center < 2**63:
         raise HistoError(f"center is {center}, expected the number of a center, or -1 where it is unknown")
     rows = {
         "id": [str(image) if isinstance(image, str | Path) else str(i) for i, image in enumerate(several)],
-        "image": [{"bytes": _encoded(image, i, bits), "path": None} for i, image in enumerate(several)],
+        "image": [{"bytes": _encoded(image, i, reading), "path": None} for i, image in enumerate(several)],
         "label": [-1] * count,
         "center": [center] * count,
         "group": [""] * count,
     }
     return datasets.Dataset.from_dict(rows, features=schema.features(sidecar.label_names, name))
+
+
+def _check_reading(found: Reading, expected: Reading) -> None:
+    """Raise HistoError for images that were read otherwise than those of training."""
+    if found.gray_bits not in (None, expected.gray_bits):
+        raise HistoError(
+            f"16-bit gray images were read as of {found.gray_bits} bits, expected {expected.gray_bits or 8} as in "
+            "training; "
+            + (f"give --gray_bits {expected.gray_bits}" if expected.gray_bits else "convert them to 8 bits")
+        )
+    if difference := expected.difference(found):
+        used, wanted = (each.text(difference) for each in (found, expected))
+        raise HistoError(f"images were read with {used}, expected {wanted} as in training; load them so")
 
 
 def _listed(images: Sequence[Image]) -> list[Image]:
@@ -320,18 +329,18 @@ def _listed(images: Sequence[Image]) -> list[Image]:
         raise HistoError(f"images is a {type(images).__name__}; expected one or several images") from None
 
 
-def _encoded(image: Image, place: int, gray_bits: int | None) -> bytes:
-    """The bytes of an image file, which `schema.decode` takes; 16-bit gray becomes 8-bit by the adapter's `gray_bits`.
+def _encoded(image: Image, place: int, reading: Reading) -> bytes:
+    """The bytes of an image file, which `schema.decode` takes without options; see `schema.checked`.
 
     Raises HistoError, naming the image, for one that can't be read.
     """
     if isinstance(image, str | Path):
         try:
-            return schema.checked(regular(image).read_bytes(), str(image), gray_bits)
+            return schema.checked(regular(image).read_bytes(), str(image), reading)
         except OSError as error:
             raise HistoError(f"{image}: can't be read ({error.strerror}); expected an image file") from None
     if isinstance(image, PIL.Image.Image):
-        return schema.encode_ppm(schema.rgb(image, f"image {place}", gray_bits))
+        return schema.encode_ppm(schema.rgb(image, f"image {place}", reading))
     if isinstance(image, torch.Tensor):
         image = (image.float() if image.dtype == torch.bfloat16 else image).detach().cpu().numpy()
     if not isinstance(image, np.ndarray):

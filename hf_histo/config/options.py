@@ -106,7 +106,7 @@ def rule_of(of: dataclasses.Field[Any]) -> Rule:
 
 @dataclass(kw_only=True)
 class TableOptions:
-    """How a table of image files is read; see `hf_histo.data.readers.image_table`."""
+    """How image files, and a table of them, are read; see `data.reading` and `data.readers.image_table`."""
 
     image_root: str | None = option(
         None,
@@ -120,10 +120,16 @@ class TableOptions:
     split_column: str | None = option(None, "column of train, val or test ('none': new splits)")
     center_column: str | None = option(None, "column of centers, as names or numbers")
     group_column: str | None = option(None, "column of patients or slides, which are never on both sides of a split")
+    page: int | None = option(
+        None, "page of TIFF files with several, or frame of DICOM files, from 1 (default: refused)", at_least=1
+    )
+    window: str | None = option(
+        None, "gray values of DICOM files to show, as CENTER,WIDTH, e.g. --window=-600,1500 (default: the file's)"
+    )
 
 
 def columns_of(options: TableOptions) -> dict[str, Any]:
-    """The options by which a table of image files is read, for another dataclass with them."""
+    """The options by which image files, and a table of them, are read, for another dataclass with them."""
     return {option.name: getattr(options, option.name) for option in dataclasses.fields(TableOptions)}
 
 

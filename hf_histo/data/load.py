@@ -27,8 +27,9 @@ from hf_histo.data.readers.nifti import VolumeFolders
 from hf_histo.data.readers.patch_camelyon import PatchCamelyon
 from hf_histo.data.readers.pixel_tables import SUFFIXES, PixelTables
 from hf_histo.data.readers.wilds_camelyon17 import WildsCamelyon17
+from hf_histo.data.reading import DEFAULT_READING, Reading, window_text
 from hf_histo.data.synthetic import tissue
-from hf_histo.errors import HistoError, did_you_mean
+from hf_histo.errors import HistoError, did_you_mean, idle_option
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,12 @@ Source: TypeAlias = (
 
 
 def load(
-    source: Source, labels: Sequence[Any] | None = None, *, cache_dir: str | Path | None = None, **options: Any
+    source: Source,
+    labels: Sequence[Any] | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    reading: Reading = DEFAULT_READING,
+    **options: Any,
 ) -> datasets.DatasetDict:
     """Load a folder in any supported layout as splits `train`, `val` and, where present, `test` and others.
 
@@ -72,6 +78,7 @@ def load(
             it is, but for its fingerprint, which is that of its content.
         labels: a label for each path, if `source` is a list of paths; without it, all labels are hidden.
         cache_dir: folder of the converted data; default: the options' one, then `datasets.config.HF_DATASETS_CACHE`.
+        reading: how an adapter's training images were read: other image files are read so where `options` allow it.
         **options: those of `READING`, by which the source is read, e.g. `label_column="diagnosis"`; checked as on the
             command line.
 
@@ -86,8 +93,9 @@ def load(
     with a warning.
 
     Raises:
-        HistoError: an option is unknown, invalid, or has no effect on this layout; the folder is missing, incomplete or
-            of no supported layout; a file has a fault, or changes while it is read; and as `schema.check_texts` does.
+        HistoError: an option is unknown, invalid, contradicts `reading`, or has no effect on this layout or these
+            images; the folder is missing, incomplete or of no supported layout; a file has a fault, or changes while it
+            is read; and as `schema.check_texts` does.
         OSError: the disk is full, or the cache can't be written.
     """
     for name in options:
@@ -102,8 +110,15 @@ def load(
         _refuse_idle(chosen, "that is loaded already", ())
         return _with_content_fingerprint(source)
     if labels is not None or not isinstance(source, str | Path | DataOptions):
-        return _load(image_rows.store(_table(source, labels), chosen, cache_dir), cache_dir)
-    return _load(chosen if source is base else dataclasses.replace(chosen, data=str(source)), cache_dir)
+        chosen = image_rows.store(_table(source, labels), chosen, cache_dir)
+    elif source is not base:
+        chosen = dataclasses.replace(chosen, data=str(source))
+    data = _load(chosen, cache_dir, reading)
+    effective = schema.recorded(next(iter(data.values())))
+    for name, what in (("page", "no image has several pages or frames"), ("window", "no image is DICOM")):
+        if getattr(chosen, name) is not None and getattr(effective, name) is None:
+            raise idle_option(name, getattr(chosen, name), what)
+    return data
 
 
 def _table(source: Source, labels: Sequence[Any] | None) -> pd.DataFrame | datasets.Dataset:
@@ -154,19 +169,22 @@ def _with_content_fingerprint(data: datasets.DatasetDict) -> datasets.DatasetDic
     return found
 
 
-def _load(options: DataOptions, cache_dir: Path) -> datasets.DatasetDict:
+def _load(options: DataOptions, cache_dir: Path, reading: Reading) -> datasets.DatasetDict:
     if options.data.startswith(hub.PREFIX):
-        _refuse_idle(options, "of the Hub", ("gray_bits",) if options.streaming else hub.OPTIONS)
+        _refuse_idle(options, "of the Hub", ("gray_bits", "page") if options.streaming else hub.OPTIONS)
+        options = _as_adapter(options, reading, hub.OPTIONS)
         if options.streaming:
-            return hub.load_streaming(options.data, gray_bits=options.gray_bits)
-        skip, bits = options.on_bad_image == "skip", options.gray_bits
-        return hub.load(options.data, cache_dir=cache_dir, skip_bad_images=skip, gray_bits=bits)
+            return hub.load_streaming(options.data, reading=Reading.of(options))
+        skip = options.on_bad_image == "skip"
+        return hub.load(options.data, cache_dir=cache_dir, skip_bad_images=skip, reading=Reading.of(options))
     directory = _synthetic(cache_dir) if options.data == SYNTHETIC else Path(options.data)
     builder_class = _layout(directory, options)
     _refuse_idle(options, f"in the layout {builder_class.LAYOUT}", builder_class.OPTIONS)
+    options = _as_adapter(options, reading, builder_class.OPTIONS)
     defaults = DataOptions()
     try:
-        files = builder_class.files(directory, options)
+        listing = builder_class.listing(directory, options)
+        files = builder_class.files(directory, options, listing)
         state = cache.state_of(directory, files)
         name = cache.content_of(directory, files, state, cache_dir / "hf_histo_fingerprints")
         chosen = {key: getattr(options, key) for key in builder_class.OPTIONS if key not in with_role("place")}
@@ -188,6 +206,7 @@ def _load(options: DataOptions, cache_dir: Path) -> datasets.DatasetDict:
             options=options,
             state=state,
         )
+        builder.config.listing = listing
         try:
             builder.download_and_prepare()
         except DatasetGenerationError as error:
@@ -203,6 +222,18 @@ def _refuse_idle(options: DataOptions, kind: str, acting: Sequence[str]) -> None
     for name in sorted(set(READING) - set(acting)):
         if (value := getattr(options, name)) != getattr(DataOptions(), name):
             raise HistoError(f"--{name} is {value!r}, which changes nothing for data {kind}; leave it out")
+
+
+def _as_adapter(options: DataOptions, reading: Reading, acting: Sequence[str]) -> DataOptions:
+    """The options with those in `acting` as an adapter's images were read; raises HistoError if they contradict it."""
+    if name := reading.difference(Reading.of(options)):
+        raise HistoError(
+            f"--{name} is {getattr(options, name)}, expected {reading.text(name)} as in training; leave it out"
+        )
+    found = {name: getattr(reading, name) for name in ("gray_bits", "page") if name in acting}
+    if "window" in acting and reading.window not in (None, "file"):
+        found["window"] = window_text(reading.window)
+    return dataclasses.replace(options, **{name: value for name, value in found.items() if value is not None})
 
 
 def _reported(builder: FolderBuilder) -> datasets.DatasetDict:

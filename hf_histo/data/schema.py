@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -23,15 +24,30 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from hf_histo.data.readers import dicom
+from hf_histo.data.reading import (
+    DEFAULT_READING,
+    MAX_PIXELS,
+    Reading,
+    RefusedError,
+    check_size,
+    page_index,
+    parse_window,
+    window_text,
+)
 from hf_histo.errors import HistoError
 
-MAX_PIXELS = 100_000_000  # largest width x height of an image, checked in the header before decoding
 # Formats that PIL decodes without another program: for EPS it would run Ghostscript.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "WEBP", "JPEG2000")
 MAX_TEXT = 1000  # longest id, group and class name, in characters
 GRAY_BITS = (8, 10, 12, 14, 16)  # bit depths of scanners: DICOM PS3.3 C.7.6.3, "Bits Stored"
 
-_BITS = "bits of 16-bit gray: "  # starts the line of `info.description` about them
+MAX_PAGES = 10_000  # of a TIFF
+
+# Start the lines of `info.description` about how the images were read.
+_BITS, _PAGE, _WINDOW = "bits of 16-bit gray: ", "page: ", "window: "
+# TIFF 6.0, section 8: bit 0, a copy of lower resolution; bit 2, a transparency mask.
+_NEW_SUBFILE_TYPE, _NO_PAGE = 254, 0b101
 _PPM = re.compile(rb"P6\s+([1-9]\d*)\s+([1-9]\d*)\s+255\s")
 
 
@@ -129,70 +145,121 @@ def encode_ppm(image: np.ndarray) -> bytes:
 def decode(
     data: bytes | memoryview,
     source: str = "image",
-    gray_bits: int | None = None,
+    reading: Reading = DEFAULT_READING,
     *,
     strict: bool = True,
     max_pixels: int = MAX_PIXELS,
 ) -> torch.Tensor:
     """Decode the bytes of an image file into a contiguous uint8 RGB tensor (3, H, W) in [0, 255] that owns its memory.
 
-    8-bit PPM is read by NumPy, any other format by PIL (see `rgb`). Of an animation, the first frame is decoded.
+    8-bit PPM is read by NumPy, DICOM by `dicom.decode`, any other format by PIL (see `rgb`). Of an animation, the first
+    frame is decoded. The pages of a TIFF are its images without those marked as copies of lower resolution or as masks.
 
     Args:
         data: the whole file.
         source: names the image in errors.
-        gray_bits: bit depth of 16-bit gray values, see `rgb`.
+        reading: bit depth of 16-bit gray, see `rgb`; page; window of DICOM.
         strict: decode a JPEG with libjpeg-turbo as well, which reports faults that PIL ignores: data that is missing,
             zeroed, or too short or long for the image's size. Pass False for bytes that were checked before.
         max_pixels: largest width x height, checked in the header before anything else is read.
 
-    Raises HistoError, starting with `source`, for a format other than `FORMATS` (by content, not by file name), a
-    damaged file, an image larger than `max_pixels`, and as `rgb` does.
+    Raises HistoError, starting with `source`, for a format other than `FORMATS` and DICOM (by content, not by file
+    name), a damaged file, an image larger than `max_pixels`, several pages without `reading.page`, and as `rgb` and
+    `dicom.decode` do.
     """
     with _refusing(source, f"{len(data)} bytes starting with {bytes(data[:8])!r}"):
         if header := _PPM.match(data):
             width, height = int(header[1]), int(header[2])
-            _check_size(width, height, max_pixels)
+            check_size(width, height, max_pixels)
             pixels = np.frombuffer(data, np.uint8, 3 * height * width, header.end()).reshape(height, width, 3)
+        elif dicom.is_dicom(data):
+            pixels = dicom.decode(data, reading, max_pixels)
+            pixels = pixels if pixels.ndim == 3 else np.stack([pixels] * 3, axis=-1)
         else:
             with _opened(io.BytesIO(data), max_pixels) as image:
-                pixels = _rgb(image, gray_bits)
+                _turn_to_page(image, reading.page)
+                check_size(*image.size, max_pixels)
+                pixels = _rgb(image, reading.gray_bits)
                 if strict and image.format in ("JPEG", "MPO"):
                     _check_jpeg(data)
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
-def rgb(image: PIL.Image.Image, source: str = "image", gray_bits: int | None = None) -> NDArray[np.uint8]:
+def rgb(image: PIL.Image.Image, source: str = "image", reading: Reading = DEFAULT_READING) -> NDArray[np.uint8]:
     """A PIL image as uint8 (H, W, 3) in [0, 255], exactly as `decode` reads its file.
 
     EXIF orientation is applied and transparency dropped. 16-bit gray values are divided by 2^(gray_bits - 8), so that
-    the range of `gray_bits` (8 to 16) bits becomes 0 to 255; 16-bit color keeps its high byte. An image that PIL opened
-    but has not decoded yet is decoded from its file.
+    the range of `gray_bits` (8 to 16) bits becomes 0 to 255; 16-bit color keeps its high byte. CMYK becomes RGB as PIL
+    does it: each of C, M and Y darkens its complement, K all three, and a color profile is not used. An image that PIL
+    opened but has not decoded yet is decoded from its file; one at another page than the first is that page.
 
     Raises HistoError, starting with `source`, for 16-bit gray without `gray_bits` or with values beyond that range, for
     pixels without a fixed range (32-bit integers, floats), and as `decode` does.
     """
     if (data := _undecoded(image)) is not None:
-        return decode(data, source, gray_bits).permute(1, 2, 0).numpy()
+        return decode(data, source, reading).permute(1, 2, 0).numpy()
     with _refusing(source, f"a PIL image of mode {image.mode}"):
-        return _rgb(image, gray_bits)
+        return _rgb(image, reading.gray_bits)
 
 
-def checked(data: bytes, source: str, gray_bits: int | None = None) -> bytes:
-    """Bytes to store for an image file: its own, or an 8-bit PNG of 16-bit gray. Raises HistoError as `decode` does."""
-    pixels = decode(data, source, gray_bits)
-    if not _is_16_bit_gray(data):
+def checked(data: bytes, source: str, reading: Reading = DEFAULT_READING) -> bytes:
+    """Bytes to store for an image file: its own, or an 8-bit PNG of 16-bit gray, DICOM, and a page of several.
+
+    Raises HistoError as `decode` does.
+    """
+    pixels = decode(data, source, reading)
+    if _is_kept(data):
         return data
+    is_gray = bool((pixels[0] == pixels[1]).all() and (pixels[0] == pixels[2]).all())
     buffer = io.BytesIO()
-    PIL.Image.fromarray(pixels[0].numpy()).save(buffer, "PNG")
+    PIL.Image.fromarray((pixels[0] if is_gray else pixels.permute(1, 2, 0)).numpy()).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def brightest(file: Path | io.BytesIO) -> int | None:
+def refuse_dicom(data: bytes | memoryview, source: str) -> None:
+    """Raise HistoError for DICOM within a table: `datasets` would copy it to the cache, with what names the patient."""
+    if dicom.is_dicom(data):
+        raise HistoError(
+            f"{source}: a DICOM file within a table, expected it as a file, since a table is copied to the cache with "
+            "all that names the patient; give a table of the files' paths"
+        )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is found in an image file before it is decoded.
+
+    Attributes:
+        peak: the largest value of 16-bit gray, else None.
+        pages: number of pages or frames.
+        patient: `dicom.patient` of a DICOM file, else None.
+    """
+
+    peak: int | None = None
+    pages: int = 1
+    patient: str | None = field(default=None, repr=False)
+
+
+def facts(path: Path, page: int | None = None) -> Facts:
+    """Facts of a file, by its header, or of 16-bit gray by its (chosen) page; no fault of it is reported."""
+    if dicom.is_dicom_file(path):
+        frames, patient = dicom.header(path)
+        return Facts(pages=frames, patient=patient)
+    try:
+        with _opened(path) as image:
+            pages = len(_pages(image))
+            _turn_to_page(image, page)
+            return Facts(_peak(image), pages)
+    except Exception:  # PIL's readers can raise any exception; `decode` reports it
+        return Facts()
+
+
+def brightest(file: Path | io.BytesIO, page: int | None = None) -> int | None:
     """The largest value of a 16-bit gray image; None for other images (by the header) and those `decode` refuses."""
     try:
         with _opened(file) as image:
-            return int(np.asarray(image).max()) if image.mode.startswith("I;16") else None
+            _turn_to_page(image, page)
+            return _peak(image)
     except Exception:  # PIL's readers can raise any exception; `decode` reports it
         return None
 
@@ -210,37 +277,33 @@ def bits_for(peaks: Iterable[int | None], gray_bits: int | None = None) -> int |
     return (gray_bits or next(bits for bits in GRAY_BITS if max(found) < 2**bits)) if found else None
 
 
-def record_bits(info: datasets.DatasetInfo, gray_bits: int | None) -> None:
-    """Record in a data set's description the bit depth that its 16-bit gray values were read with."""
-    if gray_bits:
-        info.description += f"\n{_BITS}{gray_bits}"
+def record(info: datasets.DatasetInfo, reading: Reading) -> None:
+    """Record in a data set's description how its images were read."""
+    window = window_text(reading.window) if reading.window else None
+    for start, value in ((_BITS, reading.gray_bits), (_PAGE, reading.page), (_WINDOW, window)):
+        if value is not None:
+            info.description += f"\n{start}{value}"
 
 
-def recorded_bits(dataset: datasets.Dataset) -> int | None:
-    """Bit depth that the 16-bit gray values of a loaded data set were read with; None if it has no such values."""
+def recorded(dataset: datasets.Dataset) -> Reading:
+    """How the images of a loaded data set were read; a field is None where it had no effect on them."""
     lines = (dataset.info.description or "").splitlines()
-    return next((int(line.removeprefix(_BITS)) for line in lines if line.startswith(_BITS)), None)
-
-
-class _RefusedError(Exception):
-    """An image is refused; the message gives the value found, what was expected, and the remedy."""
+    bits, page, window = (
+        next((line.removeprefix(start).split(";")[0] for line in lines if line.startswith(start)), None)
+        for start in (_BITS, _PAGE, _WINDOW)
+    )
+    return Reading(int(bits) if bits else None, int(page) if page else None, parse_window(window))
 
 
 @contextmanager
 def _refusing(source: str, found: str) -> Iterator[None]:
     try:
         yield
-    except _RefusedError as error:
+    except RefusedError as error:
         raise HistoError(f"{source}: {error}") from None
     # PIL's readers raise almost any exception for broken bytes: SyntaxError, struct.error, zlib.error, MemoryError...
     except Exception as error:
         raise HistoError(f"{source}: not a readable image ({found}: {error}); repair or remove it") from error
-
-
-def _check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
-    if width * height > max_pixels:
-        found = f"{width:,} x {height:,} pixels"
-        raise _RefusedError(f"{found}, expected at most {max_pixels:,} in all; scale it down or cut it up")
 
 
 @contextmanager
@@ -253,16 +316,44 @@ def _opened(file: Path | io.BytesIO, max_pixels: int = MAX_PIXELS) -> Iterator[P
         warnings.filterwarnings("ignore", message="Palette images with Transparency")  # transparency is dropped
         try:
             with PIL.Image.open(file, formats=FORMATS) as image:
-                _check_size(*image.size, max_pixels)
+                check_size(*image.size, max_pixels)
                 yield image
         except PIL.Image.DecompressionBombError as error:
             found = f"{error}, expected at most {MAX_PIXELS:,} in all; scale it down or cut it up"
-            raise _RefusedError(found) from None
+            raise RefusedError(found) from None
+
+
+def _pages(image: PIL.Image.Image) -> list[int]:
+    """Indices of the pages of a TIFF: without copies of lower resolution and masks, if others are there; else [0]."""
+    if image.format != "TIFF":
+        return [0]
+    kinds: list[int] = []
+    try:
+        while len(kinds) <= MAX_PAGES:
+            image.seek(len(kinds))
+            kinds.append(image.tag_v2.get(_NEW_SUBFILE_TYPE, 0))  # type: ignore[attr-defined]  # of TIFF
+    except EOFError:
+        image.seek(0)
+        return [place for place, kind in enumerate(kinds) if not kind & _NO_PAGE] or [0]
+    raise RefusedError(f"over {MAX_PAGES:,} pages, expected at most as many; divide it")
+
+
+def _turn_to_page(image: PIL.Image.Image, page: int | None) -> None:
+    """Seek to the chosen page of a TIFF, or the only one. Raises RefusedError as `reading.page_index` does."""
+    if image.format != "TIFF":  # other formats have no pages
+        return
+    pages = _pages(image)
+    if (place := pages[page_index(len(pages), page, "pages" if len(pages) > 1 else "page")]) != image.tell():
+        image.seek(place)
+
+
+def _peak(image: PIL.Image.Image) -> int | None:
+    return int(np.asarray(image).max()) if image.mode.startswith("I;16") else None
 
 
 def _rgb(image: PIL.Image.Image, gray_bits: int | None) -> NDArray[np.uint8]:
-    """The one place where pixels of any kind become 8-bit RGB, uint8 (H, W, 3)."""
-    _check_size(*image.size)
+    """The one place where pixels of any kind but DICOM become 8-bit RGB, uint8 (H, W, 3)."""
+    check_size(*image.size)
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         return np.stack([_to_8_bits(np.asarray(image), gray_bits)] * 3, axis=-1)
@@ -273,23 +364,27 @@ def _rgb(image: PIL.Image.Image, gray_bits: int | None) -> NDArray[np.uint8]:
 
 def _to_8_bits(pixels: NDArray[np.uint16], gray_bits: int | None) -> NDArray[np.uint8]:
     if gray_bits is None:
-        raise _RefusedError(
+        raise RefusedError(
             "16-bit gray of unknown range, expected 8 bits, or gray_bits, which a data set's images and an adapter "
             "trained on such have; convert it to 8 bits as the training images were"
         )
     if pixels.max() >= 2**gray_bits:
         found = f"value {pixels.max()} in 16-bit gray"
-        raise _RefusedError(
+        raise RefusedError(
             f"{found}, expected at most {2**gray_bits - 1}, the range of gray_bits {gray_bits}; scale it like the rest"
         )
     return (pixels >> (gray_bits - 8)).astype(np.uint8)
 
 
-def _is_16_bit_gray(data: bytes) -> bool:
+def _is_kept(data: bytes) -> bool:
+    """Whether a file that `decode` reads is stored as it is: any decoder then gives the same pixels."""
     if _PPM.match(data):
+        return True
+    if dicom.is_dicom(data):
         return False
     with _opened(io.BytesIO(data)) as image:
-        return image.mode.startswith("I;16")
+        several = image.format == "TIFF" and getattr(image, "n_frames", 1) > 1
+        return not several and not image.mode.startswith("I;16")
 
 
 def _check_jpeg(data: bytes | memoryview) -> None:

@@ -10,10 +10,11 @@ import datasets
 import numpy as np
 
 from hf_histo.adapter.sidecar import Sidecar
-from hf_histo.config import DataOptions, columns_of
+from hf_histo.config import columns_of
 from hf_histo.config.commands import PredictOptions
 from hf_histo.data.load import load
 from hf_histo.data.protocol import complete
+from hf_histo.data.reading import Reading
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import thresholds
 from hf_histo.evaluation.predictions import Predictions
@@ -39,7 +40,7 @@ def predict(options: PredictOptions) -> str:
         if getattr(options, name) is not None and sidecar.num_outputs > 1:
             found = f"found {len(sidecar.label_names)}, of which the most probable is predicted"
             raise HistoError(f"--{name} is for two classes, {found}")
-    images = _split(options, sidecar.preprocessing.gray_bits)
+    images = _split(options, sidecar.preprocessing.reading)
     count = sidecar.views.count if options.test_time_views is None else options.test_time_views
     if options.test_time_augmentation is not None and count == 1:
         raise HistoError(
@@ -79,10 +80,9 @@ def _changed(exact: Predictions, rounded: Predictions, threshold: float) -> str:
     return f"bf16 changed {share} on images also predicted in float32; probabilities differ by at most {most:.4f}"
 
 
-def _split(options: PredictOptions, gray_bits: int | None) -> datasets.Dataset:
-    """The split to predict, with 16-bit gray images read as in training."""
-    table = columns_of(options)
-    data = load(DataOptions(data=options.data, cache_dir=options.cache_dir, gray_bits=gray_bits, **table))
+def _split(options: PredictOptions, reading: Reading) -> datasets.Dataset:
+    """The split to predict, its image files read as in training."""
+    data = load(options.data, cache_dir=options.cache_dir, reading=reading, **columns_of(options))
     if options.split not in data:
         data = complete(data)
     if options.split not in data:

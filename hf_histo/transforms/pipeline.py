@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
 from hf_histo.config import Config
+from hf_histo.data.reading import DEFAULT_READING, Reading
 from hf_histo.data.schema import ImageTable, Sample
 from hf_histo.transforms.augmentation import PRESETS, SINGLE_VIEW, Augmentation, TestTimeViews, augment, preset, uniform
 from hf_histo.transforms.mri import Preparation
@@ -48,21 +49,23 @@ class Pipeline:
     test_time_views: TestTimeViews = SINGLE_VIEW
 
     @classmethod
-    def of(cls, config: Config, backbone: PreTrainedConfig, source: str, gray_bits: int | None = None) -> Pipeline:
+    def of(
+        cls, config: Config, backbone: PreTrainedConfig, source: str, reading: Reading = DEFAULT_READING
+    ) -> Pipeline:
         """The pipeline that the options ask for, its color normalization not yet fitted (see `fitted`).
 
         Args:
             config: all options of a run.
             backbone: configuration of the backbone, see `preprocessing.resolve`.
             source: the backbone's local folder or Hub name.
-            gray_bits: bit depth of 16-bit gray training images; None if there are no such images.
+            reading: how the training images were read, see `schema.recorded`.
 
         Raises `HistoError` as `preprocessing.resolve` does, and for an unknown augmentation.
         """
         options = config.model
         declared = resolve(backbone, source, options.image_size, options.resize_size, options.fit)
         return cls(
-            replace(declared, preparation=Preparation.of(config.preparation), gray_bits=gray_bits),
+            replace(declared, preparation=Preparation.of(config.preparation), **vars(reading)),
             preset(config.augmentation.augmentation),
             stain_mixing=config.centers.stain_mixing,
             seed=config.training.seed,

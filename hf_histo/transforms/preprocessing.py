@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import datasets
 import PIL.Image
@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional
 from transformers import AutoImageProcessor, CLIPImageProcessor, PreTrainedConfig
 
 from hf_histo.config import Fit
+from hf_histo.data.reading import Reading
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 from hf_histo.files import STRICT
@@ -46,6 +47,9 @@ class Preprocessing:
         preparation: applied to each image when it is read, before everything else.
         gray_bits: bit depth, 8 to 16, of the 16-bit gray training images, by which other 16-bit gray images are read as
             well, see `hf_histo.data.schema.rgb`; None if there were no such images.
+        page: page, from 1, of training files that had several, which is read of other files with several; else None.
+        window: center and width by which gray DICOM images were read, as other ones are, or "file" where each had its
+            own; None if there were no DICOM images.
     """
 
     __pydantic_config__ = STRICT
@@ -58,6 +62,13 @@ class Preprocessing:
     fit: Annotated[str, Field(pattern=f"^({'|'.join(FITS)})$")] = "crop"
     preparation: Preparation = field(default_factory=Preparation)
     gray_bits: Annotated[int, Field(ge=8, le=16)] | None = None
+    page: Annotated[int, Field(ge=1)] | None = None
+    window: tuple[float, Annotated[float, Field(ge=1)]] | Literal["file"] | None = None
+
+    @property
+    def reading(self) -> Reading:
+        """How image files are read: as those of training."""
+        return Reading(self.gray_bits, self.page, self.window)
 
     def read(self, dataset: datasets.Dataset, at_least: int = 0) -> ImageTable:
         """An `ImageTable` of a schema table whose images are prepared and have one size, so that they can be batched.

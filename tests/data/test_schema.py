@@ -14,6 +14,7 @@ import pytest
 import torch
 from fixtures import images
 
+from hf_histo.data.reading import Reading
 from hf_histo.data.schema import ImageTable, bits_for, brightest, checked, decode, encode_ppm, features, rgb, size
 from hf_histo.errors import HistoError
 
@@ -109,8 +110,8 @@ def test_what_is_read_can_be_prepared_and_selected(table: datasets.Dataset) -> N
 @pytest.mark.parametrize(("bits", "expected"), [(16, [[0, 0], [1, 15]]), (12, [[0, 15], [16, 255]])])
 def test_sixteen_bits_are_scaled_by_what_is_stated(bits: int, expected: list[list[int]]) -> None:
     gray = file_bytes(np.array([[0, 255], [256, 4095]], np.uint16), "PNG")
-    assert decode(gray, gray_bits=bits)[0].tolist() == expected
-    assert decode(checked(gray, "a.png", bits))[0].tolist() == expected  # of 8 bits from then on
+    assert decode(gray, reading=Reading(gray_bits=bits))[0].tolist() == expected
+    assert decode(checked(gray, "a.png", Reading(gray_bits=bits)))[0].tolist() == expected  # of 8 bits from then on
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
@@ -119,7 +120,7 @@ def test_sixteen_bits_of_another_range_are_refused(format: str) -> None:
     with pytest.raises(HistoError, match=r"^a: 16-bit gray of unknown range, expected 8 bits"):
         decode(gray, "a")
     with pytest.raises(HistoError, match=r"^a: value 4096 in 16-bit gray, expected at most 4095"):
-        decode(gray, "a", 12)
+        decode(gray, "a", Reading(gray_bits=12))
 
 
 def test_the_bits_of_a_data_set() -> None:
@@ -152,7 +153,7 @@ def test_a_pil_image_of_many_bits_is_read_as_its_file(tmp_path: Path, opened: st
     deep, floats = (PIL.Image.open(tmp_path / name) for name in ("a.png", "a.tif"))
     if opened == "loaded":
         deep.load(), floats.load()
-    assert rgb(deep, gray_bits=12)[..., 0].tolist() == [[0, 255]]
+    assert rgb(deep, reading=Reading(gray_bits=12))[..., 0].tolist() == [[0, 255]]
     with pytest.raises(HistoError, match=r"^image 3: 16-bit gray of unknown range"):
         rgb(deep, "image 3")
     with pytest.raises(HistoError, match=r"^image 3: not a readable image \(.*pixel mode F has no fixed range"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,8 +13,12 @@ import datasets
 
 from hf_histo.config import DataOptions
 from hf_histo.data import cache, schema
+from hf_histo.data.reading import Reading
 from hf_histo.errors import HistoError
 
+logger = logging.getLogger(__name__)
+
+IMAGE_OPTIONS = ("on_bad_image", "gray_bits", "page", "window")  # fields of `DataOptions` that act on image files
 LEFT_OUT = "left out "  # starts the line of `info.description` about an image that can't be read
 # Largest expansion factor of deflate (https://www.zlib.net/zlib_tech.html); a size in bytes that is always allowed.
 EXPANSION, SMALL = 1032, 2**20
@@ -23,12 +28,14 @@ EXPANSION, SMALL = 1032, 2**20
 class FolderConfig(datasets.BuilderConfig):
     """Config of a `FolderBuilder`. Its `name`, the fingerprint of the file contents and `options`, is the cache key.
 
-    `directory` is the current location of the files, `state` the result of `cache.state_of` for them.
+    `directory` is the current location of the files, `state` the result of `cache.state_of` for them, `listing` that of
+    `FolderBuilder.listing`.
     """
 
     directory: Path = dataclasses.field(default_factory=Path)
     state: str = ""
     options: DataOptions = dataclasses.field(default_factory=DataOptions)
+    listing: Any = None
 
 
 class FolderBuilder(datasets.GeneratorBasedBuilder):
@@ -38,7 +45,7 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
     `Path(...)`, since `datasets` replaces that name in builder modules; derive paths from `self.config.directory`.
     """
 
-    VERSION = datasets.Version("1.1.0")  # part of the cache key: raise it where a conversion's output changes
+    VERSION = datasets.Version("1.2.0")  # part of the cache key: raise it where a conversion's output changes
     BUILDER_CONFIG_CLASS = FolderConfig
 
     LAYOUT: ClassVar[str]  # name of the layout, and of its folder in the cache
@@ -60,10 +67,15 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
         raise NotImplementedError
 
     @classmethod
-    def files(cls, directory: Path, options: DataOptions) -> dict[str, Path]:
+    def listing(cls, directory: Path, options: DataOptions) -> Any:
+        """What is read of the source once, to list its files and to convert them; None for most layouts."""
+        return None
+
+    @classmethod
+    def files(cls, directory: Path, options: DataOptions, listing: Any) -> dict[str, Path]:
         """Path of each file that the conversion reads, by a name that doesn't depend on where the data lies.
 
-        `sources`, unless the files depend on `options`.
+        `sources`, unless the files depend on `options` and `listing`.
         """
         return {name: directory / name for name in cls.sources(directory)}
 
@@ -87,23 +99,47 @@ class FolderBuilder(datasets.GeneratorBasedBuilder):
         """Convert as `datasets` does. Raises HistoError, and keeps nothing, if a file changed in the meantime."""
         super()._download_and_prepare(*arguments, **options)
         directory = self.config.directory
-        files = self.files(directory, self.config.options)
+        files = self.files(directory, self.config.options, self.config.listing)
         cache.check_unchanged(directory, directory, files, self.config.state)
 
-    def _find_bits(self, paths: Iterable[Path]) -> None:
-        """Find the bit depth of the 16-bit gray images among `paths`, for `_stored`, and add it to the description.
+    def _survey(self, paths: Sequence[Path]) -> list[str]:
+        """Find how the images at `paths` are read, for `_stored` and `_describe`; for layouts with `IMAGE_OPTIONS`.
 
-        For layouts of image files, with `gray_bits` among their `OPTIONS`.
+        Returns the group of each: "patient 1" and so on for DICOM files, numbered in the order of `paths`, so that
+        nothing of the patients' ids is in it; else "".
         """
-        self._gray_bits = schema.bits_for(map(schema.brightest, paths), self.config.options.gray_bits)
-        schema.record_bits(self.info, self._gray_bits)
+        chosen = Reading.of(self.config.options)
+        found = [schema.facts(path, chosen.page) for path in paths]
+        self._reading = Reading(
+            schema.bits_for((each.peak for each in found), chosen.gray_bits), chosen.page, chosen.window
+        )
+        self._effective = Reading(
+            self._reading.gray_bits,
+            chosen.page if any(each.pages > 1 for each in found) else None,
+            (chosen.window or "file") if any(each.patient is not None for each in found) else None,
+        )
+        patients = [each.patient or "" for each in found]
+        numbers = {patient: number for number, patient in enumerate(dict.fromkeys(filter(None, patients)), 1)}
+        if len(numbers) == 1 and sum(map(bool, patients)) > 1:
+            logger.warning(
+                "%s: all DICOM files have one patient id, which is taken for a placeholder: patients are unknown, and "
+                "the images of one may be on both sides of a split",
+                self.config.directory,
+            )
+            numbers = {}
+        return [f"patient {numbers[patient]}" if patient in numbers else "" for patient in patients]
+
+    def _describe(self, text: str) -> None:
+        """Set the description to `text` and how the images are read."""
+        self.info.description = text
+        schema.record(self.info, self._effective)
 
     def _stored(self, path: Path, where: str | None = None) -> dict[str, Any]:
         """Value of the column `image` for an image file.
 
         Raises HistoError, starting with `where` (default: the path), as `schema.decode` does.
         """
-        return {"bytes": schema.checked(path.read_bytes(), where or str(path), self._gray_bits), "path": None}
+        return {"bytes": schema.checked(path.read_bytes(), where or str(path), self._reading), "path": None}
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=schema.features(self.LABELS))

@@ -11,7 +11,8 @@ import datasets
 import PIL.Image
 
 from hf_histo.data import schema
-from hf_histo.data.readers.builder import FolderBuilder, split_generator
+from hf_histo.data.readers import dicom
+from hf_histo.data.readers.builder import IMAGE_OPTIONS, FolderBuilder, split_generator
 from hf_histo.errors import HistoError, printable
 
 logger = logging.getLogger(__name__)
@@ -30,10 +31,10 @@ class ClassFolders(FolderBuilder):
 
     Splits may also be called training, valid, validation or testing, in any capitalization, and any may be missing;
     without split folders, the only split is `full`. Classes are the sorted names of the folders in `train`, or in all
-    splits if there is no `train`. A class folder holds images of any size in the formats of `schema.FORMATS`, directly
-    or in subfolders, read in the text order of their paths. Files are stored unchanged, except that 16-bit gray images
-    are scaled to 8 bits, all by the same bit depth (`--gray_bits`). `id` is the path relative to the data set's folder,
-    with forward slashes; `group` is unknown.
+    splits if there is no `train`. A class folder holds images of any size in the formats of `schema.FORMATS` or DICOM,
+    directly or in subfolders, read in the text order of their paths. Files are stored as `schema.checked` does; 16-bit
+    gray images are scaled to 8 bits, all by the same bit depth (`--gray_bits`). `id` is the path relative to the data
+    set's folder, with forward slashes; `group` is the patient of DICOM files (see `FolderBuilder`), else unknown.
 
     Files with another suffix are left out with a warning, hidden ones silently. Links are followed within the data
     set's folder.
@@ -44,7 +45,7 @@ class ClassFolders(FolderBuilder):
     """
 
     LAYOUT = "class_folders"
-    OPTIONS: ClassVar[tuple[str, ...]] = ("on_bad_image", "gray_bits")
+    OPTIONS: ClassVar[tuple[str, ...]] = IMAGE_OPTIONS
     EXPECTED = "train/, val/ and test/ (any of them) with one folder of images per class, or such class folders alone"
     FILES = "images"  # what the files are called in messages
     GROUP = "unknown"
@@ -70,8 +71,10 @@ class ClassFolders(FolderBuilder):
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         splits = self._scan(self.config.directory)
         counts = {split: sum(map(len, classes.values())) for split, classes in splits.items()}
-        self.info.description = f"{self.FILES}; group: {self.GROUP}; {counts}"
-        self._find_bits(path for classes in splits.values() for paths in classes.values() for path in paths)
+        paths = [path for classes in splits.values() for paths in classes.values() for path in paths]
+        self._groups = dict(zip(paths, self._survey(paths), strict=True))
+        group = "patient" if any(self._groups.values()) else self.GROUP
+        self._describe(f"{self.FILES}; group: {group}; {counts}")
         logger.info("%s: %s", self.config.directory, self.info.description)
         return [split_generator(split, counts[split], classes=classes) for split, classes in splits.items()]
 
@@ -81,7 +84,7 @@ class ClassFolders(FolderBuilder):
                 name = name_of(path, self.config.directory)
                 with self.skipping():
                     image = self._stored(path)
-                    yield name, {"id": name, "image": image, "label": label, "center": -1, "group": ""}
+                    yield name, {"id": name, "image": image, "label": label, "center": -1, "group": self._groups[path]}
 
     @classmethod
     def _scan(cls, directory: Path) -> dict[str, dict[str, list[Path]]]:
@@ -201,9 +204,12 @@ def split_files(directory: Path, suffixes: Sequence[str]) -> dict[str, Path]:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a path has the suffix of a format that `schema.decode` reads."""
-    format = PIL.Image.registered_extensions().get(path.suffix.lower())
-    return format in schema.FORMATS and not path.is_dir() and not is_clutter(path)
+    """Whether a path has the suffix of a format that `schema.decode` reads, or is DICOM of another name."""
+    if path.is_dir() or is_clutter(path):
+        return False
+    suffix = path.suffix.lower()
+    format = PIL.Image.registered_extensions().get(suffix)
+    return format in schema.FORMATS or suffix in dicom.SUFFIXES or (format is None and dicom.is_dicom_file(path))
 
 
 def is_clutter(path: Path) -> bool:

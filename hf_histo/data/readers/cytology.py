@@ -11,7 +11,7 @@ import datasets
 import pandas as pd
 
 from hf_histo.data import hierarchy, schema
-from hf_histo.data.readers.builder import FolderBuilder, split_generator
+from hf_histo.data.readers.builder import IMAGE_OPTIONS, FolderBuilder, split_generator
 from hf_histo.data.readers.class_folders import check_inside, is_image, name_of, split_of
 from hf_histo.errors import HistoError
 from hf_histo.files import regular
@@ -46,7 +46,7 @@ class ListedImages(FolderBuilder):
     an image outside the folder, whether through its path in a list or through a link.
     """
 
-    OPTIONS = ("on_bad_image", "gray_bits")
+    OPTIONS = IMAGE_OPTIONS
 
     @classmethod
     def listed(cls, directory: Path) -> Listed:
@@ -72,8 +72,9 @@ class ListedImages(FolderBuilder):
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         listed = self.listed(self.config.directory)
         counts = {split: len(images) for split, images in listed.items()}
-        self.info.description = f"image files; group: unknown; {counts}"
-        self._find_bits(path for images in listed.values() for path, _ in images)
+        paths = [path for images in listed.values() for path, _ in images]
+        self._groups = dict(zip(paths, self._survey(paths), strict=True))
+        self._describe(f"image files; group: {'patient' if any(self._groups.values()) else 'unknown'}; {counts}")
         logger.info("%s: %s", self.config.directory, self.info.description)
         return [split_generator(split, len(images), images=images) for split, images in listed.items()]
 
@@ -82,7 +83,7 @@ class ListedImages(FolderBuilder):
             name = name_of(path, self.config.directory)
             with self.skipping():
                 image = self._stored(path)
-                yield name, {"id": name, "image": image, "label": label, "center": -1, "group": ""}
+                yield name, {"id": name, "image": image, "label": label, "center": -1, "group": self._groups[path]}
 
 
 class NamedImages(ListedImages):

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 
 from hf_histo.data.readers.builder import EXPANSION, SMALL
-from hf_histo.data.schema import MAX_PIXELS
+from hf_histo.data.reading import MAX_PIXELS
 from hf_histo.errors import HistoError
 
 MAX_BYTES = 3 * MAX_PIXELS  # largest image, and largest chunk (HDF5 reads whole chunks); checked before reading

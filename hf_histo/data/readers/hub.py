@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from hf_histo.data import cache, schema
 from hf_histo.data.readers import shards
 from hf_histo.data.readers.streaming import FAULTS, Prepare, Stream, readable
+from hf_histo.data.reading import DEFAULT_READING, Reading
 from hf_histo.errors import HistoError
 from hf_histo.files import regular
 
@@ -34,13 +36,13 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "hub:"
 FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet")  # the formats of `datasets` that are supported here
-OPTIONS = ("gray_bits", "on_bad_image")  # fields of `DataOptions` that have an effect here
+OPTIONS = ("gray_bits", "on_bad_image", "page")  # fields of `DataOptions` that have an effect here
 BATCH = 1000  # rows of a stream that are read at a time
 SPLITS = {"validation": "val", "valid": "val", "dev": "val"}
 
 
 def load(
-    name: str, *, cache_dir: str | Path, skip_bad_images: bool = False, gray_bits: int | None = None
+    name: str, *, cache_dir: str | Path, skip_bad_images: bool = False, reading: Reading = DEFAULT_READING
 ) -> datasets.DatasetDict:
     """Load a data set of the Hub into the schema; checksums of the converted data are verified each time.
 
@@ -53,7 +55,7 @@ def load(
             load, which needs no network.
         cache_dir: folder of the converted data.
         skip_bad_images: leave out images that can't be decoded, and log their rows.
-        gray_bits: bit depth of 16-bit gray images; None determines it by `schema.bits_for`.
+        reading: how image files are read; without `gray_bits`, `schema.bits_for` determines it.
 
     Raises `HistoError` for a data set that can't be loaded, has no split `train` or other columns; a label without a
     class; shards that declare other classes than the rest or expand too far (see `shards`); a local file that changes
@@ -68,7 +70,7 @@ def load(
         fresh = not folder.exists()
         state = cache.state_of(Path(), local)
         try:
-            data = _read_all(name, _converted(name, builder, root), skip_bad_images, gray_bits)
+            data = _read_all(name, _converted(name, builder, root), skip_bad_images, reading)
             if fresh:
                 cache.check_unchanged(name, Path(), local, state)
         except HistoError:
@@ -111,22 +113,23 @@ def _shards_of(
             yield f"--data {name}: {address}", str(file)
 
 
-def _read_all(name: str, found: datasets.DatasetDict, skip: bool, gray_bits: int | None) -> datasets.DatasetDict:
+def _read_all(name: str, found: datasets.DatasetDict, skip: bool, reading: Reading) -> datasets.DatasetDict:
     if "train" not in found:
         raise HistoError(f"--data {name}: has the splits {', '.join(found)}, expected train among them; choose another")
-    bits = schema.bits_for((_brightest(name, rows) for rows in found.values()), gray_bits)
+    peaks = (_brightest(name, rows, reading.page) for rows in found.values())
+    reading = replace(reading, gray_bits=schema.bits_for(peaks, reading.gray_bits))
     return datasets.DatasetDict(
-        {SPLITS.get(str(split), str(split)): _as_schema(name, rows, skip, bits) for split, rows in found.items()}
+        {SPLITS.get(str(split), str(split)): _as_schema(name, rows, skip, reading) for split, rows in found.items()}
     )
 
 
-def load_streaming(name: str, *, gray_bits: int | None = None) -> datasets.DatasetDict:
+def load_streaming(name: str, *, reading: Reading = DEFAULT_READING) -> datasets.DatasetDict:
     """Load as `load` does, but only the labels of `train`: `train_stream` reads its images, and `image` is empty.
 
     The other splits, one of which must be for validation, are read completely. `name` may also be
     "hub:s3://BUCKET/FOLDER" (or any other URL that fsspec supports): a folder of parquet shards. 16-bit gray images
-    need `gray_bits`, since not all images are read beforehand; for the same reason, the expansion of shards is bounded
-    only by the sizes that they declare.
+    need `reading.gray_bits`, since not all images are read beforehand; for the same reason, the expansion of shards is
+    bounded only by the sizes that they declare.
     """
     builder = _find(name)
     with _faults(name):
@@ -145,19 +148,25 @@ def load_streaming(name: str, *, gray_bits: int | None = None) -> datasets.Datas
                 | {"center": [-1] * len(labels), "group": [""] * len(labels)},
                 features=schema.features(classes),
             )
-            schema.record_bits(data["train"].info, gray_bits)
+            schema.record(data["train"].info, reading)
         else:
             bare = rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
             kinds = datasets.Features({column: rows.features[column] for column in (image, label)})
             whole = datasets.Dataset(_whole(name, split, bare), info=datasets.DatasetInfo(features=kinds))
-            data[SPLITS.get(split, split)] = _as_schema(name, whole, bits=gray_bits)
+            data[SPLITS.get(split, split)] = _as_schema(name, whole, reading=reading)
     read = datasets.DatasetDict({split: rows for split, rows in data.items() if split != "train"})
     schema.check_texts(f"--data {name}", read)
     return named(datasets.DatasetDict(data))
 
 
 def train_stream(
-    name: str, total: int, seed: int, rank: int, processes: int, prepare: Prepare | None, gray_bits: int | None = None
+    name: str,
+    total: int,
+    seed: int,
+    rank: int,
+    processes: int,
+    prepare: Prepare | None,
+    reading: Reading = DEFAULT_READING,
 ) -> Stream:
     """A `Stream` of the training images of `load_streaming`, for process `rank` of `processes`."""
     with _faults(name):
@@ -172,7 +181,7 @@ def train_stream(
         rank=rank,
         processes=processes,
         prepare=prepare,
-        gray_bits=gray_bits,
+        reading=reading,
     )
 
 
@@ -268,30 +277,32 @@ def columns(name: str, features: datasets.Features) -> tuple[str, str]:
     return images[0], labels[0]
 
 
-def _brightest(name: str, rows: datasets.Dataset) -> int | None:
+def _brightest(name: str, rows: datasets.Dataset, page: int | None) -> int | None:
     """The largest value in the 16-bit gray images of a split; None if it has no such images."""
     image, _ = columns(name, rows.features)
     _check_paths(name, rows, image)
     bare = rows.select_columns([image]).with_format("arrow")
-    peaks = bare.map(partial(_peaks, column=image), batched=True, remove_columns=[image])
+    peaks = bare.map(partial(_peaks, column=image, page=page), batched=True, remove_columns=[image])
     brightest: int | None = pc.max(peaks["peak"][:]).as_py()
     return brightest
 
 
-def _peaks(table: pa.Table, *, column: str) -> pa.Table:
+def _peaks(table: pa.Table, *, column: str, page: int | None) -> pa.Table:
     files = (
         (io.BytesIO(image["bytes"]) if image["bytes"] is not None else Path(image["path"] or "")) if image else Path()
         for image in table[column].to_pylist()
     )
-    return pa.table({"peak": pa.array([schema.brightest(file) for file in files], pa.int64())})
+    return pa.table({"peak": pa.array([schema.brightest(file, page) for file in files], pa.int64())})
 
 
-def _as_schema(name: str, rows: datasets.Dataset, skip: bool = False, bits: int | None = None) -> datasets.Dataset:
+def _as_schema(
+    name: str, rows: datasets.Dataset, skip: bool = False, reading: Reading = DEFAULT_READING
+) -> datasets.Dataset:
     image, label = columns(name, rows.features)
     _check_paths(name, rows, image)
     classes = rows.features[label].names
     table = rows.select_columns([image, label]).rename_columns({image: "image", label: "label"})
-    read = partial(_read, name=name, classes=classes, skip=skip, bits=bits)
+    read = partial(_read, name=name, classes=classes, skip=skip, reading=reading)
     table = table.with_format("arrow").map(read, batched=True, with_indices=True).with_format(None)
     if left_out := sorted(set(range(len(rows))) - set(map(int, table["id"]))):
         logger.warning("--data %s: left out %d images that can't be read: rows %s", name, len(left_out), left_out)
@@ -301,12 +312,12 @@ def _as_schema(name: str, rows: datasets.Dataset, skip: bool = False, bits: int 
     table = table.add_column("center", [-1] * count).add_column("group", [""] * count)
     features = schema.features(classes)
     table = table.select_columns(list(features)).cast(features)
-    schema.record_bits(table.info, bits)
+    schema.record(table.info, reading)
     return table
 
 
 def _read(
-    table: pa.Table, rows: list[int], *, name: str, classes: Sequence[str], skip: bool, bits: int | None
+    table: pa.Table, rows: list[int], *, name: str, classes: Sequence[str], skip: bool, reading: Reading
 ) -> pa.Table:
     """The rows with `id` and with the bytes of each image, also of one stored as a local file; unreadable ones are
     left out if `skip`."""
@@ -316,7 +327,9 @@ def _read(
         try:
             data = image["bytes"] if image.is_valid else pa.scalar(None)
             content = data.as_py() if data.is_valid else b""
-            stored.append({"bytes": schema.checked(content, f"--data {name}: row {row}", bits), "path": None})
+            where = f"--data {name}: row {row}"
+            schema.refuse_dicom(content, where)
+            stored.append({"bytes": schema.checked(content, where, reading), "path": None})
             kept.append(place)
         except HistoError:
             if not skip:

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_histo.data.readers.builder import EXPANSION, FolderBuilder, split_generator
-from hf_histo.data.schema import MAX_PIXELS, encode_ppm
+from hf_histo.data.reading import MAX_PIXELS
+from hf_histo.data.schema import encode_ppm
 from hf_histo.errors import HistoError
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,6 @@ import unicodedata
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from hf_histo.config import DataOptions
+from hf_histo.data import schema
 from hf_histo.data.readers import shards
 from hf_histo.data.readers.class_folders import SINGLE, SPLITS, split_files
 from hf_histo.data.readers.pixel_tables import UNREADABLE
@@ -136,6 +136,8 @@ def store(source: pd.DataFrame | datasets.Dataset, options: DataOptions, cache_d
     if column is None:
         raise _lacks_images("the table", list(frame.columns))
     root = Path(options.image_root) if options.image_root else _root_of(frame[column])
+    for row, data in enumerate(images):
+        schema.refuse_dicom(data, f"row {row} of the data set")
     if not images:  # without where they lie on this machine
         frame[column] = [_below(os.fspath(path), root) if _is_given(path) else "" for path in frame[column]]
     table = pa.table({str(name): pa.array(_texts(values)) for name, values in frame.items()})
@@ -164,8 +166,7 @@ def _root_of(paths: pd.Series[Any]) -> Path:
 def _read_table(path: Path, split: str, options: DataOptions) -> pd.DataFrame:
     """Rows of one file, as texts; without its split column, they are all of `split`."""
     try:
-        stat = regular(path).stat()
-        cells = _cells(path, (stat.st_size, stat.st_mtime_ns, stat.st_ino))
+        cells = _cells(regular(path))
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:300]
         raise HistoError(
@@ -231,6 +232,11 @@ def _check(rows: pd.DataFrame) -> None:
     _refuse_rows(hidden, "the label is blank (or -1, hidden)", "fill it in, or remove the row; test images may lack it")
     for column in ("label", "center"):
         _check_spellings(rows, column)
+    check_groups(rows)
+
+
+def check_groups(rows: pd.DataFrame) -> None:
+    """Raise HistoError for groups that are in several splits."""
     known = rows[rows["group"] != ""]
     splits = known.groupby("group")["split"].nunique()
     if len(mixed := splits.index[splits > 1]):
@@ -298,12 +304,8 @@ def _lacks_images(where: str, names: Sequence[str]) -> HistoError:
     return HistoError(f"{where}: no column of image paths among {_few(names)}, expected one; name it by --image_column")
 
 
-@lru_cache(maxsize=4)
-def _cells(path: Path, state: tuple[int, ...]) -> pd.DataFrame:
-    """All cells, by column name and row: the number in a spreadsheet, or, of parquet, counted from 0.
-
-    Those of a file whose `state` is as before are not read again.
-    """
+def _cells(path: Path) -> pd.DataFrame:
+    """All cells, by column name and row: the number in a spreadsheet, or, of parquet, counted from 0."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         file = pq.ParquetFile(path)
@@ -357,8 +359,8 @@ def _sheet(path: Path) -> pd.DataFrame:
 def _head(path: Path) -> tuple[list[str], list[bool]]:
     """Names of the columns, and whether each one is of numbers: in a CSV, in its first row."""
     if path.suffix.lower() == ".parquet":
-        schema = pq.read_schema(path)
-        return schema.names, [pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in schema.types]
+        columns = pq.read_schema(path)
+        return columns.names, [pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in columns.types]
     encoding, delimiter = _format_of(path)
     with path.open(encoding=encoding, newline="") as file:
         rows = csv.reader(file, delimiter=delimiter)

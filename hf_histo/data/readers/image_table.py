@@ -13,7 +13,7 @@ import pandas as pd
 from hf_histo.config import DataOptions
 from hf_histo.data import schema
 from hf_histo.data.readers import image_rows
-from hf_histo.data.readers.builder import FolderBuilder, split_generator
+from hf_histo.data.readers.builder import IMAGE_OPTIONS, FolderBuilder, split_generator
 from hf_histo.data.readers.class_folders import SINGLE, SPLITS, split_files
 from hf_histo.data.readers.pixel_tables import classes_of
 from hf_histo.errors import HistoError
@@ -45,7 +45,7 @@ class TableOfImages(FolderBuilder):
     """
 
     LAYOUT = "image_table"
-    OPTIONS: ClassVar[tuple[str, ...]] = ("on_bad_image", "gray_bits", "image_root", *image_rows.COLUMN_OPTIONS)
+    OPTIONS: ClassVar[tuple[str, ...]] = (*IMAGE_OPTIONS, "image_root", *image_rows.COLUMN_OPTIONS)
     EXPECTED = (
         "a table (.csv, .tsv, .parquet, .xlsx), or train, val and test as tables, with one column of image paths and "
         "one of labels"
@@ -56,9 +56,13 @@ class TableOfImages(FolderBuilder):
         return bool(split_files(directory, image_rows.SUFFIXES))
 
     @classmethod
-    def files(cls, directory: Path, options: DataOptions) -> dict[str, Path]:
+    def listing(cls, directory: Path, options: DataOptions) -> pd.DataFrame:
+        return image_rows.read(directory, options)
+
+    @classmethod
+    def files(cls, directory: Path, options: DataOptions, listing: pd.DataFrame) -> dict[str, Path]:
         tables = [directory] if directory.is_file() else split_files(directory, image_rows.SUFFIXES).values()
-        rows = image_rows.read(directory, options)
+        rows = listing
         if options.on_bad_image == "error":
             image_rows.check_present(rows)
         present = rows[rows["present"]]
@@ -70,7 +74,7 @@ class TableOfImages(FolderBuilder):
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         directory = self.config.directory
-        rows = image_rows.read(directory, self.config.options)
+        rows = self.config.listing.copy()
         rows["number"], centers = image_rows.numbered(rows["center"])
         training = rows[rows["split"] == "train"]
         names = classes_of((training if len(training) else rows)["label"])
@@ -82,12 +86,17 @@ class TableOfImages(FolderBuilder):
         if not names:
             logger.warning("%s: no column of labels, so that all are hidden; name it by --label_column", directory)
         self.info.features = schema.features(names, centers)
+        present = rows["present"]
+        patients = self._survey(rows.loc[present, "path"].to_list())
+        group = "as given" if (rows["group"] != "").all() else "unknown"
+        if (rows["group"] == "").all() and self.config.options.group_column != image_rows.WITHOUT and any(patients):
+            rows.loc[present, "group"] = patients
+            image_rows.check_groups(rows)
+            group = "patient of DICOM files"
         splits = {split: rows[rows["split"] == split] for split in (*SPLITS, SINGLE)}
         splits = {split: of_split for split, of_split in splits.items() if len(of_split)}
-        group = "as given" if (rows["group"] != "").all() else "unknown"
         counts = {split: len(of_split) for split, of_split in splits.items()}
-        self.info.description = f"image files in a table; group: {group}; {counts}"
-        self._find_bits(rows.loc[rows["present"], "path"])
+        self._describe(f"image files in a table; group: {group}; {counts}")
         logger.info("%s: %s", directory, self.info.description)
         return [split_generator(split, len(of_split), rows=of_split) for split, of_split in splits.items()]
 

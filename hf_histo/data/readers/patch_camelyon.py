@@ -15,7 +15,8 @@ import pandas as pd
 
 from hf_histo.data.readers import hdf5
 from hf_histo.data.readers.builder import FolderBuilder, split_generator
-from hf_histo.data.schema import MAX_PIXELS, encode_ppm
+from hf_histo.data.reading import MAX_PIXELS
+from hf_histo.data.schema import encode_ppm
 from hf_histo.errors import HistoError
 
 logger = logging.getLogger(__name__)

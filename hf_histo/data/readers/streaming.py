@@ -12,7 +12,8 @@ import torch
 import xxhash
 from datasets.distributed import split_dataset_by_node
 
-from hf_histo.data.schema import Sample, decode
+from hf_histo.data.reading import DEFAULT_READING, Reading
+from hf_histo.data.schema import Sample, decode, refuse_dicom
 from hf_histo.errors import HistoError
 
 Prepare = Callable[[torch.Tensor], torch.Tensor]
@@ -45,7 +46,7 @@ class Stream(torch.utils.data.IterableDataset[Sample]):
         seed: seed of the order.
         rank, processes: number of this process, from 0, and of all processes.
         prepare: applied to each image, uint8 (3, H, W), when it is read.
-        gray_bits: bit depth of 16-bit gray images, see `schema.rgb`; None refuses them.
+        reading: how the image files are read; 16-bit gray needs `gray_bits`.
     """
 
     def __init__(
@@ -59,9 +60,9 @@ class Stream(torch.utils.data.IterableDataset[Sample]):
         rank: int = 0,
         processes: int = 1,
         prepare: Prepare | None = None,
-        gray_bits: int | None = None,
+        reading: Reading = DEFAULT_READING,
     ) -> None:
-        self._image, self._label, self._prepare, self._gray_bits = image, label, prepare, gray_bits
+        self._image, self._label, self._prepare, self._reading = image, label, prepare, reading
         columns = [image, label, *({"id"} & set(rows.features))]
         rows = rows.select_columns(columns).cast_column(image, datasets.Image(decode=False))
         self._rows = split_dataset_by_node(rows.shuffle(seed=seed, buffer_size=BUFFER), rank, processes)
@@ -93,7 +94,8 @@ class Stream(torch.utils.data.IterableDataset[Sample]):
             if len(self._ids) >= REMEMBERED:
                 self._ids.pop(next(iter(self._ids)))
             self._ids[index] = name
-            image = decode(data, name, self._gray_bits)
+            refuse_dicom(data, name)
+            image = decode(data, name, self._reading)
             image = image if self._prepare is None else self._prepare(image)
             yield {"image": image, "label": row[self._label], "center": -1, "index": index}
 

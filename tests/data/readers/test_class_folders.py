@@ -13,7 +13,7 @@ from fixtures import images, truncate
 
 from hf_histo.config import DataOptions
 from hf_histo.data.load import fingerprint, load
-from hf_histo.data.schema import ImageTable, decode, recorded_bits
+from hf_histo.data.schema import ImageTable, decode, recorded
 from hf_histo.errors import HistoError
 
 SPLITS = ("train", "val", "test")
@@ -68,18 +68,18 @@ def test_sixteen_bits_are_scaled_alike_all_over_the_data_set(folder: Path, peaks
         rows = data[SPLITS[i % 3]]
         image = ImageTable(rows)[rows["id"][:].index(f"{SPLITS[i % 3]}/ant/deep{i}.png")]["image"]
         assert image[:, 0].tolist() == [[0, (peak // 2) >> (bits - 8), peak >> (bits - 8)]] * 3
-    assert all(recorded_bits(rows) == bits for rows in data.values())
-    assert recorded_bits(data["train"].select([0]).remove_columns("group")) == bits
+    assert all(recorded(rows).gray_bits == bits for rows in data.values())
+    assert recorded(data["train"].select([0]).remove_columns("group")).gray_bits == bits
 
 
 def test_the_bits_may_be_stated_and_must_hold(folder: Path) -> None:
     deep(folder, 300)
     data = load(DataOptions(data=str(folder), gray_bits=12))
-    assert recorded_bits(data["train"]) == 12 and recorded_bits(load(folder)["train"]) == 10
+    assert recorded(data["train"]).gray_bits == 12 and recorded(load(folder)["train"]).gray_bits == 10
     with pytest.raises(HistoError, match=r"deep0\.png: value 300 in 16-bit gray, expected at most 255"):
         load(DataOptions(data=str(folder), gray_bits=8))
     skipped = load(DataOptions(data=str(folder), gray_bits=8, on_bad_image="skip"))
-    assert recorded_bits(skipped["train"]) == 8 and len(skipped["train"]) == 6
+    assert recorded(skipped["train"]).gray_bits == 8 and len(skipped["train"]) == 6
 
 
 def test_names_that_a_terminal_would_obey_are_escaped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -92,7 +92,7 @@ def test_names_that_a_terminal_would_obey_are_escaped(folder: Path, caplog: pyte
 
 
 def test_without_such_images_nothing_is_recorded(folder: Path) -> None:
-    assert recorded_bits(load(DataOptions(data=str(folder), gray_bits=12))["train"]) is None
+    assert recorded(load(DataOptions(data=str(folder), gray_bits=12))["train"]).gray_bits is None
 
 
 def test_a_jpeg_with_its_second_half_zeroed_is_named(folder: Path) -> None:

@@ -24,7 +24,8 @@ from hf_histo.config import DataOptions
 from hf_histo.data.load import fingerprint, load
 from hf_histo.data.protocol import arranged
 from hf_histo.data.readers import hub
-from hf_histo.data.schema import ImageTable, recorded_bits
+from hf_histo.data.reading import Reading
+from hf_histo.data.schema import ImageTable, recorded
 from hf_histo.errors import HistoError
 
 
@@ -409,10 +410,10 @@ def test_sixteen_bits_are_scaled_alike_all_over_the_data_set(
             load(options, cache_dir=tmp_path / "cache")
         return
     data, bits = load(options, cache_dir=tmp_path / "cache"), stated or 12
-    assert {recorded_bits(rows) for rows in data.values()} == {bits}
+    assert {recorded(rows).gray_bits for rows in data.values()} == {bits}
     assert ImageTable(data["val"])[0]["image"].tolist() == [[[0, 300 >> (bits - 8)]]] * 3
     if streaming:
-        sample = next(iter(hub.train_stream(options.data, 10, 0, 0, 1, None, bits)))
+        sample = next(iter(hub.train_stream(options.data, 10, 0, 0, 1, None, Reading(gray_bits=bits))))
         assert sample["image"].tolist() == [[[0, 4095 >> (bits - 8)]]] * 3
 
 
