@@ -193,7 +193,7 @@ class Classifier:
         """
         suffix = Path(images).suffix.lower() if isinstance(images, str | Path) else None
         if isinstance(images, pd.DataFrame) or suffix in (*HDF5, *SUFFIXES):
-            images = _one_split(images, None if suffix in HDF5 else self.sidecar.preprocessing.gray_bits)
+            images = _one_split(images, self.sidecar.preprocessing.reading)
         if not isinstance(images, datasets.Dataset):
             images = _table(images, center, self.sidecar)
         return self.predict(images, threshold=threshold, batch_size=batch_size)
@@ -280,9 +280,9 @@ class Classifier:
         )
 
 
-def _one_split(source: Any, gray_bits: int | None) -> datasets.Dataset:
-    """The images of a file or table that has one split."""
-    splits = load_data(source, gray_bits=gray_bits)
+def _one_split(source: Any, reading: Reading) -> datasets.Dataset:
+    """The images of a file or table that has one split, read as those of training."""
+    splits = load_data(source, reading=reading)
     if len(splits) > 1:
         found = f"the table has the splits {', '.join(splits)}"
         raise HistoError(f'{found}, expected one; pass one of them, such as load_dataset(...)["test"]')

@@ -64,9 +64,11 @@ class Run:
     center: int | None
     data: datasets.DatasetDict
 
-    @property
-    def name(self) -> str:
-        return f"seed-{self.seed}" if self.center is None else f"center-{self.center}-seed-{self.seed}"
+    def folder(self, row: Path) -> Path:
+        """Its folder in that of the row."""
+        if self.center is None:
+            return row / f"seed-{self.seed}"
+        return grid.center_folder(row, self.data, self.center, self.seed)
 
 
 # Values of a row by split or held-out center, then metric, then seed.
@@ -93,7 +95,11 @@ def compare(base: Config, options: CompareOptions) -> None:
     held_out_folds = cache(lambda seed: folds.leave_one_center_out(data, seed=seed))  # the same for every row
     runs = {stem: list(runs_of(row.config, data, options, held_out_folds)) for stem, row in rows.items()}
     cells = [
-        grid.Cell(f"{row.published.name}: {run.name}", row.config.at(folder / stem / run.name, run.seed), run.data)
+        grid.Cell(
+            f"{row.published.name}: {(place := run.folder(folder / stem)).name}",
+            row.config.at(place, run.seed),
+            run.data,
+        )
         for stem, row in rows.items()
         if trainer_of(stem, rows) == stem
         for run in runs[stem]
@@ -221,10 +227,10 @@ def measure(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) 
     values: Values = {}
     row, trainer = rows[stem], trainer_of(stem, rows)
     for run in runs:
-        adapter = folder / trainer / run.name / run_folder.ADAPTER
+        adapter = run.folder(folder / trainer) / run_folder.ADAPTER
         tables = adapter / "predictions"
         if row.config.prediction != rows[trainer].config.prediction:
-            tables = predict(adapter, row.config.at(folder / stem / run.name, run.seed), run.data)
+            tables = predict(adapter, row.config.at(run.folder(folder / stem), run.seed), run.data)
         for split in ["test"] if run.center is not None else [split for split in run.data if split != "train"]:
             table = Predictions.read(tables / f"{split}.parquet")
             threshold = thresholds.for_share(table, 0.5).value if row.published.balanced else 0.5

@@ -8,6 +8,7 @@ cell of a process that was killed is continued by another one. Workers and clust
 from __future__ import annotations
 
 import multiprocessing
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ import yaml
 from hf_histo import launch
 from hf_histo.config import Config
 from hf_histo.config.experiments import Sharing
+from hf_histo.data.schema import center_names
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.reporting.summary import METRICS
 from hf_histo.files import atomic_file, locked, write_json
@@ -30,6 +32,7 @@ from hf_histo.result import Result
 from hf_histo.training import run_folder
 
 MINUTES = 24 * 60  # default time limit of a job; submitit's default is 5
+MAX_NAME = 40  # characters of a center's name in a folder's name: file systems allow 255 bytes
 POLL = 1.0  # seconds between checks of cells that other processes train
 
 
@@ -45,6 +48,20 @@ class Cell:
 def cell(config: Config, data: datasets.DatasetDict, folder: Path, seed: int) -> Cell:
     """A cell that runs `config` with `seed` in `folder`, whose name is that of the cell."""
     return Cell(folder.name, config.at(folder, seed), data)
+
+
+def center_folder(parent: Path, data: datasets.DatasetDict, center: int, seed: int) -> Path:
+    """Folder of the run that holds out a center: "center-2-Leipzig-seed-0", or "center-2-seed-0" without names.
+
+    Characters of a name that may not be portable become "_". One without the name, of an earlier version, is taken
+    where it exists.
+    """
+    numbered = parent / f"center-{center}-seed-{seed}"
+    names = center_names(next(iter(data.values())))
+    if not names or numbered.exists():
+        return numbered
+    name = re.sub(r"[^\w.-]+", "_", names[center])[:MAX_NAME]
+    return parent / f"center-{center}-{name}-seed-{seed}"
 
 
 def train(

@@ -30,7 +30,7 @@ def leave_one_center_out(config: Config, options: LeaveOneCenterOutOptions) -> N
     refuse(config, {**held_out_in_turn, "streaming": "it knows no centers"})
     data = prepare(config)
     cells = {
-        (center, seed): grid.cell(config, fold, folder / f"center-{center}-seed-{seed}", seed)
+        (center, seed): grid.cell(config, fold, grid.center_folder(folder, fold, center, seed), seed)
         for seed in seeds
         for center, fold in folds.leave_one_center_out(data, seed=seed).items()
     }

@@ -17,6 +17,7 @@ from miniature import SIZE, divide_training, write_backbone, write_data
 
 from hf_histo.config import Config, parse_with
 from hf_histo.config.experiments import LeaveOneCenterOutOptions, Sharing
+from hf_histo.data import schema
 from hf_histo.errors import HistoError
 from hf_histo.experiments import grid
 from hf_histo.experiments.leave_one_center_out import leave_one_center_out
@@ -161,3 +162,17 @@ def test_workers_and_jobs_give_the_same_bytes(
     assert len(alone) == 1 + 3 * 3
     found = study(name, *more.split())
     assert [file for file in found | alone if found.get(file) != alone.get(file)] == []
+
+
+def test_the_folder_of_a_held_out_center(tmp_path: Path) -> None:
+    def rows(names: list[str]) -> datasets.DatasetDict:
+        empty: dict[str, list[object]] = {name: [] for name in ("id", "image", "label", "center", "group")}
+        return datasets.DatasetDict(test=datasets.Dataset.from_dict(empty, features=schema.features(["a", "b"], names)))
+
+    assert grid.center_folder(tmp_path, rows([]), 3, 0).name == "center-3-seed-0"
+    named = rows(["Halle", "../Köln Süd/" + 80 * "x"])
+    assert grid.center_folder(tmp_path, named, 0, 1) == tmp_path / "center-0-Halle-seed-1"
+    folder = grid.center_folder(tmp_path, named, 1, 1)
+    assert folder.parent == tmp_path and folder.name == f"center-1-.._Köln_Süd_{28 * 'x'}-seed-1"
+    (tmp_path / "center-0-seed-1").mkdir()  # begun by an earlier version
+    assert grid.center_folder(tmp_path, named, 0, 1) == tmp_path / "center-0-seed-1"

@@ -65,6 +65,8 @@ VALUES: dict[str, Any] = {
     "split_column": "part",
     "center_column": "department",
     "group_column": "person",
+    "page": 2,
+    "window": "100,200",
     "test_centers": "3",
     "negative_class": "tumor",
     "percentage": 50.0,

@@ -305,11 +305,11 @@ def _shares(
     settings: dict[str, Any], values: NDArray[np.float64], reading: Reading, dataset: Any
 ) -> NDArray[np.float64] | None:
     """Values as shares of the window or the VOI LUT, in [0, 1] after clipping; None where there is neither."""
-    if reading.window not in (None, "file"):
+    if reading.window is not None and reading.window != "file":
         return _windowed(values, *reading.window)
     if sequence := settings.get("VOILUTSequence"):
         looked_up, bits = _looked_up(sequence[0], np.rint(values).astype(np.int64), dataset)
-        return looked_up.astype(np.float64) / (2**bits - 1)
+        return np.asarray(looked_up / (2**bits - 1))
     if any(settings.get(name) in (None, "") for name in ("WindowCenter", "WindowWidth")):
         return None
     center, width = (_number(settings, name) for name in ("WindowCenter", "WindowWidth"))

@@ -268,9 +268,9 @@ def _refuse_rows(rows: pd.DataFrame, fault: str, remedy: str) -> None:
 def _listed(rows: pd.DataFrame) -> str:
     """File and rows, e.g. "images.csv, rows 3, 7 and 2 more"."""
     first, *others = rows["where"]
-    if not others:
-        return str(first)
     start, _, number = first.rpartition(", row ")
+    if not others or any(not other.startswith(f"{start}, row ") for other in others):  # or of several files
+        return " and ".join(rows["where"][:SHOWN]) + (f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
     return f"{start}, rows {_few([number, *(other.rpartition(' ')[2] for other in others)])}"
 
 
@@ -335,6 +335,8 @@ def _format_of(path: Path) -> tuple[str, str]:
     """Encoding and delimiter of a CSV file."""
     with path.open("rb") as file:
         start = file.read(4)
+    if b"\0" in start and not start.startswith(tuple(ENCODINGS)):
+        raise UnicodeError("UTF-16 or UTF-32 without a byte order mark")
     encoding = next((name for mark, name in ENCODINGS.items() if start.startswith(mark)), "utf-8-sig")
     with path.open(encoding=encoding, newline="") as text:
         first = text.readline()
