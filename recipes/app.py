@@ -4,9 +4,9 @@
     python recipes/app.py --adapter runs/NAME/adapter --space_dir SPACE && hf upload USER/NAME SPACE --repo-type space
 
 Needs `pip install 'hf_histo[app]'`. Probabilities are calibrated by the adapter's temperature. The color warning
-compares the image's channel statistics with those of the training images: see `hf_histo.transforms.color_shift`. A file
-may have 64 MiB, and its image 16 megapixels. `--space_dir` writes a folder that runs as a Space of the Hub instead of starting
-the page: the page, the adapter and the package itself.
+compares the image's channel statistics with those of the training images: see `hf_histo.transforms.color_shift`. A
+file may have 64 MiB, and its image 16 megapixels. `--space_dir` writes a folder that runs as a Space of the Hub instead
+of starting the page: the page, the adapter and the package itself.
 """
 
 from hf_histo.config import parse_command

@@ -104,9 +104,7 @@ def test_a_run_on_dicom_leaves_no_trace_of_patients(
     expected = pd.read_parquet(result.adapter / "predictions/test.parquet").set_index("id")["logit"]
     alone = classifier(table.parent / expected.index[1])["logit"][0]
     assert alone == pytest.approx(expected.iloc[1], abs=1e-5)
-    with pytest.raises(
-        HistoError, match="--window is 40,400, expected --window=1500,3000 as in training"
-    ):
+    with pytest.raises(HistoError, match="--window is 40,400, expected --window=1500,3000 as in training"):
         predict(parse_command(PredictOptions, None, [*arguments, "--window=40,400"]))
     own = load(DataOptions(data=str(table), cache_dir=str(tmp_path / "cache")))["test"]
     with pytest.raises(HistoError, match="images were read with --window=file, expected --window=1500,3000 as in"):

@@ -73,9 +73,7 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
@@ -85,10 +83,8 @@ class _Attention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         images = max(1, SCORES // (query.shape[1] * query.shape[2] * key.shape[2]))
         with torch.autocast(query.device.type, enabled=False):
-            parts = [
-                _gradients(*part, ctx.scale)
-                for part in zip(*(each.split(images) for each in (query, key, value, of_output)), strict=True)
-            ]
+            split = (each.split(images) for each in (query, key, value, of_output))
+            parts = [_gradients(q, k, v, of, ctx.scale) for q, k, v, of in zip(*split, strict=True)]
             return *(torch.cat(of_part) for of_part in zip(*parts, strict=True)), None
 
 

@@ -31,7 +31,8 @@ def folded(model: nn.Module, pixels: torch.Tensor) -> Iterator[int]:
 
     Exact up to rounding: batch norm is an affine map of each channel after a linear one, and a layer is linear in its
     weight. The update is added at each call, see `low_rank`; layers with dropout, DoRA or several adapters are left
-    alone. Attention gets the gradient of `attention`. Afterwards the model is what it was, to the last bit; within, its frozen weights must not be saved.
+    alone. Attention gets the gradient of `attention`. Afterwards the model is what it was, to the last bit; within, its
+    frozen weights must not be saved.
 
     Args:
         model: called as `model(pixel_values=...)`; its batch norm is frozen (`batchnorm.freeze`).

@@ -168,9 +168,7 @@ def _dtype(x: torch.Tensor) -> torch.dtype:
 
 def _positions(x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]) -> int:
     """Height times width of what a convolution makes of x."""
-    height, width = (
-        (x.shape[axis] + 2 * padding[axis] - weight.shape[axis]) // stride[axis] + 1 for axis in (-2, -1)
-    )
+    height, width = ((x.shape[axis] + 2 * padding[axis] - weight.shape[axis]) // stride[axis] + 1 for axis in (-2, -1))
     return height * width
 
 

@@ -13,6 +13,7 @@ import pytest
 from scipy.ndimage import zoom
 
 from hf_histo.data import schema
+from hf_histo.data.audit import near_duplicates
 from hf_histo.data.audit.findings import Audit, Finding, audit
 from hf_histo.data.audit.near_duplicates import _BLOCK, inventory
 from hf_histo.data.load import load
@@ -142,6 +143,33 @@ def test_alike_from_afar_is_no_copy() -> None:
     assert inventory(data)["family"].tolist() == [0, 1]
     # Their hashes alone would relate them, and so does a low similarity.
     assert inventory(data, similarity=0.05)["family"].tolist() == [0, 0]
+
+
+def test_most_copies_are_found_without_comparing_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = np.random.default_rng(0)
+    details = chance.normal(size=(240, 64, 64))
+    turns, similarities = chance.integers(0, 8, 120), chance.uniform(0.95, 0.99, 120)
+    for row, (turn, similarity) in enumerate(zip(turns, similarities, strict=True)):
+        copy = similarity * near_duplicates._turned(details[row], turn)
+        details[120 + row] = copy + np.sqrt(1 - similarity**2) * details[120 + row]
+    details = (details / np.linalg.norm(details, axis=(1, 2), keepdims=True)).astype(np.float16)
+    hashes = np.zeros((240, 8), np.uint64)
+    compared: list[int] = []
+
+    def count(bits: np.ndarray) -> np.ndarray:
+        compared.append(len(bits))
+        return np.zeros(len(bits), np.uint8)
+
+    monkeypatch.setattr(np, "bitwise_count", count)
+    every = {tuple(pair) for pair in near_duplicates._copies(hashes, details, 0.94)}
+    assert every == {(row, 120 + row) for row in range(120)}
+    of_all, compared[:] = sum(compared), []
+    monkeypatch.setattr(near_duplicates, "_FEW", 0)
+    found = {tuple(pair) for pair in near_duplicates._copies(hashes, details, 0.94)}
+    assert found <= every
+    assert len(found) >= 0.98 * len(every)
+    assert sum(compared) < of_all / 5
+    assert near_duplicates._tables(240, 0.05) is None  # so low that nearly all pairs would have an equal key
 
 
 def test_families_are_chains() -> None:
