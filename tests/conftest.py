@@ -1,4 +1,4 @@
-"""Session setup: no network, no cache outside the session, two threads."""
+"""Session setup: no network, no cache outside the session, a thread for each process, and no figures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 _cache = tempfile.TemporaryDirectory(prefix="hf_histo_tests_")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = _cache.name
+# Also of processes that tests start: pytest itself runs a process on each core.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -19,7 +21,7 @@ from miniature import write_backbone, write_data  # noqa: E402
 
 @pytest.fixture(scope="session", autouse=True)
 def _session() -> Iterator[None]:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     _cache.cleanup()
 
@@ -42,7 +44,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_backbone(folder / "backbone"), write_data(folder / "data")
 
 
-@pytest.fixture
-def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in this process draw no figures, which is most of the time of a run in miniature."""
-    monkeypatch.setattr("hf_histo.evaluation.figures.run.draw", lambda *arguments, **options: {})
+@pytest.fixture(autouse=True)
+def _without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process draw figures, most of the time of a run in miniature, only in tests marked `figures`."""
+    if "figures" not in request.keywords:
+        monkeypatch.setattr("hf_histo.evaluation.figures.run.draw", lambda *arguments, **options: {})

@@ -142,7 +142,7 @@ def test_the_same_call_returns_the_finished_run(result: Result, source: tuple[Pa
 
 
 def test_the_precision_of_a_run_is_its_own(
-    source: tuple[Path, Path], tmp_path: Path, without_figures: None, monkeypatch: pytest.MonkeyPatch
+    source: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     found = {}

@@ -67,7 +67,7 @@ def searchable(path: Path) -> bytes:
 
 
 def test_a_run_on_dicom_leaves_no_trace_of_patients(
-    table: Path, tmp_path: Path, without_figures: None, caplog: pytest.LogCaptureFixture
+    table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     bad = planted(dicom(np.zeros((4, 4), np.uint16), PixelData=b"12"), "99")

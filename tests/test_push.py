@@ -154,6 +154,7 @@ def test_without_a_network_the_cache_will_do(
     assert server.requests.total() == asked
 
 
+@pytest.mark.figures
 def test_no_path_of_this_machine_is_pushed(
     server: Hub, source: tuple[Path, Path], finished: Path, tmp_path: Path
 ) -> None:

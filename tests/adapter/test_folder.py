@@ -82,6 +82,7 @@ def test_a_finished_run_is_not_trained_again(
     assert "nothing was trained" in again.summary()
 
 
+@pytest.mark.figures
 def test_the_same_command_gives_the_same_bytes(
     results: dict[str, Result], source: tuple[Path, Path], tmp_path: Path
 ) -> None:

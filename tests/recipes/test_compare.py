@@ -25,8 +25,6 @@ from hf_histo.inference import Classifier
 from hf_histo.launch import run
 from hf_histo.transforms.augmentation import TestTimeViews
 
-pytestmark = pytest.mark.usefixtures("without_figures")
-
 RECIPE = Path(__file__).parents[2] / "recipes" / "compare.py"
 REPORT = sorted((RECIPE.parent / "configs" / "report").glob("*.yaml"))
 ABLATION = sorted((RECIPE.parent / "configs" / "ablation").glob("*.yaml"))

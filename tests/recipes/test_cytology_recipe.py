@@ -19,8 +19,6 @@ import hf_histo.evaluation.forward
 from hf_histo.config import parse
 from hf_histo.errors import HistoError
 
-pytestmark = pytest.mark.usefixtures("without_figures")
-
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUICK = "--image_size=32 --resize_size=32 --per_device_train_batch_size=8 --learning_rate=0.01 --augmentation=flips"
 CONFIG = str(RECIPES / "configs" / "cytology_lora.yaml")

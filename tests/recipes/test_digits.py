@@ -15,8 +15,6 @@ import pytest
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.inference import Classifier
 
-pytestmark = pytest.mark.usefixtures("without_figures")
-
 RECIPES = Path(__file__).parents[2] / "recipes"
 Call = Callable[..., str]
 

@@ -14,8 +14,6 @@ from miniature import SIZE, divide_training, write_data
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.launch import run
 
-pytestmark = pytest.mark.usefixtures("without_figures")
-
 RECIPE = Path(__file__).parents[2] / "recipes" / "leave_one_center_out.py"
 Call = Callable[..., None]
 

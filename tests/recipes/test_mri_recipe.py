@@ -71,7 +71,6 @@ def test_an_unknown_class_is_refused(call: Call, tmp_path: Path) -> None:
     assert "--negative_class is 'healthy', expected the name of a class: glioma, none, pituitary" in shown
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_folds_summed_up_and_resumed(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shown = call("cross_validate.py", out, "--folds=3")

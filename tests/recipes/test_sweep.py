@@ -22,7 +22,6 @@ from hf_histo.launch import run
 optuna = pytest.importorskip("optuna")
 sweep = pytest.importorskip("hf_histo.experiments.sweep")
 
-pytestmark = pytest.mark.usefixtures("without_figures")
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "sweep.py"
 STUDIES = sorted((RECIPE.parent / "configs" / "sweep").glob("*.yaml"))

@@ -24,8 +24,6 @@ from hf_histo.training import feature_cache, losses, trainer
 from hf_histo.transforms.mri import Preparation
 from hf_histo.transforms.pipeline import Pipeline
 
-pytestmark = pytest.mark.usefixtures("without_figures")
-
 GRAY = Preparation(gray=True)
 LINEAR = ["--method=linear", "--augmentation=crop-jitter", "--training_views=1"]
 LAST = ["--method=lora", "--target_modules=last-conv", "--augmentation=crop-jitter", "--training_views=2"]

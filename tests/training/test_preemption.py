@@ -23,8 +23,6 @@ from hf_histo.files import read_checksums, write_checksums
 from hf_histo.launch import Interrupted
 from hf_histo.training import trainer
 
-pytestmark = pytest.mark.usefixtures("without_figures")
-
 QUICK = ["--target_modules=last-conv", "--lora_dropout=0.1", "--logging_steps=2"]
 
 
