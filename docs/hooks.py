@@ -19,7 +19,7 @@ import yaml
 
 from hf_histo.config.checks import needed
 from hf_histo.config.options import Config, rule_of
-from hf_histo.config.packaged import COMMANDS, PROGRAM, as_commands, recipes
+from hf_histo.config.packaged import ABOUT, COMMANDS, COMPLETION, PROGRAM, SHELLS, as_commands, recipes
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -52,7 +52,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def filled(markdown: str) -> str:
-    """A page with the generated text in place of its markers. Raises KeyError for an unknown one."""
+    """A page with the generated text in place of its markers, and links to the pages of `BESIDE` instead of the files.
+
+    Raises KeyError for an unknown marker.
+    """
+    for page, name in BESIDE.items():
+        markdown = re.sub(rf"\]\(\.\./((?:\.\./)*){re.escape(name)}", rf"](\1about/{page}.md", markdown)
     return MARKER.sub(lambda marker: GENERATED[marker[1]](), markdown)
 
 
@@ -134,6 +139,7 @@ def commands() -> str:
         if decided := refused(recipe):
             rows = [[f"`--{name}`", reason] for name, reason in decided.items()]
             parts += ["Refused here, since the command decides it:\n", table(["option", "reason"], rows), ""]
+    parts += [f"## {PROGRAM} {COMPLETION}\n", f"{ABOUT[0].upper()}{ABOUT[1:]}: {', '.join(SHELLS)}.", ""]
     return "\n".join(parts)
 
 

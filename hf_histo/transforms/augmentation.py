@@ -176,7 +176,7 @@ class TestTimeViews:
         count: number of views, at most `MAX_VIEWS`.
         augmentation: "square" for the image itself (`count` 1) or all its quarter turns and their mirror images
             (`count` 8); or the augmentation preset that each view is drawn from.
-        seed: seed of drawn views.
+        seed: seed of drawn views; 0 for "square", where nothing is drawn, so that such views are equal.
 
     Raises `HistoError` for another number of "square" views, or an unknown preset.
     """
@@ -196,6 +196,8 @@ class TestTimeViews:
         if not 1 <= self.count <= MAX_VIEWS or (square and self.count not in (1, 8)):
             expected = "1 or 8; other numbers need --test_time_augmentation" if square else f"1 to {MAX_VIEWS}"
             raise HistoError(f"--test_time_views is {self.count!r}, expected {expected}")
+        if square:
+            object.__setattr__(self, "seed", 0)
 
     @classmethod
     def of(cls, config: Config) -> TestTimeViews:

@@ -9,14 +9,13 @@ A comment directly above a block of bash, Python or YAML decides what a test doe
 
 with `, DIR=KIND` for the data in the folder `DIR` (a key of `DATA`; else `centers`) and `, exit=N` for the exit code.
 
-The blocks of a page run in order, in one folder. Commands stand as they are: `Workplace` puts miniature data, backbones and
-adapters where they expect them, and what takes long is made small in one place, `small`.
+The blocks of a page run in order, in one folder. Commands stand as they are: `Workplace` puts miniature data, backbones
+and adapters where they expect them, and what takes long is made small in one place, `small`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import glob
 import gzip
 import re
 import runpy
@@ -25,6 +24,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,10 @@ import pandas as pd
 import PIL.Image
 import pytest
 import torch.distributed.run
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from fixtures import write_pcam, write_wilds
+from matplotlib.figure import Figure
 from miniature import SIZE, divide_training, write_adapter, write_backbone, write_data, write_hf_vit, write_shards
 
 from hf_histo import cli, config, launch
@@ -77,7 +79,7 @@ class Block:
 
 
 def blocks(text: str, name: str) -> list[Block]:
-    """The blocks of a page in `LANGUAGES`. Raises ValueError for one without a valid marker, or a reason where needed."""
+    """The blocks of a page in `LANGUAGES`. Raises ValueError for one without a valid marker."""
     lines, found = text.splitlines(), []
     starts = [number for number, line in enumerate(lines) if line.startswith("```")]
     for start, end in zip(starts[::2], starts[1::2], strict=True):
@@ -126,7 +128,7 @@ def commands(text: str) -> Iterator[Command]:
                 yield from command(each)
                 each = []
             else:
-                each += sorted(glob.glob(word)) or [word] if "*" in word else [word]
+                each += sorted(map(str, Path().glob(word))) or [word] if "*" in word else [word]
 
 
 def command(words: Sequence[str]) -> Iterator[Command]:
@@ -172,11 +174,37 @@ class Parsed(BaseException):
 
 def small(values: dict[str, Any]) -> dict[str, Any]:
     """Options that take seconds: of a run, or of an experiment."""
-    most = {"image_size": SIZE, "resize_size": SIZE, "num_train_epochs": 1, "iterations_per_shot": 1, "seeds": 1, "folds": 2}
+    most = {"image_size": SIZE, "resize_size": SIZE, "num_train_epochs": 1, "iterations_per_shot": 1}
+    most |= {"seeds": 1, "folds": 2}
     found = {name: min(most[name], value or most[name]) for name, value in values.items() if name in most}
     if "iterations_per_shot" in values and values["iterations_per_shot"] is None:
         del found["iterations_per_shot"]
     return values | found
+
+
+@contextmanager
+def made_small(*, only_options: bool) -> Iterator[pytest.MonkeyPatch]:
+    """Within it, options that are parsed become small ones, or raise `Parsed`."""
+    parse, parse_command = parser._parse, config.parse_command
+
+    def parsed(*arguments: Any, **more: Any) -> tuple[Config, list[Any]]:
+        found, own = parse(*arguments, **more)
+        if only_options:
+            raise Parsed
+        return Config.of(small(found.flat())), [dataclasses.replace(each, **small(vars(each))) for each in own]
+
+    def command_parsed(*arguments: Any, **more: Any) -> Any:
+        found = parse_command(*arguments, **more)
+        if only_options:
+            raise Parsed
+        return found
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(parser, "_parse", parsed)
+        patches.setattr(config, "parse_command", command_parsed)
+        for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):  # which a run may set
+            patches.delenv(name, raising=False)
+        yield patches
 
 
 # What commands name.
@@ -199,7 +227,7 @@ def write_slices(folder: Path) -> None:
 
 def write_volumes(folder: Path) -> None:
     """NIfTI volumes of two classes."""
-    for split, count in (("train", 8), ("test", 4)):
+    for split, count in (("train", 20), ("test", 4)):
         for number in range(count):
             path = folder / split / ("healthy", "tumor")[number % 2] / f"sub-{split}{number}.nii.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +253,7 @@ def write_cells(folder: Path) -> None:
         rows = ["image_name,level_1,level_2,level_3"]
         (folder / split).mkdir(parents=True)
         for name, color in colors.items():
-            for number in range(6):
+            for number in range(18 if split == "train" else 6):
                 file = f"{name.split(',')[1]}-{number}.png"
                 noise = np.random.default_rng(number).normal(0, 15, (SIZE, SIZE, 3))
                 pixels = np.clip(np.array(color) + noise, 0, 255).astype(np.uint8)
@@ -297,6 +325,11 @@ def write_picture(path: Path) -> None:
     PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(path)
 
 
+def saved(figure: Figure, file: Any, **options: Any) -> None:
+    """In place of drawing a figure, which is most of the time of an audit in miniature."""
+    PIL.Image.new("RGB", (1, 1)).save(file, "png")
+
+
 FILES: dict[str, Callable[[Path], None]] = {
     "patch.png": write_picture,
     "a.png": write_picture,
@@ -332,9 +365,11 @@ class Workplace:
         for name, write in FILES.items():
             write(folder / name)
         shutil.copy(self.data("centers") / "test.h5", folder)
-        shutil.copytree(self.source("adapter", lambda path: write_adapter(path, self.backbone(RESNET))), folder / "runs/NAME/adapter")
+        adapter = self.source("adapter", lambda path: write_adapter(path, self.backbone(RESNET)))
+        shutil.copytree(adapter, folder / "runs" / "NAME" / "adapter")
         patches.chdir(folder)
         patches.setattr("hf_histo.evaluation.figures.run.draw", lambda *arguments, **options: {})
+        patches.setattr(Figure, "savefig", saved)
         patches.setattr(load, "_synthetic", lambda cache_dir: self.data("centers"))
 
     def source(self, name: str, write: Callable[[Path], Any]) -> Path:
@@ -358,34 +393,21 @@ class Workplace:
             shutil.copytree(self.data(block.data), self.folder / name)
         if block.title:
             Path(block.title).write_text(block.text, encoding="utf-8")
-        if block.language == "python":
-            exec(compile(block.text, block.where, "exec"), self.names)
-        elif block.language == "yaml" and block.title:
-            config.parse(None, ["--config", block.title])
+        if block.language == "python" and not only_options:
+            with made_small(only_options=False):
+                exec(compile(block.text, block.where, "exec"), self.names)
+        elif block.language == "yaml" and block.title and not {"grid", "space"} & yaml.safe_load(block.text).keys():
+            config.parse(None, ["--config", block.title])  # no study
         elif block.language == "bash":
             for each in commands(block.text):
                 status = self.call(each, only_options=only_options)
-                assert status == block.code, f"{block.where}: {shlex.join(each.arguments)} ends with {status}"
+                assert status == (0 if only_options else block.code), (
+                    f"{block.where}: {shlex.join(each.arguments)} ends with {status}"
+                )
 
     def call(self, command: Command, *, only_options: bool) -> int:
         """Run a command in this process; return its exit code."""
-        parse, parse_command = parser._parse, config.parse_command
-
-        def parsed(*arguments: Any, **more: Any) -> tuple[Config, list[Any]]:
-            found, own = parse(*arguments, **more)
-            if only_options:
-                raise Parsed
-            return Config.of(small(found.flat())), [dataclasses.replace(each, **small(vars(each))) for each in own]
-
-        def command_parsed(*arguments: Any, **more: Any) -> Any:
-            found = parse_command(*arguments, **more)
-            if only_options:
-                raise Parsed
-            return found
-
-        with pytest.MonkeyPatch.context() as patches:
-            patches.setattr(parser, "_parse", parsed)
-            patches.setattr(config, "parse_command", command_parsed)
+        with made_small(only_options=only_options) as patches:
             patches.setattr(sys, "argv", [command.program, *command.arguments])
             try:
                 if command.program == "hf_histo":
@@ -393,8 +415,8 @@ class Workplace:
                 else:
                     launch.run(runpy.run_path(str(ROOT / command.program), run_name="recipe")["main"])
             except Parsed:
-                for file in (word for word in command.arguments if word.startswith("recipes/") and word.endswith(".yaml")):
-                    assert Path(file).is_file(), file
+                missing = [word for word in command.arguments if word.endswith(".yaml") and not Path(word).is_file()]
+                assert not missing, f"{missing}: no such file"
             except SystemExit as end:
                 return int(end.code or 0)
         return 0

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from hf_histo.errors import HistoError
 from hf_histo.transforms import augmentation as module
-from hf_histo.transforms.augmentation import LUMA, PRESETS, Augmentation, TestTimeViews, augment, preset
+from hf_histo.transforms.augmentation import LUMA, PRESETS, SINGLE_VIEW, Augmentation, TestTimeViews, augment, preset
 from hf_histo.transforms.preprocessing import Preprocessing
 
 EXACT = {"rtol": 0, "atol": 1e-4}
@@ -311,3 +311,10 @@ def test_noise_has_the_declared_deviation_and_belongs_to_the_sample() -> None:
 def test_views_that_there_are_not(count: int, augmentation: str, message: str) -> None:
     with pytest.raises(HistoError, match=message):
         TestTimeViews(count, augmentation)
+
+
+def test_views_in_which_nothing_is_drawn_have_no_seed() -> None:
+    """Otherwise adapters of two seeds would seem to see images differently."""
+    assert TestTimeViews(1, "square", seed=1) == SINGLE_VIEW
+    assert TestTimeViews(8, "square", seed=1) == TestTimeViews(8)
+    assert TestTimeViews(2, "strong", seed=1) != TestTimeViews(2, "strong")
