@@ -28,9 +28,10 @@ def fine_tune(
 ) -> Result:
     """Fine-tune a backbone on a data set; returns its metrics, its classifier and its folder.
 
-    >>> result = fine_tune("DIR", backbone="facebook/dinov2-small", method="lora", lora_rank=8)
-    >>> result.metrics, result.classifier(["a.png"])
-    >>> fine_tune(table, config="histo_ood", label_column="diagnosis", test_centers="Leipzig")
+    Examples:
+        >>> result = fine_tune("DIR", backbone="facebook/dinov2-small", method="lora", lora_rank=8)
+        >>> result.metrics, result.classifier(["a.png"])
+        >>> fine_tune(table, config="histo_ood", label_column="diagnosis", test_centers="Leipzig")
 
     The options are those of `hf_histo fine-tune --help_all`, by the same names, with the same defaults and checks; an
     error names an option as the command line does. Without `output_dir`, the folder is the command line's as well,

@@ -43,10 +43,11 @@ Images: TypeAlias = Image | Sequence[Image] | pd.DataFrame | datasets.Dataset
 class Classifier:
     """A trained model with all that turns an image into a decision.
 
-    >>> classifier = Classifier.from_pretrained("runs/demo/adapter")
-    >>> classifier(["a.png", "b.png"])  # a predictions table
-    >>> classifier("hospital.h5", threshold="validation")
-    >>> classifier.probabilities(["a.png", "b.png"])  # a column for each class
+    Examples:
+        >>> classifier = Classifier.from_pretrained("runs/demo/adapter")
+        >>> classifier(["a.png", "b.png"])  # a predictions table
+        >>> classifier("hospital.h5", threshold="validation")
+        >>> classifier.probabilities(["a.png", "b.png"])  # a column for each class
     """
 
     def __init__(self, model: nn.Module, sidecar: Sidecar) -> None:
