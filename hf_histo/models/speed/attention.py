@@ -1,7 +1,7 @@
 """Attention in bfloat16 on CPUs with a faster gradient: the same function, whose backward pass is made of products.
 
-The backward pass of torch's fused attention on CPUs takes six times as long as its forward pass. Five products of
-matrices and a softmax take half of that, in the same precision. The forward pass stays torch's.
+The backward pass of torch's fused attention on CPUs takes about five times as long as its forward pass. Five products
+of matrices and a softmax take half of that, in the same precision. The forward pass stays torch's.
 """
 
 from __future__ import annotations
