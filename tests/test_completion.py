@@ -61,7 +61,7 @@ def shell(name: str, code: str, script: str, folder: Path, *words: str) -> str:
     return subprocess.run(call, capture_output=True, text=True, check=True, cwd=folder, timeout=30).stdout
 
 
-@pytest.mark.parametrize(("words", "expected"), WORDS, ids=lambda value: " ".join(value))
+@pytest.mark.parametrize(("words", "expected"), WORDS, ids=lambda value: " ".join(sorted(value)))
 @pytest.mark.parametrize(("name", "code"), [("bash", BASH), ("fish", FISH)])
 def test_what_a_shell_suggests(
     scripts: dict[str, str], tmp_path: Path, name: str, code: str, words: list[str], expected: set[str]
