@@ -219,6 +219,7 @@ class Classifier:
         batch_size: int = 64,
         num_workers: int = 0,
         mixed_precision: Literal["no", "bf16"] = "no",
+        token_merging: int = 0,
         description: str = "Predicting",
     ) -> Predictions:
         """Predictions table of a schema table (see `hf_histo.evaluation.predictions`), with two more columns.
@@ -231,7 +232,8 @@ class Classifier:
         give all its images at once, not one by one; likewise where batch norm is adapted. `transductive` lists which of
         the two were measured so. `test_time_views` and `adapt_batch_norm` (take the batch-norm statistics from
         `dataset`) override those of the adapter. `mixed_precision` "bf16" is faster on processors that compute in
-        bfloat16, and changes some decisions: `predict --mixed_precision bf16` measures how many.
+        bfloat16, and `token_merging` is the number of pairs of patches that each block of a vision transformer merges
+        (see `hf_histo.models.speed.token_merging`). Both change some decisions: the command `predict` counts them.
 
         `label` is the adapter's index of the class that `dataset` names. Raises `HistoError` for a labeled class that
         the adapter does not know.
@@ -258,6 +260,7 @@ class Classifier:
             batch_size=max(1, min(batch_size, BATCH_PIXELS // pipeline.preprocessing.image_size**2)),
             num_workers=num_workers,
             mixed_precision=mixed_precision,
+            token_merging=token_merging,
             description=description,
             device=self._device,
         )

@@ -42,6 +42,9 @@ class PredictOptions(TableOptions, AdapterSource):
     mixed_precision: Literal["no", "bf16"] = option(
         "no", "compute in bfloat16; how many decisions that changes is measured on some of the images, and printed"
     )
+    token_merging: int = option(
+        0, "pairs of patches that each block of a vision transformer merges; measured likewise", at_least=0
+    )
     cache_dir: str | None = option(None, CACHE, is_path=True)
 
 

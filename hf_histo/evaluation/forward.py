@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from hf_histo import launch
 from hf_histo.models import adapters, batchnorm
 from hf_histo.models.speed import folding
+from hf_histo.models.speed.token_merging import merged_tokens
 from hf_histo.transforms.pipeline import Batch, Pipeline, collate, to_device
 
 FEW = 16  # images, for which merging the adapter would take longer than it saves
@@ -33,6 +34,7 @@ def forward(
     batch_size: int = 64,
     num_workers: int = 0,
     mixed_precision: Literal["no", "bf16"] = "no",
+    token_merging: int = 0,
     description: str = "Predicting",
     device: torch.device | None = None,
 ) -> NDArray[np.float64]:
@@ -52,6 +54,7 @@ def forward(
             process measures them on all images.
         batch_size, num_workers: of the loader in each process.
         mixed_precision: "bf16" runs the model under autocast to bfloat16.
+        token_merging: pairs of patches that each block of a vision transformer merges, see `merged_tokens`.
         description: of the progress bar.
         device: to compute on, by default this process's own in the launch.
     """
@@ -83,6 +86,7 @@ def forward(
     with (
         batchnorm.adapted(model, adaptation) if adapt_batch_norm else nullcontext(),
         folding.merged(model, sample()) if len(images) > FEW else nullcontext(),
+        merged_tokens(model, token_merging),
     ):
         for batch in batches(accelerator.prepare(loader, device_placement=[False]), description):
             views = pipeline.test_time(batch)

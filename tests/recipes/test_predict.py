@@ -64,7 +64,7 @@ def test_what_bfloat16_changes_is_printed(
     difference = (tables[0]["Prob"] - tables[1]["Prob"]).abs().max()
     changed = (tables[0]["Pred"] != tables[1]["Pred"]).sum()
     assert 1e-6 < difference < 0.05
-    assert f"bf16 changed {changed} of 7 decisions ({changed / 7:.1%})" in shown
+    assert f"--mixed_precision bf16 changed {changed} of 7 decisions ({changed / 7:.1%})" in shown
     if outputs == 1:
         assert f"probabilities differ by at most {difference:.4f}" in shown
 
