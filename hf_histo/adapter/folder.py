@@ -17,7 +17,7 @@ from hf_histo.adapter.model_card import CARD
 from hf_histo.adapter.sidecar import SIDECAR, Sidecar
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.predictions import Predictions
-from hf_histo.evaluation.reporting import documents
+from hf_histo.evaluation.reporting import documents, report
 from hf_histo.files import CHECKSUMS, atomic_folder, read_checksums, read_json, write_checksums, write_json
 from hf_histo.models import adapters, backbones
 from hf_histo.training.run_folder import FIGURES, PREDICTIONS
@@ -74,7 +74,9 @@ def save(
         (temporary / FIGURES).mkdir()
         for figure in (figures or {}).values():
             shutil.copy(figure, temporary / FIGURES)
-        page = documents.render("report.html", **model_card.facts(sidecar, metrics, figures or {}))
+        known = model_card.facts(sidecar, metrics, figures or {})
+        errors = {split: report.error_rows(table, sidecar.threshold) for split, table in tables.items()}
+        page = documents.render("report.html", **known, errors=errors)
         (temporary / "report.html").write_text(page, encoding="utf-8")
         model_args = getattr(model.config, "model_args", None)
         card = model_card.card(sidecar, metrics, figures=figures or {}, cost=cost, model_args=model_args)

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_histo.adapter.sidecar import Sidecar
+from hf_histo.config import OPTIONS
 from hf_histo.data.splits.checks import Composition
 from hf_histo.evaluation.reporting import documents
 
@@ -98,6 +99,11 @@ def facts(sidecar: Sidecar, metrics: Mapping[str, Any], figures: Mapping[str, Pa
         "metrics": metrics,
         "figures": figures,
         "options": metrics["options"],
+        "changed": {
+            name: value
+            for name, value in metrics["options"].items()
+            if name not in OPTIONS or value != OPTIONS[name].default
+        },
         "data_rows": list(zip(header, *rows, strict=True)),
         "leaks": [*_leaks(splits), *([] if sidecar.data.near_copies_searched else [UNSEEN])],
     }

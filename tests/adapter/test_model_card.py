@@ -208,6 +208,18 @@ def test_the_report_holds_all_that_it_shows(results: dict[str, Result]) -> None:
     assert ("name", "viewport") in page.attributes
 
 
+def test_the_report_leads_with_data_and_results_and_folds_options_away(results: dict[str, Result]) -> None:
+    whole = (results["frozen"].adapter / "report.html").read_text(encoding="utf-8")
+    questions = ("on whom", "How good", "How it fails", "can be trusted", "Training", "Options", "<details>")
+    places = [whole.index(question) for question in questions]
+    assert places == sorted(places)
+    before, folded = whole.split("<details>", 1)
+    assert "<dt>target_modules</dt>" in before and "<dt>weight_decay</dt>" not in before  # a default
+    assert folded.count("<dt>target_modules</dt>") == folded.count("<dt>weight_decay</dt>") == 1
+    for caption in ("ROC curves", "Confusion matrix of val", "Reliability of test", "The worst errors of val"):
+        assert whole.count(f"<figcaption>{caption}</figcaption>") == 1
+
+
 def test_the_report_states_the_metrics_of_each_center(results: dict[str, Result]) -> None:
     text = Page.read(results["frozen"].adapter / "report.html").text
     for split in ("val", "test"):

@@ -35,6 +35,7 @@ def render(template: str, **facts: Any) -> str:
         "plain": plain,
         "plain_rows": lambda rows: [[plain(x) if isinstance(x, str) else x for x in row] for row in rows],
         "screening": report.screening,
+        "section": _section,
         "size_rows": report.size_rows,
         "table": report.table,
         "transductive": report.transductive,
@@ -43,6 +44,12 @@ def render(template: str, **facts: Any) -> str:
     }
     environment.tests["wide"] = _is_wide
     return environment.get_template(template).render(facts)
+
+
+def _section(figure: str) -> str:
+    """The section of the report that a figure belongs to, by the first word of its name; "" for all others."""
+    word = figure.split("_")[0]
+    return word if word in ("roc", "confusion", "worst", "reliability", "training") else ""
 
 
 def _embedded(figure: Path) -> str:

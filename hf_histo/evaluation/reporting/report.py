@@ -238,6 +238,30 @@ def _with_notes(table: str, notes: Sequence[str]) -> str:
     return "\n".join([table, *(["", *notes] if notes else [])])
 
 
+def error_rows(predictions: Predictions, threshold: float = 0.5) -> list[list[object]]:
+    """Return how many images of each class are called another one: a header, a row for each center and one overall.
+
+    Args:
+        predictions: a predictions table; rows with a hidden label are left out.
+        threshold: for two classes, the smallest probability at which class 1 is predicted.
+    """
+    labeled = predictions.labeled
+    truth, wrong = labeled["label"].to_numpy(), labeled.predicted_classes(threshold) != labeled["label"].to_numpy()
+    centers = labeled["center"].to_numpy()
+    parts = {
+        f"center {center_name(center, predictions.center_names)}": centers == center
+        for center in sorted(set(centers[centers >= 0]))
+    }
+    rows: list[list[object]] = [["", *predictions.label_names]]
+    for name, part in [*parts.items(), ("overall", np.ones(len(truth), bool))]:
+        cells: list[object] = []
+        for label in range(len(predictions.label_names)):
+            count, errors = (part & (truth == label)).sum(), (part & wrong & (truth == label)).sum()
+            cells.append(f"{errors:,} of {count:,} ({errors / count:.0%})" if count else None)
+        rows.append([name, *cells])
+    return rows
+
+
 def class_rows(report: Mapping[str, Any], names: Sequence[str]) -> list[list[object]]:
     """Return rows of a `classification.report` of more than two classes: a header and a row for each class."""
     metrics = ("precision", "recall", "auroc")

@@ -171,3 +171,15 @@ def test_tables_of_classes_and_of_screening() -> None:
     assert report.screening(classification.report(table), names) == ""
     no_negative = report.screening(classification.report(table[table["label"] == 0], negative=1), names)
     assert no_negative == "Sensitivity for any class but none: – at specificity 0.9, – at specificity 0.95."
+
+
+def test_errors_of_each_center_and_class() -> None:
+    logits = [-2.0, 2.0, 2.0, -0.5, 1.0, 0.0]
+    table = Predictions.make(range(6), [0, 0, 0, 1, 1, 1], [""] * 6, [0, 0, 1, 1, 1, -1], logits)
+    assert report.error_rows(table) == [
+        ["", *table.label_names],
+        ["center 0", "1 of 2 (50%)", "0 of 1 (0%)"],
+        ["center 1", None, "1 of 2 (50%)"],
+        ["overall", "1 of 2 (50%)", "1 of 3 (33%)"],
+    ]
+    assert report.error_rows(table, threshold=0.1)[2] == ["center 1", None, "0 of 2 (0%)"]
