@@ -55,8 +55,8 @@ def predict(options: PredictOptions) -> str:
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
-    faster = {"mixed_precision": options.mixed_precision, "token_merging": options.token_merging}
-    predictions = predicted(images, **faster)
+    fast = partial(predicted, mixed_precision=options.mixed_precision, token_merging=options.token_merging)
+    predictions = fast(images)
     threshold, origin = _threshold(options, sidecar, predictions)
     predictions["predicted"] = np.array(sidecar.label_names)[predictions.predicted_classes(threshold)]
     predictions.write_submission(options.output, threshold, details=options.details)
@@ -67,10 +67,10 @@ def predict(options: PredictOptions) -> str:
     summary = f"{len(predictions)} predictions{decision}: {options.output}"
     if measured := predictions.attrs["transductive"]:
         summary += f"\ntransductive: used the images of {options.data} as a whole, for {', '.join(measured)}"
-    used = [f"--{name} {value}" for name, value in faster.items() if value not in ("no", 0)]
-    if used:
+    chosen = {"mixed_precision": options.mixed_precision, "token_merging": options.token_merging}
+    if used := [f"--{name} {value}" for name, value in chosen.items() if value not in ("no", 0)]:
         some = images.select(np.linspace(0, len(images) - 1, min(COMPARED, len(images))).round().astype(int))
-        changed = _changed(predicted(some), predicted(some, **faster), threshold)
+        changed = _changed(predicted(some), fast(some), threshold)
         summary += f"\n{' and '.join(used)} changed {changed}"
     return summary
 

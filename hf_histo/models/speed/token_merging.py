@@ -58,7 +58,8 @@ def _forward(block: Any, count: int, prefix: int, sizes: list[torch.Tensor]) -> 
         assert attention.keys is not None
         x, size = merge(x, size, attention.keys.mean(1), count, prefix)
         sizes.append(size)
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        output: torch.Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return output
 
     return forward
 
