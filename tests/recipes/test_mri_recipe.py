@@ -44,6 +44,7 @@ def call(backbone: Path, data: Path, shown_by: Call) -> Call:
     return call
 
 
+@pytest.mark.figures
 def test_every_result_twice(call: Call, tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture) -> None:
     shown = call("mri_lora.py", tmp_path / "run", "--class_balance=sampling")
     assert "test: 6 of 18 images are pixel-identical to images of train; 12 are not" in caplog.text
