@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hf_histo.config.experiments import Sharing
 from hf_histo.config.options import SET, TableOptions, option, required
 
 Criterion = Literal["balanced_accuracy", "f1", "accuracy", "sensitivity"]  # of a threshold
@@ -142,6 +143,25 @@ class ImportBackboneOptions:
 @dataclass(kw_only=True)
 class DoctorOptions:
     cache_dir: str | None = option(None, CACHE, is_path=True)
+
+
+@dataclass(kw_only=True)
+class ReproduceOptions(Sharing):
+    study: Literal["dlmi", "brain-mri", "cytology", "mnist-cases"] = required("published table; may stand first")
+    output_dir: Path = required("folder for the runs and the table")
+    data: str | None = option(
+        None, "folder of the data; cytology: with sipakmed, mlcc, bcfc, hicervix in it", is_path=True
+    )
+    backbones_dir: Path | None = option(
+        None,
+        "folder of backbones by their names (uni, ...), for those that the Hub can't give",
+        needs={"dry_run": False},
+    )
+    rows: list[str] = option([], "only these rows, by the names of their folders (default: all)")
+    seeds: int | None = option(None, "runs of each row (default: the study's)", at_least=1)
+    dry_run: bool = option(
+        False, "see that each row runs, with random weights and generated images", needs={"data": None}
+    )
 
 
 @dataclass(kw_only=True)

@@ -23,6 +23,7 @@ COMMANDS = {
     "leave-one-center-out": ("leave_one_center_out", "every center held out once: mean and worst"),
     "sweep": ("sweep", "a grid or a search over the options of a run"),
     "pareto": ("pareto", "rank × adapted layers: accuracy against trainable parameters"),
+    "reproduce": ("reproduce", 'a published table in one command, "reported" beside "obtained"'),
     "push": ("push", "an adapter folder: to the Hub"),
     "export": ("export", "an adapter: one checkpoint, or ONNX"),
     "app": ("app", "an adapter: a page in the browser"),

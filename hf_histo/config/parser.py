@@ -125,15 +125,21 @@ def with_options(config: Config, options: Mapping[str, Any]) -> Config:
     return _parse(None, _as_arguments(config.flat() | dict(options), ""), [], {}, given=())[0]
 
 
-def parse_command(kind: type[Command], usage: str | None, arguments: Sequence[str] | None = None) -> Command:
+def parse_command(
+    kind: type[Command], usage: str | None, arguments: Sequence[str] | None = None, *, first: str | None = None
+) -> Command:
     """Parse `arguments` (default: the command line) into the options of a command that is no run.
 
-    `usage` is the recipe's docstring, shown by `--help`. Raises `HistoError` for an unknown option (with the nearest
-    known one), one that is missing, a value of the wrong type or out of bounds, and an option that cannot act.
+    `usage` is the recipe's docstring, shown by `--help`; `first` is an option whose value may stand first, without its
+    name. Raises `HistoError` for an unknown option (with the nearest known one), one that is missing, a value of the
+    wrong type or out of bounds, and an option that cannot act.
     """
     groups: list[Any] = [kind]  # Any: the type of transformers is one
     parser = _Parser(groups, usage="%(prog)s [--OPTION VALUE ...]", description=_about(usage), **_STYLE)
-    (options,) = _fill(parser, groups, list(sys.argv[1:] if arguments is None else arguments))
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if first and arguments and not arguments[0].startswith("-") and arguments[0] is not _DESCRIBE:
+        arguments[0] = f"--{first}={arguments[0]}"
+    (options,) = _fill(parser, groups, arguments)
     _refuse_ineffective(options)
     return options  # type: ignore[no-any-return]
 

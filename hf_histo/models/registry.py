@@ -237,6 +237,14 @@ ENTRIES = {
         {**_DINOV2, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 518},
         crop_pct=0.875,
     ),
+    "dinov2-small": Entry(
+        "facebook/dinov2-small",
+        "transformers",
+        IMAGENET,
+        "apache-2.0",
+        {**_DINOV2, "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 518},
+        crop_pct=0.875,
+    ),
     "dinov3": Entry(
         "timm/vit_base_patch16_dinov3.lvd1689m",
         "timm",

@@ -32,6 +32,7 @@ MILLIONS = {
     "phikon-v2": 303,
     "midnight": 1135,
     "dinov2": 87,
+    "dinov2-small": 22,
     "dinov3": 86,
 }
 SIZE = 112  # pixels: a multiple of 14 and 16
