@@ -115,7 +115,7 @@ def load(
     try:
         with _quiet():
             if random_weights:
-                model = AutoModelForImageClassification.from_config(config)
+                model = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
             elif folder:
                 model = clip.load(folder, config)
             else:

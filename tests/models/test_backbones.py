@@ -245,3 +245,8 @@ def test_a_backbone_made_to_do_harm(
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "witness").exists()
+
+
+def test_random_weights_of_a_backbone_stored_in_half_precision_are_float32() -> None:
+    model = backbones.load("builtin", 1, random_weights=True)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
