@@ -26,6 +26,7 @@ from hf_histo.evaluation.reporting.report import marked, table
 from hf_histo.evaluation.reporting.summary import spread
 from hf_histo.experiments import grid
 from hf_histo.experiments.studies import Study, StudyRow, study
+from hf_histo.models import backbones, registry
 from hf_histo.result import Result
 
 GENERATORS = {
@@ -102,10 +103,15 @@ def config_of(row: StudyRow, options: ReproduceOptions, data: Path) -> Config:
         config = with_options(config, {"backbone": str(folder)})
     if not options.dry_run:
         return config
-    size = DINO_SIZE if "dinov2" in config.model.backbone else DRY_SIZE
-    few = SMALL | {"image_size": size, "resize_size": size, "cache_dir": str(data.parent / "cache")}
+    few = SMALL | {"cache_dir": str(data.parent / "cache")}
+    entry = registry.find(config.model.backbone)
+    if entry and entry.library == "open_clip":  # takes images of no other size
+        few |= {"per_device_train_batch_size": 2}
+    else:
+        size = DINO_SIZE if "dinov2" in config.model.backbone else DRY_SIZE
+        few |= {"image_size": size, "resize_size": size}
     if config.protocol.iterations_per_shot:
-        few = few | {"iterations_per_shot": 1}
+        few |= {"iterations_per_shot": 1}
     return with_options(config, few)
 
 
@@ -126,8 +132,12 @@ def train(configs: Mapping[StudyRow, Config], chosen: Study, options: ReproduceO
         except HistoError as error:
             outcomes[row] = Outcome(reason=str(error))
     if options.workers > 1 or options.cluster:
+        # A backbone that can't be had would end one worker after the other.
+        names = {configs[row].model.backbone: configs[row] for row in cells}
+        reasons = {name: _reason(name, config) for name, config in names.items()}
+        shared = [cell for row, of_row in cells.items() if not reasons[configs[row].model.backbone] for cell in of_row]
         try:
-            grid.train([cell for of_row in cells.values() for cell in of_row], options.output_dir, options)
+            grid.train(shared, options.output_dir, options)
         except HistoError as error:
             print(f"{error}; this process tries what is left", flush=True)
     for row, of_row in cells.items():
@@ -138,6 +148,15 @@ def train(configs: Mapping[StudyRow, Config], chosen: Study, options: ReproduceO
             outcomes[row] = Outcome(reason=str(error))
             print(f"{row.name}: not run: {error}", flush=True)
     return {row: outcomes[row] for row in configs}
+
+
+def _reason(backbone: str, config: Config) -> str | None:
+    """Why a backbone can't be loaded, or None."""
+    try:
+        backbones.load(backbone, 1, revision=config.model.revision, random_weights=config.model.random_weights)
+    except HistoError as error:
+        return str(error)
+    return None
 
 
 def obtained(row: StudyRow, outcome: Outcome) -> dict[str, list[float | None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from hf_histo.config import commands, parse_command
 from hf_histo.config.commands import ReproduceOptions
+from hf_histo.data.synthetic.miniature import write_digits
 from hf_histo.experiments.reproduce import config_of
 from hf_histo.experiments.studies import study
 
@@ -65,6 +67,34 @@ def test_a_row_that_cannot_be_run_has_its_reason(in_process: Run, tmp_path: Path
     assert "2 of 2 rows were not run, the first is mlcc-uni-linear" in done.stderr
     text = (tmp_path / "cytology.md").read_text()
     assert text.count("not run: ") == 2 and "not recorded" in text
+
+
+def check_obtained(in_process: Run, backbone: Path, folder: Path, *more: str) -> None:
+    """A row whose backbone is in `--backbones_dir` is obtained, one without an output layer for its head is not run."""
+    shutil.copytree(backbone, folder / "backbones" / "resnet50.tv_in1k")
+    write_digits(folder / "data")
+    given = ["--data", folder / "data", "--backbones_dir", folder / "backbones", "--output_dir", folder / "out", *more]
+    done = in_process("reproduce.py", "mnist-cases", "--rows", "case2", "case4", *given)
+    assert done.returncode == 1
+    assert "1 of 2 rows were not run, the first is case2" in done.stderr
+    out = folder / "out"
+    rows = json.loads((out / "mnist-cases.json").read_text())["rows"]
+    metrics = json.loads((out / "case4" / "seed-0" / "adapter" / "metrics.json").read_text())
+    expected = {name: [split["overall"]["accuracy"]["value"]] for name, split in metrics["splits"].items()}
+    assert rows["case4"]["obtained"] == expected and expected.keys() == {"val", "test"}
+    text = (out / "mnist-cases.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| case 4")]
+    assert len(lines) == 2 and any(f" {expected['test'][0]:.3f} " in line for line in lines)
+    assert rows["case2"]["not_run"] in text
+
+
+def test_obtained_beside_a_row_that_fails(in_process: Run, backbone: Path, tmp_path: Path) -> None:
+    check_obtained(in_process, backbone, tmp_path)
+
+
+@pytest.mark.slow
+def test_obtained_by_two_workers(in_process: Run, backbone: Path, tmp_path: Path) -> None:
+    check_obtained(in_process, backbone, tmp_path, "--workers", "2")
 
 
 @pytest.mark.parametrize(

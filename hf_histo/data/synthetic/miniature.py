@@ -38,18 +38,18 @@ def write_mri(folder: Path) -> None:
 
 def write_cytology(folder: Path) -> None:
     """Folders `sipakmed`, `mlcc` and `bcfc` with `images/SPLIT/CLASS_NUMBER.png`, and `hicervix` with its tables."""
-    counts = {"train": 18, "val": 5, "test": 3}
-    for data in ("sipakmed", "mlcc", "bcfc"):
-        for split, count in counts.items():
-            (folder / data / "images" / split).mkdir(parents=True)
-            for i in range(2 * count):
-                path = folder / data / "images" / split / f"{('normal', 'abnormal')[i % 2]}_{i}.png"
-                PIL.Image.fromarray(_image(len(split) * 100 + i)).save(path)
+    counts = {"train": 16, "val": 2, "test": 1}  # of each class
+    classes = {"sipakmed": 5, "mlcc": 4, "bcfc": 2}
     for split, count in counts.items():
+        for data, number in classes.items():
+            (folder / data / "images" / split).mkdir(parents=True)
+            for i in range(number * count):
+                path = folder / data / "images" / split / f"class{i % number}_{i}.png"
+                PIL.Image.fromarray(_image(1000 * len(split) + i)).save(path)
         (folder / "hicervix" / split).mkdir(parents=True)
         rows = ["image_name,level_1,level_2,level_3"]
         for i in range(2 * count):
-            PIL.Image.fromarray(_image(len(split) * 100 + i)).save(folder / "hicervix" / split / f"{i}.png")
+            PIL.Image.fromarray(_image(1000 * len(split) + i)).save(folder / "hicervix" / split / f"{i}.png")
             rows.append(f"{i}.png," + ("ASC,ASC-US,ASC-US-1", "AGC,AGC-NOS,AGC-NOS-1")[i % 2])
         (folder / "hicervix" / f"{split}.csv").write_text("\n".join(rows), encoding="utf-8")
 
