@@ -106,7 +106,7 @@ def config_of(row: StudyRow, options: ReproduceOptions, data: Path) -> Config:
     few = SMALL | {"cache_dir": str(data.parent / "cache")}
     entry = registry.find(config.model.backbone)
     if entry and entry.library == "open_clip":  # takes images of no other size
-        few |= {"per_device_train_batch_size": 2}
+        few |= {"per_device_train_batch_size": 2} | ({} if config.protocol.shots else {"max_steps": 2})
     else:
         size = DINO_SIZE if "dinov2" in config.model.backbone else DRY_SIZE
         few |= {"image_size": size, "resize_size": size}
