@@ -139,6 +139,10 @@ def encode_ppm(image: np.ndarray) -> bytes:
     Lossless and uncompressed: `datasets.Image` and PIL open it like any image file, and NumPy reads it without a copy.
     """
     height, width, _ = image.shape
+    if not image.flags.c_contiguous:  # faster than `image.tobytes()`, which copies value by value
+        planes, image = image, np.empty(image.shape, np.uint8)
+        for channel in range(3):
+            image[..., channel] = planes[..., channel]
     return b"P6\n%d %d\n255\n" % (width, height) + image.tobytes()
 
 

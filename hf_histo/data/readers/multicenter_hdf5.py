@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import h5py
 import numpy as np
 
 from hf_histo.data.readers import hdf5
@@ -133,7 +132,7 @@ class MulticenterHdf5File(MulticenterHdf5):
 class PixelFormat:
     """How a file stores its images: array `shape`, `dtype`, and values in [0, `maximum`], which is 1 or 255."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     dtype: np.dtype
     maximum: int
 
@@ -149,7 +148,7 @@ class PixelFormat:
     def __str__(self) -> str:
         return f"{self.dtype} {'CHW' if self.channels_first else 'HWC'} {self.size} in [0, {self.maximum}]"
 
-    def read(self, dataset: h5py.Dataset) -> np.ndarray:
+    def read(self, dataset: hdf5.Array) -> np.ndarray:
         """Read one image as uint8 (H, W, 3). Raises HistoError if it isn't in this format."""
         image = self.read_raw(dataset)
         if self.dtype != np.uint8:
@@ -161,7 +160,7 @@ class PixelFormat:
             image = np.rint(image.astype(np.float32) * (255 // self.maximum)).astype(np.uint8)
         return image.transpose(1, 2, 0) if self.channels_first else image
 
-    def read_raw(self, dataset: h5py.Dataset) -> np.ndarray:
+    def read_raw(self, dataset: hdf5.Array) -> np.ndarray:
         """Read one image as it is stored. Raises HistoError as `read` does."""
         if (dataset.shape, dataset.dtype) != (self.shape, self.dtype):
             found, expected = f"{dataset.dtype} {dataset.shape}", f"{self.dtype} {self.shape}"
@@ -174,7 +173,7 @@ class PixelFormat:
         return image
 
 
-def _detect(file: h5py.File, keys: list[str], skip: bool) -> PixelFormat:
+def _detect(file: hdf5.Item, keys: list[str], skip: bool) -> PixelFormat:
     """Pixel format of a file, detected from up to `PROBES` images spread evenly over it.
 
     With `skip`, unreadable images are ignored.
@@ -194,40 +193,38 @@ def _detect(file: h5py.File, keys: list[str], skip: bool) -> PixelFormat:
         raise reason
     if 1 < peak < DARKEST_PEAK or (peak <= 1 and pixels.dtype == np.uint8):
         raise HistoError(
-            f"{file.filename}: {pixels.dtype} values of {keys[0]}/img and others reach only {peak:.7g}, expected "
+            f"{file.file}: {pixels.dtype} values of {keys[0]}/img and others reach only {peak:.7g}, expected "
             "floats in [0, 1] or any type in [0, 255]; scale img to one of the two"
         )
     return dataclasses.replace(pixels, maximum=1 if peak <= 1 else 255)
 
 
-def _names_slides(file: h5py.File, keys: list[str]) -> bool:
+def _names_slides(file: hdf5.Item, keys: list[str]) -> bool:
     """Whether `metadata[1]` is the slide: in a labeled file, it is not unless it differs from the label somewhere."""
     groups = (_image_group(file, key) for key in keys)
     return any(_metadata(group)[1] not in (-1, _label(group, hidden=False)) for group in groups)
 
 
-def _keys(file: h5py.File) -> list[str]:
+def _keys(file: hdf5.Item) -> list[str]:
     """Names of the groups in the file, in text order."""
-    try:
-        keys = list(file)
-    except hdf5.UNREADABLE as error:
-        raise HistoError(f"{file.filename}: unreadable ({error}); copy or download it again") from error
-    if not keys:
-        raise HistoError(f"{file.filename}: no images, expected one group per image; export the file again")
-    for key in keys:
+    keys = []
+    for key in hdf5.names(file):
         if not (isinstance(key, str) and key.isprintable()):  # e.g. bytes that are not UTF-8, which a table can't hold
-            raise HistoError(f"{file.filename}: a group is named {key!r}, expected printable text; rename it")
+            raise HistoError(f"{file.file}: a group is named {key!r}, expected printable text; rename it")
+        keys.append(key)
+    if not keys:
+        raise HistoError(f"{file.file}: no images, expected one group per image; export the file again")
     return sorted(keys)
 
 
-def _image_group(file: h5py.File, key: str) -> h5py.Group:
+def _image_group(file: hdf5.Item, key: str) -> hdf5.Item:
     group = hdf5.member(file, key)
-    if not isinstance(group, h5py.Group):
-        raise HistoError(f"{file.filename}: {key}: not a group, expected one with img for each image; export again")
+    if group is None or not group.is_group:
+        raise HistoError(f"{file.file}: {key}: not a group, expected one with img for each image; export again")
     return group
 
 
-def _image(group: h5py.Group) -> h5py.Dataset:
+def _image(group: hdf5.Item) -> hdf5.Array:
     """The dataset `img`, not yet read, after checking its shape and dtype."""
     dataset = hdf5.array(group, "img", "uf")
     if dataset is None:
@@ -248,7 +245,7 @@ def _image(group: h5py.Group) -> h5py.Dataset:
     return dataset
 
 
-def _label(group: h5py.Group, hidden: bool) -> int:
+def _label(group: hdf5.Item, hidden: bool) -> int:
     """The label, 0 or 1; -1 if it is absent or -1, which is an error unless `hidden`."""
     dataset = hdf5.array(group, "label", "biuf")
     if dataset is None and hidden:
@@ -261,7 +258,7 @@ def _label(group: h5py.Group, hidden: bool) -> int:
     return int(value)
 
 
-def _metadata(group: h5py.Group) -> tuple[int, int]:
+def _metadata(group: hdf5.Item) -> tuple[int, int]:
     """Acquisition center, and the candidate for the slide, each -1 where unknown.
 
     Entry 1 is used only if there are at least three entries: with two, it is more likely the label.
@@ -269,7 +266,7 @@ def _metadata(group: h5py.Group) -> tuple[int, int]:
     dataset = hdf5.array(group, "metadata", "iuf")
     if dataset is None:
         return -1, -1
-    if dataset.ndim != 1 or not 0 < dataset.size <= 1000:
+    if len(dataset.shape) != 1 or not 0 < dataset.size <= 1000:
         raise HistoError(
             f"{hdf5.where(dataset)}: shape {dataset.shape}, expected (n,) starting with the center; correct it"
         )
@@ -284,7 +281,7 @@ def _metadata(group: h5py.Group) -> tuple[int, int]:
     return center, slide
 
 
-def _check_range(dataset: h5py.Dataset, image: np.ndarray, maximum: int) -> None:
+def _check_range(dataset: hdf5.Array, image: np.ndarray, maximum: int) -> None:
     low, high = float(image.min()), float(image.max())
     if not (low >= 0 and high <= maximum):  # also true of NaN
         raise HistoError(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import h5py
 import numpy as np
 import pandas as pd
 
@@ -86,8 +85,8 @@ class PatchCamelyon(FolderBuilder):
             # Many rows at a time: reading row by row would decompress a chunk again for each of its rows.
             step = min(512, max(1, hdf5.MAX_BYTES // math.prod(patches.shape[1:])))
             step = step - step % (patches.chunks or (1,))[0] or step
-            for start in range(0, len(patches), step):
-                rows = range(start, min(start + step, len(patches)))
+            for start in range(0, patches.shape[0], step):
+                rows = range(start, min(start + step, patches.shape[0]))
                 for row, patch in zip(rows, self._block(patches, rows), strict=True):
                     with self.skipping():
                         image = hdf5.read(patches, row) if patch is None else patch
@@ -102,7 +101,7 @@ class PatchCamelyon(FolderBuilder):
                             },
                         )
 
-    def _block(self, patches: h5py.Dataset, rows: range) -> Sequence[np.ndarray | None]:
+    def _block(self, patches: hdf5.Array, rows: range) -> Sequence[np.ndarray | None]:
         """The patches of `rows`; None for each one that can't be read and is to be left out."""
         try:
             return list(hdf5.read(patches, slice(rows.start, rows.stop)))
@@ -116,10 +115,10 @@ def _file_name(split: str, part: str) -> str:
     return f"camelyonpatch_level_2_split_{split}_{part}"
 
 
-def _patches(file: h5py.File) -> h5py.Dataset:
+def _patches(file: hdf5.Item) -> hdf5.Array:
     dataset = hdf5.array(file, "x", "u")
     if dataset is None:
-        raise HistoError(f"{file.filename}: no x, expected the patches there; download the file again")
+        raise HistoError(f"{file.file}: no x, expected the patches there; download the file again")
     shape = dataset.shape
     fits = len(shape) == 4 and 0 < shape[0] <= MAX_ROWS and shape[3] == 3 and 0 < math.prod(shape[1:]) <= hdf5.MAX_BYTES
     if dataset.dtype != np.uint8 or not fits:

@@ -107,8 +107,64 @@ def test_refuses_links(tmp_path: Path, link: object, key: str) -> None:
     refused(tmp_path, rf"val\.h5: {key}: a soft or external link")
 
 
-def test_refuses_data_kept_in_other_files(tmp_path: Path) -> None:
+def add_user_block(path: Path) -> None:
+    """Copy a file with 512 bytes before what is HDF5's."""
+    with h5py.File(path) as old, h5py.File(path.with_suffix(".new"), "w", userblock_size=512) as new:
+        for key in old:
+            old.copy(key, new)
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize("kind", ["user block", "compact", "chunked", "newest format", "big-endian"])
+def test_every_way_of_storing_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     write_challenge(tmp_path)
+    expected = load(tmp_path, cache_dir=tmp_path / "cache")["val"].to_list()
+    path = tmp_path / "val.h5"
+    if kind == "user block":
+        add_user_block(path)
+    else:
+        with (
+            h5py.File(path) as old,
+            h5py.File(tmp_path / "new", "w", libver="latest" if "new" in kind else None) as new,
+        ):
+            for name in (f"{key}/{member}" for key in old for member in old[key]):
+                values = old[name][()]
+                if kind == "compact":
+                    created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+                    created.set_layout(h5py.h5d.COMPACT)
+                    key, member = name.split("/")
+                    like = old[name].id
+                    parent = new.require_group(key).id
+                    made = h5py.h5d.create(parent, member.encode(), like.get_type(), like.get_space(), created)
+                    made.write(h5py.h5s.ALL, h5py.h5s.ALL, np.asarray(values))
+                else:
+                    dtype = values.dtype.newbyteorder(">") if kind == "big-endian" else values.dtype
+                    new.create_dataset(
+                        name, data=values.astype(dtype), chunks=(kind == "chunked" and values.ndim > 0) or None
+                    )
+        (tmp_path / "new").replace(path)
+    assert load(tmp_path, cache_dir=tmp_path / "cache")["val"].to_list() == expected
+
+
+def test_types_that_change_from_image_to_image_are_read(tmp_path: Path) -> None:
+    write_challenge(tmp_path)
+    expected = load(tmp_path, cache_dir=tmp_path / "cache")["val"].to_list()
+    with h5py.File(tmp_path / "val.h5", "r+") as file:
+        for key, (label, metadata) in zip(
+            file, [("int8", ">f8"), ("bool", "uint64"), ("float32", "int16")], strict=False
+        ):
+            for name, dtype in (("label", label), ("metadata", metadata)):
+                values = file[key][name][()]
+                del file[key][name]
+                file[key][name] = values.astype(dtype)
+    assert load(tmp_path, cache_dir=tmp_path / "cache")["val"].to_list() == expected
+
+
+@pytest.mark.parametrize("user_block", [False, True])
+def test_refuses_data_kept_in_other_files(tmp_path: Path, user_block: bool) -> None:
+    write_challenge(tmp_path)
+    if user_block:
+        add_user_block(tmp_path / "val.h5")
     (tmp_path / "raw").write_bytes(bytes(3 * 12 * 14))
     edit(tmp_path, "val", "3/img", None)
     with h5py.File(tmp_path / "val.h5", "r+") as file:
