@@ -105,10 +105,11 @@ def config_of(row: StudyRow, options: ReproduceOptions, data: Path) -> Config:
         return config
     few = SMALL | {"cache_dir": str(data.parent / "cache")}
     entry = registry.find(config.model.backbone)
-    if entry and entry.library == "open_clip":  # takes images of no other size
+    is_dino = "dinov2" in config.model.backbone
+    if entry and entry.library != "timm" and not is_dino:  # takes images of no other size
         few |= {"per_device_train_batch_size": 2} | ({} if config.protocol.shots else {"max_steps": 2})
     else:
-        size = DINO_SIZE if "dinov2" in config.model.backbone else DRY_SIZE
+        size = DINO_SIZE if is_dino else DRY_SIZE
         few |= {"image_size": size, "resize_size": size}
     if config.protocol.iterations_per_shot:
         few |= {"iterations_per_shot": 1}

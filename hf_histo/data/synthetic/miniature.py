@@ -38,7 +38,7 @@ def write_mri(folder: Path) -> None:
 
 def write_cytology(folder: Path) -> None:
     """Folders `sipakmed`, `mlcc` and `bcfc` with `images/SPLIT/CLASS_NUMBER.png`, and `hicervix` with its tables."""
-    counts = {"train": 16, "val": 2, "test": 1}  # of each class
+    counts = {"train": 16, "val": 4, "test": 1}  # of each class, enough for 16 shots
     classes = {"sipakmed": 5, "mlcc": 4, "bcfc": 2}
     for split, count in counts.items():
         for data, number in classes.items():
