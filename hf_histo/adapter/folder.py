@@ -75,8 +75,15 @@ def save(
         for figure in (figures or {}).values():
             shutil.copy(figure, temporary / FIGURES)
         known = model_card.facts(sidecar, metrics, figures or {})
-        errors = {split: report.error_rows(table, sidecar.threshold) for split, table in tables.items()}
-        page = documents.render("report.html", **known, errors=errors)
+        labeled = {split: table for split, table in tables.items() if not table.labeled.empty}
+        page = documents.render(
+            "report.html",
+            **known,
+            errors={split: report.error_rows(table, sidecar.threshold) for split, table in labeled.items()},
+            calibration={
+                split: report.calibration_rows(table, sidecar.temperature) for split, table in labeled.items()
+            },
+        )
         (temporary / "report.html").write_text(page, encoding="utf-8")
         model_args = getattr(model.config, "model_args", None)
         card = model_card.card(sidecar, metrics, figures=figures or {}, cost=cost, model_args=model_args)

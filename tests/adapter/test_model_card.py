@@ -197,10 +197,19 @@ def test_the_report_holds_all_that_it_shows(results: dict[str, Result]) -> None:
     folder = results["frozen"].adapter
     page = Page.read(folder / "report.html")
     assert not page.tags & {"script", "link", "iframe", "object", "a"}
-    addresses = [value or "" for name, value in page.attributes if name in ("src", "href", "srcset", "style")]
-    assert len(addresses) == len(list((folder / "figures").glob("*.png"))) == 7
-    inside = {base64.b64decode(address.removeprefix("data:image/png;base64,")) for address in addresses}
-    assert inside == {path.read_bytes() for path in (folder / "figures").iterdir()}
+    addresses = [value or "" for name, value in page.attributes if name in ("src", "href", "srcset")]
+    assert len(list((folder / "figures").glob("*.png"))) == 7
+    inside = [base64.b64decode(address.removeprefix("data:image/png;base64,")) for address in addresses]
+    assert inside == [(folder / "figures" / "worst_errors.png").read_bytes()]  # photographs; all others are drawings
+    named = [value for name, value in page.attributes if name == "aria-label"]
+    assert sorted(map(str, named)) == sorted(
+        ["Training: loss, validation metric and learning rate", "ROC curves"]
+        + [f"{figure} of {split}" for figure in ("Confusion matrix", "Reliability") for split in ("val", "test")]
+    )
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) > 100
+    assert all((value or "").startswith("#") for name, value in page.attributes if name == "xlink:href")
+    assert not [value for name, value in page.attributes if name == "style" and "url(" in (value or "")]
     assert not any(name.startswith("on") for name, _ in page.attributes)
     style = (folder / "report.html").read_text(encoding="utf-8").split("<style>")[1].split("</style>")[0]
     assert "url(" not in style

@@ -31,18 +31,25 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
+    "svg.hashsalt": "hf_histo",  # otherwise ids are random
     "text.parse_math": False,  # an id or a class name may hold dollar signs
 }
 
 
 @contextmanager
-def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
-    """Yield an empty figure of `width` x `height` inches; at the end of the block, write it to `path` as a PNG."""
+def drawing(path: str | Path, width: float, height: float, *, vector: bool = False) -> Iterator[Figure]:
+    """Yield an empty figure of `width` x `height` inches; at the end of the block, write it to `path` as a PNG.
+
+    With `vector`, also write it as an SVG beside the PNG; the same figure gives the same bytes.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")
+        if vector:
+            with atomic_file(Path(path).with_suffix(".svg")) as temporary:
+                figure.savefig(temporary, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
 
 
 def short(text: str, most: int = 22) -> str:

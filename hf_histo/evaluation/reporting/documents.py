@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup, escape
 
 from hf_histo.evaluation.reporting import report
 
@@ -31,6 +32,7 @@ def render(template: str, **facts: Any) -> str:
         "class_rows": report.class_rows,
         "center_rows": report.center_rows,
         "embedded": _embedded,
+        "inline": _inline,
         "marked": report.marked,
         "plain": plain,
         "plain_rows": lambda rows: [[plain(x) if isinstance(x, str) else x for x in row] for row in rows],
@@ -55,6 +57,23 @@ def _section(figure: str) -> str:
 def _embedded(figure: Path) -> str:
     """A PNG as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode('ascii')}"
+
+
+def _inline(figure: Path, label: str) -> Markup:
+    """The SVG beside a PNG, for a page with other ones: ids start with the name of the figure; "" without an SVG.
+
+    Args:
+        figure: path of the PNG.
+        label: text alternative.
+    """
+    path = figure.with_suffix(".svg")
+    if not path.is_file():
+        return Markup("")
+    drawn = path.read_text(encoding="utf-8").replace("\n", " ")
+    drawn = re.sub(r"<!--.*?-->", "", drawn[drawn.index("<svg") :])
+    prefix = re.sub(r"[^\w-]", "_", figure.stem)
+    drawn = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{prefix}-", drawn)
+    return Markup(drawn.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1))
 
 
 def _is_wide(figure: Path) -> bool:

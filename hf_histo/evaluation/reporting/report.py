@@ -15,6 +15,7 @@ from sklearn.metrics import roc_curve as rates
 
 from hf_histo.data.schema import center_name
 from hf_histo.errors import printable
+from hf_histo.evaluation import calibration
 from hf_histo.evaluation.figures.style import COLORS, GRAY, LINES, drawing, short, write_message
 from hf_histo.evaluation.metrics.classification import SPECIFICITIES
 from hf_histo.evaluation.predictions import Predictions
@@ -23,7 +24,7 @@ HEADLINE = ("accuracy", "balanced_accuracy", "auroc", "f1")
 
 
 def training_curve(log_history: Sequence[Mapping[str, float]], path: str | Path) -> None:
-    """Draw loss, validation metrics and learning rate over epochs as a PNG; panels without data are left out.
+    """Draw loss, validation metrics and learning rate over epochs as a PNG and an SVG; panels without data are left out.
 
     Args:
         log_history: `trainer.state.log_history`: dicts with `epoch` and some of `loss`, `eval_loss` (nats),
@@ -37,7 +38,7 @@ def training_curve(log_history: Sequence[Mapping[str, float]], path: str | Path)
     }
     logged = {key for entry in log_history for key in entry}
     shown = {title: series for title, series in panels.items() if logged & set(series)}
-    with drawing(path, 7, 0.8 + 2.3 * max(1, len(shown))) as figure:
+    with drawing(path, 7, 0.8 + 2.3 * max(1, len(shown)), vector=True) as figure:
         if not shown:
             return write_message(figure, "Nothing was logged.")
         all_axes = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
@@ -55,7 +56,7 @@ def training_curve(log_history: Sequence[Mapping[str, float]], path: str | Path)
 
 
 def roc_curve(predictions_by_split: Mapping[str, Predictions], path: str | Path) -> None:
-    """Draw ROC curves as a PNG, with the AUROC in the legend.
+    """Draw ROC curves as a PNG and an SVG, with the AUROC in the legend.
 
     With two classes, one panel has a curve for each table. With more, each table has a panel, with a curve for each
     class against the rest. If only one class is labeled, there is a note in the legend instead of a curve.
@@ -67,7 +68,7 @@ def roc_curve(predictions_by_split: Mapping[str, Predictions], path: str | Path)
         for c in labeled.ranked_classes:
             panel, curve = ("", split) if len(names) == 2 else (split, names[c])
             panels.setdefault(panel, {})[curve] = labeled.labels == c, odds[:, c]
-    with drawing(path, 5.2 * max(1, len(panels)), 5.2) as figure:
+    with drawing(path, 5.2 * max(1, len(panels)), 5.2, vector=True) as figure:
         if not panels:
             return write_message(figure, "There are no predictions.")
         all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -85,7 +86,7 @@ def roc_curve(predictions_by_split: Mapping[str, Predictions], path: str | Path)
 
 
 def confusion_matrix(predictions: Predictions, path: str | Path, *, threshold: float = 0.5) -> None:
-    """Draw the confusion matrix as a PNG: counts by true and predicted class, shaded by their share of the true class.
+    """Draw the confusion matrix as a PNG and an SVG: counts by true and predicted class, shaded by their share of the true class.
 
     Args:
         predictions: a predictions table; rows with a hidden label are left out.
@@ -95,25 +96,28 @@ def confusion_matrix(predictions: Predictions, path: str | Path, *, threshold: f
     labeled = predictions.labeled
     names = predictions.label_names
     side = 2.6 + 0.65 * max(3, len(names))
-    with drawing(path, side + 0.8, side) as figure:
+    with drawing(path, side + 0.8, side, vector=True) as figure:
         if labeled.empty:
             return write_message(figure, "No label is known.")
         truth, answer = labeled["label"].to_numpy(), labeled.predicted_classes(threshold)
         counts = count_confusions(truth, answer, labels=range(len(names)))
         shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
         axes = figure.subplots()
-        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        ticks = range(len(names))
+        mesh = axes.pcolormesh(ticks, ticks, shares, cmap="Blues", vmin=0, vmax=1, edgecolors="face")
+        axes.set_aspect("equal")
+        axes.invert_yaxis()
         for (row, column), share in np.ndenumerate(shares):
             text = f"{counts[row, column]:,}" + (f"\n{share:.0%}" if counts[row].any() else "")
             color = "white" if share > 0.55 else "black"
             axes.text(column, row, text, ha="center", va="center", color=color, fontsize=10 if len(names) < 6 else 8)
-        ticks = range(len(names))
         axes.set_xticks(ticks, names, rotation=45 if len(names) > 2 and max(map(len, names)) > 5 else 0)
         axes.set_yticks(ticks, names)
         axes.set(xlabel="predicted class", ylabel="true class")
         axes.grid(False)
         axes.spines[:].set_visible(False)
-        figure.colorbar(image, label="share of the true class", shrink=0.8)
+        bar = figure.colorbar(mesh, label="share of the true class", shrink=0.8)
+        bar.solids.set(edgecolor="face", rasterized=False)  # in an SVG: drawn, without white lines between its colors
 
 
 def worst_errors(
@@ -259,6 +263,26 @@ def error_rows(predictions: Predictions, threshold: float = 0.5) -> list[list[ob
             count, errors = (part & (truth == label)).sum(), (part & wrong & (truth == label)).sum()
             cells.append(f"{errors:,} of {count:,} ({errors / count:.0%})" if count else None)
         rows.append([name, *cells])
+    return rows
+
+
+def calibration_rows(predictions: Predictions, temperature: float) -> list[list[object]]:
+    """Return calibration errors and the Brier score: a header, a row for each center and one overall.
+
+    Args:
+        predictions: a labeled table; rows with a hidden label are left out.
+        temperature: number that logits are divided by for the values "with temperature", left out if it is 1.
+    """
+    measures = {"ece": "ECE", "ece_equal_mass": "ECE (bins of equal mass)", "brier": "Brier score"}
+    tables = {"": predictions}
+    if temperature != 1:
+        tables[" with temperature"] = predictions.with_temperature(temperature)
+    reports = {suffix: calibration.report(table) for suffix, table in tables.items()}
+    rows: list[list[object]] = [["", "images", *(f"{name}{suffix}" for suffix in tables for name in measures.values())]]
+    for center in [*reports[""]["centers"], None]:
+        parts = [found["overall"] if center is None else found["centers"][center] for found in reports.values()]
+        name = "overall" if center is None else f"center {center}"
+        rows.append([name, parts[0]["n"], *(part[measure] for part in parts for measure in measures)])
     return rows
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from hf_histo.evaluation import calibration
 from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting import report
@@ -31,7 +32,8 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def savefig(figure: Figure, *args: Any, **kwargs: Any) -> None:
         save(figure, *args, **kwargs)
-        found.extend(text.get_text() for text in figure.findobj(matplotlib.text.Text))  # type: ignore[attr-defined]
+        if kwargs["format"] == "png":
+            found.extend(text.get_text() for text in figure.findobj(matplotlib.text.Text))  # type: ignore[attr-defined]
 
     monkeypatch.setattr(Figure, "savefig", savefig)
     return found
@@ -183,3 +185,15 @@ def test_errors_of_each_center_and_class() -> None:
         ["overall", "1 of 2 (50%)", "1 of 3 (33%)"],
     ]
     assert report.error_rows(table, threshold=0.1)[2] == ["center 1", None, "0 of 2 (0%)"]
+
+
+def test_calibration_rows_have_the_errors_of_each_center_before_and_after_scaling() -> None:
+    table = random_table()
+    assert report.calibration_rows(table, 1.0)[0] == ["", "images", "ECE", "ECE (bins of equal mass)", "Brier score"]
+    header, *rows = report.calibration_rows(table, 2.0)
+    assert [row[0] for row in rows] == ["center 0", "center 1", "center 2", "overall"]
+    assert header[-1] == "Brier score with temperature"
+    for scale, place in ((1.0, 2), (2.0, 5)):
+        found = calibration.report(table.with_temperature(scale))
+        assert rows[1][place] == found["centers"]["1"]["ece"]
+        assert rows[-1][place + 2] == found["overall"]["brier"]
