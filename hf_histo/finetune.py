@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from hf_histo import hub, launch, library_warnings
+from hf_histo.adapter import checklist
 from hf_histo.adapter import folder as adapter_folder
 from hf_histo.adapter.sidecar import BackboneRecord, DataRecord, Sidecar
 from hf_histo.config import Config
@@ -39,7 +40,7 @@ from hf_histo.evaluation.figures.preview import preview
 from hf_histo.evaluation.metrics import classification, hierarchical_metrics
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting import report
-from hf_histo.files import write_json
+from hf_histo.files import atomic_file, write_json
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones, batchnorm, heads, qkv
 from hf_histo.models.model_size import account
@@ -401,7 +402,7 @@ def write(
     folder: Path,
     started: float,
 ) -> None:
-    """Draw the figures and save the adapter folder, in the main process."""
+    """Draw the figures, write the checklist and save the adapter folder, in the main process."""
     place = folder / run_folder.FIGURES
     history = trained.session.state.log_history
     figures = run_figures.draw(place, history, evaluation.tables, data["val"])
@@ -413,6 +414,9 @@ def write(
     cost = _cost(trained, time.monotonic() - started)
     run_folder.require_begun(folder)
     write_json(folder / run_folder.COST, cost)
+    draft = checklist.text(evaluation.sidecar, evaluation.metrics, evaluation.tables, figures)
+    with atomic_file(folder / run_folder.CHECKLIST) as temporary:
+        temporary.write_text(draft, encoding="utf-8")
     adapter_folder.save(
         folder / run_folder.ADAPTER,
         trained.model,

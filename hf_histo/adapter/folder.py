@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_histo.adapter import model_card
+from hf_histo.adapter import checklist, model_card
 from hf_histo.adapter.model_card import CARD
 from hf_histo.adapter.sidecar import SIDECAR, Sidecar
 from hf_histo.errors import HistoError
@@ -80,6 +80,7 @@ def save(
             "report.html",
             **known,
             errors={split: report.error_rows(table, sidecar.threshold) for split, table in labeled.items()},
+            checklists=checklist.items(known, tables),
             calibration={
                 split: report.calibration_rows(table, sidecar.temperature) for split, table in labeled.items()
             },

@@ -155,8 +155,7 @@ def fit_temperature(predictions: Predictions) -> Temperature:
 
 
 def reliability_diagram(predictions: Predictions, path: str | Path, *, bins: int = BINS) -> None:
-    """Draw observed frequency against probability in bins of equal width, and the number of images per bin, as a PNG and
-    an SVG.
+    """Draw observed frequency against probability in bins of equal width, and images per bin, as PNG and SVG.
 
     The first panel shows all images, the others one center each, if several are known. On the dotted diagonal,
     probabilities are calibrated; below it, they are too high.

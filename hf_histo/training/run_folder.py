@@ -30,12 +30,13 @@ DATA = "data.txt"
 ADAPTER = "adapter"
 FIGURES = "figures"
 COST = "cost.json"
+CHECKLIST = "checklist.md"
 PREVIEW = "preview.png"
 NAN_BATCH = "nan_batch.json"
 PREDICTIONS = "predictions"
 TENSORBOARD = "tensorboard"
 # Everything that a run writes into its folder besides checkpoints, and that overwriting it deletes.
-WRITTEN = (RECORD, DATA, ADAPTER, FIGURES, COST, PREVIEW, NAN_BATCH, PREDICTIONS, TENSORBOARD)
+WRITTEN = (RECORD, DATA, ADAPTER, FIGURES, COST, CHECKLIST, PREVIEW, NAN_BATCH, PREDICTIONS, TENSORBOARD)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 

@@ -24,7 +24,7 @@ HEADLINE = ("accuracy", "balanced_accuracy", "auroc", "f1")
 
 
 def training_curve(log_history: Sequence[Mapping[str, float]], path: str | Path) -> None:
-    """Draw loss, validation metrics and learning rate over epochs as a PNG and an SVG; panels without data are left out.
+    """Draw loss, validation metrics and learning rate over epochs as PNG and SVG; panels without data are left out.
 
     Args:
         log_history: `trainer.state.log_history`: dicts with `epoch` and some of `loss`, `eval_loss` (nats),
@@ -56,7 +56,7 @@ def training_curve(log_history: Sequence[Mapping[str, float]], path: str | Path)
 
 
 def roc_curve(predictions_by_split: Mapping[str, Predictions], path: str | Path) -> None:
-    """Draw ROC curves as a PNG and an SVG, with the AUROC in the legend.
+    """Draw ROC curves as PNG and SVG, with the AUROC in the legend.
 
     With two classes, one panel has a curve for each table. With more, each table has a panel, with a curve for each
     class against the rest. If only one class is labeled, there is a note in the legend instead of a curve.
@@ -86,7 +86,7 @@ def roc_curve(predictions_by_split: Mapping[str, Predictions], path: str | Path)
 
 
 def confusion_matrix(predictions: Predictions, path: str | Path, *, threshold: float = 0.5) -> None:
-    """Draw the confusion matrix as a PNG and an SVG: counts by true and predicted class, shaded by their share of the true class.
+    """Draw the confusion matrix as PNG and SVG: counts by true and predicted class, shaded by share of the true class.
 
     Args:
         predictions: a predictions table; rows with a hidden label are left out.
@@ -271,14 +271,14 @@ def calibration_rows(predictions: Predictions, temperature: float) -> list[list[
 
     Args:
         predictions: a labeled table; rows with a hidden label are left out.
-        temperature: number that logits are divided by for the values "with temperature", left out if it is 1.
+        temperature: number that logits are divided by for the "calibrated" values, left out if it is 1.
     """
-    measures = {"ece": "ECE", "ece_equal_mass": "ECE (bins of equal mass)", "brier": "Brier score"}
     tables = {"": predictions}
     if temperature != 1:
-        tables[" with temperature"] = predictions.with_temperature(temperature)
-    reports = {suffix: calibration.report(table) for suffix, table in tables.items()}
-    rows: list[list[object]] = [["", "images", *(f"{name}{suffix}" for suffix in tables for name in measures.values())]]
+        tables["calibrated "] = predictions.with_temperature(temperature)
+    measures = {"ece": "ECE", "brier": "Brier score"}
+    reports = {prefix: calibration.report(table) for prefix, table in tables.items()}
+    rows: list[list[object]] = [["", "images", *(f"{prefix}{name}" for prefix in tables for name in measures.values())]]
     for center in [*reports[""]["centers"], None]:
         parts = [found["overall"] if center is None else found["centers"][center] for found in reports.values()]
         name = "overall" if center is None else f"center {center}"
