@@ -66,7 +66,11 @@ def items(facts: Mapping[str, Any], tables: Mapping[str, Predictions]) -> dict[s
         f"{split}: {held.images:,} images of {held.groups or 'unknown'} groups ({_counts(held.classes)})"
         for split, held in splits.items()
     )
-    centers = "; ".join(f"{split}: {_counts(held.centers)}" for split, held in splits.items() if held.centers)
+    centers = "; ".join(
+        f"{split}: " + ", ".join(f"center {center} ({count:,} images)" for center, count in held.centers.items())
+        for split, held in splits.items()
+        if held.centers
+    )
     hidden = "; ".join(f"{split}: {held.hidden:,} images" for split, held in splits.items() if held.hidden)
     source = f"{data.name}, content fingerprint {data.fingerprint}" + (
         f"; {data.description}" if data.description else ""
@@ -88,7 +92,8 @@ def items(facts: Mapping[str, Any], tables: Mapping[str, Predictions]) -> dict[s
         "num_train_epochs max_steps per_device_train_batch_size optimizer learning_rate weight_decay lr_scheduler_type",
         "warmup_steps early_stopping_patience augmentation class_balance domain_loss seed",
     )
-    selection, chosen = metrics["selection"], metrics["calibration"]
+    training += "; all options are in metrics.json"
+    selection = metrics["selection"]
     selected = f"by {selection['metric']} on {selection['split']}; no other split was used"
     uncertainty = "95% confidence intervals over groups, or over images where groups are unknown (Wilson, jackknife)"
     performance = "; ".join(
@@ -107,9 +112,10 @@ def items(facts: Mapping[str, Any], tables: Mapping[str, Predictions]) -> dict[s
     output = "class probabilities. " + facts["decision"]
     if sidecar.thresholds:
         output += " Best balanced accuracy on val: " + _counts({k: round(v, 3) for k, v in sidecar.thresholds.items()})
-    recalibration = (
-        f"temperature {sidecar.temperature:.3f}, fitted on {chosen['split']}" if sidecar.temperature != 1 else ""
-    )
+    if sidecar.temperature != 1:
+        output += (
+            f" Calibrated by a temperature of {sidecar.temperature:.3f}, fitted on {metrics['calibration']['split']}"
+        )
     measures = "accuracy, balanced accuracy, AUROC, F1, ECE, Brier score; ROC, confusion and reliability figures"
     unread = f"unreadable images: --on_bad_image {options['on_bad_image']}" if "on_bad_image" in options else ""
     missing = "; ".join(filter(None, [f"hidden labels, left out of metrics: {hidden}" if hidden else "", unread]))
@@ -187,7 +193,6 @@ def items(facts: Mapping[str, Any], tables: Mapping[str, Predictions]) -> dict[s
         Item("22", "Full model", "the adapter folder, with its backbone", "where it is available, restrictions"),
         Item("23a", "Performance with intervals", performance, "by demographic groups"),
         Item("23b", "Heterogeneity over clusters, results", by_center),
-        Item("24", "Updating of the model", recalibration),
     ]
     return {
         "CLAIM 2024 update (Tejani et al., Radiology: Artificial Intelligence 2024, doi:10.1148/ryai.240300)": claim,

@@ -51,7 +51,10 @@ def test_what_was_not_recorded_is_left_blank(results: dict[str, Result]) -> None
     for number in ("33", "36"):
         assert found["CLAIM"][number].recorded == ""
         assert found["CLAIM"][number].blank.startswith(checklist.BLANK)
-    assert found["TRIPOD+AI,"]["24"].blank == "To be filled in by the authors."
+    assert found["TRIPOD+AI,"]["23b"].blank == "To be filled in by the authors."
+    assert "temperature" not in found["TRIPOD+AI,"]["15"].recorded
+    scaled = items(results["frozen"], temperature=2.0)["TRIPOD+AI,"]["15"]
+    assert "a temperature of 2.000, fitted on val" in scaled.recorded
     assert found["CLAIM"]["31"].recorded == ""  # without a figure of explanations
 
 

@@ -117,6 +117,7 @@ def confusion_matrix(predictions: Predictions, path: str | Path, *, threshold: f
         axes.grid(False)
         axes.spines[:].set_visible(False)
         bar = figure.colorbar(mesh, label="share of the true class", shrink=0.8)
+        assert bar.solids is not None
         bar.solids.set(edgecolor="face", rasterized=False)  # in an SVG: drawn, without white lines between its colors
 
 
