@@ -2,14 +2,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import h5py
 import numpy as np
 import pytest
-from fixtures import damage_chunk, truncate, write_challenge, write_pcam
+from fixtures import COUNTS, damage_chunk, truncate, write_challenge, write_pcam
 from hdf5_files import edit, pcam_file, refused
 
 from hf_histo.data.load import load
+from hf_histo.data.readers import hdf5
+from hf_histo.errors import HistoError
 
 
 @pytest.mark.parametrize(
@@ -196,3 +199,68 @@ def test_refuses_one_damaged_image_among_many(tmp_path: Path, key: str) -> None:
     write_challenge(tmp_path, counts={"train": 70, "val": 2})
     damage_chunk(tmp_path / "train.h5", f"{key}/img")
     refused(tmp_path, rf"train\.h5: {key}/img: unreadable")
+
+
+def make_contiguous(path: Path) -> None:
+    """Write images without compression, which is how h5py writes them by default."""
+    with h5py.File(path) as old, h5py.File(path.with_suffix(".new"), "w") as new:
+        for name in (f"{key}/{member}" for key in old for member in old[key]):
+            new[name] = old[name][()]
+    path.with_suffix(".new").replace(path)
+
+
+def outcomes(path: Path) -> dict[str, object]:
+    """Values of each array in the file, or the error."""
+    found: dict[str, object] = {}
+    try:
+        with hdf5.open_file(path) as file:
+            for key in map(str, range(COUNTS["val"])):
+                for name, kinds in (("img", "uf"), ("label", "biuf"), ("metadata", "iuf")):
+                    try:
+                        group = hdf5.member(file, key)
+                        data = hdf5.array(group, name, kinds) if group is not None and group.is_group else None
+                        found[f"{key}/{name}"] = None if data is None else (data.dtype, hdf5.read(data).tolist())
+                    except HistoError as error:
+                        found[f"{key}/{name}"] = str(error)
+    except HistoError as error:
+        found["file"] = str(error)
+    return found
+
+
+@pytest.mark.parametrize("address", [2**64 - 1, 2**63, 2**40, "end"])
+@pytest.mark.parametrize("member", ["img", "label", "metadata"])
+def test_refuses_values_outside_the_file(tmp_path: Path, member: str, address: int | str) -> None:
+    write_challenge(tmp_path)
+    path = tmp_path / "val.h5"
+    make_contiguous(path)
+    with h5py.File(path) as file:
+        offset = file[f"3/{member}"].id.get_offset().to_bytes(8, "little")
+    content = path.read_bytes()
+    assert content.count(offset) == 1
+    moved = len(content) - 1 if address == "end" else int(address)
+    path.write_bytes(content.replace(offset, moved.to_bytes(8, "little")))
+    refused(tmp_path, rf"val\.h5: 3/{member}: (unreadable|its values were never written)")
+
+
+def test_changed_bytes_have_the_same_effect_on_arrays_that_are_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_challenge(tmp_path, counts={"val": COUNTS["val"]})
+    path = tmp_path / "val.h5"
+    make_contiguous(path)
+    content, opened = path.read_bytes(), mock.Mock(wraps=hdf5._open)
+    monkeypatch.setattr(hdf5, "_open", opened)
+    outcomes(path)
+    assert opened.call_count == 3  # the arrays of the first image
+    with h5py.File(path) as file:
+        headers = [h5py.h5o.get_info(file[f"3/{name}"].id).addr for name in ("img", "label", "metadata")]
+    random = np.random.default_rng(0)
+    positions = [*random.choice(len(content), 60, replace=False), *np.add.outer(headers, range(0, 120, 3)).ravel()]
+    for position in positions:
+        changed = bytearray(content)
+        changed[position] ^= 1 << random.integers(8)
+        path.write_bytes(changed)
+        fast = outcomes(path)
+        with monkeypatch.context() as patch:
+            patch.setattr(hdf5, "_alike", lambda *_: None)
+            assert outcomes(path) == fast, position
