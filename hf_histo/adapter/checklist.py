@@ -113,9 +113,7 @@ def items(facts: Mapping[str, Any], tables: Mapping[str, Predictions]) -> dict[s
     if sidecar.thresholds:
         output += " Best balanced accuracy on val: " + _counts({k: round(v, 3) for k, v in sidecar.thresholds.items()})
     if sidecar.temperature != 1:
-        output += (
-            f" Calibrated by a temperature of {sidecar.temperature:.3f}, fitted on {metrics['calibration']['split']}"
-        )
+        output += f" Calibrated by a temperature of {sidecar.temperature:.3f}, fitted on val"
     measures = "accuracy, balanced accuracy, AUROC, F1, ECE, Brier score; ROC, confusion and reliability figures"
     unread = f"unreadable images: --on_bad_image {options['on_bad_image']}" if "on_bad_image" in options else ""
     missing = "; ".join(filter(None, [f"hidden labels, left out of metrics: {hidden}" if hidden else "", unread]))
