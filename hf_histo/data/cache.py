@@ -15,6 +15,7 @@ from hf_histo.files import CHECKSUMS, atomic_file, checksum, read_checksums, rea
 
 logger = logging.getLogger(__name__)
 
+NOTE = ".note"  # end of the name of a file of `write_note`
 DIGITS = 32  # hexadecimal digits of a 128-bit xxh3 hash
 
 
@@ -40,6 +41,20 @@ def seal(folder: Path) -> None:
         listed = set()
     if listed != {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}:
         write_checksums(folder)
+
+
+def write_note(folder: str, number: int, text: str) -> None:
+    """Store a text for `take_notes`, from any process."""
+    Path(folder, f"{number:05d}{NOTE}").write_text(text, encoding="utf-8")
+
+
+def take_notes(folder: str) -> str:
+    """The texts of `write_note` in the order of their numbers; they are removed."""
+    paths = sorted(Path(folder).glob(f"*{NOTE}"))
+    text = "".join(path.read_text(encoding="utf-8") for path in paths)
+    for path in paths:
+        path.unlink()
+    return text
 
 
 def state_of(directory: Path, files: Mapping[str, Path]) -> str:

@@ -210,8 +210,8 @@ def _load(options: DataOptions, cache_dir: Path, reading: Reading) -> datasets.D
         try:
             builder.download_and_prepare()
         except DatasetGenerationError as error:
-            if isinstance(error.__cause__, HistoError | OSError):
-                raise error.__cause__ from None
+            if isinstance(error.args[0], HistoError | OSError):
+                raise error.args[0] from None
             raise
         cache.seal(Path(builder.cache_dir))
         return _reported(builder)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
+import multiprocess
 import pyarrow as pa
+from datasets.exceptions import DatasetGenerationError
 
+from hf_histo import launch
 from hf_histo.config import DataOptions
 from hf_histo.data import cache, schema
 from hf_histo.data.reading import Reading
@@ -25,6 +30,7 @@ LEFT_OUT = "left out "  # starts the line of `info.description` about an image t
 # Largest expansion factor of deflate (https://www.zlib.net/zlib_tech.html); a size in bytes that is always allowed.
 EXPANSION, SMALL = 1032, 2**20
 BATCH = datasets.config.ARROW_RECORD_BATCH_SIZE_FOR_IMAGE_DATASETS  # rows that are written together
+PER_PROCESS = 2500  # fewest images for which another process is started
 
 
 @dataclasses.dataclass
@@ -98,6 +104,41 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
                 row.update({name: kind.encode_example(row[name]) for name, kind in labels.items()})
             yield number, pa.Table.from_pylist(batch, features.arrow_schema)
 
+    def _prepare_split(self, split_generator: datasets.SplitGenerator, **options: Any) -> None:
+        """Convert a split as `datasets` does, in as many processes as there are `parts` (see the function) of it."""
+        parts = len(split_generator.gen_kwargs.get("parts", ()))
+        self._main_process = os.getpid()
+        try:
+            super()._prepare_split(split_generator, **(options | {"num_proc": parts or None}))
+        except multiprocess.TimeoutError as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # `datasets` raises the one while it handles the other
+                raise error.__context__ from None
+            raise
+        except RuntimeError as error:
+            if "abruptly died" not in str(error):
+                raise
+            raise HistoError(
+                f"{self.config.directory}: one of {parts} processes that convert it was killed, as the system does "
+                "when memory is short; set OMP_NUM_THREADS=1 to convert in one process"
+            ) from None
+        self.info.description += cache.take_notes(self._output_dir)
+
+    def _prepare_split_single(self, *, fpath: str, job_id: int, **options: Any) -> Iterator[Any]:
+        """Convert a part of a split, perhaps in a process of its own.
+
+        Raises DatasetGenerationError with its cause as an argument: other processes don't receive `__cause__`.
+        """
+        if os.getpid() != self._main_process:  # which ends this process, and reports
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._left_out = ""
+        try:
+            yield from super()._prepare_split_single(fpath=fpath, job_id=job_id, **options)
+        except DatasetGenerationError as error:
+            raise DatasetGenerationError(error.__cause__) from error.__cause__
+        if self._left_out:
+            cache.write_note(self._output_dir, job_id, self._left_out)
+
     @contextmanager
     def skipping(self) -> Iterator[None]:
         """Context in which one image is read and yielded; with `--on_bad_image skip`, an unreadable one is left out.
@@ -112,7 +153,7 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
             directory = self.config.directory
             folder = directory.parent if directory.is_file() else directory
             reason = str(error).removeprefix(str(folder)).lstrip("/\\")  # relative, since the folder may be moved
-            self.info.description += f"\n{LEFT_OUT}{reason}"
+            self._left_out += f"\n{LEFT_OUT}{reason}"
 
     def _download_and_prepare(self, *arguments: Any, **options: Any) -> None:
         """Convert as `datasets` does. Raises HistoError, and keeps nothing, if a file changed in the meantime."""
@@ -162,6 +203,18 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=schema.features(self.LABELS))
+
+
+def parts(rows: int) -> list[range]:
+    """Consecutive ranges of `rows`, one for each process that converts them: at most one for each core.
+
+    There is a single one for small data, and where processes can't be forked: those that are started anew would run a
+    script without `if __name__ == "__main__"` again.
+    """
+    forks = multiprocess.get_start_method() == "fork"
+    number = max(1, min(rows // PER_PROCESS, launch.thread_count())) if forks else 1
+    bounds = [rows * part // number for part in range(number + 1)]
+    return [range(*pair) for pair in pairwise(bounds)]
 
 
 def split_generator(name: str, count: int, **arguments: Any) -> datasets.SplitGenerator:

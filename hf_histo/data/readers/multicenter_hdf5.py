@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 
 from hf_histo.data.readers import hdf5
-from hf_histo.data.readers.builder import EXPANSION, SMALL, FolderBuilder, split_generator
+from hf_histo.data.readers.builder import EXPANSION, SMALL, FolderBuilder, parts, split_generator
 from hf_histo.data.schema import encode_ppm
 from hf_histo.errors import HistoError
 
@@ -84,6 +84,7 @@ class MulticenterHdf5(FolderBuilder):
                 split,
                 counts[path],
                 path=path,
+                parts=parts(counts[path]),
                 pixels=formats[path],
                 slides_known=slides_known,
                 labels_hidden=split == "test",
@@ -92,10 +93,11 @@ class MulticenterHdf5(FolderBuilder):
         ]
 
     def _generate_examples(
-        self, path: Path, pixels: PixelFormat, slides_known: bool, labels_hidden: bool
+        self, path: Path, parts: list[range], pixels: PixelFormat, slides_known: bool, labels_hidden: bool
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         with hdf5.open_file(path) as file:
-            for key in _keys(file):
+            keys = _keys(file)
+            for key in (keys[row] for part in parts for row in part):
                 group = _image_group(file, key)
                 center, slide = _metadata(group)
                 row = {

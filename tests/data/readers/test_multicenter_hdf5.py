@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import errno
+import os
+import signal
+import time
 from pathlib import Path
 
+import datasets
 import h5py
 import numpy as np
 import pytest
 from fixtures import CENTERS, COUNTS, damage_chunk, write_challenge
 from hdf5_files import edit, image, refused
 
+from hf_histo import launch
 from hf_histo.config import DataOptions
-from hf_histo.data.load import load
-from hf_histo.data.readers import multicenter_hdf5
+from hf_histo.data import cache
+from hf_histo.data.load import fingerprint, load
+from hf_histo.data.readers import builder, multicenter_hdf5
 from hf_histo.data.schema import ImageTable
 from hf_histo.data.splits.checks import shared_groups
 from hf_histo.errors import HistoError
@@ -218,6 +225,98 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path: Path, first: str) -> 
     edit(tmp_path, "val", "2/label", 7)
     with pytest.raises(HistoError, match=r"val\.h5: 2/label: 7, expected 0 or 1"):  # no image, but still a fault
         load(options)
+
+
+def several_processes(monkeypatch: pytest.MonkeyPatch, number: int = 3) -> None:
+    """Convert in `number` processes wherever there are at least as many images."""
+    monkeypatch.setattr(builder, "PER_PROCESS", 1)
+    monkeypatch.setattr(launch, "thread_count", lambda: number)
+
+
+def test_any_number_of_processes_gives_the_same_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_challenge(tmp_path, counts={"train": 70, "val": 4, "test": 2})
+    for split, key in (("train", "0"), ("train", "31"), ("train", "66"), ("val", "3")):
+        edit(tmp_path, split, f"{key}/img", None)
+    options = DataOptions(data=str(tmp_path), on_bad_image="skip")
+    expected = load(options, cache_dir=tmp_path / "one")
+    assert not [path for path in (tmp_path / "one").rglob("*.arrow") if "-of-" in path.name]
+    several_processes(monkeypatch)
+    found = load(options, cache_dir=tmp_path / "three")
+    assert {path.name[-9:] for path in (tmp_path / "three").rglob("challenge-train*")} == {"003.arrow"}  # of 3
+    assert not list((tmp_path / "three").rglob(f"*{cache.NOTE}"))
+    assert fingerprint(found) == fingerprint(expected)
+    for split, rows in expected.items():
+        assert found[split].data.table.combine_chunks() == rows.data.table.combine_chunks()
+        assert found[split].info.description == rows.info.description
+        assert found[split].info.description.count("left out ") == 4
+
+
+def test_the_first_of_the_errors_in_several_processes_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_challenge(tmp_path, counts={"train": 70, "val": 4})
+    several_processes(monkeypatch)
+    for key in ("38", "67"):  # in the order of text, in the second and the third process
+        edit(tmp_path, "train", f"{key}/label", 7)
+    refused(tmp_path, r"train\.h5: 38/label: 7, expected 0 or 1")
+
+
+def test_a_full_disk_in_one_of_several_processes_comes_out_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: datasets.arrow_writer.ArrowWriter, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_challenge(tmp_path)
+    several_processes(monkeypatch)
+    monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        load(tmp_path, cache_dir=tmp_path / "cache")
+
+
+def test_a_killed_process_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_challenge(tmp_path)
+    several_processes(monkeypatch)
+    main, read = os.getpid(), multicenter_hdf5.PixelFormat.read
+    monkeypatch.setattr(
+        multicenter_hdf5.PixelFormat,
+        "read",
+        lambda *given: read(*given) if os.getpid() == main else os.kill(os.getpid(), signal.SIGKILL),
+    )
+    refused(tmp_path, "one of 3 processes that convert it was killed")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals) -> None:
+    write_challenge(tmp_path)
+    several_processes(monkeypatch)
+    main, read = os.getpid(), multicenter_hdf5.PixelFormat.read
+
+    def interrupt(*given: object) -> object:
+        if os.getpid() != main:
+            os.kill(main, sent)
+            time.sleep(60)
+        return read(*given)
+
+    monkeypatch.setattr(multicenter_hdf5.PixelFormat, "read", interrupt)
+    before = signal.signal(signal.SIGTERM, launch._interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            load(tmp_path, cache_dir=tmp_path / "cache")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert getattr(caught.value, "number", signal.SIGINT) == sent
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize(("rows", "cores", "number"), [(4999, 8, 1), (5000, 8, 2), (10**6, 8, 8), (0, 8, 1)])
+def test_each_process_has_enough_images(rows: int, cores: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "thread_count", lambda: cores)
+    parts = builder.parts(rows)
+    assert len(parts) == number
+    assert [row for part in parts for row in part] == list(range(rows))
+    monkeypatch.setattr(builder.multiprocess, "get_start_method", lambda: "spawn")
+    assert builder.parts(rows) == [range(rows)]
 
 
 def test_refuses_an_empty_file(tmp_path: Path) -> None:
