@@ -1,4 +1,4 @@
-"""Hook of MkDocs: what the pages say about the code is generated from the code.
+"""Hook of MkDocs: the parts of the pages that describe the code are generated from the code.
 
 A line `<!-- generated: NAME -->` of a page is replaced by the Markdown of the function NAME in `GENERATED`.
 CHANGELOG.md, CONTRIBUTING.md and SECURITY.md, which stand beside `docs/`, become pages of the site.

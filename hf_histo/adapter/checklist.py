@@ -50,15 +50,16 @@ def text(
 ) -> str:
     """The checklists as Markdown. Arguments are as for `folder.save`."""
     facts = model_card.facts(sidecar, metrics, figures)
-    return documents.render("checklist.md", title=facts["title"], checklists=items(facts, tables))
+    errors = report.error_tables(tables, sidecar.threshold)
+    return documents.render("checklist.md", title=facts["title"], checklists=items(facts, errors))
 
 
-def items(facts: Mapping[str, Any], tables: Mapping[str, Predictions]) -> dict[str, list[Item]]:
+def items(facts: Mapping[str, Any], errors: Mapping[str, list[list[object]]]) -> dict[str, list[Item]]:
     """Return the items of each checklist, by its name and source.
 
     Args:
         facts: see `model_card.facts`.
-        tables: predictions by split.
+        errors: see `report.error_tables`.
     """
     sidecar, metrics, options = facts["sidecar"], facts["metrics"], facts["options"]
     splits, data, size = sidecar.data.splits, sidecar.data, sidecar.preprocessing
@@ -102,9 +103,6 @@ def items(facts: Mapping[str, Any], tables: Mapping[str, Predictions]) -> dict[s
         if values["overall"]["n"]
     )
     by_center = "in the table of each split, by center" if centers else ""
-    errors = {
-        split: report.error_rows(table, sidecar.threshold) for split, table in tables.items() if not table.labeled.empty
-    }
     failures = "; ".join(
         f"{split}: " + ", ".join(f"{name} {cell}" for name, cell in zip(rows[0][1:], rows[-1][1:], strict=True) if cell)
         for split, rows in errors.items()

@@ -75,15 +75,13 @@ def save(
         for figure in (figures or {}).values():
             shutil.copy(figure, temporary / FIGURES)
         known = model_card.facts(sidecar, metrics, figures or {})
-        labeled = {split: table for split, table in tables.items() if not table.labeled.empty}
+        errors = report.error_tables(tables, sidecar.threshold)
         page = documents.render(
             "report.html",
             **known,
-            errors={split: report.error_rows(table, sidecar.threshold) for split, table in labeled.items()},
-            checklists=checklist.items(known, tables),
-            calibration={
-                split: report.calibration_rows(table, sidecar.temperature) for split, table in labeled.items()
-            },
+            errors=errors,
+            checklists=checklist.items(known, errors),
+            calibration={split: report.calibration_rows(tables[split], sidecar.temperature) for split in errors},
         )
         (temporary / "report.html").write_text(page, encoding="utf-8")
         model_args = getattr(model.config, "model_args", None)

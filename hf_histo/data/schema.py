@@ -236,7 +236,7 @@ class Facts:
     Attributes:
         peak: the largest value of 16-bit gray, else None.
         pages: number of pages or frames.
-        patient: `dicom.patient` of a DICOM file, else None.
+        patient: issuer and id of a DICOM file's patient (see `dicom.header`), else None.
     """
 
     peak: int | None = None
@@ -251,8 +251,7 @@ def facts(path: Path, page: int | None = None) -> Facts:
         return Facts(pages=frames, patient=patient)
     try:
         with _opened(path) as image:
-            pages = len(_pages(image))
-            _turn_to_page(image, page)
+            pages = _turn_to_page(image, page)
             return Facts(_peak(image), pages)
     except Exception:  # PIL's readers can raise any exception; `decode` reports it
         return Facts()
@@ -329,8 +328,6 @@ def _opened(file: Path | io.BytesIO, max_pixels: int = MAX_PIXELS) -> Iterator[P
 
 def _pages(image: PIL.Image.Image) -> list[int]:
     """Indices of the pages of a TIFF: without copies of lower resolution and masks, if others are there; else [0]."""
-    if image.format != "TIFF":
-        return [0]
     kinds: list[int] = []
     try:
         while len(kinds) <= MAX_PAGES:
@@ -342,13 +339,17 @@ def _pages(image: PIL.Image.Image) -> list[int]:
     raise RefusedError(f"over {MAX_PAGES:,} pages, expected at most as many; divide it")
 
 
-def _turn_to_page(image: PIL.Image.Image, page: int | None) -> None:
-    """Seek to the chosen page of a TIFF, or the only one. Raises RefusedError as `reading.page_index` does."""
-    if image.format != "TIFF":  # other formats have no pages
-        return
+def _turn_to_page(image: PIL.Image.Image, page: int | None) -> int:
+    """Seek to the chosen page of a TIFF, or the only one; returns how many it has, 1 for other formats.
+
+    Raises RefusedError as `reading.page_index` does.
+    """
+    if image.format != "TIFF":
+        return 1
     pages = _pages(image)
     if (place := pages[page_index(len(pages), page, "pages" if len(pages) > 1 else "page")]) != image.tell():
         image.seek(place)
+    return len(pages)
 
 
 def _peak(image: PIL.Image.Image) -> int | None:

@@ -55,7 +55,7 @@ class Study:
 
 
 def study(name: str) -> Study:
-    """The study of one of `commands.Study`."""
+    """The study that `--study` names."""
     return {"dlmi": _dlmi, "brain-mri": _brain_mri, "cytology": _cytology, "mnist-cases": _mnist_cases}[name]()
 
 

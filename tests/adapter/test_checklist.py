@@ -9,6 +9,7 @@ from pathlib import Path
 from hf_histo.adapter import checklist, model_card
 from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.evaluation.predictions import Predictions
+from hf_histo.evaluation.reporting import report
 from hf_histo.result import Result
 
 
@@ -16,7 +17,9 @@ def items(result: Result, **changes: object) -> dict[str, dict[str, checklist.It
     """The items by number, of CLAIM and TRIPOD+AI."""
     sidecar = dataclasses.replace(Sidecar.read(result.adapter), **changes)  # type: ignore[arg-type]
     table = Predictions.read(result.adapter / "predictions" / "test.parquet")
-    found = checklist.items(model_card.facts(sidecar, result.record, {}), {"test": table})
+    found = checklist.items(
+        model_card.facts(sidecar, result.record, {}), report.error_tables({"test": table}, sidecar.threshold)
+    )
     return {name.split()[0]: {item.number: item for item in part} for name, part in found.items()}
 
 

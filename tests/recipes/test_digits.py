@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from miniature import write_digits
 
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.inference import Classifier
@@ -22,15 +22,7 @@ Call = Callable[..., str]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 training and 20 test images, brighter for a higher digit."""
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    folder.mkdir()
-    for split, count in (("train", 60), ("t10k", 20)):
-        labels = np.arange(count) % 10
-        images = np.random.default_rng(0).integers(0, 50, (count, 16, 16)) + 20 * labels[:, None, None]
-        for name, array in ((f"{split}-images-idx3", images), (f"{split}-labels-idx1", labels)):
-            header = struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape)
-            (folder / f"{name}-ubyte.gz").write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
-    return folder
+    return write_digits(tmp_path_factory.mktemp("data") / "digits")
 
 
 @pytest.fixture

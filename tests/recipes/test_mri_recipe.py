@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
+from miniature import write_slices
 
 from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import Predictions
@@ -22,14 +22,7 @@ Call = Callable[..., str]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """36 training and 18 test slices, brighter for a later class; a third of the test slices are copies."""
-    folder = tmp_path_factory.mktemp("data") / "slices"
-    for split, numbers in (("Training", range(36)), ("Testing", [*range(6), *range(50, 62)])):
-        for number in numbers:
-            path = folder / split / CLASSES[number % 3] / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = np.random.default_rng(number).integers(0, 120, (40, 34 + number % 3)) + 60 * (number % 3)
-            PIL.Image.fromarray(np.uint8(pixels)).save(path)
-    return folder
+    return write_slices(tmp_path_factory.mktemp("data") / "slices", CLASSES)
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gzip
+import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +162,26 @@ def config(folder: Path, backbone: Path, data: Path, *more: str) -> Config:
     quick = f"--image_size={SIZE} --resize_size={SIZE} --per_device_train_batch_size=8 --num_train_epochs=2"
     fixed = f"--output_dir={folder} --backbone={backbone} --data={data} --learning_rate=0.01"
     return parse(None, [*quick.split(), *fixed.split(), *more])
+
+
+def write_slices(folder: Path, classes: Sequence[str]) -> Path:
+    """Save MRI slices of three classes in folders, brighter for a later class; a third of the test ones are copies."""
+    for split, numbers in (("Training", range(36)), ("Testing", [*range(6), *range(50, 62)])):
+        for number in numbers:
+            path = folder / split / classes[number % 3] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(number).integers(0, 120, (40, 34 + number % 3)) + 60 * (number % 3)
+            PIL.Image.fromarray(np.uint8(pixels)).save(path)
+    return folder
+
+
+def write_digits(folder: Path) -> Path:
+    """Save 60 training and 20 test digits in idx files, brighter for a higher one."""
+    folder.mkdir()
+    for split, count in (("train", 60), ("t10k", 20)):
+        labels = np.arange(count) % 10
+        images = np.random.default_rng(0).integers(0, 50, (count, 16, 16)) + 20 * labels[:, None, None]
+        for name, array in ((f"{split}-images-idx3", images), (f"{split}-labels-idx1", labels)):
+            header = struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape)
+            (folder / f"{name}-ubyte.gz").write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+    return folder

@@ -16,16 +16,15 @@ and adapters where they expect them, and what takes long is made small in one pl
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import re
 import runpy
 import shlex
 import shutil
-import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,17 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from fixtures import write_pcam, write_wilds
 from matplotlib.figure import Figure
-from miniature import SIZE, divide_training, write_adapter, write_backbone, write_data, write_hf_vit, write_shards
+from miniature import (
+    SIZE,
+    divide_training,
+    write_adapter,
+    write_backbone,
+    write_data,
+    write_digits,
+    write_hf_vit,
+    write_shards,
+    write_slices,
+)
 
 from hf_histo import cli, config, launch
 from hf_histo.config import Config, parser
@@ -215,16 +224,6 @@ def write_centers(folder: Path) -> None:
     divide_training(folder)
 
 
-def write_slices(folder: Path) -> None:
-    """MRI slices in class folders; a third of the test slices are copies of training slices."""
-    for split, numbers in (("Training", range(36)), ("Testing", [*range(6), *range(50, 62)])):
-        for number in numbers:
-            path = folder / split / CLASSES[number % 3] / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = np.random.default_rng(number).integers(0, 120, (40, 34 + number % 3)) + 60 * (number % 3)
-            PIL.Image.fromarray(np.uint8(pixels)).save(path)
-
-
 def write_volumes(folder: Path) -> None:
     """NIfTI volumes of two classes."""
     for split, count in (("train", 20), ("test", 4)):
@@ -233,17 +232,6 @@ def write_volumes(folder: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             voxels = np.random.default_rng(number).uniform(1, 255, (16, 18, 8))
             nibabel.Nifti1Image(voxels, np.diag([1.0, 1.0, 2.0, 1.0])).to_filename(path)
-
-
-def write_digits(folder: Path) -> None:
-    """Digits in idx files, brighter for a higher one."""
-    folder.mkdir()
-    for split, count in (("train", 60), ("t10k", 20)):
-        labels = np.arange(count) % 10
-        images = np.random.default_rng(0).integers(0, 50, (count, 16, 16)) + 20 * labels[:, None, None]
-        for name, array in ((f"{split}-images-idx3", images), (f"{split}-labels-idx1", labels)):
-            header = struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape)
-            (folder / f"{name}-ubyte.gz").write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
 
 
 def write_cells(folder: Path) -> None:
@@ -279,7 +267,7 @@ DATA: dict[str, Callable[[Path], Any]] = {
     "cells": write_cells,
     "centers": write_centers,
     "digits": write_digits,
-    "mri": write_slices,
+    "mri": partial(write_slices, classes=CLASSES),
     "pcam": write_pcam,
     "pixels": write_pixels,
     "shards": write_shards,

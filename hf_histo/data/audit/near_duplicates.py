@@ -44,7 +44,7 @@ _FEW = 2**16  # images up to which all pairs are compared, which takes about as 
 _RECALL = 0.999  # for independent projections; tables share them
 _PROJECTIONS = 256
 _ROWS = 8192  # images projected at a time
-_PAIRS = 2**20  # pairs whose hashes are compared at a time
+_PAIRS = 2**20  # images whose pairs are listed at a time
 
 
 def inventory(data: datasets.DatasetDict, *, similarity: float = SIMILARITY, near: float | None = None) -> pd.DataFrame:
@@ -186,30 +186,27 @@ def _copies(hashes: NDArray[np.uint64], details: NDArray[np.float16], similarity
     """Pairs (m, 2) of rows that are copies, the smaller row first."""
     pairs = [np.empty((0, 2), np.int64)]
     tables = _tables(len(hashes), similarity)
-    candidates = _all_pairs(len(hashes)) if tables is None else _of_one_key(details, *tables)
-    for turn, one, other in candidates:
-        for part in range(0, len(one), _PAIRS):
-            rows, others = one[part : part + _PAIRS], other[part : part + _PAIRS]
-            near = np.bitwise_count(hashes[rows, turn] ^ hashes[others, 0]) <= _DISTANCE
-            rows, others = rows[near], others[near]
-            for start in range(0, len(rows), 1024):
-                few, fews = rows[start : start + 1024], others[start : start + 1024]
-                correlation = np.einsum("nyx,nyx->n", _turned(details[few], turn), details[fews], dtype=np.float32)
-                alike = correlation >= similarity
-                pairs.append(np.stack([few[alike], fews[alike]], axis=1))
+    for turn, one, other in _of_all_pairs(hashes) if tables is None else _of_one_key(hashes, details, *tables):
+        for part in range(0, len(one), 1024):
+            rows, others = one[part : part + 1024], other[part : part + 1024]
+            correlation = np.einsum("nyx,nyx->n", _turned(details[rows], turn), details[others], dtype=np.float32)
+            alike = correlation >= similarity
+            pairs.append(np.stack([rows[alike], others[alike]], axis=1))
     return np.unique(np.concatenate(pairs), axis=0)
 
 
-# A symmetry of the square, and pairs of rows, the smaller one first, that could be copies if it is turned so.
+# A symmetry of the square, and pairs of rows, the smaller one first, with near hashes if that one is turned so.
 _Candidates: TypeAlias = Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]
 
 
-def _all_pairs(count: int) -> _Candidates:
-    for start in datasets.utils.tqdm(range(0, count, _BLOCK), desc="Searching for copies"):
-        one, other = np.meshgrid(np.arange(start, min(start + _BLOCK, count)), np.arange(start, count), indexing="ij")
-        before = one < other
+def _of_all_pairs(hashes: NDArray[np.uint64]) -> _Candidates:
+    """Counting differing bits takes a few nanoseconds per pair and symmetry, without a copy of the hashes."""
+    for start in datasets.utils.tqdm(range(0, len(hashes), _BLOCK), desc="Searching for copies"):
         for turn in range(_TURNS):
-            yield turn, one[before], other[before]
+            turned = hashes[start : start + _BLOCK, turn]
+            distances = np.bitwise_count(turned[:, None] ^ hashes[None, start:, 0])
+            one, other = (rows + start for rows in np.nonzero(distances <= _DISTANCE))
+            yield turn, one[one < other], other[one < other]
 
 
 def _tables(count: int, similarity: float) -> tuple[int, int] | None:
@@ -227,8 +224,8 @@ def _tables(count: int, similarity: float) -> tuple[int, int] | None:
     return (bits, tables) if tables <= 2**bits / _TURNS else None
 
 
-def _of_one_key(details: NDArray[np.float16], bits: int, tables: int) -> _Candidates:
-    """Pairs with an equal key in one of the tables: the time does not grow with the square of the number of images."""
+def _of_one_key(hashes: NDArray[np.uint64], details: NDArray[np.float16], bits: int, tables: int) -> _Candidates:
+    """Those with an equal key in one of the tables: the time does not grow with the square of the number of images."""
     chance = np.random.default_rng(0)
     projections = chance.normal(size=(_PROJECTIONS, _SIDE, _SIDE)).astype(np.float32)
     chosen = np.stack([chance.choice(_PROJECTIONS, bits, replace=False) for _ in range(tables)])
@@ -244,8 +241,9 @@ def _of_one_key(details: NDArray[np.float16], bits: int, tables: int) -> _Candid
                 one = np.repeat(np.arange(start, start + len(counts)), counts)
                 within = np.arange(len(one)) - np.repeat(np.cumsum(counts) - counts, counts)
                 other = order[np.repeat(begin, counts) + within]
-                before = one < other
-                yield turn, one[before], other[before]
+                one, other = one[one < other], other[one < other]
+                near = np.bitwise_count(hashes[one, turn] ^ hashes[other, 0]) <= _DISTANCE
+                yield turn, one[near], other[near]
 
 
 def _keys(

@@ -267,6 +267,11 @@ def error_rows(predictions: Predictions, threshold: float = 0.5) -> list[list[ob
     return rows
 
 
+def error_tables(tables: Mapping[str, Predictions], threshold: float) -> dict[str, list[list[object]]]:
+    """Return the `error_rows` of each split that has labels."""
+    return {split: error_rows(table, threshold) for split, table in tables.items() if not table.labeled.empty}
+
+
 def calibration_rows(predictions: Predictions, temperature: float) -> list[list[object]]:
     """Return calibration errors and the Brier score: a header, a row for each center and one overall.
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import xxhash
 from numpy.typing import NDArray
 from torch import nn
@@ -228,9 +229,10 @@ def record(model: nn.Module, pixels: torch.Tensor) -> tuple[list[Call], torch.Te
         call = running.pop()
         call.left, call.output = next(clock), output
 
-    def attend() -> None:
+    def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
         if running:
             running[-1].attends = True
+        return F.scaled_dot_product_attention(*args, **kwargs)
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
@@ -238,7 +240,7 @@ def record(model: nn.Module, pixels: torch.Tensor) -> tuple[list[Call], torch.Te
                 first = module.register_forward_pre_hook(partial(enter, name), prepend=True, with_kwargs=True)
                 stack.callback(first.remove)
                 stack.callback(module.register_forward_hook(leave).remove)
-        with attention.Seen(attend):
+        with attention.Replaced(attend):
             logits = model(pixel_values=pixels).logits
     return calls, logits
 

@@ -25,32 +25,30 @@ def forward(module: nn.Module) -> Callable[..., Any]:
     plain = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _Replaced():
+        with Replaced(_attend):
             return plain(*args, **kwargs)
 
     return forward
 
 
-class Seen(TorchFunctionMode):
-    """Within the block, `report` is called before each call of `F.scaled_dot_product_attention`."""
+class Replaced(TorchFunctionMode):
+    """Within the block, `attend` is called in place of `F.scaled_dot_product_attention`, which it may call itself."""
 
-    def __init__(self, report: Callable[[], None]) -> None:
+    def __init__(self, attend: Callable[..., torch.Tensor]) -> None:
         super().__init__()
-        self.report = report
+        self.attend = attend
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is F.scaled_dot_product_attention:
-            self.report()
-        return function(*args, **(kwargs or {}))
+        chosen = self.attend if function is F.scaled_dot_product_attention else function
+        return chosen(*args, **(kwargs or {}))
 
 
-class _Replaced(TorchFunctionMode):
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention and _fits(*args, **kwargs):
-            query, key, value = args
-            return _Attention.apply(query, key, value, kwargs.get("scale") or query.shape[-1] ** -0.5)
-        return function(*args, **kwargs)
+def _attend(*tensors: Any, **kwargs: Any) -> torch.Tensor:  # Any: arguments of `F.scaled_dot_product_attention`
+    if not _fits(*tensors, **kwargs):
+        return F.scaled_dot_product_attention(*tensors, **kwargs)
+    query, key, value = tensors
+    output: torch.Tensor = _Attention.apply(query, key, value, kwargs.get("scale") or query.shape[-1] ** -0.5)
+    return output
 
 
 def _fits(*tensors: torch.Tensor, **kwargs: Any) -> bool:

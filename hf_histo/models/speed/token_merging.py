@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from hf_histo.errors import HistoError
 from hf_histo.models.speed.activation_cut import replaced
+from hf_histo.models.speed.attention import Replaced
 
 
 @contextmanager
@@ -53,34 +53,22 @@ def _forward(block: Any, count: int, prefix: int, sizes: list[torch.Tensor]) -> 
 
     def forward(x: torch.Tensor, attn_mask: None = None, is_causal: bool = False) -> torch.Tensor:
         size = sizes.pop() if sizes else torch.ones_like(x[..., :1])
-        with _Attention(size) as attention:
+        keys: list[torch.Tensor] = []
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            """With the weight of a token that of the patches that it stands for."""
+            keys.append(key)
+            weights = size.log().to(query.dtype)[:, None, None, :, 0]
+            return F.scaled_dot_product_attention(query, key, value, **(kwargs | {"attn_mask": weights}))
+
+        with Replaced(attend):
             x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
-        assert attention.keys is not None
-        x, size = merge(x, size, attention.keys.mean(1), count, prefix)
+        x, size = merge(x, size, keys[0].mean(1), count, prefix)
         sizes.append(size)
         output: torch.Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         return output
 
     return forward
-
-
-class _Attention(TorchFunctionMode):
-    """Within the block, a token has as much weight in attention as the patches that it stands for, and `keys` is kept.
-
-    `size` is (B, N, 1), `keys` (B, heads, N, width).
-    """
-
-    def __init__(self, size: torch.Tensor) -> None:
-        super().__init__()
-        self.size = size
-        self.keys: torch.Tensor | None = None
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            query, self.keys, *_ = args
-            kwargs = {**kwargs, "attn_mask": self.size.log().to(query.dtype)[:, None, None, :, 0]}
-        return function(*args, **kwargs)
 
 
 def merge(

@@ -157,8 +157,8 @@ def test_most_copies_are_found_without_comparing_all_pairs(monkeypatch: pytest.M
     compared: list[int] = []
 
     def count(bits: np.ndarray) -> np.ndarray:
-        compared.append(len(bits))
-        return np.zeros(len(bits), np.uint8)
+        compared.append(bits.size)
+        return np.zeros(bits.shape, np.uint8)
 
     monkeypatch.setattr(np, "bitwise_count", count)
     every = {tuple(pair) for pair in near_duplicates._copies(hashes, details, 0.94)}
