@@ -154,8 +154,8 @@ def fit_temperature(predictions: Predictions) -> Temperature:
     return Temperature(1 / brentq(slope, 1 / HIGHEST, 1 / LOWEST))
 
 
-def reliability_diagram(predictions: Predictions, path: str | Path, *, bins: int = BINS) -> None:
-    """Draw observed frequency against probability in bins of equal width, and images per bin, as PNG and SVG.
+def reliability_diagram(predictions: Predictions, path: str | Path, *, bins: int = BINS, vector: bool = False) -> None:
+    """Draw observed frequency against probability in bins of equal width, and the number of images per bin, as a PNG.
 
     The first panel shows all images, the others one center each, if several are known. On the dotted diagonal,
     probabilities are calibrated; below it, they are too high.
@@ -164,6 +164,7 @@ def reliability_diagram(predictions: Predictions, path: str | Path, *, bins: int
         predictions: a predictions table; rows with a hidden label are left out.
         path: path of the PNG.
         bins: number of bins, at least 1.
+        vector: also draw it as an SVG beside the PNG.
 
     Raises:
         HistoError: `bins` is less than 1.
@@ -172,7 +173,7 @@ def reliability_diagram(predictions: Predictions, path: str | Path, *, bins: int
     panels = dict(_panels(predictions.labeled))
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    with drawing(path, 3.8 * columns + 0.4, 5.0 * rows, vector=True) as figure:
+    with drawing(path, 3.8 * columns + 0.4, 5.0 * rows, vector=vector) as figure:
         if panels["overall"].empty:
             return write_message(figure, "No label is known.")
         grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[4, 1] * rows)

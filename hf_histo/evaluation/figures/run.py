@@ -20,7 +20,7 @@ def draw(
     tables: Mapping[str, Predictions],
     validation: datasets.Dataset,
 ) -> dict[str, Path]:
-    """Draw all figures as PNGs, and return their paths by title, in the order of presentation.
+    """Draw all figures as PNGs, plots also as SVGs beside them; return the paths of the PNGs by title, in order.
 
     Args:
         folder: folder of the PNGs.
@@ -30,13 +30,13 @@ def draw(
     """
     labeled = {split: table for split, table in tables.items() if (table["label"] >= 0).any()}
     report.training_curve(history, folder / "training_curve.png")
-    report.roc_curve(labeled, folder / "roc.png")
+    report.roc_curve(labeled, folder / "roc.png", vector=True)
     figures = {"Training: loss, validation metric and learning rate": folder / "training_curve.png"}
     figures |= {"ROC curves": folder / "roc.png"}
     for split, table in labeled.items():
         confusion, reliability = folder / f"confusion_{split}.png", folder / f"reliability_{split}.png"
-        report.confusion_matrix(table, confusion)
-        calibration.reliability_diagram(table, reliability)
+        report.confusion_matrix(table, confusion, vector=True)
+        calibration.reliability_diagram(table, reliability, vector=True)
         figures |= {f"Confusion matrix of {split}": confusion, f"Reliability of {split}": reliability}
     image_of = image_reader(datasets.DatasetDict(val=validation))
     report.worst_errors(tables["val"], partial(image_of, "val"), folder / "worst_errors.png")

@@ -55,8 +55,8 @@ def training_curve(log_history: Sequence[Mapping[str, float]], path: str | Path)
         figure.align_ylabels()
 
 
-def roc_curve(predictions_by_split: Mapping[str, Predictions], path: str | Path) -> None:
-    """Draw ROC curves as PNG and SVG, with the AUROC in the legend.
+def roc_curve(predictions_by_split: Mapping[str, Predictions], path: str | Path, *, vector: bool = False) -> None:
+    """Draw ROC curves as a PNG, with `vector` also as an SVG beside it, with the AUROC in the legend.
 
     With two classes, one panel has a curve for each table. With more, each table has a panel, with a curve for each
     class against the rest. If only one class is labeled, there is a note in the legend instead of a curve.
@@ -68,7 +68,7 @@ def roc_curve(predictions_by_split: Mapping[str, Predictions], path: str | Path)
         for c in labeled.ranked_classes:
             panel, curve = ("", split) if len(names) == 2 else (split, names[c])
             panels.setdefault(panel, {})[curve] = labeled.labels == c, odds[:, c]
-    with drawing(path, 5.2 * max(1, len(panels)), 5.2, vector=True) as figure:
+    with drawing(path, 5.2 * max(1, len(panels)), 5.2, vector=vector) as figure:
         if not panels:
             return write_message(figure, "There are no predictions.")
         all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -85,18 +85,21 @@ def roc_curve(predictions_by_split: Mapping[str, Predictions], path: str | Path)
             axes.legend(loc="lower right", title="AUROC", alignment="left")
 
 
-def confusion_matrix(predictions: Predictions, path: str | Path, *, threshold: float = 0.5) -> None:
-    """Draw the confusion matrix as PNG and SVG: counts by true and predicted class, shaded by share of the true class.
+def confusion_matrix(
+    predictions: Predictions, path: str | Path, *, threshold: float = 0.5, vector: bool = False
+) -> None:
+    """Draw the confusion matrix as a PNG: counts by true and predicted class, shaded by their share of the true class.
 
     Args:
         predictions: a predictions table; rows with a hidden label are left out.
         path: path of the PNG.
         threshold: for two classes, the smallest probability at which class 1 is predicted.
+        vector: also draw it as an SVG beside the PNG.
     """
     labeled = predictions.labeled
     names = predictions.label_names
     side = 2.6 + 0.65 * max(3, len(names))
-    with drawing(path, side + 0.8, side, vector=True) as figure:
+    with drawing(path, side + 0.8, side, vector=vector) as figure:
         if labeled.empty:
             return write_message(figure, "No label is known.")
         truth, answer = labeled["label"].to_numpy(), labeled.predicted_classes(threshold)

@@ -15,7 +15,7 @@ def figure(folder: Path, name: str) -> Path:
     names = ["<script>alert(1)</script>-->", "a & b"]
     table = Predictions.make(list("abcd"), [0] * 4, [""] * 4, [0, 0, 1, 0], logits).with_label_names(names)
     folder.mkdir(exist_ok=True)
-    report.confusion_matrix(table, folder / name)
+    report.confusion_matrix(table, folder / name, vector=True)
     return folder / name
 
 
