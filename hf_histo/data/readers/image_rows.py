@@ -7,10 +7,10 @@ import logging
 import os
 import unicodedata
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -70,6 +70,7 @@ def read(directory: Path, options: DataOptions) -> pd.DataFrame:
     _locate(rows, root)
     rows["id"] = rows["id"].where(rows["id"] != "", rows["name"])
     _check(rows)
+    _merge_centers(rows)
     return rows
 
 
@@ -230,8 +231,10 @@ def _check(rows: pd.DataFrame) -> None:
     rows["label"] = rows["label"].replace("-1", "")
     hidden = rows[(rows["label"] == "") & (rows["split"] != "test")]
     _refuse_rows(hidden, "the label is blank (or -1, hidden)", "fill it in, or remove the row; test images may lack it")
-    for column in ("label", "center"):
-        _check_spellings(rows, column)
+    for where, one, other in _respelled(rows, "label"):
+        raise HistoError(
+            f"{where}: the label is written in two ways, {one} and {other}, expected one; correct the table"
+        )
     check_groups(rows)
 
 
@@ -248,15 +251,34 @@ def check_groups(rows: pd.DataFrame) -> None:
         )
 
 
-def _check_spellings(rows: pd.DataFrame, column: str) -> None:
-    """Raise HistoError for values that differ in capitals, inner spaces or the encoding of a character alone."""
-    spelled: dict[str, str] = {}
-    for value in rows[column].unique():
-        other = spelled.setdefault(" ".join(unicodedata.normalize("NFKC", value).casefold().split()), value)
-        if other != value:
-            counts = " and ".join(f"{text!r} ({(rows[column] == text).sum()} rows)" for text in (other, value))
+def _merge_centers(rows: pd.DataFrame) -> None:
+    """Merge the spellings of a center, with a warning: apart, it would be on both sides of a held-out test."""
+    for where, one, other in _respelled(rows, "center"):
+        kept = max(one, other, key=lambda found: found.rows)
+        logger.warning(
+            "%s: the center is written in two ways, %s and %s, taken as one: %s", where, one, other, kept.text
+        )
+        rows.loc[rows["center"].isin((one.text, other.text)), "center"] = kept.text
+
+
+class _Spelling(NamedTuple):
+    """A value of a column, and the number of rows with it."""
+
+    text: str
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.text!r} ({self.rows} rows)"
+
+
+def _respelled(rows: pd.DataFrame, column: str) -> Iterator[tuple[str, _Spelling, _Spelling]]:
+    """Values that differ in capitals, inner spaces or the encoding of a character alone, and a row with the second."""
+    counts, spelled = rows[column].value_counts(sort=False), dict[str, str]()
+    for value in counts.index:
+        plain = " ".join(unicodedata.normalize("NFKC", value).casefold().split())
+        if (other := spelled.setdefault(plain, value)) != value:
             where = rows.loc[rows[column] == value, "where"].iloc[0]
-            raise HistoError(f"{where}: the {column} is written in two ways, {counts}, expected one; correct the table")
+            yield where, _Spelling(other, counts[other]), _Spelling(value, counts[value])
 
 
 def _refuse_rows(rows: pd.DataFrame, fault: str, remedy: str) -> None:
