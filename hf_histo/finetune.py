@@ -37,7 +37,7 @@ from hf_histo.evaluation import calibration, pca_baseline, predictions, threshol
 from hf_histo.evaluation.figures import run as run_figures
 from hf_histo.evaluation.figures.embedding import features
 from hf_histo.evaluation.figures.preview import preview
-from hf_histo.evaluation.metrics import classification, hierarchical_metrics
+from hf_histo.evaluation.metrics import classification, hierarchical_metrics, robustness
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting import report
 from hf_histo.files import atomic_file, write_json
@@ -247,16 +247,7 @@ def _refuse_idle_in_one_center(config: Config, centers: Sequence[int]) -> None:
 def build(config: Config, data: datasets.DatasetDict, task: Task) -> Setup:
     """Load the backbone with a new head, fit color normalization on the training images, and add the adapter."""
     options = config.model
-    head = heads.HeadConfig.of(options)
-    backbone = backbones.load(
-        options.backbone,
-        task.num_outputs,
-        revision=options.revision,
-        random_weights=options.random_weights,
-        image_size=options.image_size,
-        head=head,
-        head_dropout=options.head_dropout,
-    )
+    backbone = _backbone(config, task)
     if options.patch_dropout:
         backbones.add_patch_dropout(options.backbone, backbone, options.patch_dropout)
     source = backbones.locate(options.backbone)
@@ -276,7 +267,7 @@ def build(config: Config, data: datasets.DatasetDict, task: Task) -> Setup:
         ),
         batch_norm=options.batch_norm,
         preprocessing=pipeline.preprocessing,
-        head=head,
+        head=heads.HeadConfig.of(options),
         normalizer=pipeline.normalizer,
         center_names=center_names(data["train"]),
         colors=None if config.data.streaming else ColorRange.fit(ImageTable(data["train"])),
@@ -302,6 +293,20 @@ def build(config: Config, data: datasets.DatasetDict, task: Task) -> Setup:
     sidecar = dataclasses.replace(sidecar, bare=not qkv.is_split(model) and backbones.is_bare(options.backbone))
     sizes = account(model, batch_norm=options.batch_norm)
     return Setup(model, pipeline, train, pipeline.read(data["val"]), sizes, sidecar)
+
+
+def _backbone(config: Config, task: Task) -> PreTrainedModel:
+    """The backbone before training, with a new head."""
+    options = config.model
+    return backbones.load(
+        options.backbone,
+        task.num_outputs,
+        revision=options.revision,
+        random_weights=options.random_weights,
+        image_size=options.image_size,
+        head=heads.HeadConfig.of(options),
+        head_dropout=options.head_dropout,
+    )
 
 
 def train(
@@ -383,6 +388,8 @@ def evaluate(config: Config, data: datasets.DatasetDict, task: Task, setup: Setu
     }
     if by_level:
         metrics["levels"] = by_level
+    if config.output.robustness:
+        metrics["robustness"] = _robustness(config, data, task, setup, trained.model)
     for split, values in metrics["splits"].items():
         if values["constant"]:
             logger.warning("%s: %s; the model may have learned nothing", split, values["constant"])
@@ -392,6 +399,23 @@ def evaluate(config: Config, data: datasets.DatasetDict, task: Task, setup: Setu
         temperature=temperature.value,
     )
     return Evaluation(classifier, tables, metrics, sidecar)
+
+
+def _robustness(
+    config: Config, data: datasets.DatasetDict, task: Task, setup: Setup, model: nn.Module
+) -> dict[str, Any]:  # Any: JSON
+    """Robustness of the features to the center "before" and "after" training, on all "splits" but `train`."""
+    splits = [split for split in data if split != "train"]
+    every = datasets.concatenate_datasets([data[split] for split in splits])
+    table = every.select_columns(["label", "center", "group"]).to_pandas()
+    known = robustness.known(table)
+    rows, table = every.select(np.flatnonzero(known)), table[known]
+    before = adapters.channels_last(_backbone(config, task)).to(launch.process().device)
+    found = {
+        "before": features(before, rows, Pipeline(setup.pipeline.preprocessing)),
+        "after": features(model, rows, setup.sidecar.pipeline.single_view),
+    }
+    return {"splits": splits, **{when: robustness.robustness(rows, table) for when, rows in found.items()}}
 
 
 def write(

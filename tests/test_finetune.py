@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from miniature import config, write_backbone
 
 from hf_histo.data.load import load
+from hf_histo.evaluation.metrics import robustness
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.finetune import run_config
 from hf_histo.inference import Classifier
@@ -69,3 +70,17 @@ def test_predictions_are_in_float32_whatever_the_launcher_asks_for(
     found.append(Classifier.from_pretrained(result.adapter).predict(data["val"])["logit"])
     for logits in found:
         assert logits.to_numpy().tobytes() == saved.to_numpy().tobytes()
+
+
+def test_robustness_to_the_center(source: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(robustness, "FEWEST", 2)
+    options = config(tmp_path / "run", *source, "--num_train_epochs=1", "--target_modules=last-conv", "--robustness")
+    result = run_config(options, load(source[1]))
+    found = json.loads((result.adapter / "metrics.json").read_text())["robustness"]
+    assert found["splits"] == ["val", "test"]
+    assert {side: found[side]["reason"] for side in ("before", "after")} == {"before": None, "after": None}
+    assert found["before"]["pairs"][0]["images"] == found["after"]["pairs"][0]["images"]
+    assert found["before"]["index"] is not None
+    page, card = (result.adapter / "report.html").read_text(), (result.adapter / "README.md").read_text()
+    for text in (page, card):
+        assert "robustness index (1: the class alone, 0: the center alone)" in text

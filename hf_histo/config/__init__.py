@@ -1,9 +1,11 @@
 """The options of a run: their definitions, what is checked about them, and the parser that fills them."""
 
-from hf_histo.config.checks import effective
+from hf_histo.config.checks import effective, require_data
 from hf_histo.config.options import (
+    HUB,
     NON_RESULT_OPTIONS,
     OPTIONS,
+    SYNTHETIC,
     AdapterOptions,
     AugmentationOptions,
     BatchNorm,
@@ -37,8 +39,10 @@ from hf_histo.config.parser import (
 )
 
 __all__ = [
+    "HUB",
     "NON_RESULT_OPTIONS",
     "OPTIONS",
+    "SYNTHETIC",
     "AdapterOptions",
     "AugmentationOptions",
     "BatchNorm",
@@ -66,6 +70,7 @@ __all__ = [
     "parse_options",
     "parse_with",
     "refuse_given",
+    "require_data",
     "with_options",
     "with_role",
 ]

@@ -7,7 +7,17 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_histo.config.options import OPTIONS, SET, CenterOptions, Config, Except, ProtocolOptions, rule_of
+from hf_histo.config.options import (
+    HUB,
+    OPTIONS,
+    SET,
+    SYNTHETIC,
+    CenterOptions,
+    Config,
+    Except,
+    ProtocolOptions,
+    rule_of,
+)
 from hf_histo.errors import HistoError
 
 Options = Mapping[str, dataclasses.Field[Any]]
@@ -81,8 +91,14 @@ def check_pairs(config: Config, given: Collection[str] = ()) -> None:
     _check_hub(config)
 
 
+def require_data(data: str) -> None:
+    """Raise `HistoError` for a `--data` that is a path, and neither a file nor a folder."""
+    if data != SYNTHETIC and not data.startswith(HUB) and not (Path(data).is_dir() or Path(data).is_file()):
+        raise HistoError(f"{data}: no such folder; give the folder that holds the data set")
+
+
 def _check_streaming(config: Config) -> None:
-    if not config.data.data.startswith("hub:"):
+    if not config.data.data.startswith(HUB):
         raise HistoError(f"--streaming needs --data hub:..., the name or folder of shards, not {config.data.data}")
     if config.data.num_workers > 1 or config.model.text_prompt or config.output.preview:
         raise HistoError("--streaming goes with --num_workers 0 or 1, and without --text_prompt and --preview")

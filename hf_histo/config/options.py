@@ -21,6 +21,9 @@ Normalization = Literal["none", "rgb", "reinhard", "macenko"]
 Role = Literal["result", "source", "place", "speed", "output"]
 
 
+SYNTHETIC, HUB = "synthetic", "hub:"  # values of --data: the built-in images, and the start of a name on the Hub
+
+
 @dataclass(frozen=True)
 class Except:
     """In `needs`: any value but these."""
@@ -138,7 +141,7 @@ class DataOptions(TableOptions):
     _argument_group_name = "data"
 
     data: str = option(
-        "synthetic",
+        SYNTHETIC,
         "folder, table of images, or hub:OWNER/NAME",
         role="source",
         is_path=True,
@@ -471,6 +474,12 @@ class OutputOptions:
     )
     explain: bool = option(
         False, "draw explanations.png: where the model sees the class it predicts on val", role="output"
+    )
+    robustness: bool = option(
+        False,
+        "measure whether the features know the center rather than the class, before and after training",
+        details="on the images of val and test; see docs/explanation/centers.md",
+        role="output",
     )
     report_to: str = option(
         "none",

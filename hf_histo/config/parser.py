@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from hf_histo.config.checks import check_bounds, check_pairs, effective, ineffective, needed
+from hf_histo.config.checks import check_bounds, check_pairs, effective, ineffective, needed, require_data
 from hf_histo.config.options import OPTIONS, RULES, Config, rule_of
 from hf_histo.config.packaged import PROGRAM, as_commands, config_file
 from hf_histo.errors import HistoError, did_you_mean, idle_option
@@ -315,6 +315,8 @@ def _parse(
                 raise HistoError(f"{where}--{name} is {values[name]!r}, which {reason}; leave it out")
         config = Config.of(effective(values))
     check_pairs(config, given)
+    if usage is not None:  # a command line, which this machine runs; before the libraries are imported
+        require_data(config.data.data)
     return config, own
 
 

@@ -14,7 +14,7 @@ import xxhash
 from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 
-from hf_histo.config import OPTIONS, DataOptions, parse_options, with_role
+from hf_histo.config import HUB, OPTIONS, SYNTHETIC, DataOptions, parse_options, require_data, with_role
 from hf_histo.data import cache, schema
 from hf_histo.data.readers import hub, image_rows
 from hf_histo.data.readers.builder import LEFT_OUT, FolderBuilder
@@ -33,7 +33,6 @@ from hf_histo.errors import HistoError, did_you_mean, idle_option
 
 logger = logging.getLogger(__name__)
 
-SYNTHETIC = "synthetic"
 TABLES = tuple(dict.fromkeys((*image_rows.SUFFIXES, *SUFFIXES)))
 LAYOUTS: tuple[type[FolderBuilder], ...] = (
     MulticenterHdf5,
@@ -170,7 +169,7 @@ def _with_content_fingerprint(data: datasets.DatasetDict) -> datasets.DatasetDic
 
 
 def _load(options: DataOptions, cache_dir: Path, reading: Reading) -> datasets.DatasetDict:
-    if options.data.startswith(hub.PREFIX):
+    if options.data.startswith(HUB):
         _refuse_idle(options, "of the Hub", ("gray_bits", "page") if options.streaming else hub.OPTIONS)
         options = _as_adapter(options, reading, hub.OPTIONS)
         if options.streaming:
@@ -291,8 +290,7 @@ def _synthetic(cache_dir: Path) -> Path:
 def _layout(directory: Path, options: DataOptions) -> type[FolderBuilder]:
     if directory.is_file():
         return _layout_of_table(directory, options) if directory.suffix.lower() in TABLES else MulticenterHdf5File
-    if not directory.is_dir():
-        raise HistoError(f"{directory}: no such folder; give the folder that holds the data set")
+    require_data(str(directory))
     for layout in LAYOUTS:
         if layout.matches(directory):
             tables = split_files(directory, TABLES) if layout in (TableOfImages, PixelTables) else {}

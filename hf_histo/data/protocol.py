@@ -21,7 +21,7 @@ from collections.abc import Mapping
 
 import datasets
 
-from hf_histo.config import OPTIONS, Config, DataOptions
+from hf_histo.config import HUB, OPTIONS, Config, DataOptions
 from hf_histo.data.load import load
 from hf_histo.data.readers import hub
 from hf_histo.data.readers.class_folders import SINGLE
@@ -51,7 +51,7 @@ def arranged(options: DataOptions, files: datasets.DatasetDict | None = None) ->
     files = load(options) if files is None else files
     if options.test_centers is not None:
         return hold_out(files, options.test_centers)
-    if options.split == "files" and options.data.startswith(hub.PREFIX) and "val" not in files:
+    if options.split == "files" and options.data.startswith(HUB) and "val" not in files:
         whole = complete(files)
         # Order and fingerprint as in earlier versions: a run that is resumed compares them.
         return hub.named(datasets.DatasetDict({name: whole[name] for name in [*files, "val"]}))

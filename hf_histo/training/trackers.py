@@ -17,7 +17,7 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 
-from hf_histo.config import Config
+from hf_histo.config import HUB, Config
 from hf_histo.errors import HistoError
 from hf_histo.training.run_folder import TENSORBOARD, folder_of
 
@@ -126,7 +126,7 @@ def described(config: Config) -> dict[str, Any]:
 
 def _name(source: str) -> str:
     """A local folder or file by its name, anything else as it is."""
-    path = Path(source.removeprefix("hub:")).expanduser()
+    path = Path(source.removeprefix(HUB)).expanduser()
     return path.resolve().name if path.exists() else source
 
 

@@ -25,6 +25,7 @@ from filelock import FileLock
 from huggingface_hub.constants import HF_HUB_CACHE
 from numpy.typing import NDArray
 
+from hf_histo.config import HUB
 from hf_histo.data import cache, schema
 from hf_histo.data.readers import shards
 from hf_histo.data.readers.streaming import FAULTS, Prepare, Stream, readable
@@ -34,7 +35,6 @@ from hf_histo.files import regular
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "hub:"
 FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet")  # the formats of `datasets` that are supported here
 OPTIONS = ("gray_bits", "on_bad_image", "page")  # fields of `DataOptions` that have an effect here
 BATCH = 1000  # rows of a stream that are read at a time
@@ -187,7 +187,7 @@ def train_stream(
 
 def _find(name: str, **options: Any) -> datasets.DatasetBuilder:
     """The builder of a data set. Raises HistoError if it can't be found, or its files are in none of `FORMATS`."""
-    source, _, revision = name.removeprefix(PREFIX).partition("@")
+    source, _, revision = name.removeprefix(HUB).partition("@")
     if Path(source).is_dir():
         source = str(Path(source).absolute())  # a relative folder `parquet` would be taken for the format
     elif source in _PACKAGED_DATASETS_MODULES:  # `datasets` would read all such files of the current folder
@@ -361,7 +361,7 @@ def _labels(name: str, found: pa.ChunkedArray, classes: Sequence[str], first: in
 
 def _check_paths(name: str, rows: datasets.Dataset, column: str) -> None:
     """Raise HistoError for an image given as a path outside the data set: it could name any file on this machine."""
-    source = Path(name.removeprefix(PREFIX).partition("@")[0])
+    source = Path(name.removeprefix(HUB).partition("@")[0])
     roots = [root.resolve() for root in (source, Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE))]
     for batch in rows.select_columns([column]).with_format("arrow").iter(1000):
         images = batch[column].combine_chunks()

@@ -77,20 +77,34 @@ def separations(
                 found.append(Separation(split, label, train, images, None, None, None))
                 continue
             rows = np.concatenate([np.sort(random.permutation(side)[:MOST]) for side in sides])
-            auroc = _told_apart(features[rows], splits[rows] == split, groups[rows], seed)
+            auroc = cross_validated(features[rows], (splits[rows] == split).astype(int), groups[rows], seed=seed)
             found.append(Separation(split, label, train, images, auroc["value"], auroc["low"], auroc["high"]))
     return found
 
 
-def _told_apart(
-    features: NDArray[np.float64], side: NDArray[np.bool_], groups: NDArray[np.str_], seed: int
+def cross_validated(
+    features: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    groups: NDArray[np.str_],
+    *,
+    metric: str = "auroc",
+    seed: int = 0,
 ) -> dict[str, float | None]:
+    """The "value" of a metric of a logistic regression, with the interval from "low" to "high", as in `separations`.
+
+    Args:
+        features: (n, d).
+        labels: (n,) classes from 0 to K - 1, each in `FOLDS` groups or more.
+        groups: (n,).
+        metric: one in [0, 1] of `classification.report`.
+        seed: of the folds.
+    """
     model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
-    scores = cross_val_predict(model, features, side, groups=groups, cv=folds, method="decision_function")
-    rows = Predictions.make(range(len(side)), np.full(len(side), -1), groups, side.astype(int), scores)
-    auroc = classification.report(rows)["overall"]["auroc"]
-    value, low, high = (auroc[key] for key in ("value", "low", "high"))
+    scores = cross_val_predict(model, features, labels, groups=groups, cv=folds, method="decision_function")
+    rows = Predictions.make(range(len(labels)), np.full(len(labels), -1), groups, labels, scores)
+    found = classification.report(rows)["overall"][metric]
+    value, low, high = (found[key] for key in ("value", "low", "high"))
     if low is None:
         return {"value": value, "low": None, "high": None}
     widening = math.sqrt(1 + FOLDS / (FOLDS - 1))

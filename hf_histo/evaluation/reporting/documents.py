@@ -36,6 +36,7 @@ def render(template: str, **facts: Any) -> str:
         "marked": report.marked,
         "plain": plain,
         "plain_rows": lambda rows: [[plain(x) if isinstance(x, str) else x for x in row] for row in rows],
+        "robustness_rows": report.robustness_rows,
         "screening": report.screening,
         "section": _section,
         "size_rows": report.size_rows,

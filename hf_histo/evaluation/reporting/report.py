@@ -295,6 +295,22 @@ def calibration_rows(predictions: Predictions, temperature: float) -> list[list[
     return rows
 
 
+def robustness_rows(found: Mapping[str, Any]) -> list[list[object]]:
+    """Return the "robustness" of metrics.json as a header and rows, one value before training and one after."""
+    sides = [found["before"], found["after"]]
+    rows: list[list[object]] = [["", "before training", "after training"]]
+    rows.append(["robustness index (1: the class alone, 0: the center alone)", *(side["index"] for side in sides)])
+    centers = [side["center"] for side in sides]
+    if all(centers):
+        about = f"center found from the features, balanced accuracy (chance: {centers[0]['chance']:.3f})"
+        rows.append([about, *map(_interval, centers)])
+    drops = [side["drop"] for side in sides]
+    if all(drops):
+        about = "average performance drop, where class and center go together in training (0 is best)"
+        rows.append([about, *(drop["average_performance_drop"] for drop in drops)])
+    return rows
+
+
 def class_rows(report: Mapping[str, Any], names: Sequence[str]) -> list[list[object]]:
     """Return rows of a `classification.report` of more than two classes: a header and a row for each class."""
     metrics = ("precision", "recall", "auroc")

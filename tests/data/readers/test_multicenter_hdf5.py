@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import h5py
@@ -286,8 +287,12 @@ def test_a_killed_process_is_reported(tmp_path: Path, monkeypatch: pytest.Monkey
     refused(tmp_path, "one of 3 processes that convert it was killed")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("sent", "handler"), [(signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, launch._interrupt)]
+)
+def test_a_signal_ends_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, handler: Any
+) -> None:
     write_challenge(tmp_path)
     several_processes(monkeypatch)
     main, read = os.getpid(), multicenter_hdf5.PixelFormat.read
@@ -295,16 +300,16 @@ def test_a_signal_ends_several_processes(tmp_path: Path, monkeypatch: pytest.Mon
     def interrupt(*given: object) -> object:
         if os.getpid() != main:
             os.kill(main, sent)
-            time.sleep(60)
+            time.sleep(10)
         return read(*given)
 
     monkeypatch.setattr(multicenter_hdf5.PixelFormat, "read", interrupt)
-    before = signal.signal(signal.SIGTERM, launch._interrupt)
+    before = signal.signal(sent, handler)  # a command in the background of a script ignores SIGINT
     try:
         with pytest.raises(KeyboardInterrupt) as caught:
             load(tmp_path, cache_dir=tmp_path / "cache")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(sent, before)
     assert getattr(caught.value, "number", signal.SIGINT) == sent
     assert not list((tmp_path / "cache").rglob("*.arrow"))
 
