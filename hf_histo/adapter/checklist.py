@@ -91,7 +91,7 @@ def items(facts: Mapping[str, Any], errors: Mapping[str, list[list[object]]]) ->
     training = _listed(
         options,
         "num_train_epochs max_steps per_device_train_batch_size optimizer learning_rate weight_decay lr_scheduler_type",
-        "warmup_steps early_stopping_patience augmentation class_balance domain_loss seed",
+        "warmup_steps weight_averaging early_stopping_patience augmentation class_balance domain_loss seed",
     )
     training += "; all options are in metrics.json"
     selection = metrics["selection"]

@@ -404,6 +404,26 @@ class TrainingOptions:
         needs=GRADIENT | WARMED_UP,
         exempt=(0,),
     )
+    weight_averaging: Literal["none", "ema", "dense"] = option(
+        "none",
+        "what is validated and saved: the weights of the last update, their exponential moving average, or the mean of "
+        "the weights after each update",
+        needs=GRADIENT,
+    )
+    ema_decay: float = option(
+        0.99,
+        "of the moving average, in [0, 1): about 1 / (1 - decay) updates count; less in the first updates",
+        at_least=0,
+        below=1,
+        needs=GRADIENT | {"weight_averaging": "ema"},
+    )
+    averaging_start: float = option(
+        0.25,
+        "share of the updates before the dense mean starts, in [0, 1)",
+        at_least=0,
+        below=1,
+        needs=GRADIENT | {"weight_averaging": "dense"},
+    )
     early_stopping_patience: int = option(
         10, "epochs without progress before training stops; 0: never", at_least=0, needs=GRADIENT
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -42,6 +43,7 @@ from hf_histo.training.losses import Loss
 from hf_histo.training.preemption import StopAtCheckpoint
 from hf_histo.training.progress import Progress
 from hf_histo.training.sampling import BalancedSampler
+from hf_histo.training.weight_averaging import WeightAverage
 from hf_histo.transforms.pipeline import Batch, Pipeline, collate
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -85,6 +87,7 @@ class Trainer(transformers.Trainer):
         balanced: columns of the training table, "labels" or "centers" or both, whose values are drawn equally often.
         training_views: number of views of an image, which epochs cycle through; None draws a new one in each epoch.
         batch_norm: "frozen" or "track"; with "track", its statistics are part of a checkpoint.
+        average: average of the trained weights, which is evaluated and saved in their place; None for the last weights.
         options: other arguments of `transformers.Trainer`.
     """
 
@@ -99,6 +102,7 @@ class Trainer(transformers.Trainer):
         domain_weight: float = 1.0,
         balanced: Sequence[str] = (),
         training_views: int | None = None,
+        average: WeightAverage | None = None,
         **options: Any,  # Any: whatever transformers takes
     ) -> None:
         super().__init__(model=model, compute_loss_func=loss, **options)
@@ -112,6 +116,14 @@ class Trainer(transformers.Trainer):
         self.batch_norm = batch_norm
         self.stop = StopAtCheckpoint(self.accelerator)
         self.add_callback(self.stop)
+        if average is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise HistoError(
+                    "--weight_averaging needs the whole model in each process, and this launch divides it (FSDP or "
+                    "DeepSpeed); leave the option out, or launch without"
+                )
+            self.add_callback(average)
+        self.average = average
         if self.pop_callback(ProgressCallback) is not None:  # neither in a notebook, nor if bars are turned off
             self.add_callback(Progress())
         # FSDP shards a model in place.
@@ -147,6 +159,15 @@ class Trainer(transformers.Trainer):
                 if isinstance(tracker, trackers.Tracker):
                     tracker.close(self.args, self.state, self.control)
 
+    def _with_average(self) -> AbstractContextManager[None]:
+        """Within the block, the model has the average of its weights, if there is one."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # Any: as transformers declares it
+        """Evaluate as `transformers.Trainer` does, during training with the average of the weights."""
+        with self._with_average():
+            return super().evaluate(*args, **kwargs)
+
     def _load_best_model(self) -> None:
         """Load the best checkpoint; transformers would use the last weights if the best ones are missing."""
         # By its step: the recorded path is wrong if the folder of the run was moved.
@@ -155,6 +176,7 @@ class Trainer(transformers.Trainer):
             run_folder.require_intact(best)
         self.state.best_model_checkpoint = str(best)
         super()._load_best_model()
+        self.average = None  # training is over, and the weights are an average
 
     def _load_callback_state(self) -> None:
         """Restore the state of callbacks in place; transformers would replace them by new objects."""
@@ -272,15 +294,20 @@ class Trainer(transformers.Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the adapter. If the model is sharded, each process calls this, else only the one that writes."""
         folder = Path(output_dir or str(self.args.output_dir))
-        if isinstance(self.model, PeftModel):
-            adapters.save(self.model, folder, batch_norm=self.batch_norm, writes=self.args.should_save)
-        else:
-            super()._save(output_dir, state_dict)
+        with self._with_average():
+            if isinstance(self.model, PeftModel):
+                adapters.save(self.model, folder, batch_norm=self.batch_norm, writes=self.args.should_save)
+            else:
+                super()._save(output_dir, state_dict)
+        if self.average is not None and self.args.should_save:
+            self.average.save(folder)
         if self._domain_classifier is not None and self.args.should_save:
             save_model(self._domain_classifier, str(folder / DOMAIN_CLASSIFIER))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.resume(Path(resume_from_checkpoint))
         if self._domain_classifier is not None:
             load_model(self._domain_classifier, Path(resume_from_checkpoint) / DOMAIN_CLASSIFIER)
 
@@ -401,6 +428,7 @@ def build(
         balanced=[column for column, wanted in balanced.items() if wanted],
         training_views=config.augmentation.training_views,
         batch_norm=config.model.batch_norm,
+        average=WeightAverage.of(options, model, config.model.batch_norm),
     )
 
 
