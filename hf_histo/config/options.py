@@ -387,6 +387,9 @@ class TrainingOptions:
         "adam", "adam couples weight decay to the gradient", needs=GRADIENT
     )
     learning_rate: float = option(1e-3, "initial learning rate", above=0, needs=GRADIENT, common=True)
+    lora_plus_ratio: float = option(
+        1.0, "learning rate of the matrices B over that of A and of the classifier (LoRA+)", at_least=1, needs=LORA
+    )
     weight_decay: float = option(1e-4, "weight decay", at_least=0, needs=GRADIENT)
     lr_scheduler_type: str = option(
         "cosine", "any scheduler name of transformers, e.g. reduce_lr_on_plateau", needs=GRADIENT

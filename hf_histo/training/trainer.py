@@ -17,6 +17,7 @@ import transformers
 from accelerate.data_loader import DataLoaderShard
 from numpy.typing import NDArray
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -87,6 +88,8 @@ class Trainer(transformers.Trainer):
         balanced: columns of the training table, "labels" or "centers" or both, whose values are drawn equally often.
         training_views: number of views of an image, which epochs cycle through; None draws a new one in each epoch.
         batch_norm: "frozen" or "track"; with "track", its statistics are part of a checkpoint.
+        lora_plus_ratio: learning rate of LoRA's matrices B over that of its matrices A, at least 1; see
+            `create_optimizer`.
         average: average of the trained weights, which is evaluated and saved in their place; None for the last weights.
         options: other arguments of `transformers.Trainer`.
     """
@@ -102,6 +105,7 @@ class Trainer(transformers.Trainer):
         domain_weight: float = 1.0,
         balanced: Sequence[str] = (),
         training_views: int | None = None,
+        lora_plus_ratio: float = 1.0,
         average: WeightAverage | None = None,
         **options: Any,  # Any: whatever transformers takes
     ) -> None:
@@ -109,6 +113,7 @@ class Trainer(transformers.Trainer):
         self.pipeline = pipeline
         self.balanced = balanced
         self.training_views = training_views
+        self.lora_plus_ratio = lora_plus_ratio
         self.stored: Stored | None = None
         self._unchecked: list[_Loss] = []
         self._checked_after = 1 if self.args.device.type == "cpu" else UNCHECKED
@@ -277,6 +282,22 @@ class Trainer(transformers.Trainer):
         return BalancedSampler(values, self.args.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in transformers, or LoRA+ if `lora_plus_ratio` is above 1.
+
+        Hayou et al. 2024, "LoRA+: Efficient low rank adaptation of large models". As in the authors' code and peft's,
+        parameters with one dimension, such as the bias of the head, learn as fast as the matrices B.
+        """
+        if self.optimizer is None and self.lora_plus_ratio > 1:
+            assert self.optimizer_cls_and_kwargs is not None
+            kind, settings = self.optimizer_cls_and_kwargs
+            adapted: Any = self.model if model is None else model  # FSDP wraps what peft declares
+            self.optimizer = create_loraplus_optimizer(
+                adapted,
+                kind,
+                loraplus_lr_ratio=self.lora_plus_ratio,
+                loraplus_weight_decay=settings["weight_decay"],
+                **{name: value for name, value in settings.items() if name != "weight_decay"},
+            )
         optimizer = super().create_optimizer(model)
         if self._domain_classifier is not None:
             optimizer.add_param_group({"params": list(self._domain_classifier.parameters())})
@@ -428,6 +449,7 @@ def build(
         balanced=[column for column, wanted in balanced.items() if wanted],
         training_views=config.augmentation.training_views,
         batch_norm=config.model.batch_norm,
+        lora_plus_ratio=options.lora_plus_ratio,
         average=WeightAverage.of(options, model, config.model.batch_norm),
     )
 

@@ -260,6 +260,7 @@ def test_other_options_are_checked_as_on_the_command_line() -> None:
         ("--method=pca --target_modules=all-conv", "with --method lora"),
         ("--method=pca --learning_rate=0.1", "with --method linear, lora or full"),
         ("--domain_weight=2", "with --domain_loss other than none"),
+        ("--method=linear --lora_plus_ratio=4", "with --method lora"),
         ("--ema_decay=0.9", "with --weight_averaging ema"),
         ("--weight_averaging=ema --averaging_start=0.5", "with --weight_averaging dense"),
         ("--method=pca --weight_averaging=ema", "with --method linear, lora or full"),

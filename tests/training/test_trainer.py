@@ -107,6 +107,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
         "--augmentation=crop-jitter",
         "--lora_dropout=0.1",
         "--head_dropout=0.1",
+        "--lora_plus_ratio=4",
         f"--domain_loss={domain_loss}",
         "--domain_weight=30",
         *PLATEAU,
@@ -171,6 +172,25 @@ def test_adam_is_not_adamw(tmp_path: Path, source: tuple[Path, Path], name: str,
     assert {group["lr"] for group in optimizer.param_groups} == {0.01}
     decayed = [len(group["params"]) for group in optimizer.param_groups if group["weight_decay"] == 0.3]
     assert sum(decayed) > 0
+
+
+def test_lora_plus_raises_the_learning_rate_of_the_matrices_b(tmp_path: Path, source: tuple[Path, Path]) -> None:
+    run = session(tmp_path, source, "--lora_plus_ratio=4", "--weight_decay=0.3", "--target_modules=last-conv")
+    assert run.model is not None
+    names = {parameter: name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    optimizer = run.create_optimizer()
+    assert type(optimizer) is torch.optim.Adam
+    found = {
+        names.pop(parameter): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert not names
+    for name, (rate, decay) in found.items():
+        is_fast = ".lora_B." in name or name.endswith(".bias")
+        assert rate == pytest.approx(0.04 if is_fast else 0.01), name
+        assert decay == (0.0 if name.endswith(".bias") else 0.3), name
+    assert len({rate for rate, _ in found.values()}) == 2
 
 
 def test_options_reach_transformers_under_their_names(tmp_path: Path) -> None:
