@@ -315,6 +315,18 @@ class AugmentationOptions:
     training_views: int | None = option(
         None, "views of an image that epochs take in turn (default: always a new one)", above=0, needs=GRADIENT
     )
+    mixup_alpha: float = option(
+        0.0,
+        "blend each training image with another of its center, by a share drawn from Beta(alpha, alpha); 0: off",
+        at_least=0,
+        needs=GRADIENT,
+    )
+    cutmix_alpha: float = option(
+        0.0,
+        "as mixup, with a box of the other image whose area is its share; with both on, an image gets one of them",
+        at_least=0,
+        needs=GRADIENT,
+    )
 
 
 @dataclass
@@ -436,6 +448,13 @@ class TrainingOptions:
         "against class imbalance: weight the loss, or draw every class equally often",
         needs=GRADIENT,
         exempt=("none",),
+    )
+    label_smoothing: float = option(
+        0.0,
+        "share of each training label that is spread evenly over all classes, in [0, 1)",
+        at_least=0,
+        below=1,
+        needs=GRADIENT,
     )
     resume_from_checkpoint: str | None = option(
         None,

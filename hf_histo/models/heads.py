@@ -126,6 +126,14 @@ def module_of(model: nn.Module) -> nn.Module:
     return base.get_submodule(name_of(base).split(".modules_to_save.")[0])
 
 
+def number_of_classes(model: nn.Module) -> int:
+    """Number of classes that the head tells apart: one logit is for two."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    outputs: int = base.config.num_labels or 0
+    return max(2, outputs)
+
+
 def attach(model: PreTrainedModel, config: HeadConfig, num_outputs: int) -> None:
     """Give the backbone a new classifier of `num_outputs` logits in place of its output layer, or on top of it.
 

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_callback import ExportableState
 
 from hf_histo.models import heads
-from hf_histo.training.losses import Loss
+from hf_histo.training.losses import Loss, only
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Step:
     Attributes:
         loss: scalar loss of plain training for this batch; the contribution of `share` to the update's loss.
         logits: (B, outputs).
-        labels, centers: int64 (B,).
+        labels: int64 (B,), or the share of each class (B, K), see `losses.shares`.
+        centers: int64 (B,).
         share: share of this batch in the update, which may span accumulation steps and processes; 1 for a single one.
         progress: share of training that is done, in [0, 1].
         loss_of: loss function of plain training; without the number of items, it is the mean over a batch.
@@ -107,7 +108,7 @@ class GroupDRO(TrainerCallback, ExportableState):
     def objective(self, step: Step) -> torch.Tensor:
         members = [step.centers == center for center in self.centers]
         outputs = ImageClassifierOutput(logits=step.logits)
-        losses = [step.loss_of(outputs, torch.where(chosen, step.labels, -1)) for chosen in members]  # -1: hidden
+        losses = [step.loss_of(outputs, only(step.labels, chosen)) for chosen in members]
         return step.share * self(torch.stack(losses), torch.stack(members).any(1))
 
     def state(self) -> dict[str, Any]:  # Any: what transformers writes to trainer_state.json

@@ -105,6 +105,8 @@ def _unwanted(session: Trainer, mode: str) -> str | None:
     views, epochs = _views(session), session.args.num_train_epochs
     if mode == "off":
         return "switched off"
+    if not session.pipeline.mixing.is_none:
+        return "images are mixed; leave --mixup_alpha and --cutmix_alpha out"
     if views is None:
         return "each epoch draws new views; set --training_views or --augmentation none"
     if mode == "auto" and views >= epochs:

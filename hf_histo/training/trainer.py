@@ -36,11 +36,11 @@ from hf_histo.data.readers.streaming import Stream
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 from hf_histo.files import CHECKSUMS, write_json
-from hf_histo.models import adapters
+from hf_histo.models import adapters, heads
 from hf_histo.models.speed.activation_cut import Store
 from hf_histo.training import domain_loss as domain_losses
 from hf_histo.training import run_folder, trackers
-from hf_histo.training.losses import Loss
+from hf_histo.training.losses import Loss, shares
 from hf_histo.training.preemption import StopAtCheckpoint
 from hf_histo.training.progress import Progress
 from hf_histo.training.sampling import BalancedSampler
@@ -88,6 +88,7 @@ class Trainer(transformers.Trainer):
         balanced: columns of the training table, "labels" or "centers" or both, whose values are drawn equally often.
         training_views: number of views of an image, which epochs cycle through; None draws a new one in each epoch.
         batch_norm: "frozen" or "track"; with "track", its statistics are part of a checkpoint.
+        label_smoothing: share of each training label that is spread over all classes, in [0, 1).
         lora_plus_ratio: learning rate of LoRA's matrices B over that of its matrices A, at least 1; see
             `create_optimizer`.
         average: average of the trained weights, which is evaluated and saved in their place; None for the last weights.
@@ -105,6 +106,7 @@ class Trainer(transformers.Trainer):
         domain_weight: float = 1.0,
         balanced: Sequence[str] = (),
         training_views: int | None = None,
+        label_smoothing: float = 0.0,
         lora_plus_ratio: float = 1.0,
         average: WeightAverage | None = None,
         **options: Any,  # Any: whatever transformers takes
@@ -113,11 +115,13 @@ class Trainer(transformers.Trainer):
         self.pipeline = pipeline
         self.balanced = balanced
         self.training_views = training_views
+        self.label_smoothing = label_smoothing
         self.lora_plus_ratio = lora_plus_ratio
         self.stored: Stored | None = None
         self._unchecked: list[_Loss] = []
         self._checked_after = 1 if self.args.device.type == "cpu" else UNCHECKED
         self.loss = loss
+        self.classes = heads.number_of_classes(model)
         self.batch_norm = batch_norm
         self.stop = StopAtCheckpoint(self.accelerator)
         self.add_callback(self.stop)
@@ -200,9 +204,24 @@ class Trainer(transformers.Trainer):
         else:
             store = self.stored.training if training else self.stored.validation
             pixel_values = store.read(view % store.views, inputs["index"]).to(self.args.device)
-        if not training:  # gathered from all processes, as the labels are
+        if training:
+            pixel_values, inputs["labels"] = self._with_soft_labels(pixel_values, inputs, epoch)
+        else:  # gathered from all processes, as the labels are
             inputs["index"] = torch.from_numpy(inputs["index"]).to(self.args.device)
         return {"pixel_values": pixel_values, **inputs}
+
+    def _with_soft_labels(
+        self, pixel_values: torch.Tensor, batch: Batch, epoch: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mixed training views, and their labels (B,), or the share of each class (B, K) in smoothed or mixed ones."""
+        labels, mixing = batch["labels"], self.pipeline.mixing
+        if self.label_smoothing or not mixing.is_none:
+            labels = shares(labels, self.classes, self.label_smoothing)
+        if not mixing.is_none:
+            pixel_values, partners, own = self.pipeline.mixed(pixel_values, batch, epoch)
+            of_partner = labels[torch.from_numpy(partners).to(labels.device)]
+            labels = torch.lerp(of_partner, labels, torch.from_numpy(own).to(labels)[:, None])
+        return pixel_values, labels
 
     def pixel_values(self, batch: Batch, view: int | None) -> torch.Tensor:
         """Input of the model: the training view number `view`, or for None the evaluation view."""
@@ -449,6 +468,7 @@ def build(
         balanced=[column for column, wanted in balanced.items() if wanted],
         training_views=config.augmentation.training_views,
         batch_norm=config.model.batch_norm,
+        label_smoothing=options.label_smoothing,
         lora_plus_ratio=options.lora_plus_ratio,
         average=WeightAverage.of(options, model, config.model.batch_norm),
     )

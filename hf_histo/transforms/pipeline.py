@@ -16,6 +16,7 @@ from hf_histo.config import Config
 from hf_histo.data.reading import DEFAULT_READING, Reading
 from hf_histo.data.schema import ImageTable, Sample
 from hf_histo.transforms.augmentation import PRESETS, SINGLE_VIEW, Augmentation, TestTimeViews, augment, preset, uniform
+from hf_histo.transforms.mixing import UNMIXED, Mixing
 from hf_histo.transforms.mri import Preparation
 from hf_histo.transforms.preprocessing import Preprocessing, resolve
 from hf_histo.transforms.stain import CenterNormalizer
@@ -37,6 +38,7 @@ class Pipeline:
         normalizer: color normalization by center; None keeps the stored colors.
         stain_mixing: probability in [0, 1] that the color of a training view is moved to a random mixture of the
             training centers' colors.
+        mixing: MixUp and CutMix of training views.
         seed: seed of training views.
         test_time_views: the views of an image whose mean logit is its prediction.
     """
@@ -45,6 +47,7 @@ class Pipeline:
     augmentation: Augmentation = PRESETS["none"]
     normalizer: CenterNormalizer | None = None
     stain_mixing: float = 0.0
+    mixing: Mixing = UNMIXED
     seed: int = 0
     test_time_views: TestTimeViews = SINGLE_VIEW
 
@@ -68,6 +71,7 @@ class Pipeline:
             replace(declared, preparation=Preparation.of(config.preparation), **vars(reading)),
             preset(config.augmentation.augmentation),
             stain_mixing=config.centers.stain_mixing,
+            mixing=Mixing(config.augmentation.mixup_alpha, config.augmentation.cutmix_alpha),
             seed=config.training.seed,
             test_time_views=TestTimeViews.of(config),
         )
@@ -106,6 +110,12 @@ class Pipeline:
             index=batch["index"],
             normalize=self.preprocessing.normalize if normalize else None,
         )
+
+    def mixed(
+        self, views: torch.Tensor, batch: Batch, epoch: int
+    ) -> tuple[torch.Tensor, NDArray[np.int64], NDArray[np.float32]]:
+        """Training views (B, 3, S, S) of a batch mixed within centers, with partners and own shares: see `Mixing`."""
+        return self.mixing(views, batch["center"], seed=self.seed, epoch=epoch, index=batch["index"])
 
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """Evaluation view of a batch: resized, center-cropped and normalized, without randomness."""

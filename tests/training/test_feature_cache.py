@@ -155,6 +155,7 @@ def test_a_flipped_bit_in_the_cache_does_not_reach_the_adapter(tmp_path: Path, s
     [
         (["--method=linear", "--augmentation=flips"], "--training_views"),
         (["--method=lora", "--target_modules=all-conv", "--training_views=1"], "first trained"),
+        ([*LINEAR, "--cutmix_alpha=1"], "images are mixed; leave --mixup_alpha and --cutmix_alpha out"),
     ],
 )
 def test_where_it_cannot_be_done(tmp_path: Path, source: tuple[Path, Path], more: list[str], message: str) -> None:

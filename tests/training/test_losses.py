@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_histo.errors import HistoError
-from hf_histo.training.losses import balancing_weights, classification
+from hf_histo.training.losses import balancing_weights, classification, only, shares
 
 
 def outputs(count: int, number: int) -> SimpleNamespace:
@@ -29,6 +29,26 @@ def test_several_classes_are_torchs_weighted_sum_over_the_images() -> None:
     torch.testing.assert_close(classification(4)(out, labels), nn.CrossEntropyLoss()(out.logits, labels))
     summed = nn.CrossEntropyLoss(weight=torch.tensor(weights), reduction="sum")(out.logits, labels)
     torch.testing.assert_close(classification(4, weights)(out, labels), summed / 7)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_smoothed_labels_are_torchs_whatever_the_weights(number: int) -> None:
+    labels, weights = torch.tensor([0, 1, 1, 0, 1, 0]), [0.5, 2.0, 1.5][: max(number, 2)]
+    out = outputs(6, number)
+    logits = out.logits if number > 1 else torch.cat([-out.logits / 2, out.logits / 2], dim=1)
+    summed = nn.CrossEntropyLoss(weight=torch.tensor(weights), reduction="sum", label_smoothing=0.2)(logits, labels)
+    smoothed = shares(labels, max(number, 2), 0.2)
+    torch.testing.assert_close(classification(number, weights)(out, smoothed), summed / 6)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_shares_of_one_class_are_its_label(number: int) -> None:
+    out, labels = outputs(6, number), torch.tensor([0, 1, -1, 0, 1, -1])
+    for weights in (None, [1.0, 2.0, 3.0][: max(number, 2)]):
+        loss = classification(number, weights)
+        torch.testing.assert_close(loss(out, shares(labels, max(number, 2))), loss(out, labels))
+    chosen = torch.tensor([True, True, True, False, False, False])
+    torch.testing.assert_close(loss(out, only(shares(labels, max(number, 2)), chosen)), loss(out, only(labels, chosen)))
 
 
 @pytest.mark.parametrize("number", [1, 3])

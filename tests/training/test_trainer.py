@@ -108,6 +108,8 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
         "--lora_dropout=0.1",
         "--head_dropout=0.1",
         "--lora_plus_ratio=4",
+        "--mixup_alpha=0.4",
+        "--label_smoothing=0.1",
         f"--domain_loss={domain_loss}",
         "--domain_weight=30",
         *PLATEAU,
@@ -390,6 +392,7 @@ def test_no_step_waits_for_the_device(
     tmp_path: Path, source: tuple[Path, Path], penalty: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--augmentation=strong", "--normalization=reinhard", "--stain_mixing=0.5", f"--domain_loss={penalty}"]
+    options += ["--label_smoothing=0.1", "--mixup_alpha=0.2", "--cutmix_alpha=1"]
     run = session(tmp_path, source, "--target_modules=last-conv", *options)
     run.state.max_steps = 10
     run._checked_after = 50  # as on an accelerator
@@ -407,6 +410,34 @@ def test_no_step_waits_for_the_device(
     with waits:
         run._check_losses()
     assert waits.found
+
+
+@pytest.mark.parametrize("more", [["--label_smoothing=0.2"], ["--mixup_alpha=0.5", "--label_smoothing=0.2"]])
+@pytest.mark.parametrize("penalty", ["none", "group_dro"])
+def test_soft_labels_are_of_training_alone(
+    tmp_path: Path, source: tuple[Path, Path], more: list[str], penalty: str
+) -> None:
+    run = domain_session(tmp_path, source, f"--domain_loss={penalty}", *more)
+    inputs, plain = batch(run), domain_session(tmp_path / "plain", source)
+    whole = batch(plain)
+    same = torch.isclose(inputs["pixel_values"], whole["pixel_values"]).flatten(1).all(1)
+    assert inputs["labels"].shape == (8, 2) and bool(same.all()) is (len(more) == 1)
+    torch.testing.assert_close(inputs["labels"].sum(1), torch.ones(8))
+    assert inputs["labels"].min() >= 0.1 - 1e-6
+    loss, outputs = run.compute_loss(run.model, dict(inputs), return_outputs=True)
+    logits, targets = outputs.logits[:, 0], inputs["labels"][:, 1]
+    parts = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    if penalty == "none":
+        expected = parts.mean()
+    else:
+        assert isinstance(run.domain_loss, domain_loss.GroupDRO)
+        means = [parts[torch.from_numpy(inputs["center"]) == center].mean() for center in (0, 3)]
+        expected = (run.domain_loss.weights * torch.stack(means)).sum()
+    torch.testing.assert_close(loss, expected)
+    assert run.model is not None
+    run.model.eval()
+    images = collate(run._training_table().__getitems__(range(8)))
+    assert torch.equal(run._prepare_inputs(images)["labels"], whole["labels"])
 
 
 def test_a_loss_that_is_checked_later_is_reported_with_its_own_batch(tmp_path: Path, source: tuple[Path, Path]) -> None:

@@ -35,7 +35,9 @@ def preview(pipeline: Pipeline, rows: datasets.Dataset, path: str | Path, count:
     if not preparation.is_none:
         columns.append([preparation(image) for image in columns[0]])
     columns = [[image / 255 for image in column] for column in columns]
-    columns += [list(pipeline.train(batch, epoch, normalize=False)) for epoch in range(epochs)]
+    for epoch in range(epochs):
+        views = pipeline.train(batch, epoch, normalize=False)
+        columns.append(list(views if pipeline.mixing.is_none else pipeline.mixed(views, batch, epoch)[0]))
     sheet(
         {
             f"{rows[row]['id']}, center {images.center_name(centers[row])}": [
