@@ -33,7 +33,7 @@ from hf_histo.data.schema import ImageTable, center_names, recorded
 from hf_histo.data.splits import few_shot, leakage
 from hf_histo.data.splits.checks import composition, shared_groups
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import calibration, pca_baseline, predictions, thresholds
+from hf_histo.evaluation import calibration, decisions, pca_baseline, predictions, thresholds
 from hf_histo.evaluation.figures import run as run_figures
 from hf_histo.evaluation.figures.embedding import features
 from hf_histo.evaluation.figures.preview import preview
@@ -390,12 +390,15 @@ def evaluate(config: Config, data: datasets.DatasetDict, task: Task, setup: Setu
         metrics["levels"] = by_level
     if config.output.robustness:
         metrics["robustness"] = _robustness(config, data, task, setup, trained.model)
+    chosen = _thresholds(tables["val"]) if task.num_outputs == 1 else {}
+    if task.num_outputs == 1:
+        metrics["decisions"] = decisions.decisions(tables, setup.sidecar.data.splits, chosen)
     for split, values in metrics["splits"].items():
         if values["constant"]:
             logger.warning("%s: %s; the model may have learned nothing", split, values["constant"])
     sidecar = dataclasses.replace(
         setup.sidecar,
-        thresholds=_thresholds(tables["val"]) if task.num_outputs == 1 else {},
+        thresholds=chosen,
         temperature=temperature.value,
     )
     return Evaluation(classifier, tables, metrics, sidecar)

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.config import OPTIONS
 from hf_histo.data.splits.checks import Composition
+from hf_histo.evaluation import decisions
 from hf_histo.evaluation.reporting import documents
 
 CARD = "README.md"
@@ -98,6 +99,7 @@ def facts(sidecar: Sidecar, metrics: Mapping[str, Any], figures: Mapping[str, Pa
         "sidecar": sidecar,
         "metrics": metrics,
         "figures": figures,
+        "decisions": decisions.in_words(metrics),
         "options": metrics["options"],
         "changed": {
             name: value

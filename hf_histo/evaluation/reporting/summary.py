@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from hf_histo.errors import HistoError
+from hf_histo.evaluation import decisions
 from hf_histo.evaluation.figures.style import COLORS, drawing
 from hf_histo.evaluation.metrics import hierarchical_metrics
 from hf_histo.evaluation.reporting import report
@@ -24,7 +25,7 @@ OVERALL = "overall"  # in place of a center: all images of a split
 
 
 def of_run(metrics: Mapping[str, Any], adapter: Path, seconds: float | None, address: str | None = None) -> str:
-    """Return a text: a short table of the evaluated splits of a run, then sizes, seconds and the folder.
+    """Return a text: a short table of the evaluated splits, the decisions in words, sizes, seconds and the folder.
 
     Args:
         metrics: content of metrics.json.
@@ -46,6 +47,7 @@ def of_run(metrics: Mapping[str, Any], adapter: Path, seconds: float | None, add
     return "\n".join(
         [
             report.table(rows),
+            *(fill(sentence, 120) for sentence in decisions.in_words(metrics)),
             *(f"{split}:\n{hierarchical_metrics.summary(of)}" for split, of in levels.items()),
             f"trainable parameters: {parameters['trainable']:,} of {parameters['total']:,} ({parameters['share']:.2%})",
             f"adapter: {size['adapter'] / 2**20:.2f} MiB, beside {size['model'] / 2**20:.2f} MiB for the whole model",
