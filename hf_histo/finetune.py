@@ -33,7 +33,7 @@ from hf_histo.data.schema import ImageTable, center_names, recorded
 from hf_histo.data.splits import few_shot, leakage
 from hf_histo.data.splits.checks import composition, shared_groups
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import calibration, decisions, pca_baseline, predictions, thresholds
+from hf_histo.evaluation import calibration, decisions, pca_baseline, predictions, probe_first, thresholds
 from hf_histo.evaluation.figures import run as run_figures
 from hf_histo.evaluation.figures.embedding import features
 from hf_histo.evaluation.figures.preview import preview
@@ -353,6 +353,8 @@ def train(
             figure=run.folder / run_folder.FIGURES / COMPONENTS,
         )
     else:
+        if config.model.probe_first and checkpoint is None:
+            _start_from_probe(config, data, setup)
         caching = feature_cache.cached_prefix(session, config.speed.cache_features, config.data.cache_dir)
         with feature_cache.folded_layers(session), caching:
             session.train(resume_from_checkpoint=checkpoint)
@@ -480,6 +482,15 @@ def _start_from_text(
     some = train.select(range(min(len(train), 64)))
     length = float(np.linalg.norm(features(model, some, Pipeline(pipeline.preprocessing)), axis=1).mean())
     heads.start_from(model, classes, length)
+
+
+def _start_from_probe(config: Config, data: datasets.DatasetDict, setup: Setup) -> None:
+    """Initialize the head with a regression on the features of `train`, and print its loss on `val`."""
+    balanced = config.training.class_balance != "none"
+    probe = probe_first.start(setup.model, data, setup.pipeline, balanced=balanced)
+    launch.show(
+        f"the classifier starts from a linear probe: loss {-probe.value:.3f} on val, C {probe.inverse_penalty:g}"
+    )
 
 
 def _thresholds(validation: Predictions) -> dict[str, float]:

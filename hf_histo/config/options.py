@@ -233,6 +233,18 @@ class ModelOptions:
         "CLIP: start the classifier from this sentence about each class, e.g. 'a slide showing a {} cell'",
         needs=GRADIENT,
     )
+    probe_first: bool = option(
+        False,
+        "start the classifier from a logistic regression on the backbone's features (LP-FT)",
+        needs={
+            "method": ("lora", "full"),
+            "head": "linear",
+            "head_on": "features",
+            "head_softmax": False,
+            "text_prompt": None,
+            "streaming": False,
+        },
+    )
     head_dropout: float = option(
         0.0, "dropout before each linear layer of the classifier, in [0, 1)", at_least=0, below=1, needs=GRADIENT
     )

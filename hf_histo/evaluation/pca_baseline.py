@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from hf_histo.evaluation.figures.embedding import embedding_map, features
@@ -47,23 +49,45 @@ def fit(
         if not split.endswith("_clean")
     }
 
-    def score(probe: pca_probe.Probe) -> float:
-        logits = found["val"] @ probe.weight.T + probe.bias
-        value = classification.of_logits(logits, data["val"]["label"], negative=negative)[metric]
-        assert value is not None
-        return -value if metric == "loss" else value
-
+    score = score_on(found["val"], data["val"]["label"], metric, negative)
     names = data["train"].features["label"].names
     labels = np.array(data["train"]["label"])
-    probe = pca_probe.fit(found["train"], labels, classes=len(names), balanced=balanced, score=score)
-    parts = heads.module_of(model).modules()  # the frozen original and the copy that is saved
-    (head,) = (part for part in parts if isinstance(part, nn.Linear) and part.weight.requires_grad)
-    with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(probe.weight))
-        head.bias.copy_(torch.from_numpy(probe.bias))
+    probe = pca_probe.fit(
+        found["train"],
+        labels,
+        classes=len(names),
+        balanced=balanced,
+        score=lambda probe: score(probe.weight, probe.bias),
+    )
+    set_head(model, probe.weight, probe.bias)
     every = [(split, [*names, "hidden"][label]) for split in found for label in data[split]["label"]]
     splits, classes = zip(*every, strict=True)
     embedding_map(
         {"frozen backbone": np.concatenate(list(found.values()))}, {"class": classes, "split": splits}, figure
     )
     return {"value": abs(probe.value), "step": None, "components": probe.components}
+
+
+def score_on(
+    features: NDArray[np.float64], labels: Sequence[int], metric: str, negative: int | None
+) -> Callable[[NDArray[np.float64], NDArray[np.float64]], float]:
+    """A score of a linear layer, by weight and bias: a metric of its logits on `features` (n, d); larger is better.
+
+    `metric` is one of `classification.of_logits`, defined for these labels; of the loss, it is the negative.
+    """
+
+    def score(weight: NDArray[np.float64], bias: NDArray[np.float64]) -> float:
+        value = classification.of_logits(features @ weight.T + bias, labels, negative=negative)[metric]
+        assert value is not None
+        return -value if metric == "loss" else value
+
+    return score
+
+
+def set_head(model: nn.Module, weight: NDArray[np.float64], bias: NDArray[np.float64]) -> None:
+    """Give the trained linear head of a model another weight and bias."""
+    parts = heads.module_of(model).modules()  # the frozen original and the copy that is saved
+    (head,) = (part for part in parts if isinstance(part, nn.Linear) and part.weight.requires_grad)
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(weight))
+        head.bias.copy_(torch.from_numpy(bias))

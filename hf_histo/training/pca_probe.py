@@ -48,9 +48,7 @@ def fit(
 
     Raises HistoError if a class has no image.
     """
-    present = np.unique(labels)
-    if len(present) < classes:
-        raise HistoError(f"training labels are {present.tolist()}, expected images of all {classes} classes; add some")
+    require_every_class(labels, classes)
     analysis = PCA(min(COMPONENTS[-1], *features.shape), random_state=0).fit(features)
     variances = analysis.explained_variance_
     real = variances > 1e-9 * variances[0]  # with few images, or copies, the last components are rounding errors
@@ -67,3 +65,10 @@ def fit(
             best = probe
     assert best is not None
     return best
+
+
+def require_every_class(labels: NDArray[Any], classes: int) -> None:
+    """Raise `HistoError` unless there are labels (n,) of all classes."""
+    present = np.unique(labels)
+    if len(present) < classes:
+        raise HistoError(f"training labels are {present.tolist()}, expected images of all {classes} classes; add some")
