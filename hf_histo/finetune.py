@@ -240,7 +240,7 @@ def check(config: Config, data: datasets.DatasetDict) -> Task:
 def _refuse_idle_in_one_center(config: Config, centers: Sequence[int]) -> None:
     """Raise `HistoError` for options that need several centers if all training images are of one center."""
     if len(centers) < 2:
-        names = ("stain_mixing", "balance_centers", "domain_loss")
+        names = ("stain_mixing", "virtual_stain", "balance_centers", "domain_loss")
         refuse(config, dict.fromkeys(names, "the training images are not of several centers"))
 
 

@@ -87,6 +87,7 @@ def check_pairs(config: Config, given: Collection[str] = ()) -> None:
         _check_streaming(config)
     _check_updates(config, given)
     _check_views(config, given)
+    _check_colors(config)
     _check_revision(config, given)
     _check_hub(config)
 
@@ -130,9 +131,19 @@ def _check_updates(config: Config, given: Collection[str]) -> None:
 
 def _check_views(config: Config, given: Collection[str]) -> None:
     views, changes = config.augmentation.training_views, config.augmentation.augmentation != "none"
-    if views and "training_views" in given and not (changes or config.centers.stain_mixing):
-        reason = "which acts only with --augmentation other than none, or with --stain_mixing"
+    colors = config.centers.stain_mixing or config.centers.virtual_stain
+    if views and "training_views" in given and not (changes or colors):
+        reason = "which acts only with --augmentation other than none, or with --stain_mixing or --virtual_stain"
         raise HistoError(f"--training_views is {views}, {reason}; leave it out")
+
+
+def _check_colors(config: Config) -> None:
+    mixed, virtual = config.centers.stain_mixing, config.centers.virtual_stain
+    if mixed + virtual > 1:
+        raise HistoError(
+            f"--stain_mixing is {mixed:g} and --virtual_stain is {virtual:g}, but a view gets one of them: expected "
+            "probabilities that sum to 1 or less; lower one"
+        )
 
 
 def _check_revision(config: Config, given: Collection[str]) -> None:

@@ -353,6 +353,13 @@ class CenterOptions:
         at_most=1,
         needs=GRADIENT | {"normalization": SET},
     )
+    virtual_stain: float = option(
+        0.0,
+        "probability of training on a virtual stain, drawn around the centers' colors (RandStainNA), in [0, 1]",
+        at_least=0,
+        at_most=1,
+        needs=GRADIENT | {"normalization": ("rgb", "reinhard")},
+    )
     pool_centers: bool = option(False, "train on all labeled centers, validate on a tenth of their groups")
     balance_centers: bool = option(False, "draw every training center equally often", needs=GRADIENT)
     domain_loss: Literal["none", "group_dro", "coral", "dann"] = option(

@@ -90,7 +90,8 @@ def _is_random(session: Trainer) -> bool:
     assert isinstance(session.train_dataset, ImageTable)
     height, width = session.train_dataset[0]["image"].shape[1:]
     pipeline = session.pipeline
-    return pipeline.augmentation != Augmentation() or pipeline.stain_mixing > 0 or height != width
+    is_recolored = pipeline.stain_mixing > 0 or pipeline.virtual_stain > 0
+    return pipeline.augmentation != Augmentation() or is_recolored or height != width
 
 
 def _views(session: Trainer) -> int | None:
@@ -154,7 +155,8 @@ def _stores(session: Trainer, cache_dir: str | None, cut: activation_cut.Cut) ->
         session.args.device.type,
         *(module.__version__ for module in (torch, timm, transformers)),
     )
-    drawn = (pipeline.augmentation, pipeline.stain_mixing, pipeline.seed) if _is_random(session) else ()
+    colors = (pipeline.stain_mixing, pipeline.virtual_stain)
+    drawn = (pipeline.augmentation, *colors, pipeline.seed) if _is_random(session) else ()
     stores = []
     for table, kind, own in ((session.train_dataset, "training", drawn), (session.eval_dataset, "evaluation", ())):
         assert isinstance(table, ImageTable)

@@ -38,6 +38,7 @@ class Pipeline:
         normalizer: color normalization by center; None keeps the stored colors.
         stain_mixing: probability in [0, 1] that the color of a training view is moved to a random mixture of the
             training centers' colors.
+        virtual_stain: probability in [0, 1] that it is moved to a virtual stain instead, drawn around these colors.
         mixing: MixUp and CutMix of training views.
         seed: seed of training views.
         test_time_views: the views of an image whose mean logit is its prediction.
@@ -47,6 +48,7 @@ class Pipeline:
     augmentation: Augmentation = PRESETS["none"]
     normalizer: CenterNormalizer | None = None
     stain_mixing: float = 0.0
+    virtual_stain: float = 0.0
     mixing: Mixing = UNMIXED
     seed: int = 0
     test_time_views: TestTimeViews = SINGLE_VIEW
@@ -71,6 +73,7 @@ class Pipeline:
             replace(declared, preparation=Preparation.of(config.preparation), **vars(reading)),
             preset(config.augmentation.augmentation),
             stain_mixing=config.centers.stain_mixing,
+            virtual_stain=config.centers.virtual_stain,
             mixing=Mixing(config.augmentation.mixup_alpha, config.augmentation.cutmix_alpha),
             seed=config.training.seed,
             test_time_views=TestTimeViews.of(config),
@@ -126,15 +129,21 @@ class Pipeline:
         return self.test_time_views(self._in_color(batch), self.preprocessing, batch["index"])
 
     def stain_targets(self, index: NDArray[np.int64], epoch: int) -> torch.Tensor | None:
-        """Color statistics (B, 12) that each training view is moved to, see `CenterNormalizer.targets`.
+        """Color statistics (B, 12) that each training view is moved to: a mixture, a virtual stain, or the reference.
 
         None if all views are moved to the reference, or color is not normalized.
         """
-        if self.normalizer is None or not self.stain_mixing:
+        if self.normalizer is None or not (self.stain_mixing or self.virtual_stain):
             return None
+        centers = len(self.normalizer.training)
         # Epochs beyond any real one give a random stream that differs from that of the augmentation.
-        draws = torch.from_numpy(uniform(self.seed, 2**32 + epoch, index, 1 + len(self.normalizer.training)))
-        return self.normalizer.targets(mixed=draws[:, 0] < self.stain_mixing, draws=draws[:, 1:])
+        draws = torch.from_numpy(uniform(self.seed, 2**32 + epoch, index, 1 + centers + 6))
+        kind, mixture, template = draws.split([1, centers, 6], dim=1)
+        targets = self.normalizer.targets(mixed=kind[:, 0] < self.stain_mixing, draws=mixture)
+        if not self.virtual_stain:
+            return targets
+        is_virtual = (kind >= self.stain_mixing) & (kind < self.stain_mixing + self.virtual_stain)
+        return torch.where(is_virtual, self.normalizer.virtual(template), targets)
 
     def back(self, view: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """Map values of an evaluation view, (image_size, image_size), back to the stored image (3, H, W): (H, W).

@@ -147,6 +147,26 @@ class CenterNormalizer:
         mixtures = (weights / weights.sum(1, keepdim=True)) @ every
         return torch.where(mixed[:, None], mixtures, torch.tensor(_flat(self.reference)))
 
+    def virtual(self, draws: torch.Tensor) -> torch.Tensor:
+        """`targets` (B, 12) of a call: virtual stains, whose channel means and deviations are each normal.
+
+        Shen et al. 2022, "RandStainNA: Learning stain-agnostic features from histology slides by bridging stain
+        augmentation and normalization", section 2.2, for "rgb" and "reinhard" (their LAB). The normal distributions are
+        fitted to the statistics of the training centers, of which there must be two or more, not to those of single
+        images as in the paper: an image is moved from the color of its center here, not from its own. They reach beyond
+        the colors of the centers, which `targets` stays within.
+
+        `draws` (B, 6) are uniform in [0, 1): for the three means, and the three deviations, which are at least
+        `MIN_STD`.
+        """
+        every = torch.tensor([_flat(self.centers[center]) for center in self.training], dtype=torch.float64)
+        every = torch.cat([every[:, :3], every[:, 3::4]], dim=1)  # means, and the diagonal of the scale
+        drawn = torch.special.ndtri(draws.double().clamp(min=2**-53)) * every.std(0) + every.mean(0)
+        targets = torch.zeros(len(draws), 12)
+        targets[:, :3] = drawn[:, :3]
+        targets[:, 3::4] = drawn[:, 3:].clamp(min=MIN_STD)
+        return targets
+
     def _of(self, centers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         missing = sorted(set(centers) - set(self.centers))
         if missing:

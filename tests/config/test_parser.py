@@ -265,6 +265,7 @@ def test_other_options_are_checked_as_on_the_command_line() -> None:
         ("--head=mlp --probe_first", "with --head linear"),
         ("--head_on=logits --probe_first", "with --head_on features"),
         ("--text_prompt=a --probe_first", "without --text_prompt"),
+        ("--normalization=macenko --virtual_stain=0.5", "with --normalization rgb or reinhard"),
         ("--ema_decay=0.9", "with --weight_averaging ema"),
         ("--weight_averaging=ema --averaging_start=0.5", "with --weight_averaging dense"),
         ("--method=pca --weight_averaging=ema", "with --method linear, lora or full"),
@@ -287,6 +288,15 @@ def test_an_option_that_can_not_act_is_refused(tmp_path: Path, given: str, neede
     message = refusal(*given.split())
     assert f"which acts only {needed}" in message
     assert message.startswith("--") and message.endswith("leave it out")
+
+
+def test_probabilities_of_colors_sum_to_one_or_less() -> None:
+    assert "--stain_mixing is 0.6 and --virtual_stain is 0.5" in refusal(
+        "--normalization=rgb", "--stain_mixing=0.6", "--virtual_stain=0.5"
+    )
+    assert (
+        parse(None, ["--normalization=rgb", "--stain_mixing=0.5", "--virtual_stain=0.5"]).centers.virtual_stain == 0.5
+    )
 
 
 def test_each_default_is_within_its_bounds_and_each_need_names_an_option() -> None:

@@ -499,6 +499,7 @@ def other_sources(source: Source) -> dict[str, list[str]]:
         ("histo_lora", ["one center", "--balance_centers"], "--balance_centers is True"),
         ("histo_lora", ["one center", "--domain_loss=coral"], "--domain_loss is 'coral'"),
         ("histo_lora", ["one center", "--normalization=rgb", "--stain_mixing=0.5"], "--stain_mixing is 0.5"),
+        ("histo_lora", ["one center", "--normalization=rgb", "--virtual_stain=0.5"], "--virtual_stain is 0.5"),
         ("histo_lora", ["no batch norm", "--batch_norm=track"], "--batch_norm is 'track'"),
         ("histo_lora", ["no batch norm", "--adapt_batch_norm"], "--adapt_batch_norm is True"),
         ("histo_lora", ["--level=1"], "--level is 1"),

@@ -392,6 +392,7 @@ def test_no_step_waits_for_the_device(
     tmp_path: Path, source: tuple[Path, Path], penalty: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--augmentation=strong", "--normalization=reinhard", "--stain_mixing=0.5", f"--domain_loss={penalty}"]
+    options += ["--virtual_stain=0.5"]
     options += ["--label_smoothing=0.1", "--mixup_alpha=0.2", "--cutmix_alpha=1"]
     run = session(tmp_path, source, "--target_modules=last-conv", *options)
     run.state.max_steps = 10

@@ -175,6 +175,21 @@ def test_stains_are_mixed_with_their_probability_and_nothing_else_moves(
         assert same == (~mixed[:24]).tolist()
 
 
+def test_a_view_gets_a_mixture_or_a_virtual_stain_or_the_reference(data: datasets.DatasetDict) -> None:
+    pipeline = Pipeline(PLAIN, stain_mixing=0.3)
+    pipeline = pipeline.fitted(pipeline.read_training(data["train"]), "reinhard")
+    assert pipeline.normalizer is not None
+    index = np.arange(2000)
+    mixtures = pipeline.stain_targets(index, 0)
+    both = replace(pipeline, virtual_stain=0.5).stain_targets(index, 0)
+    assert mixtures is not None and both is not None
+    reference = pipeline.normalizer.targets(torch.zeros(1, dtype=torch.bool), torch.zeros(1, 2))
+    mixed, virtual = (mixtures != reference).any(1), (both != mixtures).any(1)
+    assert not (mixed & virtual).any()
+    assert mixed.float().mean().item() == pytest.approx(0.3, abs=0.05)
+    assert virtual.float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
 def test_a_map_is_laid_back_where_the_head_was_cut_out() -> None:
     image = torch.zeros(3, 60, 80, dtype=torch.uint8)
     image[:, 10:40, 20:60] = 200

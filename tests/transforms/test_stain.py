@@ -69,6 +69,24 @@ def test_a_center_moved_to_itself_is_unchanged(tissue: datasets.DatasetDict, met
     torch.testing.assert_close(moved, images / 255, rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("method", ["rgb", "reinhard"])
+def test_virtual_stains_have_mean_and_spread_of_the_centers(tissue: datasets.DatasetDict, method: str) -> None:
+    normalizer = CenterNormalizer.fit(ImageTable(tissue["train"]), method)
+    draws = torch.rand(4000, 6, generator=torch.Generator().manual_seed(0))
+    found = normalizer.virtual(draws)
+    every = [normalizer.centers[center] for center in normalizer.training]
+    statistics = torch.tensor([[*one.location, *np.diag(one.scale)] for one in every], dtype=torch.float32)
+    drawn = torch.cat([found[:, :3], found[:, [3, 7, 11]]], dim=1)
+    spread = statistics.std(0)
+    assert ((drawn.mean(0) - statistics.mean(0)).abs() < 0.1 * spread).all()
+    torch.testing.assert_close(drawn.std(0), spread, rtol=0.05, atol=0)
+    assert (drawn[:, 0] > statistics[:, 0].max()).any() and (found[:, [4, 5, 6, 8, 9, 10]] == 0).all()
+    images = torch.stack([sample["image"] for sample in ImageTable(tissue["train"]).__getitems__(range(4))])
+    centers = np.array([sample["center"] for sample in ImageTable(tissue["train"]).__getitems__(range(4))])
+    moved = normalizer(images, centers, found[:4])
+    assert moved.isfinite().all() and not torch.equal(moved, normalizer(images, centers))
+
+
 def test_labels_do_not_matter(tissue: datasets.DatasetDict) -> None:
     hidden = tissue["train"].map(lambda row: {"label": -1})
     assert measure(ImageTable(hidden), "rgb") == measure(ImageTable(tissue["train"]), "rgb")
