@@ -23,13 +23,16 @@ from hf_histo.data.readers.image_rows import SUFFIXES
 from hf_histo.data.reading import Reading
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError, printable
+from hf_histo.evaluation import prediction_sets
 from hf_histo.evaluation.figures.explanation import explanations, heat_map
 from hf_histo.evaluation.figures.style import short
 from hf_histo.evaluation.forward import forward
+from hf_histo.evaluation.prediction_sets import PredictionSets
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.files import regular
-from hf_histo.hub import load
+from hf_histo.hub import fetch, load
 from hf_histo.models import adapters, backbones
+from hf_histo.training.run_folder import PREDICTIONS
 from hf_histo.transforms.augmentation import TestTimeViews
 from hf_histo.transforms.pipeline import collate
 
@@ -50,11 +53,17 @@ class Classifier:
         >>> classifier.probabilities(["a.png", "b.png"])  # a column for each class
     """
 
-    def __init__(self, model: nn.Module, sidecar: Sidecar) -> None:
+    def __init__(self, model: nn.Module, sidecar: Sidecar, folder: Path | None = None) -> None:
         self.model = model
-        self.sidecar = sidecar
-        self.sidecars = {"default": sidecar}
+        self.name = "default"  # of the adapter in use
+        self.sidecars = {self.name: sidecar}
+        self.folders = {self.name: folder}
         self._device: torch.device | None = None
+
+    @property
+    def sidecar(self) -> Sidecar:
+        """The sidecar of the adapter in use."""
+        return self.sidecars[self.name]
 
     def __repr__(self) -> str:
         known, sidecar = "".join(f", adapter {name!r}" for name in [*self.sidecars][1:]), self.sidecar
@@ -66,8 +75,9 @@ class Classifier:
         cls, source: str | Path, *, revision: str | None = None, backbone: str | None = None
     ) -> Classifier:
         """From an adapter folder or a Hub name; see `hf_histo.hub.load`."""
-        model, sidecar = load(source, revision=revision, backbone=backbone)
-        return cls(model, sidecar)
+        folder = fetch(source, revision)
+        model, sidecar = load(folder, backbone=backbone)
+        return cls(model, sidecar, folder)
 
     def load_adapter(
         self, source: str | Path, name: str, *, revision: str | None = None, backbone: str | None = None
@@ -78,7 +88,8 @@ class Classifier:
         two moved the batch-norm statistics, which are the backbone's.
         """
         # By way of a model of its own, so that an adapter passes the same checks however it comes.
-        other, sidecar = load(source, revision=revision, backbone=backbone)
+        folder = fetch(source, revision)
+        other, sidecar = load(folder, backbone=backbone)
         if not (isinstance(self.model, PeftModel) and isinstance(other, PeftModel)):
             raise HistoError(f"{source}: method full has no adapter to share a backbone; expected linear or lora")
         if difference := backbones.difference(self.sidecar.backbone.identity, sidecar.backbone.identity):
@@ -93,7 +104,7 @@ class Classifier:
             if ours != its:
                 raise HistoError(f"{source}: {what} is {its}, expected {ours}, to share a backbone")
         adapters.join(self.model, other, name)
-        self.sidecars[name] = self.sidecar = sidecar
+        self.name, self.sidecars[name], self.folders[name] = name, sidecar, folder
 
     def set_adapter(self, name: str) -> None:
         """Use the adapter of that name, "default" being the first one. Raises `HistoError` for an unknown name."""
@@ -102,7 +113,7 @@ class Classifier:
         if isinstance(self.model, PeftModel):
             self.model.set_adapter(name)
             self.model.requires_grad_(False)
-        self.sidecar = self.sidecars[name]
+        self.name = name
 
     def average(self, names: Sequence[str], name: str = "average") -> None:
         """Use the mean of loaded adapters from now on; see `hf_histo.models.adapters.average`.
@@ -119,8 +130,8 @@ class Classifier:
                 raise HistoError(f"adapters {', '.join(names)} differ in {key}; a mean needs the same")
         assert isinstance(self.model, PeftModel)
         adapters.average(self.model, names, name)
-        self.sidecar = replace(parts[0], threshold=0.5, thresholds={}, temperature=1.0)
-        self.sidecars[name] = self.sidecar
+        self.sidecars[name] = replace(parts[0], threshold=0.5, thresholds={}, temperature=1.0)
+        self.name, self.folders[name] = name, None
 
     def explain(
         self, images: Image | Sequence[Image] | datasets.Dataset, classes: Sequence[int], *, center: int | str = -1
@@ -208,6 +219,42 @@ class Classifier:
         table = self(images, center=center, batch_size=batch_size)
         calibrated = table.with_temperature(self.sidecar.temperature).class_probabilities
         return pd.DataFrame(calibrated, index=pd.Index(table["id"], name="id"), columns=self.sidecar.label_names)
+
+    def validation(self) -> Predictions:
+        """The run's predictions of `val`, which the adapter folder holds. Raises `HistoError` where it does not."""
+        folder = self.folders[self.name]
+        file = None if folder is None else folder / PREDICTIONS / "val.parquet"
+        if file is None or not file.is_file():
+            where = f"adapter {self.name!r}, which was not read from a folder," if file is None else str(folder)
+            raise HistoError(
+                f"{where} holds no {PREDICTIONS}/val.parquet, expected the run's predictions to compare with and to "
+                "calibrate prediction sets on; copy the whole folder, or for sets give --calibration"
+            )
+        return Predictions.read(file)
+
+    def prediction_sets(self, coverage: float = 0.9, *, calibration: Predictions | None = None) -> PredictionSets:
+        """A rule that gives each image a set of classes, in which its own is with a probability of `coverage`.
+
+        See `hf_histo.evaluation.prediction_sets`: `classifier.prediction_sets().apply(table)` adds the columns `set`
+        and `decision` to a table of predictions, and `every.reason` of the rule is why no set can be claimed, or None.
+
+        Args:
+            coverage: in (0, 1), for the images of each class.
+            calibration: this adapter's predictions of labeled images of the center that the sets are for, e.g.
+                `classifier("labeled.csv")`. Without it, the rule is calibrated on the predictions of `val` in the
+                adapter folder, by which the checkpoint was chosen as well, and promises nothing at other centers.
+
+        Raises `HistoError` if `coverage` is out of bounds, no image is labeled, or the folder has no predictions of
+        `val`.
+        """
+        if calibration is None:
+            calibration = self.validation()
+        if calibration.label_names != self.sidecar.label_names:
+            raise HistoError(
+                f"the predictions to calibrate on are of {calibration.label_names}, expected the classes of the "
+                f"adapter, {self.sidecar.label_names}; predict the images with it"
+            )
+        return prediction_sets.calibrate(calibration, coverage)
 
     def predict(
         self,

@@ -34,6 +34,21 @@ class PredictOptions(TableOptions, AdapterSource):
     balanced: float | None = option(
         None, "call this share of the images 1 (0.5 if none is given)", bare=0.5, needs={"threshold": None}
     )
+    coverage: float | None = option(
+        None,
+        "also a set of classes for each image, in which its own is with this probability (0.9 if none is given), and "
+        "'refer to a pathologist' where the set is not one class",
+        bare=0.9,
+        above=0,
+        below=1,
+    )
+    calibration: str | None = option(
+        None,
+        "labeled images of the center that is predicted, other ones than --data: a table or folder, 10 to 100 or more, "
+        "to calibrate the sets on (default: the adapter's val)",
+        needs={"coverage": SET},
+        is_path=True,
+    )
     test_time_views: int | None = option(None, "mean logit of 1 or 8 views of the square, or any drawn ones")
     test_time_augmentation: str | None = option(None, "square, or a preset of --augmentation to draw views from")
     adapt_batch_norm: bool | None = option(None, "take batch-norm statistics from these images", bare=True)
@@ -47,6 +62,16 @@ class PredictOptions(TableOptions, AdapterSource):
         0, "pairs of patches that each block of a vision transformer merges; measured likewise", at_least=0
     )
     cache_dir: str | None = option(None, CACHE, is_path=True)
+
+
+@dataclass(kw_only=True)
+class CoverageOptions:
+    runs: Path = required("folder of a finished leave-one-center-out", is_path=True)
+    output_dir: Path = required("folder for coverage.md and coverage.json")
+    coverage: float = option(0.9, "of the prediction sets, for the images of each class", above=0, below=1)
+    labeled: int = option(50, "images of the held-out center to calibrate on", at_least=1)
+    draws: int = option(200, "of these images, over which results are averaged", at_least=1)
+    seed: int = option(0, "of the draws", at_least=0)
 
 
 @dataclass(kw_only=True)

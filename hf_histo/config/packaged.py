@@ -21,6 +21,7 @@ COMMANDS = {
     "few-shot": ("few_shot", "methods × shots × seeds: curves and tables"),
     "cross-validate": ("cross_validate", "k folds by class and family of copies"),
     "leave-one-center-out": ("leave_one_center_out", "every center held out once: mean and worst"),
+    "coverage": ("coverage", "prediction sets at held-out centers, before and after calibration there"),
     "sweep": ("sweep", "a grid or a search over the options of a run"),
     "pareto": ("pareto", "rank × adapted layers: accuracy against trainable parameters"),
     "reproduce": ("reproduce", 'a published table in one command, "reported" beside "obtained"'),

@@ -362,7 +362,8 @@ class Predictions(pd.DataFrame):
         Columns: `ID`, the image's key; `Pred`, the class index that `predicted_classes` gives at `threshold`; `Prob`,
         the probability of class 1, or, with more than two classes, of the predicted class. `details`, which requires
         the column `calibrated`, adds `Label`, the name of class `Pred`, and `Calibrated`, the calibrated value of
-        `Prob`.
+        `Prob`. A table with prediction sets (see `hf_histo.evaluation.prediction_sets`) adds `Set`, the names of the
+        classes in it, separated by " | ", and `Decision`.
 
         Raises:
             HistoError: `threshold` is outside [0, 1], or two ids are the same after escaping.
@@ -378,6 +379,9 @@ class Predictions(pd.DataFrame):
         if details:
             names = np.array([_harmless(name) for name in self.label_names])
             columns |= {"Label": names[chosen], "Calibrated": self.by_class("calibrated")[rows, shown]}
+        if "set" in self:
+            sets = self["set"].map(" | ".join)
+            columns |= {"Set": sets.map(_harmless), "Decision": self["decision"].map(_harmless)}
         # In many locales spreadsheets separate cells by semicolons: an unquoted one would start a new cell.
         quoting: Literal[0, 2] = csv.QUOTE_NONNUMERIC if ids.str.contains(";").any() else csv.QUOTE_MINIMAL
         with atomic_file(path) as temporary:

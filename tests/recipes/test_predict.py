@@ -8,8 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from miniature import write_adapter, write_data
+from fixtures import write_challenge
+from miniature import SIZE, config, write_adapter, write_centers, write_data
 
+from hf_histo.data.protocol import prepare
+from hf_histo.evaluation.prediction_sets import REFER
+from hf_histo.finetune import run_config
 from hf_histo.inference import Classifier
 
 
@@ -94,3 +98,78 @@ def test_bad_options_are_one_line(
     shown = shown_by("predict.py", *common.split(), *options.split())
     assert shown.splitlines()[-1].startswith(f"error: {message}")
     assert not (tmp_path / "preds.csv").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The adapter of a short run, whose `val` has 7 slides with images of each class, and its data."""
+    folder = tmp_path_factory.mktemp("trained")
+    backbone, data = write_centers(folder)
+    options = config(folder / "run", backbone, data, "--method=linear", f"--cache_dir={folder / 'cache'}")
+    return run_config(options, prepare(options)).adapter, data
+
+
+def test_a_set_of_classes_or_a_referral(
+    trained: tuple[Path, Path], tmp_path: Path, shown_by: Callable[..., str]
+) -> None:
+    adapter, data = trained
+    common = f"--adapter {adapter} --data {data / 'test.h5'} --cache_dir {tmp_path / 'cache'}".split()
+    sets, withheld, calibrated = (tmp_path / f"{name}.csv" for name in ("sets", "withheld", "calibrated"))
+    shown = shown_by("predict.py", *common, "--output", str(sets), "--coverage", "0.8")
+    found = pd.read_csv(sets, keep_default_na=False)
+    assert list(found) == ["ID", "Pred", "Prob", "Set", "Decision"]
+    one = found["Set"].isin(["normal", "tumor"])
+    assert list(found["Decision"]) == list(found["Set"].where(one, REFER))
+    assert f"prediction sets at 0.8 coverage of each class: {one.sum()} of 7 images have one class" in shown
+    assert "7 images are of no center that val has enough groups of" in shown
+    classifier = Classifier.from_pretrained(adapter)
+    table = classifier.prediction_sets(0.8).apply(classifier(data / "test.h5"))
+    assert [" | ".join(names) for names in table["set"]] == list(found["Set"])
+
+    shown = shown_by("predict.py", *common, "--output", str(withheld), "--coverage")
+    assert "no prediction set is claimed, every image has all classes: a coverage of 0.9 needs 9 groups" in shown
+    found = pd.read_csv(withheld)
+    assert set(found["Set"]) == {"normal | tumor"} and set(found["Decision"]) == {REFER}
+
+    more = ["--coverage", "--calibration", str(data / "train.h5"), "--test_time_views", "8"]
+    shown = shown_by("predict.py", *common, "--output", str(calibrated), *more)
+    assert (
+        f"calibrated on {data / 'train.h5'} (groups: 12 of normal, 12 of tumor)" in shown
+        and "of no center" not in shown
+    )
+    assert set(pd.read_csv(calibrated, keep_default_na=False)["Set"]) <= {"", "normal", "tumor", "normal | tumor"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--coverage 1", "--coverage is 1.0, expected more than 0 and below 1"),
+        ("--calibration test.h5", "--calibration is 'test.h5', which acts only with --coverage"),
+        (
+            "--coverage --test_time_views 8",
+            "--test_time_views is 8, but --coverage is calibrated on predictions of val",
+        ),
+        ("--coverage --calibration DATA", "--calibration DATA: has the splits train, val, test, expected one"),
+        ("--coverage --calibration HIDDEN", "--calibration HIDDEN: no label is known"),
+    ],
+)
+def test_sets_that_can_not_be_calibrated(
+    trained: tuple[Path, Path], tmp_path: Path, shown_by: Callable[..., str], options: str, message: str
+) -> None:
+    adapter, data = trained
+    write_challenge(tmp_path / "hidden", counts={"test": 4}, size=SIZE)
+    places = {"DATA": str(data), "HIDDEN": str(tmp_path / "hidden" / "test.h5")}
+    for name, place in places.items():
+        options, message = options.replace(name, place), message.replace(name, place)
+    common = f"--adapter {adapter} --data {data / 'test.h5'} --cache_dir {tmp_path} --output {tmp_path / 'p.csv'}"
+    shown = shown_by("predict.py", *common.split(), *options.split())
+    assert shown.splitlines()[-1].startswith(f"error: {message}")
+    assert not (tmp_path / "p.csv").exists()
+
+
+def test_an_adapter_without_predictions_of_val(backbone: Path, tmp_path: Path, shown_by: Callable[..., str]) -> None:
+    file = write_data(tmp_path / "data") / "test.h5"
+    adapter = write_adapter(tmp_path / "adapter", backbone)
+    common = f"--adapter {adapter} --data {file} --cache_dir {tmp_path / 'cache'} --output {tmp_path / 'p.csv'}"
+    shown = shown_by("predict.py", *common.split(), "--coverage")
+    assert shown.splitlines()[-1].startswith(f"error: {adapter} holds no predictions/val.parquet")

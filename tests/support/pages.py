@@ -291,7 +291,9 @@ BACKBONES = {
 }
 
 
-def write_table(path: Path, columns: dict[str, str], separator: str = ",") -> None:
+def write_table(
+    path: Path, columns: dict[str, str], separator: str = ",", classes: tuple[str, str] = ("no_tumor", "tumor")
+) -> None:
     """A table of 48 images, whose `columns` are named by what they are: path, label, center, split, group."""
     folder, rows = path.with_suffix(""), []
     folder.mkdir(exist_ok=True)
@@ -300,7 +302,7 @@ def write_table(path: Path, columns: dict[str, str], separator: str = ",") -> No
         PIL.Image.fromarray(image // (1 + 2 * (number % 2))).save(folder / f"{number}.png")
         row = {
             "path": f"{folder.name}/{number}.png",
-            "label": ("no_tumor", "tumor")[number % 2],
+            "label": classes[number % 2],
             "center": ("Leipzig", "Halle", "Jena")[number // 2 % 3],
             "split": ("train", "train", "val", "test")[number // 6 % 4],
             "group": f"P{number // 2}",
@@ -325,6 +327,9 @@ FILES: dict[str, Callable[[Path], None]] = {
     "new.csv": lambda path: write_table(path, {"path": "path"}),
     "patches.csv": lambda path: write_table(
         path, {"path": "path", "label": "diagnosis", "center": "hospital", "group": "slide"}
+    ),
+    "few.csv": lambda path: write_table(
+        path, {"path": "path", "label": "label", "group": "slide"}, classes=("normal", "tumor")
     ),
     "slices.csv": lambda path: write_table(
         path, {"path": "path", "label": "class", "split": "split", "group": "patient"}, ";"
