@@ -99,7 +99,8 @@ def facts(sidecar: Sidecar, metrics: Mapping[str, Any], figures: Mapping[str, Pa
         "sidecar": sidecar,
         "metrics": metrics,
         "figures": figures,
-        "decisions": decisions.in_words(metrics),
+        "decisions": decisions.rows(metrics),
+        "advice": decisions.advice(metrics),
         "options": metrics["options"],
         "changed": {
             name: value

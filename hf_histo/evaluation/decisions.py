@@ -77,7 +77,27 @@ def in_words(metrics: Mapping[str, Any]) -> list[str]:
             for name, at in of["thresholds"].items()
         ]
         sentences.append(f"{marked(split, metrics['splits'][split])}{_where(of)}: {'; '.join(parts)}.")
-    return [*sentences, " ".join(_advice(found))]
+    return [*sentences, advice(metrics)]
+
+
+def rows(metrics: Mapping[str, Any]) -> list[list[object]]:
+    """The "decisions" in metrics.json as a header and a row for each split and threshold; none as for `in_words`."""
+    if "decisions" not in metrics:
+        return []
+    found = metrics["decisions"]
+    negative, positive = found["classes"]
+    table: list[list[object]] = [["", "threshold", f"{negative} called {positive}", f"{positive} missed"]]
+    for split, of in found["splits"].items():
+        name = marked(split, metrics["splits"][split]) + _where(of)
+        for threshold, at in of["thresholds"].items():
+            wrong = [_of(count, images) for count, images in zip(at["wrong"], of["images"], strict=True)]
+            table.append([name, f"{at['value']:.3g}, {ABOUT[threshold]}", *wrong])
+    return table
+
+
+def advice(metrics: Mapping[str, Any]) -> str:
+    """Which threshold to use at a new center, and why; "" as for `in_words`."""
+    return " ".join(_advice(metrics["decisions"])) if "decisions" in metrics else ""
 
 
 def _of(wrong: int, images: int) -> str:

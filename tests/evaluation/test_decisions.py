@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hf_histo.data.splits.checks import Composition
-from hf_histo.evaluation.decisions import decisions, in_words
+from hf_histo.evaluation.decisions import advice, decisions, in_words, rows
 from hf_histo.evaluation.predictions import Predictions
 
 
@@ -56,13 +56,23 @@ def test_in_words() -> None:
         "0 of 2 (0%) tumor are missed."
     )
     assert test.endswith(
-        "at 0.65 (half are called so: --balanced, transductive), 1 of 3 (33%) normal are called tumor, and 1 of 1 (100%) tumor are missed."
+        "at 0.65 (half are called so: --balanced, transductive), 1 of 3 (33%) normal are called tumor, and 1 of 1 "
+        "(100%) tumor are missed."
     )
     assert test.startswith("test (center 0, 2; 2 not in train): at 0.5 (the default), 2 of 3 (67%) normal are called")
     assert advice.startswith("Threshold at a new center: 0.65, which has the best balanced accuracy on val, whose")
     assert advice.endswith(
         "If the share of tumor there is known, `hf_histo predict --balanced SHARE` finds it (transductive)."
     )
+
+
+def test_as_a_table() -> None:
+    splits = {"train": composition("0"), "val": composition("1")}
+    metrics = {"decisions": decisions({"val": VAL}, splits, {}), "splits": {"val": {"transductive": []}}}
+    assert rows(metrics) == [
+        ["", "threshold", "normal called tumor", "tumor missed"],
+        ["val (center 1; not in train)", "0.5, the default", "1 of 2 (50%)", "0 of 2 (0%)"],
+    ]
 
 
 def test_the_threshold_is_recommended_where_val_is_of_new_centers_alone() -> None:
@@ -77,4 +87,5 @@ def test_splits_without_labels_and_earlier_runs() -> None:
     hidden = table([-1, -1], [0.2, 0.4], 2)
     splits = {"train": composition("0"), "val": composition("1"), "test": composition("2")}
     assert len(words(splits, {}, val=VAL, test=hidden)) == 2
-    assert in_words({"splits": {}}) == []
+    earlier: dict[str, Any] = {"splits": {}}
+    assert (in_words(earlier), rows(earlier), advice(earlier)) == ([], [], "")
