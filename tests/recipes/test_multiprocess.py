@@ -26,7 +26,8 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "histo_lora.py"
 COUNTS = {"train": 24, "val": 37, "test": 11}
 # SGD, whose step is the gradient itself: Adam would hide a wrong scale and blow up rounding.
 OPTIONS = f"""--image_size={SIZE} --resize_size={SIZE} --num_train_epochs=2 --optimizer=sgd --learning_rate=0.05
-    --per_device_eval_batch_size=4 --target_modules=last-conv --logging_steps=1 --domain_loss=dann""".split()
+    --per_device_eval_batch_size=4 --target_modules=last-conv --logging_steps=1 --domain_loss=dann
+    --weight_averaging=ema --label_smoothing=0.1 --probe_first""".split()
 
 
 def launch(processes: int, arguments: Sequence[str], script: Path = RECIPE) -> subprocess.Popen[str]:
