@@ -195,6 +195,22 @@ def reasons(node: ast.expr, named: Mapping[str, ast.expr]) -> Iterator[tuple[str
             yield from ((str(name.value), str(text.value)) for name in names.elts if isinstance(name, ast.Constant))
 
 
+def peft_methods() -> str:
+    """The methods of `--adapter`: layers, own options, source."""
+    from hf_histo.models.peft_methods import METHODS
+
+    rows = [
+        [
+            f"`{name}`",
+            method.title,
+            ", ".join(f"{kind}s" for kind in method.kinds),
+            ", ".join(f"`--{option}`" for option in method.settings) or "none",
+        ]
+        for name, method in METHODS.items()
+    ]
+    return table(["`--adapter`", "method", "layers", "its options"], rows)
+
+
 def configs() -> str:
     """The packaged configs by name, with the first sentence of the comment in each."""
     folder, rows = recipes() / "configs", []
@@ -350,7 +366,9 @@ def docstring_of(module: str) -> Callable[[], str]:
 
 GENERATED: Mapping[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (*(options, commands, configs, layouts, augmentations, target_modules, foundation_models, sidecar),)
+    for function in (
+        *(options, commands, configs, layouts, augmentations, target_modules, peft_methods, foundation_models, sidecar),
+    )
 } | {
     "predictions": docstring_of("hf_histo.evaluation.predictions"),
     "intervals": docstring_of("hf_histo.evaluation.metrics.intervals"),

@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
@@ -53,6 +54,7 @@ from hf_histo.transforms.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 
+UPDATE_SCALES = tuple(step / 10 for step in range(11))
 COMPONENTS, EXPLANATIONS = "components.png", "explanations.png"
 
 
@@ -260,6 +262,7 @@ def build(config: Config, data: datasets.DatasetDict, task: Task) -> Setup:
         pipeline = pipeline.fitted(train, config.centers.normalization)
     sidecar = Sidecar(
         method=config.adapter.method,
+        adapter=config.adapter.adapter,
         label_names=task.label_names,
         num_outputs=task.num_outputs,
         backbone=BackboneRecord(
@@ -363,8 +366,9 @@ def train(
 
 
 def evaluate(config: Config, data: datasets.DatasetDict, task: Task, setup: Setup, trained: Trained) -> Evaluation:
-    """Predict all splits except `train`, calibrate on `val`, and compute metrics."""
+    """Scale the update as the options say, predict all splits except `train`, calibrate on `val`, compute metrics."""
     classifier = Classifier(trained.model, setup.sidecar)
+    scaling = _scale_update(config, data["val"], task, classifier)
     tables = {
         split: classifier.predict(
             rows,
@@ -392,9 +396,11 @@ def evaluate(config: Config, data: datasets.DatasetDict, task: Task, setup: Setu
         metrics["levels"] = by_level
     if config.output.robustness:
         metrics["robustness"] = _robustness(config, data, task, setup, trained.model)
-    chosen = _thresholds(tables["val"]) if task.num_outputs == 1 else {}
+    chosen = thresholds.named(tables["val"]) if task.num_outputs == 1 else {}
     if task.num_outputs == 1:
         metrics["decisions"] = decisions.decisions(tables, setup.sidecar.data.splits, chosen)
+    if scaling:
+        metrics["update_scale"] = scaling
     for split, values in metrics["splits"].items():
         if values["constant"]:
             logger.warning("%s: %s; the model may have learned nothing", split, values["constant"])
@@ -402,6 +408,7 @@ def evaluate(config: Config, data: datasets.DatasetDict, task: Task, setup: Setu
         setup.sidecar,
         thresholds=chosen,
         temperature=temperature.value,
+        update_scale=scaling["value"] if scaling else 1.0,
     )
     return Evaluation(classifier, tables, metrics, sidecar)
 
@@ -421,6 +428,39 @@ def _robustness(
         "after": features(model, rows, setup.sidecar.pipeline.single_view),
     }
     return {"splits": splits, **{when: robustness.robustness(rows, table) for when, rows in found.items()}}
+
+
+def _scale_update(
+    config: Config, validation: datasets.Dataset, task: Task, classifier: Classifier
+) -> dict[str, Any] | None:
+    """Multiply the trained update by `--update_scale`, in place; for "auto", by the best of `UPDATE_SCALES` on `val`.
+
+    Returns what metrics.json records: "value"; for "auto" also "split", "metric" and its "values" by scale. Of scales
+    that are equally good, the largest is taken. None if the update stays as it is.
+    """
+    wanted = config.adapter.update_scale
+    if wanted != "auto" and float(wanted) == 1:
+        return None
+    model = classifier.model
+    assert isinstance(model, PeftModel)
+    if wanted != "auto":
+        adapters.scale_update(model, float(wanted))
+        return {"value": float(wanted)}
+    trained, name = adapters.update_factors(model), config.training.metric_for_best_model
+    found: dict[float, float] = {}
+    for scale in UPDATE_SCALES:
+        adapters.scale_update(model, scale, trained)
+        table = classifier.predict(
+            validation,
+            batch_size=config.training.per_device_eval_batch_size,
+            num_workers=config.data.num_workers,
+            description=f"Predicting val, update times {scale:g}",
+        )
+        found[scale] = float(classification.compute(table, negative=task.negative)[name] or 0.0)
+    sign = -1 if name == "loss" else 1
+    best = max(found, key=lambda scale: (sign * found[scale], scale))
+    adapters.scale_update(model, best, trained)
+    return {"value": best, "split": "val", "metric": name, "values": {f"{s:g}": of for s, of in found.items()}}
 
 
 def write(
@@ -491,12 +531,6 @@ def _start_from_probe(config: Config, data: datasets.DatasetDict, setup: Setup) 
     launch.show(
         f"the classifier starts from a linear probe: loss {-probe.value:.3f} on val, C {probe.inverse_penalty:g}"
     )
-
-
-def _thresholds(validation: Predictions) -> dict[str, float]:
-    """Named thresholds for new images, chosen on labeled images only."""
-    labels = validation["label"]
-    return {"validation": thresholds.choose(validation).value} if labels[labels >= 0].nunique() > 1 else {}
 
 
 def _cost(trained: Trained, seconds: float) -> dict[str, Any]:

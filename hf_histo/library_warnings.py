@@ -17,6 +17,9 @@ WARNED: dict[type[Warning], tuple[str, ...]] = {
     ),
     UserWarning: (
         "LoRA adapter added to ConvNd layer with groups",  # peft; merging such layers is refused with the reason
+        "Failed to load the CUDA extension",  # peft's BOFT, which computes the same without it
+        "Setting boft_n_butterfly_factor to 1 to speed up",
+        "Unsupported layer type",  # peft, of any norm with --adapter ln_tuning
         "Attempting to set identical low and high [xy]lims",  # matplotlib; a curve of one point
     ),
 }

@@ -519,7 +519,7 @@ def test_adapters_that_can_not_be_combined(run: Path, tmp_path: Path) -> None:
     with pytest.raises(HistoError, match="without dots"):
         classifier.load_adapter(first, "a.b")
     dora = write_adapter(
-        tmp_path / "dora", run / "backbone", lora=AdapterOptions(target_modules="last-conv", use_dora=True)
+        tmp_path / "dora", run / "backbone", lora=AdapterOptions(target_modules="last-conv", adapter="dora")
     )
     classifier.load_adapter(dora, "dora")
     with pytest.raises(HistoError, match="DoRA"):

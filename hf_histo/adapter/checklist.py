@@ -77,7 +77,7 @@ def items(facts: Mapping[str, Any], errors: Mapping[str, list[list[object]]]) ->
         f"; {data.description}" if data.description else ""
     )
     model = (
-        f"{sidecar.method} adaptation of {facts['backbone']} (weights {sidecar.backbone.fingerprint}"
+        f"{sidecar.trained} adaptation of {facts['backbone']} (weights {sidecar.backbone.fingerprint}"
         + (f", revision {sidecar.backbone.revision}" if sidecar.backbone.revision else "")
         + f"); classifier: {sidecar.head}; {metrics['parameters']['trainable']:,} of "
         f"{metrics['parameters']['total']:,} parameters trained; input: RGB, {size.image_size} × {size.image_size} "

@@ -23,6 +23,7 @@ from hf_histo.models import adapters, backbones
 from hf_histo.training.run_folder import FIGURES, PREDICTIONS
 
 METRICS = "metrics.json"
+ENSEMBLE = "ensemble.json"  # in a folder of several adapters, see `hf_histo.adapter.ensemble`
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # peft's files; a "full" run has MODEL instead
 MODEL = ("config.json", "model.safetensors")
 # The files that this package writes into an adapter folder. Other files in it are neither read nor uploaded.
@@ -93,17 +94,18 @@ def save(
             shutil.rmtree(folder)
 
 
-def files_of(folder: Path) -> dict[str, Path]:
-    """The files in an adapter folder that this package writes (`FILES`), by relative name.
+def files_of(folder: Path, patterns: Iterable[str] = FILES) -> dict[str, Path]:
+    """The files in an adapter folder that this package writes (`patterns`), by relative name.
 
     Raises `HistoError` for one that is not a regular file in the folder, such as a pipe, a device or a link to another
     place; links within the Hub's cache are allowed.
     """
-    roots = [folder.resolve()]
-    if roots[0].is_relative_to(Path(constants.HF_HUB_CACHE).resolve()):
-        roots.append(roots[0].parents[1] / "blobs")  # where the links of a snapshot in the Hub's cache lead
+    roots, cache = [folder.resolve()], Path(constants.HF_HUB_CACHE).resolve()
+    if roots[0].is_relative_to(cache) and roots[0] != cache:
+        # Where the links of a snapshot in the Hub's cache lead.
+        roots.append(cache / roots[0].relative_to(cache).parts[0] / "blobs")
     found = {}
-    for path in sorted(path for pattern in FILES for path in folder.glob(pattern)):
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         if not any(path.resolve().is_relative_to(root) for root in roots):
             raise HistoError(f"{path}: is a link to a file outside the folder, expected a file; put the file there")
         if not path.is_file():
@@ -121,6 +123,11 @@ def verify(folder: Path) -> Sidecar:
     Raises `HistoError` for a file that is missing, damaged, from another run, or outside the folder.
     """
     files = files_of(folder)
+    if (folder / ENSEMBLE).is_file():
+        raise HistoError(
+            f"{folder}: is an ensemble of several adapters, expected one; give one of its members, e.g. "
+            f"{folder / 'members' / '0'}"
+        )
     if SIDECAR not in files:
         raise HistoError(f"{folder}: holds no {SIDECAR}; expected the adapter folder of a finished run")
     if CHECKSUMS in files:
@@ -188,9 +195,9 @@ def load(folder: Path, *, backbone: str | None = None) -> tuple[nn.Module, Sidec
 
 
 def start_from(model: nn.Module, folder: Path, sidecar: Sidecar) -> None:
-    """Load the LoRA weights of an adapter folder, without its head, into a model that is about to be trained.
+    """Load an adapter folder, without its head, into a model that is about to be trained.
 
-    Raises `HistoError` unless the adapter has LoRA on the same layers of the same backbone, with the same ranks.
+    Raises `HistoError` unless the adapter is of the same method on the same layers of the same backbone and ranks.
     """
     given = verify(folder)
     if difference := backbones.difference(given.backbone.identity, sidecar.backbone.identity):

@@ -41,7 +41,7 @@ def card(
         pipeline_tag="image-classification",
         base_model=None if Path(name).is_absolute() or name == "builtin" else name,
         license=metrics["options"]["hub_license"],
-        tags=["hf_histo", "medical", sidecar.method],
+        tags=["hf_histo", "medical", sidecar.trained],
         model_name=known["title"],
         eval_results=[
             EvalResult(

@@ -27,6 +27,11 @@ SIDECAR = "hf_histo.json"
 PACKAGES = ("hf_histo", "torch", "transformers", "peft", "timm", "datasets", "accelerate")
 
 
+def versions() -> dict[str, str]:
+    """The versions of `PACKAGES`."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
 def _distinct(names: list[str]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError("expected names that differ")
@@ -105,6 +110,7 @@ class Sidecar:
 
     Attributes:
         method: "linear", "lora", "pca" or "full"; a "full" folder holds the whole model, not an adapter.
+        adapter: method of peft of a "lora" run; of a folder of an older version, "lora", also where it is DoRA.
         label_names: class names in the order of their indices.
         num_outputs: number of logits; a binary task has 1, that of the second class.
         backbone: the backbone of the adapter.
@@ -119,6 +125,8 @@ class Sidecar:
         thresholds: alternatives by name, for a binary task: "validation" (best balanced accuracy on that split).
         temperature: number that logits are divided by for calibrated probabilities, fitted on the validation split (by
             which the checkpoint was chosen as well); 1 without calibration.
+        update_scale: number in [0, 1] by which the trained update was multiplied (`--update_scale`); the saved weights
+            are after it.
         head: configuration of the classifier.
         bare: whether transformers and peft can load it without this package; False if this package split an attention
             layer or built a CLIP model.
@@ -135,6 +143,8 @@ class Sidecar:
     batch_norm: Annotated[str, Field(pattern="^(frozen|track)$")]
     preprocessing: Annotated[Preprocessing, AfterValidator(_croppable)]
     data: DataRecord
+    adapter: Annotated[str, Field(pattern="^[a-z0-9_]{1,20}$")] = "lora"
+    update_scale: Probability = 1.0
     head: heads.HeadConfig = dataclasses.field(default_factory=heads.HeadConfig)
     bare: bool = True
     normalizer: CenterNormalizer | None = None
@@ -145,9 +155,12 @@ class Sidecar:
     threshold: Probability = 0.5
     thresholds: dict[str, Probability] = dataclasses.field(default_factory=dict)
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    versions: dict[str, str] = dataclasses.field(
-        default_factory=lambda: {name: importlib.metadata.version(name) for name in PACKAGES}
-    )
+    versions: dict[str, str] = dataclasses.field(default_factory=lambda: versions())
+
+    @property
+    def trained(self) -> str:
+        """What was trained, for titles: the method, and for an adapter that of peft."""
+        return self.adapter if self.method == "lora" else self.method
 
     @property
     def pipeline(self) -> Pipeline:

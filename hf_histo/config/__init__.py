@@ -25,6 +25,7 @@ from hf_histo.config.options import (
     TableOptions,
     TrainingOptions,
     columns_of,
+    current,
     option,
     with_role,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "TableOptions",
     "TrainingOptions",
     "columns_of",
+    "current",
     "effective",
     "option",
     "parse",

@@ -75,10 +75,14 @@ def needed(other: str, wanted: Any, default: Any = None) -> str:
     if wanted == SET:
         return f"with --{other}" + (f" other than {default}" if default is not None else "")
     if isinstance(wanted, Except):
-        return f"with --{other} other than {' or '.join(wanted.values)}"
+        return f"with --{other} other than {_listed(wanted.values)}"
     if isinstance(wanted, tuple):
-        return f"with --{other} {', '.join(wanted[:-1])} or {wanted[-1]}"
+        return f"with --{other} {_listed(wanted)}"
     return f"with --{other}" if wanted is True else f"with --{other} {wanted}"
+
+
+def _listed(values: tuple[str, ...]) -> str:
+    return " or ".join(filter(None, [", ".join(values[:-1]), values[-1]]))
 
 
 def check_pairs(config: Config, given: Collection[str] = ()) -> None:
@@ -90,6 +94,21 @@ def check_pairs(config: Config, given: Collection[str] = ()) -> None:
     _check_colors(config)
     _check_revision(config, given)
     _check_hub(config)
+    _check_update_scale(config.adapter.update_scale)
+    if config.adapter.name == "ln_tuning" and config.model.batch_norm == "track":
+        raise HistoError(
+            "--batch_norm is track with --adapter ln_tuning, which trains scale and shift of the norms and saves their "
+            "statistics as they were; leave it out"
+        )
+
+
+def _check_update_scale(text: str) -> None:
+    try:
+        fits = text == "auto" or 0 <= float(text) <= 1
+    except ValueError:
+        fits = False
+    if not fits:
+        raise HistoError(f"--update_scale is {text!r}, expected auto or a number from 0 to 1")
 
 
 def require_data(data: str) -> None:

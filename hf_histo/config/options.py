@@ -13,6 +13,33 @@ from hf_histo.errors import HistoError
 from hf_histo.files import require_output
 
 Method = Literal["linear", "lora", "full", "pca"]
+AdapterName = Literal[
+    "lora",
+    "dora",
+    "loha",
+    "lokr",
+    "hira",
+    "hra",
+    "boft",
+    "oft",
+    "ia3",
+    "ln_tuning",
+    "beft",
+    "vera",
+    "vblora",
+    "fourierft",
+    "waveft",
+    "c3a",
+    "road",
+    "miss",
+    "delora",
+    "gralora",
+    "glora",
+    "deft",
+    "peanut",
+    "tinylora",
+    "unilora",
+]
 BatchNorm = Literal["frozen", "track"]
 Fit = Literal["crop", "squash", "pad"]
 Contrast = Literal["none", "clahe", "stretch"]
@@ -33,6 +60,8 @@ class Except:
 
 SET = "set"  # in `needs`: anything but the default
 LORA = {"method": "lora"}
+# Of the methods of peft (`hf_histo.models.peft_methods`), those that an option acts with.
+PLAIN_OR_DORA = LORA | {"adapter": ("lora", "dora")}
 GRADIENT = {"method": ("linear", "lora", "full")}  # training in steps, which pca has none of
 PUSHED = {"push_to_hub": True}
 WARMED_UP = {"lr_scheduler_type": Except(("constant", "reduce_lr_on_plateau"))}  # transformers starts these at once
@@ -273,31 +302,79 @@ class AdapterOptions:
         details="the classifier, LoRA as well, or all; pca: logistic regression on principal components",
         common=True,
     )
+    adapter: AdapterName = option("lora", "method of peft", needs=LORA)
     target_modules: str | None = option(
         None,
-        "layers with LoRA (default: by architecture)",
+        "layers with the adapter (default: by architecture)",
         details="a preset or regex",
-        needs=LORA,
+        needs=LORA | {"adapter": Except(("ln_tuning",))},
         common=True,
     )
     lora_blocks: Literal["all", "bottom", "mid", "up", "half-bottom", "half-up", "top3"] = option(
-        "all", "transformer blocks with LoRA: a third, a half, or the last three", needs=LORA
+        "all",
+        "transformer blocks with the adapter: a third, a half, or the last three",
+        needs=LORA | {"adapter": Except(("ln_tuning",))},
     )
-    lora_rank: int = option(8, "rank of the update", above=0, needs=LORA, common=True)
+    lora_rank: int = option(
+        8,
+        "rank of the update",
+        above=0,
+        needs=LORA
+        | {"adapter": Except(("boft", "oft", "ia3", "ln_tuning", "beft", "fourierft", "waveft", "c3a", "road"))},
+        common=True,
+    )
     lora_alpha: float = option(
-        16.0, "scale of the update: alpha / rank, or alpha / sqrt(rank) with rsLoRA", above=0, needs=LORA
+        16.0,
+        "scale of the update: alpha / rank, or alpha / sqrt(rank) with rsLoRA",
+        above=0,
+        needs=LORA | {"adapter": ("lora", "dora", "loha", "lokr", "gralora")},
     )
-    lora_dropout: float = option(0.0, "dropout on the input of the update, in [0, 1)", at_least=0, below=1, needs=LORA)
-    use_rslora: bool = option(False, "rank-stabilized scale", needs=LORA)
-    use_dora: bool = option(False, "weight-decomposed update", needs=LORA)
+    lora_dropout: float = option(
+        0.0,
+        "dropout on the input of the update, in [0, 1)",
+        at_least=0,
+        below=1,
+        needs=LORA | {"adapter": ("lora", "dora", "hira", "vera", "vblora", "gralora", "unilora")},
+    )
+    use_rslora: bool = option(False, "rank-stabilized scale", needs=PLAIN_OR_DORA)
+    block_size: int = option(
+        4,
+        "rows and columns of each block of the update; it must divide a layer's size",
+        above=0,
+        needs=LORA | {"adapter": ("boft", "oft", "c3a", "road")},
+    )
+    num_frequencies: int = option(
+        1000, "trained coefficients of each layer", above=0, needs=LORA | {"adapter": ("fourierft", "waveft")}
+    )
+    update_scale: str = option(
+        "1",
+        "number in [0, 1] by which the trained update is multiplied, or auto: the best of 0, 0.1, ..., 1 on val",
+        needs=LORA
+        | {
+            "adapter": (
+                *("lora", "loha", "lokr", "hira", "beft", "vera", "fourierft", "waveft", "c3a", "miss", "delora"),
+                "gralora",
+            ),
+            "batch_norm": "frozen",
+            "init_lora_weights": ("default", "gaussian"),  # the others take a part out of the backbone's weights
+        },
+    )
     init_adapter: str | None = option(
-        None, "adapter of another data set whose LoRA weights to start from: folder or Hub", needs=LORA, is_path=True
+        None,
+        "adapter of another data set whose weights, but the head's, to start from: folder or Hub",
+        needs=LORA,
+        is_path=True,
     )
     init_lora_weights: str = option(
         "default",
         "initializer: default (A Kaiming, B zero), gaussian, pissa, ...",
-        needs=LORA | {"init_adapter": None},
+        needs=PLAIN_OR_DORA | {"init_adapter": None},
     )
+
+    @property
+    def name(self) -> str:
+        """What is trained, for titles: the method, and for an adapter that of peft."""
+        return self.adapter if self.method == "lora" else self.method
 
 
 @dataclass
@@ -419,7 +496,10 @@ class TrainingOptions:
     )
     learning_rate: float = option(1e-3, "initial learning rate", above=0, needs=GRADIENT, common=True)
     lora_plus_ratio: float = option(
-        1.0, "learning rate of the matrices B over that of A and of the classifier (LoRA+)", at_least=1, needs=LORA
+        1.0,
+        "learning rate of the matrices B over that of A and of the classifier (LoRA+)",
+        at_least=1,
+        needs=PLAIN_OR_DORA,
     )
     weight_decay: float = option(1e-4, "weight decay", at_least=0, needs=GRADIENT)
     lr_scheduler_type: str = option(
@@ -594,7 +674,7 @@ class Config:
 
     def title(self) -> str:
         """The run in one line: method, backbone, data and seed."""
-        return f"{self.adapter.method}: {self.model.backbone} on {self.data.data}, seed {self.training.seed}"
+        return f"{self.adapter.name}: {self.model.backbone} on {self.data.data}, seed {self.training.seed}"
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Config:
@@ -654,6 +734,14 @@ RULES: Mapping[str, Rule] = {name: rule_of(option) for name, option in OPTIONS.i
 def with_role(*roles: Role) -> frozenset[str]:
     """The names of the options with one of these roles."""
     return frozenset(name for name, rule in RULES.items() if rule.role in roles)
+
+
+def current(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by name, of this version or an earlier one, by the names of today."""
+    values = dict(values)
+    if values.pop("use_dora", False) in (True, "true", "True"):
+        values["adapter"] = "dora"
+    return values
 
 
 # Runs that differ in these alone have the same result.

@@ -20,7 +20,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_histo.config.checks import check_bounds, check_pairs, effective, ineffective, needed, require_data
-from hf_histo.config.options import OPTIONS, RULES, Config, rule_of
+from hf_histo.config.options import OPTIONS, RULES, Config, current, rule_of
 from hf_histo.config.packaged import PROGRAM, as_commands, config_file
 from hf_histo.errors import HistoError, did_you_mean, idle_option
 from hf_histo.files import read_text
@@ -343,7 +343,7 @@ def _yaml_arguments(file: str) -> list[str]:
 def _as_arguments(values: Mapping[Any, Any], where: str) -> list[str]:
     """Options by name as a command line; `where` starts the message of a `HistoError`."""
     arguments = []
-    for key, value in values.items():
+    for key, value in current(values).items():
         if key not in OPTIONS:
             raise HistoError(where + _unknown("key" if where else "option", str(key), list(OPTIONS)))
         if value is None:

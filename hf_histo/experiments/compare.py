@@ -11,6 +11,7 @@ import datasets
 import yaml
 
 from hf_histo import launch
+from hf_histo.adapter import folder as adapter_folder
 from hf_histo.config import Config, PredictionOptions, parse, parse_each
 from hf_histo.config.experiments import REPORTED, CompareOptions
 from hf_histo.config.packaged import config_files
@@ -18,12 +19,13 @@ from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import arranged, refuse
 from hf_histo.data.splits import folds
 from hf_histo.errors import HistoError
-from hf_histo.evaluation import thresholds
+from hf_histo.evaluation import calibration, thresholds
 from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting.report import marked, table
 from hf_histo.evaluation.reporting.summary import METRICS, Spread, bar_chart, best, held_out, spread
 from hf_histo.experiments import grid
+from hf_histo.files import read_json
 from hf_histo.inference import Classifier
 from hf_histo.training import run_folder
 from hf_histo.transforms.augmentation import TestTimeViews
@@ -71,6 +73,8 @@ class Run:
         return grid.center_folder(row, self.data, self.center, self.seed)
 
 
+ECE = "ece"
+WORST_CENTER = "worst_center"  # its accuracy, of the centers of a split
 # Values of a row by split or held-out center, then metric, then seed.
 Values = dict[str, dict[str, dict[int, float | None]]]
 
@@ -111,7 +115,8 @@ def compare(base: Config, options: CompareOptions) -> None:
 
     results = {stem: summed_up(values[stem], options.protocol) for stem in rows}
     source = f"{shared.data} (content fingerprint {fingerprint(data)})"
-    text = markdown(rows, results, source, options)
+    costs = {stem: cost(stem, rows, runs[stem], folder) for stem in rows}
+    text = markdown(rows, results, costs, source, options)
     chosen = None
     if options.select:
         by_row = {stem: found[f"held-out centers, {options.select}"]["accuracy"] for stem, found in results.items()}
@@ -131,6 +136,7 @@ def compare(base: Config, options: CompareOptions) -> None:
             "options": row.config.flat(),
             "results": {s: {m: asdict(x) for m, x in found.items()} for s, found in results[stem].items()},
             "values": values[stem],
+            "cost": asdict(costs[stem]),
         }
         for stem, row in rows.items()
     }
@@ -237,9 +243,31 @@ def measure(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) 
             found = classification.compute(table, threshold=threshold)
             if found["n"]:
                 name = title(split, table) if run.center is None else next(iter(table.known_centers))
-                for metric in METRICS:
+                found[ECE] = calibration.expected_calibration_error(table)
+                by_center = [
+                    classification.compute(of_center, threshold=threshold)["accuracy"]
+                    for of_center in table.known_centers.values()
+                ]
+                found[WORST_CENTER] = min((value for value in by_center if value is not None), default=None)
+                for metric in (*METRICS, ECE, WORST_CENTER):
                     values.setdefault(name, {}).setdefault(metric, {})[run.seed] = found[metric]
     return values
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a row's trainings cost: number of trained parameters, and the seconds of a run; of shared ones as well."""
+
+    parameters: int
+    seconds: Spread
+
+
+def cost(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) -> Cost:
+    """The cost of the finished runs of a row, or of the row whose training it shares."""
+    places = [run.folder(folder / trainer_of(stem, rows)) for run in runs]
+    metrics = adapter_folder.read_metrics(places[0] / run_folder.ADAPTER)
+    seconds = [read_json(place / run_folder.COST)["seconds"] for place in places]
+    return Cost(metrics["parameters"]["trainable"], spread(seconds))
 
 
 def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
@@ -277,25 +305,36 @@ def summed_up(values: Values, protocol: str) -> dict[str, dict[str, Spread]]:
     """Summary over seeds, by the split's name in the table, then by metric."""
     if protocol == "validation":
         return {split: {m: spread(of.values()) for m, of in by_metric.items()} for split, by_metric in values.items()}
-    summaries = {m: held_out({center: by_metric[m] for center, by_metric in values.items()}) for m in METRICS}
-    return {
-        "held-out centers, mean": {metric: summary.mean for metric, summary in summaries.items()},
-        "held-out centers, worst": {metric: summary.worst for metric, summary in summaries.items()},
-    }
+    summaries = {m: held_out({center: by_metric[m] for center, by_metric in values.items()}) for m in (*METRICS, ECE)}
+    means, worst = ({metric: getattr(summary, of) for metric, summary in summaries.items()} for of in ("mean", "worst"))
+    worst[ECE] = max(summaries[ECE].centers.values(), key=lambda of: -1 if of.mean is None else of.mean)
+    return {"held-out centers, mean": means, "held-out centers, worst": worst}
 
 
 def markdown(
-    rows: dict[str, Row], results: dict[str, dict[str, dict[str, Spread]]], data: str, options: CompareOptions
+    rows: dict[str, Row],
+    results: dict[str, dict[str, dict[str, Spread]]],
+    costs: dict[str, Cost],
+    data: str,
+    options: CompareOptions,
 ) -> str:
     """The table in Markdown, with notes on data, protocol and sources."""
     lines: list[list[object]] = [["", "backbone", "reported test accuracy", "split", *METRICS.values(), "seeds"]]
+    more = {ECE: "ECE", **({WORST_CENTER: "worst center's accuracy"} if options.protocol == "validation" else {})}
+    lines[0] += [*more.values(), "trained parameters", "seconds"]
     for stem, row in rows.items():
         for split, found in results[stem].items():
             backbone = Path(row.config.model.backbone).name
             reported = "" if row.published.reported is None else f"{row.published.reported:.4f}"
             shown = marked(split, {"transductive": row.published.balanced})
-            lines.append([row.published.name, backbone, reported, shown, *(found[m] for m in METRICS), options.seeds])
+            measured = [*(found[m] for m in METRICS), options.seeds, *(found[m] for m in more)]
+            spent = [f"{costs[stem].parameters:,}", f"{costs[stem].seconds.mean or 0:.0f}"]
+            lines.append([row.published.name, backbone, reported, shown, *measured, *spent])
     notes = [f"Obtained on {data}: mean ± sample deviation (seeds: {options.seeds})."]
+    notes.append(
+        "ECE: expected calibration error of the predictions as they are (15 bins). Seconds: mean duration of a run "
+        "with its evaluation, on the machine that did it."
+    )
     if options.protocol == "validation":
         notes.append("Checkpoints were chosen on val.")
     if moved := [row.published.name for row in rows.values() if row.config.model.backbone != row.own_backbone]:

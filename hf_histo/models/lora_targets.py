@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 
 from hf_histo.errors import HistoError
 from hf_histo.models import heads, qkv
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,13 @@ def family_of(model: nn.Module) -> Family:
     return Family("", EVERY, "all-conv" if has_convolutions else "all-linear")
 
 
-def targets(model: PreTrainedModel, target_modules: str | None, rank: int, blocks: str = "all") -> str | list[str]:
+def targets(
+    model: PreTrainedModel,
+    target_modules: str | None,
+    rank: int,
+    blocks: str = "all",
+    misfit: Callable[[nn.Module], str | None] | None = None,
+) -> str | list[str]:
     """`target_modules` of a `LoraConfig`: a regex if it matches exactly the adapted layers, else a list of their names.
 
     If q, k or v of a fused layer is a target, that layer of `model` is split in place (`qkv.split`).
@@ -178,6 +187,8 @@ def targets(model: PreTrainedModel, target_modules: str | None, rank: int, block
             None for the default preset of the architecture.
         rank: rank of the update; a grouped convolution requires a multiple of its number of groups.
         blocks: transformer blocks to adapt, a key of `BLOCKS` or "top3".
+        misfit: why the method can't adapt a layer, or None; by default, LoRA, which can. A preset leaves such layers
+            out, which is logged.
 
     Raises `HistoError` for a regex that does not compile, matches nothing, or matches the head or a module that LoRA
     can't adapt; and for `blocks` other than "all" if the model has no transformer blocks, or no target is in them.
@@ -196,7 +207,7 @@ def targets(model: PreTrainedModel, target_modules: str | None, rank: int, block
     matches = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
     if is_preset:
         kinds = {"all-conv": nn.Conv2d, "all-linear": nn.Linear}
-        chosen = [
+        offered = [
             name
             for name in matches
             if name in adaptable
@@ -204,9 +215,22 @@ def targets(model: PreTrainedModel, target_modules: str | None, rank: int, block
             and getattr(adaptable[name], "groups", 1) == 1
             and isinstance(adaptable[name], kinds.get(wanted, nn.Module))
         ]
+        reasons = {name: misfit(adaptable[name]) if misfit else None for name in offered}
+        chosen = [name for name in offered if not reasons[name]]
+        if offered and not chosen:
+            raise HistoError(
+                f"--target_modules {wanted!r}: the adapter fits none of its {len(offered)} layers: {offered[0]} is "
+                f"{reasons[offered[0]]}"
+            )
+        if left_out := len(offered) - len(chosen):
+            first = next(name for name in offered if reasons[name])
+            logger.warning("%d of %d layers are not adapted: %s is %s", left_out, len(offered), first, reasons[first])
     else:
         chosen = matches
         _check(wanted, chosen, adaptable, head, rank)
+        for name in chosen:
+            if misfit and (reason := misfit(adaptable[name])):
+                raise HistoError(f"--target_modules {wanted!r} matches {name}, {reason}; leave it out")
     if not chosen:
         raise HistoError(
             f"--target_modules {wanted!r} matches no layer; presets here: {', '.join(family.presets)}; layers: "

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from hf_histo.models import adapters
+from hf_histo.models import adapters, peft_methods
 
 
 def account(model: nn.Module, *, batch_norm: str) -> dict[str, dict[str, Any]]:
@@ -21,7 +21,7 @@ def account(model: nn.Module, *, batch_norm: str) -> dict[str, dict[str, Any]]:
 
     Returns:
         {"parameters": `adapters.parameter_counts`, and "share": trainable / total, in [0, 1];
-        "bytes": size of the tensors of "model" (without LoRA, with the same head) and of "adapter" (content of
+        "bytes": size of the tensors of "model" (without the adapter, with the same head) and of "adapter" (content of
         `adapter_model.safetensors`), and "model_fp16" and "adapter_fp16", the same with floating-point numbers in half
         precision; "saved": 1 - adapter / model, the share of bytes that a download of the adapter saves}.
 
@@ -44,9 +44,11 @@ def account(model: nn.Module, *, batch_norm: str) -> dict[str, dict[str, Any]]:
 
 
 def _whole(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights and statistics without LoRA, and with one copy of the head, of which peft keeps two."""
+    """Weights and statistics without the adapter, and with one copy of the head, of which peft keeps two."""
+    prefix = peft_methods.of_config(model.peft_config["default"]).prefix if isinstance(model, PeftModel) else "lora_"
     state = model.state_dict()
-    return {name: tensor for name, tensor in state.items() if "lora_" not in name and ".original_module." not in name}
+    parts = (f".{prefix}", ".original_module.")
+    return {name: tensor for name, tensor in state.items() if not any(part in name for part in parts)}
 
 
 def _bytes(state: Mapping[str, torch.Tensor], *, half: bool = False) -> int:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_histo import launch
-from hf_histo.config import NON_RESULT_OPTIONS, Config, effective
+from hf_histo.config import NON_RESULT_OPTIONS, Config, current, effective
 from hf_histo.errors import HistoError
 from hf_histo.files import atomic_file, locked, read_checksums, read_text, write_checksums
 
@@ -45,7 +45,7 @@ def folder_of(config: Config) -> Path:
     if config.output.output_dir:
         return Path(config.output.output_dir)
     data, backbone = Path(config.data.data).resolve().name, Path(config.model.backbone).name
-    return Path("runs") / f"{data}-{backbone}-{config.adapter.method}-seed{config.training.seed}"
+    return Path("runs") / f"{data}-{backbone}-{config.adapter.name}-seed{config.training.seed}"
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def _fault(checkpoint: Path, run: Mapping[str, Any]) -> str | None:
         return f"no complete checkpoint ({error.strerror}: {Path(error.filename or checkpoint).name})"
     except ValueError as error:
         return f"damaged checkpoint ({error})"
-    differing = _differences(effective(found), effective(run), "there", "here")
+    differing = _differences(effective(current(found)), effective(run), "there", "here")
     return f"is of another run: {differing}" if differing else None
 
 
@@ -329,7 +329,7 @@ def _other_run(run: Run) -> str | None:
     if not isinstance(before, dict):
         return f"its {RECORD} is damaged, expected the options of a run"
     # Options that did not exist when the run was started: it did what their defaults do.
-    before = effective(Config().flat() | before)
+    before = effective(Config().flat() | current(before))
     now = effective(run.options)
     changed = [key for key in now if key not in NON_RESULT_OPTIONS and before.get(key) != now[key]]
     if changed:

@@ -58,7 +58,7 @@ def test_yaml_sets_and_the_command_line_wins(tmp_path: Path) -> None:
 
 
 def test_a_recorded_run_is_a_config(tmp_path: Path) -> None:
-    config = parse(None, ["--use_dora", "--learning_rate", "3e-5", "--target_modules", r".*\.(a|b): #'\""])
+    config = parse(None, ["--use_rslora", "--learning_rate", "3e-5", "--target_modules", r".*\.(a|b): #'\""])
     assert parse(None, ["--config", write(tmp_path, yaml.safe_dump(config.flat()))]) == config
 
 
@@ -71,14 +71,14 @@ def test_a_learning_rate_as_it_is_written(tmp_path: Path, text: str) -> None:
     ("text", "expected"), [("true", True), ("false", False), ("yes", True), ("off", False), ("null", False)]
 )
 def test_booleans_in_yaml(tmp_path: Path, text: str, expected: bool) -> None:
-    assert parse(None, ["--config", write(tmp_path, f"use_dora: {text}")]).adapter.use_dora is expected
+    assert parse(None, ["--config", write(tmp_path, f"use_rslora: {text}")]).adapter.use_rslora is expected
 
 
 def test_booleans_on_the_command_line(tmp_path: Path) -> None:
-    file = write(tmp_path, "use_dora: true")
-    assert parse(None, ["--use_dora"]).adapter.use_dora is True
-    assert parse(None, ["--config", file, "--use_dora", "false"]).adapter.use_dora is False
-    assert "perhaps" in refusal("--use_dora", "perhaps")
+    file = write(tmp_path, "use_rslora: true")
+    assert parse(None, ["--use_rslora"]).adapter.use_rslora is True
+    assert parse(None, ["--config", file, "--use_rslora", "false"]).adapter.use_rslora is False
+    assert "perhaps" in refusal("--use_rslora", "perhaps")
 
 
 def test_null_is_the_default(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_an_abbreviation_is_no_option() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("lora_rank", "high"), ("lora_rank", "2.5"), ("learning_rate", "fast"), ("method", "prompt"), ("use_dora", "2")],
+    [("lora_rank", "high"), ("lora_rank", "2.5"), ("learning_rate", "fast"), ("method", "prompt"), ("use_rslora", "2")],
 )
 def test_a_value_of_the_wrong_type(tmp_path: Path, key: str, value: str) -> None:
     for message in (refusal(f"--{key}", value), refusal("--config", write(tmp_path, f"{key}: {value}"))):
@@ -242,10 +242,10 @@ def test_a_recipe_with_defaults_of_its_own(tmp_path: Path) -> None:
 
 
 def test_other_options_are_checked_as_on_the_command_line() -> None:
-    config = parse(None, ["--use_dora=True", "--lora_rank=4"])
+    config = parse(None, ["--use_rslora=True", "--lora_rank=4"])
     assert with_options(config, {}) == config
     changed = with_options(config, {"lora_rank": 2, "learning_rate": 1e-5, "target_modules": r".*\.(a|b)"})
-    assert (changed.adapter.lora_rank, changed.adapter.use_dora, changed.training.learning_rate) == (2, True, 1e-5)
+    assert (changed.adapter.lora_rank, changed.adapter.use_rslora, changed.training.learning_rate) == (2, True, 1e-5)
     assert changed.adapter.target_modules == r".*\.(a|b)"
     for options, message in (({"lora_rank": 0}, "--lora_rank is 0"), ({"lora_rnk": 1}, "did you mean 'lora_rank'")):
         with pytest.raises(HistoError, match=message):
@@ -256,7 +256,7 @@ def test_other_options_are_checked_as_on_the_command_line() -> None:
     ("given", "needed"),
     [
         ("--method=linear --lora_rank=4", "with --method lora"),
-        ("--method=full --use_dora", "with --method lora"),
+        ("--method=full --use_rslora", "with --method lora"),
         ("--method=pca --target_modules=all-conv", "with --method lora"),
         ("--method=pca --learning_rate=0.1", "with --method linear, lora or full"),
         ("--domain_weight=2", "with --domain_loss other than none"),

@@ -17,7 +17,7 @@ from miniature import SIZE, divide_training, write_data
 
 from hf_histo.config import Config, parse
 from hf_histo.data.load import load
-from hf_histo.evaluation import thresholds
+from hf_histo.evaluation import calibration, thresholds
 from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.experiments.compare import read_published
@@ -112,6 +112,16 @@ def test_reported_beside_obtained(
     assert cells[:4] == ["plain", "model", "0.9451", "val (center 1)"]
     assert cells[4] == f"{statistics.fmean(plain):.3f} ± {statistics.stdev(plain):.3f}"
     assert cells[7] == "2"
+    folder = adapter(output, "a_linear", "seed-0")
+    parameters = json.loads((folder / "metrics.json").read_text())["parameters"]["trainable"]
+    assert cells[10] == f"{parameters:,}" and int(cells[11]) >= 0
+    assert written["rows"]["a_linear"]["cost"]["parameters"] == parameters
+    tables = [
+        Predictions.read(adapter(output, "a_linear", f"seed-{seed}") / "predictions" / "val.parquet") for seed in (0, 1)
+    ]
+    errors = [calibration.compute(table)["ece"] or 0.0 for table in tables]
+    assert cells[8] == f"{statistics.fmean(errors):.3f} ± {statistics.stdev(errors):.3f}"
+    assert cells[9] == cells[4]  # val is of one center
     assert "Reported 0.9451, on the publication's test split: a paper." in text
     (line,) = (line for line in text.splitlines() if line.startswith("| plain + balanced"))
     assert "0.9451" not in line and "val (center 1) (transductive)" in line

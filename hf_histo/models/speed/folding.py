@@ -144,6 +144,9 @@ def _pairs(calls: list[Call], *, frozen: bool = True) -> Iterator[tuple[nn.Modul
     """Convolutions, frozen (or any) or under LoRA, and the batch norms that took what they gave, each called once."""
     often = Counter(call.name for call in calls)
     norms = {id(c.given): c for c in calls if isinstance(c.module, nn.BatchNorm2d) and often[c.name] == 1}
+    if frozen:  # a norm that is trained stays, and a layer to whose output peft adds an update
+        norms = {key: c for key, c in norms.items() if not any(p.requires_grad for p in c.module.parameters())}
+        calls = [call for call in calls if not call.name.endswith(".base_layer")]
     for call in calls:
         found = norms.get(id(call.output))
         norm = found.module if found else None

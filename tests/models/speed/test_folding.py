@@ -127,7 +127,7 @@ def test_in_half_precision_as_near_as_that_is() -> None:
     assert error(ours) < 1.5 * error(plain)
 
 
-@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}])
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"adapter": "dora"}])
 def test_other_kinds_of_update_are_left_to_peft(options: dict[str, Any]) -> None:
     model = backbones.load("test_resnet.r160_in1k", 3, random_weights=True)
     batchnorm.freeze(model)
@@ -164,7 +164,7 @@ def test_a_convolution_that_others_take_is_left_alone() -> None:
     [
         ("test_resnet.r160_in1k", {"method": "full"}),
         ("test_resnet.r160_in1k", {"method": "lora", "target_modules": "all-conv"}),
-        ("test_resnet.r160_in1k", {"method": "lora", "target_modules": "all-conv", "use_dora": True}),
+        ("test_resnet.r160_in1k", {"method": "lora", "target_modules": "all-conv", "adapter": "dora"}),
         ("test_efficientnet.r160_in1k", {"method": "lora", "target_modules": "all-conv"}),
         ("test_vit.r160_in1k", {"method": "lora", "target_modules": "attention-qkvo"}),
         ("test_vit.r160_in1k", {"method": "lora", "target_modules": "attention-qv"}),
