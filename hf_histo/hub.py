@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
+from hf_histo.adapter import ensemble
 from hf_histo.adapter import folder as adapter_folder
 from hf_histo.adapter.folder import files_of, hashed, verify
 from hf_histo.adapter.model_card import CARD, HERE
@@ -147,6 +148,8 @@ def in_public(folder: Path, here: str, base_model: str | None = None) -> dict[st
 
     Raises `HistoError` as `verify` and `files_of` do, and for a `base_model` if the backbone is not a local folder.
     """
+    if ensemble.is_ensemble(folder):
+        return _ensemble_in_public(folder, here, base_model)
     name = verify(folder).backbone.name
     is_local = Path(name).is_absolute()
     if base_model and not is_local:
@@ -164,6 +167,19 @@ def in_public(folder: Path, here: str, base_model: str | None = None) -> dict[st
     contents |= {file: text.encode() for file, text in texts.items()}
     files = checksums({name: contents[name] for name in hashed(contents)})
     return contents | {CHECKSUMS: json.dumps({"files": files}, indent=2).encode()}
+
+
+def _ensemble_in_public(folder: Path, here: str, base_model: str | None) -> dict[str, Path | bytes]:
+    """As `in_public`: the ensemble's own files, which name no path, and those of its members in their folders."""
+    members = ensemble.read(folder).members
+    files = ensemble.files_of(folder)
+    contents: dict[str, Path | bytes] = {**files}
+    if CARD in files:
+        contents[CARD] = files[CARD].read_text(encoding="utf-8").replace(HERE, here).encode()
+    for member in members:
+        public = in_public(folder / member, f"{here}/{member}", base_model)
+        contents |= {f"{member}/{name}": content for name, content in public.items()}
+    return contents
 
 
 def _reason(error: BaseException) -> str:

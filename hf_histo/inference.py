@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import nn
 
+from hf_histo.adapter import ensemble
 from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.data import schema
 from hf_histo.data.load import load as load_data
@@ -23,7 +24,7 @@ from hf_histo.data.readers.image_rows import SUFFIXES
 from hf_histo.data.reading import Reading
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError, printable
-from hf_histo.evaluation import prediction_sets
+from hf_histo.evaluation import ensembling, prediction_sets
 from hf_histo.evaluation.figures.explanation import explanations, heat_map
 from hf_histo.evaluation.figures.style import short
 from hf_histo.evaluation.forward import forward
@@ -68,14 +69,16 @@ class Classifier:
     def __repr__(self) -> str:
         known, sidecar = "".join(f", adapter {name!r}" for name in [*self.sidecars][1:]), self.sidecar
         classes = ", ".join(sidecar.label_names)
-        return printable(f"Classifier({sidecar.method} on {sidecar.backbone.name}: {classes}{known})")
+        return printable(f"Classifier({sidecar.trained} on {sidecar.backbone.name}: {classes}{known})")
 
     @classmethod
     def from_pretrained(
         cls, source: str | Path, *, revision: str | None = None, backbone: str | None = None
     ) -> Classifier:
-        """From an adapter folder or a Hub name; see `hf_histo.hub.load`."""
+        """From an adapter folder, a folder of an ensemble, or a Hub name; see `hf_histo.hub.load`."""
         folder = fetch(source, revision)
+        if ensemble.is_ensemble(folder):
+            return Ensemble.from_folder(folder, backbone=backbone)
         model, sidecar = load(folder, backbone=backbone)
         return cls(model, sidecar, folder)
 
@@ -324,11 +327,91 @@ class Classifier:
             center_names=schema.center_names(dataset),
             transductive=[what for what, used in measured.items() if used],
         )
+        return self._decided(table, chosen)
+
+    def _decided(self, table: Predictions, threshold: float) -> Predictions:
+        """The table with the columns `calibrated` and `predicted`."""
         names = np.array(self.sidecar.label_names)
         return table.assign(
             calibrated=table.with_temperature(self.sidecar.temperature)["probability"],
-            predicted=names[table.predicted_classes(chosen)],
+            predicted=names[table.predicted_classes(threshold)],
         )
+
+
+class Ensemble(Classifier):
+    """Several classifiers whose mean logit is the prediction, with a threshold and a temperature of their own.
+
+    `sidecar` is that of the first member with these; each member sees images by its own.
+    """
+
+    def __init__(self, members: Sequence[Classifier], sidecar: Sidecar, folder: Path | None = None) -> None:
+        super().__init__(members[0].model, sidecar, folder)
+        self.members = list(members)
+
+    def __repr__(self) -> str:
+        return printable(f"Ensemble({', '.join(map(repr, self.members))})")
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, backbone: str | None = None) -> Ensemble:
+        """From a local folder; see `hf_histo.adapter.ensemble`. `backbone` is for members that share one.
+
+        Raises `HistoError` as `ensemble.read` and `hub.load` do.
+        """
+        made = ensemble.read(folder)
+        members = [Classifier.from_pretrained(folder / name, backbone=backbone) for name in made.members]
+        return cls(members, made.sidecar(members[0].sidecar), folder)
+
+    def to(self, device: str | torch.device) -> Ensemble:
+        """Predict on `device` from now on."""
+        for member in self.members:
+            member.to(device)
+        return self
+
+    def load_adapter(
+        self, source: str | Path, name: str, *, revision: str | None = None, backbone: str | None = None
+    ) -> None:
+        """Raises `HistoError`: an ensemble has several backbones."""
+        raise HistoError(f"{source}: can't join an ensemble; make one with it: hf_histo ensemble")
+
+    def explain(
+        self, images: Image | Sequence[Image] | datasets.Dataset, classes: Sequence[int], *, center: int | str = -1
+    ) -> list[NDArray[np.float32]]:
+        """The mean of the members' maps; see `Classifier.explain`."""
+        of_members = [member.explain(images, classes, center=center) for member in self.members]
+        return [np.mean(maps, axis=0, dtype=np.float32) for maps in zip(*of_members, strict=True)]
+
+    def predict(
+        self,
+        dataset: datasets.Dataset,
+        *,
+        threshold: str | float | None = None,
+        test_time_views: TestTimeViews | None = None,
+        adapt_batch_norm: bool | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        mixed_precision: Literal["no", "bf16"] = "no",
+        token_merging: int = 0,
+        description: str = "Predicting",
+    ) -> Predictions:
+        """As `Classifier.predict`, by the mean of the members' logits; other arguments go to each of them.
+
+        `transductive` lists what any member measured on `dataset`.
+        """
+        chosen = self.sidecar.threshold_named(threshold)
+        tables = [
+            member.predict(
+                dataset,
+                test_time_views=test_time_views,
+                adapt_batch_norm=adapt_batch_norm,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                mixed_precision=mixed_precision,
+                token_merging=token_merging,
+                description=f"{description} ({place} of {len(self.members)})",
+            )
+            for place, member in enumerate(self.members, start=1)
+        ]
+        return self._decided(ensembling.average(tables), chosen)
 
 
 def _one_split(source: Any, reading: Reading) -> datasets.Dataset:

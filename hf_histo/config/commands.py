@@ -17,7 +17,7 @@ CACHE = "folder of the converted data (default: the datasets library's cache)"
 class AdapterSource:
     """An adapter, and the model that it was trained on."""
 
-    adapter: str = required("adapter folder, or its name on the Hub", is_path=True)
+    adapter: str = required("folder of an adapter or an ensemble, or its name on the Hub", is_path=True)
     revision: str | None = option(None, "branch, tag or commit of an adapter on the Hub")
     backbone: str | None = option(
         None, "the base model, where it is no longer where the adapter was trained", is_path=True
@@ -85,6 +85,12 @@ class CompareAdaptersOptions(TableOptions):
     average: bool = option(False, "also the mean of the adapters")
     batch_size: int = option(64, "images at a time", at_least=1)
     cache_dir: str | None = option(None, CACHE, is_path=True)
+
+
+@dataclass(kw_only=True)
+class EnsembleOptions:
+    adapters: list[str] = required("adapter folders of runs on one data set, or names on the Hub", is_path=True)
+    output_dir: Path = required("folder to write, which must not exist")
 
 
 @dataclass(kw_only=True)

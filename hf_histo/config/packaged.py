@@ -18,6 +18,7 @@ COMMANDS = {
     "audit": ("audit", "what is wrong with a data set, before anything is trained"),
     "compare": ("compare", "configs × seeds (× centers) in one table"),
     "compare-adapters": ("compare_adapters", "several adapters on one backbone, and their mean, in one table"),
+    "ensemble": ("ensemble", "finished runs of one data set: a folder that predicts their mean logits"),
     "few-shot": ("few_shot", "methods × shots × seeds: curves and tables"),
     "cross-validate": ("cross_validate", "k folds by class and family of copies"),
     "leave-one-center-out": ("leave_one_center_out", "every center held out once: mean and worst"),

@@ -54,9 +54,10 @@ def predict(options: PredictOptions) -> str:
             "give --test_time_views 8, or leave it out"
         )
     views: dict[str, Any] = {"count": options.test_time_views, "augmentation": options.test_time_augmentation}
+    given = {key: value for key, value in views.items() if value is not None}
     predicted = partial(
         classifier.predict,
-        test_time_views=replace(sidecar.views, **{key: value for key, value in views.items() if value is not None}),
+        test_time_views=replace(sidecar.views, **given) if given else None,
         adapt_batch_norm=options.adapt_batch_norm,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
