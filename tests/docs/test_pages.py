@@ -169,10 +169,8 @@ def test_the_site_lists_every_page() -> None:
 def test_every_option_and_command_is_in_the_reference() -> None:
     options, commands_page = (hooks.filled(TEXTS[f"docs/reference/{name}.md"]) for name in ("options", "commands"))
     assert all(f"| `--{name}` |" in options for name in OPTIONS)
-    assert (
-        "| `--lora_rank` | `8` | whole number, more than 0 | rank of the update<br>*acts with --method lora* |"
-        in options
-    )
+    row = "| `--lora_rank` | `8` | whole number, more than 0 | rank of the update<br>*acts with --method lora; "
+    assert row + "with --adapter other than boft" in options
     assert all(f"\n## hf_histo {command}\n" in commands_page for command in (*COMMANDS, COMPLETION))
     assert "recipes/" not in commands_page.partition("## hf_histo fine-tune")[2].partition("## Packaged")[0]
 
