@@ -65,6 +65,33 @@ class PredictOptions(TableOptions, AdapterSource):
 
 
 @dataclass(kw_only=True)
+class AcceptOptions(TableOptions, AdapterSource):
+    data: str = required("images of the new site, 10 to 500: folder, table or HDF5 file", is_path=True)
+    output_dir: Path = required("folder for acceptance.html and acceptance.json")
+    split: str = option("test", "part of a folder that has several")
+    labels: str | None = option(None, "a few labeled images of the site: a table or folder", is_path=True)
+    reference: str | None = option(
+        None,
+        "images like those of val: compare the features of both, instead of log odds with those that the adapter holds",
+        is_path=True,
+    )
+    tolerance: float = option(0.05, "by how much the accuracy may be lower than on val", at_least=0, below=1)
+    overwrite: bool = option(False, "replace an earlier acceptance.json and its page")
+    batch_size: int = option(64, "images at a time", at_least=1)
+    cache_dir: str | None = option(None, CACHE, is_path=True)
+
+
+@dataclass(kw_only=True)
+class AcceptanceStudyOptions:
+    runs: Path = required("folder of a finished leave-one-center-out", is_path=True)
+    output_dir: Path = required("folder for acceptance_study.md and acceptance_study.json")
+    counts: list[int] = option([20, 50, 100], "numbers of images of a site")
+    draws: int = option(100, "of the images, for each number", at_least=1)
+    tolerance: float = option(0.05, "by how much the accuracy may be lower than on val", at_least=0, below=1)
+    seed: int = option(0, "of the draws", at_least=0)
+
+
+@dataclass(kw_only=True)
 class CoverageOptions:
     runs: Path = required("folder of a finished leave-one-center-out", is_path=True)
     output_dir: Path = required("folder for coverage.md and coverage.json")

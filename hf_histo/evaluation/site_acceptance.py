@@ -1,0 +1,269 @@
+"""Whether a model is fit for use at a new site, from some of its images: shift, predicted accuracy, a few labels.
+
+Without labels, three signs are tested, together at a level of `LEVEL`, which is fixed and tuned on no target: a site
+whose images are as those of `val`, with colors of the training images, is refused or sent to be recalibrated with about
+this probability at most. The test of what the model gives is exact, the other two are not.
+
+- Color: are more than 2% of the images beyond the limit that 1% of the training images exceed (a binomial test)?
+- What the model gives, its log odds of each class, or its features: are they distributed as those of `val` (energy
+  distance: Székely & Rizzo 2013, "Energy statistics", Journal of Statistical Planning and Inference 143:1249-1272, with
+  a permutation test on one image of each group, since images of a group are alike)? That the output of a classifier
+  shows shifts that matter for it, and needs few images for that: Lipton et al. 2018, "Detecting and correcting for
+  label shift with black box predictors", ICML; Rabanser et al. 2019, "Failing loudly", NeurIPS. Another share of a
+  class is a shift as well.
+- Accuracy, predicted from the confidence of the model (`predicted_accuracies`).
+
+With labels of some images, a confidence sequence for the accuracy (`confidence_sequence`) holds at any number of them:
+one may look after each, and stop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
+from scipy.stats import binomtest, norm
+from sklearn.linear_model import LogisticRegression
+
+from hf_histo.evaluation.metrics import intervals
+from hf_histo.evaluation.predictions import Predictions
+
+Floats = NDArray[np.float64]
+Rows = NDArray[np.int64]
+Verdict = Literal["accept", "recalibrate", "refuse"]
+
+LEVEL = 0.05  # probability of an alarm at a site like `val`
+PERMUTATIONS = 999
+MOST = 500  # largest number of images of a side in the test of a shift
+# Share of a like site's images beyond the color limit: twice that of the training images which the limit was fitted on.
+COLOR_SHARE = 0.02
+CLIP = 20.0  # largest importance weight, against a few images that decide alone
+GRID = 400  # accuracies that a confidence sequence is computed for
+LARGEST_BET = 0.75  # share of what could be bet on, c in Waudby-Smith & Ramdas 2024, sec. 4.4: 1/2 or 3/4
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Result of a two-sample test: the energy distance, at least 0 up to rounding, and its p-value, in (0, 1]."""
+
+    distance: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A predicted accuracy in [0, 1], and its 95% interval, which covers chance, but not that the method is wrong."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known about a site.
+
+    Attributes:
+        accuracy: accuracy on `val`, in [0, 1].
+        tolerance: by how much the accuracy at the site may be lower, in [0, 1].
+        shift: test of what the model gives for the site's images, against `val`.
+        color_p_value: p-value of the test of color; None where the adapter holds no colors.
+        predicted: accuracy at the site, predicted without labels.
+        labeled: confidence sequence for the accuracy from labeled images; None without.
+    """
+
+    accuracy: float
+    tolerance: float
+    shift: Shift
+    color_p_value: float | None
+    predicted: Estimate
+    labeled: tuple[float, float] | None = None
+
+
+def decide(evidence: Evidence) -> tuple[Verdict, list[str]]:
+    """The verdict on a site, and the reasons for it, a sentence each.
+
+    Labels decide where they suffice: "accept" if the accuracy is at least that of `val` minus the tolerance, "refuse"
+    if it is not. Else: "refuse" if the predicted accuracy is lower, "recalibrate" (label some images of the site, set a
+    new threshold or calibrate prediction sets there) if the images differ from those of `val`, "accept" otherwise.
+    """
+    least = evidence.accuracy - evidence.tolerance
+    needed = f"{least:.3f}, which is {evidence.tolerance:g} below that of val"
+    signs = []
+    if evidence.labeled is not None:
+        low, high = evidence.labeled
+        found = f"by its labels, the accuracy is between {low:.3f} and {high:.3f}"
+        if high < least:
+            return "refuse", [f"{found}, below {needed}"]
+        if low >= least:
+            return "accept", [f"{found}, at least {needed}"]
+        signs.append(f"{found}, which does not decide about {needed}: label more")
+    if evidence.predicted.high < least:
+        found = f"{evidence.predicted.value:.3f} ({evidence.predicted.low:.3f}–{evidence.predicted.high:.3f})"
+        return "refuse", [*signs, f"the accuracy predicted without labels is {found}, below {needed}"]
+    limits = LEVEL / 4 if evidence.color_p_value is not None else LEVEL / 2  # the other half: the predicted accuracy
+    alarms = []
+    if evidence.color_p_value is not None and evidence.color_p_value <= limits:
+        alarms.append(f"the colors differ from those of training (p = {evidence.color_p_value:.4f})")
+    if evidence.shift.p_value <= limits:
+        alarms.append(f"what the model gives differs from what it gives for val (p = {evidence.shift.p_value:.4f})")
+    if alarms:
+        return "recalibrate", [*signs, *alarms]
+    return "accept", [*signs, "no difference from val was found in these images"]
+
+
+def color_p_value(distances: Floats, limit: float, groups: Rows) -> float:
+    """p-value of the hypothesis that `COLOR_SHARE` of the images are beyond the color limit, against more of them.
+
+    Args:
+        distances: of each image from the training colors, (n,), see `ColorRange.distance`.
+        limit: that 1% of the training images exceed.
+        groups: number of each image's group, (n,); the first image of each is counted, since the others are like it.
+    """
+    first = np.unique(groups, return_index=True)[1]
+    return float(binomtest(int((distances[first] > limit).sum()), len(first), COLOR_SHARE, "greater").pvalue)
+
+
+def shift(reference: Floats, new: Floats, reference_groups: Rows, new_groups: Rows, *, seed: int = 0) -> Shift:
+    """Test whether two sets of vectors, (n, d) and (m, d), are of one distribution; groups (n,) and (m,) are numbers.
+
+    Of each group one image is taken at random, up to `MOST` of a side: groups differ in their number of images, by
+    which sides that are alike would differ as well, if whole groups were exchanged. Each coordinate is divided by its
+    deviation in both together.
+    """
+    random = np.random.default_rng(seed)
+    rows = [_one_of_each(groups, random)[:MOST] for groups in (reference_groups, new_groups)]
+    vectors = np.concatenate([reference[rows[0]], new[rows[1]]])
+    vectors = vectors / np.maximum(vectors.std(axis=0), 1e-12)
+    side = np.concatenate([np.zeros(len(rows[0])), np.ones(len(rows[1]))])
+    sides = np.stack([side, *(random.permutation(side) for _ in range(PERMUTATIONS))], axis=1)
+    distances = _energy(cdist(vectors, vectors), sides)
+    return Shift(float(distances[0]), float((distances >= distances[0] - 1e-12).mean()))
+
+
+def confidence(predictions: Predictions, threshold: float = 0.5) -> Floats:
+    """How sure the model is of the class that it predicts, (n,): the log odds of it, from the threshold on for two."""
+    odds = predictions.class_log_odds
+    if odds.shape[1] > 2:
+        return odds.max(axis=1)  # type: ignore[no-any-return]
+    inner = np.clip(threshold, 1e-9, 1 - 1e-9)
+    found: Floats = np.abs(odds[:, 1] - np.log(inner / (1 - inner)))
+    return found
+
+
+def predicted_accuracies(
+    sure: Floats, right: NDArray[np.bool_], groups: Rows, new_sure: Floats, new_groups: Rows
+) -> dict[str, Estimate]:
+    """The accuracy on unlabeled images, predicted from confidence in two ways.
+
+    - "atc": average thresholded confidence: the share of images above the confidence that on `val` as many images
+      exceed as are right (Garg et al. 2022, "Leveraging unlabeled data to predict out-of-distribution performance",
+      ICLR, eq. 1 and 2).
+    - "importance": the share of right ones on `val`, each weighted by how much more frequent its confidence is among
+      the new images, by a logistic regression between both (Shimodaira 2000, "Improving predictive inference under
+      covariate shift", Journal of Statistical Planning and Inference 90:227-244), up to a weight of `CLIP`.
+
+    Both assume that the confidence means the same there. The interval is by the jackknife over groups of both sides.
+
+    Args:
+        sure: confidence on `val`, (n,).
+        right: whether `val` was predicted right, (n,).
+        groups: groups of `val`, (n,).
+        new_sure: confidence on the unlabeled images, (m,).
+        new_groups: their groups, (m,).
+    """
+    weights = _importance(sure, new_sure)
+
+    def thresholded(kept: NDArray[np.bool_], new_kept: NDArray[np.bool_]) -> float:
+        cut = np.quantile(sure[kept], 1 - right[kept].mean())
+        return float((new_sure[new_kept] >= cut).mean())
+
+    def weighted(kept: NDArray[np.bool_], new_kept: NDArray[np.bool_]) -> float:
+        return float(np.average(right[kept], weights=weights[kept]))
+
+    every, new_every = np.ones(len(sure), bool), np.ones(len(new_sure), bool)
+    found = {}
+    for name, method in (("atc", thresholded), ("importance", weighted)):
+        of_groups = [method(kept, new_every) for kept in _without_each(groups)]
+        of_new = [method(every, kept) for kept in _without_each(new_groups)]
+        value = method(every, new_every)
+        error = np.sqrt(intervals.variance(np.array(of_groups)) + intervals.variance(np.array(of_new)))
+        half = float(norm.ppf(0.975)) * max(float(error), 0.5 / len(new_sure))
+        found[name] = Estimate(value, max(0.0, value - half), min(1.0, value + half))
+    return found
+
+
+def confidence_sequence(values: Floats, level: float = LEVEL) -> tuple[float, float]:
+    """An interval for the mean of independent values in [0, 1], in their order, that holds at any number of them.
+
+    With a probability of 1 - `level`, the mean is in the intervals after each of the values, so that one may look after
+    each and stop: the hedged capital of bets against each possible mean (Waudby-Smith & Ramdas 2024, "Estimating means
+    of bounded random variables by betting", Journal of the Royal Statistical Society B 86:1-27, theorem 3 and eq. 26).
+
+    Args:
+        values: (t,): of each group in turn, the share of its images that are right; images of a group are alike.
+        level: in (0, 1).
+    """
+    means = (np.arange(GRID) + 0.5) / GRID
+    capital = np.zeros((2, GRID))  # logarithms of the capital of bets that the mean is higher, and lower
+    held = np.ones(GRID, bool)
+    total, squares = 0.5, 0.25  # one prior value of 1/2 with a variance of 1/4
+    for number, value in enumerate(values, start=1):
+        variance = squares / number
+        bet = np.sqrt(2 * np.log(2 / level) / (variance * number * np.log(1 + number)))
+        capital[0] += np.log1p(np.minimum(bet, LARGEST_BET / means) * (value - means))
+        capital[1] += np.log1p(-np.minimum(bet, LARGEST_BET / (1 - means)) * (value - means))
+        held &= capital.max(axis=0) + np.log(0.5) < np.log(1 / level)
+        total += value
+        squares += (value - total / (number + 1)) ** 2
+    if not held.any():  # a mean between two of the grid
+        return float(np.mean(values)), float(np.mean(values))
+    return max(0.0, float(means[held][0]) - 0.5 / GRID), min(1.0, float(means[held][-1]) + 0.5 / GRID)
+
+
+def shares_by_group(right: NDArray[np.bool_], groups: Rows) -> Floats:
+    """The share of right images in each group, in the order in which the groups come first."""
+    _, first, place = np.unique(groups, return_index=True, return_inverse=True)
+    shares: Floats = np.bincount(place, weights=right) / np.bincount(place)
+    return shares[np.argsort(first)]
+
+
+def _energy(distances: Floats, of_new: Floats) -> Floats:
+    """Energy distance for each column of `of_new` (n, p), which is 1 for the images of one side and 0 for the other."""
+    other = 1 - of_new
+    counts, others = of_new.sum(axis=0), other.sum(axis=0)
+    by_new = distances @ of_new
+    between = (other * by_new).sum(axis=0) / (counts * others)
+    within = (of_new * by_new).sum(axis=0) / counts**2
+    within_others = (other * (distances @ other)).sum(axis=0) / others**2
+    found: Floats = 2 * between - within - within_others
+    return found
+
+
+def _one_of_each(groups: Rows, random: np.random.Generator) -> Rows:
+    """A random row of each group, in random order."""
+    rows: Rows = random.permutation(len(groups))
+    chosen: Rows = rows[random.permutation(np.unique(groups[rows], return_index=True)[1])]
+    return chosen
+
+
+def _without_each(groups: Rows) -> list[NDArray[np.bool_]]:
+    """Masks (n,) without one block of groups each."""
+    _, place = np.unique(groups, return_inverse=True)
+    block = intervals.blocks(place.max() + 1)[place]
+    return [block != number for number in range(block.max() + 1)] if block.max() else [np.ones(len(groups), bool)] * 2
+
+
+def _importance(sure: Floats, new_sure: Floats) -> Floats:
+    """How much more frequent each confidence of `val` (n,) is among the new images: weights (n,) up to `CLIP`."""
+    both = np.concatenate([sure, new_sure])
+    both = (both - both.mean()) / max(float(both.std()), 1e-12)
+    powers = np.stack([both, both**2], axis=1)
+    side = np.concatenate([np.zeros(len(sure)), np.ones(len(new_sure))])
+    model = LogisticRegression().fit(powers, side)
+    ratio = np.exp(model.decision_function(powers[: len(sure)])) * len(sure) / len(new_sure)
+    found: Floats = np.clip(ratio, 1 / CLIP, CLIP)
+    return found

@@ -1,0 +1,201 @@
+"""The command that asks whether an adapter is fit for use at a new site."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from hf_histo.adapter.sidecar import Sidecar
+from hf_histo.config import columns_of
+from hf_histo.config.commands import AcceptOptions
+from hf_histo.data.load import load
+from hf_histo.data.reading import Reading
+from hf_histo.data.schema import ImageTable
+from hf_histo.errors import HistoError
+from hf_histo.evaluation import site_acceptance
+from hf_histo.evaluation.figures import embedding
+from hf_histo.evaluation.prediction_sets import group_numbers
+from hf_histo.evaluation.predictions import Predictions
+from hf_histo.evaluation.reporting import documents
+from hf_histo.evaluation.site_acceptance import Evidence, Shift
+from hf_histo.files import atomic_file, require_output, write_json
+from hf_histo.inference import Classifier
+
+LEAST = 10  # images of a site
+RECORD = "acceptance.json"
+ADVICE = {
+    "accept": "Use it, and look at some of its calls: label a few images of each week and give them as --labels.",
+    "recalibrate": "Label some random images of this site (50 are a good start) and give them as --labels; calibrate "
+    "prediction sets on them (hf_histo predict --coverage 0.9 --calibration FILE), and choose a threshold there.",
+    "refuse": "Do not use it here. Train on images of this site as well, or with --config histo_ood.",
+}
+
+
+def accept(options: AcceptOptions) -> str:
+    """Write acceptance.json and acceptance.html; return the verdict and its reasons as text.
+
+    Raises HistoError for fewer than `LEAST` images, an adapter without predictions of `val`, labels that are unknown,
+    and outputs among the inputs.
+    """
+    output = options.output_dir
+    require_output(
+        output, [options.data, options.adapter, options.backbone, options.labels, options.reference], folder=True
+    )
+    if (output / RECORD).exists() and not options.overwrite:
+        raise HistoError(f"--output_dir {output} already holds {RECORD}: pass another folder or --overwrite")
+    classifier = Classifier.from_pretrained(options.adapter, revision=options.revision, backbone=options.backbone)
+    sidecar, validation = classifier.sidecar, classifier.validation().labeled
+    reading = sidecar.preprocessing.reading
+    images = _images("data", options.data, options, reading, **columns_of(options))
+    if len(images) < LEAST:
+        raise HistoError(f"--data {options.data}: {len(images)} images, expected at least {LEAST}; give more")
+    new = classifier.predict(images, batch_size=options.batch_size)
+    few = None
+    if options.labels is not None:
+        few = classifier.predict(
+            _images("labels", options.labels, options, reading), batch_size=options.batch_size
+        ).labeled
+        if few.empty:
+            raise HistoError(f"--labels {options.labels}: no label is known, expected some; give a column of labels")
+    evidence, predicted = weighed(
+        validation,
+        new,
+        threshold=sidecar.threshold,
+        tolerance=options.tolerance,
+        labeled=few,
+        color_p_value=_color(sidecar, images, group_numbers(new)),
+        shift=None if options.reference is None else _features(classifier, images, new, options),
+    )
+    verdict, reasons = site_acceptance.decide(evidence)
+    compared = "features" if options.reference else "log odds"
+    write_json(
+        output / RECORD,
+        {
+            "verdict": verdict,
+            "reasons": reasons,
+            "images": len(new),
+            "groups": len(set(group_numbers(new))),
+            "labeled": 0 if few is None else len(few),
+            "compared": compared,
+            "evidence": dataclasses.asdict(evidence),
+            "predicted": {name: dataclasses.asdict(estimate) for name, estimate in predicted.items()},
+            "transductive": new.transductive,
+        },
+    )
+    page = documents.render(
+        "accept.html",
+        title=f"Is it fit for use at {Path(options.data).name}?",
+        adapter=Path(options.adapter).resolve().parent.name,
+        images=len(new),
+        groups=len(set(group_numbers(new))),
+        labeled=0 if few is None else len(few),
+        verdict=verdict,
+        reasons=reasons,
+        advice=ADVICE[verdict],
+        evidence=evidence,
+        transductive=new.transductive,
+        rows=_rows(evidence, predicted, compared),
+    )
+    with atomic_file(output / "acceptance.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return "\n".join([f"{verdict}: {'; '.join(reasons)}", ADVICE[verdict], f"wrote {output / 'acceptance.html'}"])
+
+
+def weighed(
+    validation: Predictions,
+    new: Predictions,
+    *,
+    threshold: float = 0.5,
+    tolerance: float = 0.05,
+    labeled: Predictions | None = None,
+    color_p_value: float | None = None,
+    shift: Shift | None = None,
+    seed: int = 0,
+) -> tuple[Evidence, dict[str, site_acceptance.Estimate]]:
+    """The evidence about a site, and its accuracy as predicted in several ways.
+
+    Args:
+        validation: labeled predictions of `val`.
+        new: predictions of the site's images, whose labels are not used.
+        threshold: of the adapter.
+        tolerance: by how much the accuracy may be lower than on `val`.
+        labeled: labeled predictions of some of the site's images, if any.
+        color_p_value: see `site_acceptance.color_p_value`.
+        shift: a test on features; by default one on the log odds of both tables.
+        seed: of the permutations.
+    """
+    groups, new_groups = group_numbers(validation), group_numbers(new)
+    right = validation.predicted_classes(threshold) == validation.labels
+    predicted = site_acceptance.predicted_accuracies(
+        site_acceptance.confidence(validation, threshold),
+        right,
+        groups,
+        site_acceptance.confidence(new, threshold),
+        new_groups,
+    )
+    if shift is None:
+        ranked = list(validation.ranked_classes)
+        odds, new_odds = (table.class_log_odds[:, ranked] for table in (validation, new))
+        shift = site_acceptance.shift(odds, new_odds, groups, new_groups, seed=seed)
+    sequence = None
+    if labeled is not None:
+        is_right = labeled.predicted_classes(threshold) == labeled.labels
+        shares = site_acceptance.shares_by_group(is_right, group_numbers(labeled))
+        sequence = site_acceptance.confidence_sequence(shares)
+    evidence = Evidence(float(right.mean()), tolerance, shift, color_p_value, predicted["atc"], sequence)
+    return evidence, predicted
+
+
+def _images(name: str, source: str, options: AcceptOptions, reading: Reading, **columns: Any) -> datasets.Dataset:
+    """The images of a source that has one split, or those of `--split`. Raises HistoError for several others."""
+    data = load(source, cache_dir=options.cache_dir, reading=reading, **columns)
+    if len(data) > 1 and options.split not in data:
+        found = f"has the splits {', '.join(data)}, expected one, or {options.split} among them"
+        raise HistoError(f"--{name} {source}: {found}; give --split")
+    return data[options.split] if options.split in data else next(iter(data.values()))
+
+
+def _color(sidecar: Sidecar, images: datasets.Dataset, groups: site_acceptance.Rows) -> float | None:
+    """p-value of the test of color; None where the adapter holds no colors of its training images."""
+    if sidecar.colors is None:
+        return None
+    table = ImageTable(images)
+    distances = np.array([sidecar.colors.distance(table[row]["image"]) for row in range(len(images))])
+    return site_acceptance.color_p_value(distances, sidecar.colors.limit, groups)
+
+
+def _features(classifier: Classifier, images: datasets.Dataset, new: Predictions, options: AcceptOptions) -> Shift:
+    """The test of a shift on the features of the adapter, against those of `--reference`."""
+    sidecar = classifier.sidecar
+    assert options.reference is not None
+    reference = _images("reference", options.reference, options, sidecar.preprocessing.reading)
+    pipeline = sidecar.pipeline.single_view
+    vectors = [
+        embedding.features(classifier.model, sidecar.with_known_centers(rows), pipeline) for rows in (reference, images)
+    ]
+    names = [group or f"\0{key}" for group, key in zip(reference["group"], reference["id"], strict=True)]
+    groups = np.unique(names, return_inverse=True)[1]
+    return site_acceptance.shift(vectors[0], vectors[1], groups, group_numbers(new))
+
+
+def _rows(evidence: Evidence, predicted: dict[str, site_acceptance.Estimate], compared: str) -> list[list[object]]:
+    """What was measured: a header, and a row for each test and estimate."""
+    titles = {
+        "atc": "accuracy, predicted by average thresholded confidence",
+        "importance": "accuracy, predicted by importance weighting",
+    }
+    rows: list[list[object]] = [["", "value", "p-value or 95% interval"]]
+    if evidence.color_p_value is not None:
+        rows.append(["color, against training", None, f"p = {evidence.color_p_value:.4f}"])
+    rows.append(
+        [f"{compared}, against val: energy distance", evidence.shift.distance, f"p = {evidence.shift.p_value:.4f}"]
+    )
+    rows += [[titles[name], of.value, f"{of.low:.3f}–{of.high:.3f}"] for name, of in predicted.items()]
+    rows.append(["accuracy on val", evidence.accuracy, None])
+    if evidence.labeled is not None:
+        rows.append(["accuracy, by labels", None, f"{evidence.labeled[0]:.3f}–{evidence.labeled[1]:.3f}"])
+    return rows
