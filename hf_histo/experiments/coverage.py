@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,14 +31,14 @@ class SetQuality:
 
     Attributes:
         coverage: share of images whose class is in their set.
-        classes: the same of each class that has images.
+        classes: the same of each class; None for one without images.
         size: mean number of classes in a set.
         decided: share of images with one class in their set.
         error: share of these whose class is another one; None without such images.
     """
 
     coverage: float
-    classes: tuple[float, ...]
+    classes: tuple[float | None, ...]
     size: float
     decided: float
     error: float | None
@@ -50,10 +50,10 @@ class SetQuality:
         single = members.sum(axis=1) == 1
         return cls(
             float(holds.mean()),
-            tuple(float(holds[labels == label].mean()) for label in np.unique(labels)),
+            tuple(_mean(holds[labels == label]) for label in range(members.shape[1])),
             float(members.sum(axis=1).mean()),
             float(single.mean()),
-            float((~holds[single]).mean()) if single.any() else None,
+            _mean(~holds[single]),
         )
 
 
@@ -152,14 +152,19 @@ def measure(validation: Predictions, held_out: Predictions, options: CoverageOpt
 
 def mean(qualities: list[SetQuality]) -> SetQuality:
     """The mean of each value that is defined."""
-    errors = [each.error for each in qualities if each.error is not None]
     return SetQuality(
         statistics.fmean(each.coverage for each in qualities),
-        tuple(map(statistics.fmean, zip(*(each.classes for each in qualities), strict=True))),
+        tuple(_mean(column) for column in zip(*(each.classes for each in qualities), strict=True)),
         statistics.fmean(each.size for each in qualities),
         statistics.fmean(each.decided for each in qualities),
-        statistics.fmean(errors) if errors else None,
+        _mean([each.error for each in qualities]),
     )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are defined; None without."""
+    defined = [float(value) for value in values if value is not None]
+    return statistics.fmean(defined) if defined else None
 
 
 def _draws(groups: Rows, options: CoverageOptions) -> Iterator[tuple[Rows, Rows]]:
@@ -181,7 +186,10 @@ def _headers(when: str) -> list[str]:
 
 def _cells(runs: list[HeldOutCenter]) -> list[object]:
     before, after = mean([run.before for run in runs]), mean([run.after for run in runs])
-    sets = [[each.coverage, min(each.classes), each.decided, each.error] for each in (before, after)]
+    sets = [
+        [each.coverage, min(value for value in each.classes if value is not None), each.decided, each.error]
+        for each in (before, after)
+    ]
     accuracy, fifth, error = (
         statistics.fmean(getattr(run, name) for run in runs) for name in ("accuracy", "fifth", "certain_error")
     )

@@ -11,7 +11,7 @@ import pytest
 from hf_histo.config.commands import CoverageOptions
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.predictions import Predictions
-from hf_histo.experiments.coverage import SetQuality, coverage
+from hf_histo.experiments.coverage import SetQuality, coverage, mean
 from hf_histo.files import write_json
 
 
@@ -72,6 +72,12 @@ def test_the_quality_of_sets_by_hand() -> None:
     members = np.array([[1, 0], [1, 1], [0, 0], [0, 1], [1, 0]], dtype=bool)
     found = SetQuality.of(members, np.array([0, 0, 0, 1, 1]))
     assert found == SetQuality(coverage=0.6, classes=(2 / 3, 0.5), size=1.0, decided=0.6, error=pytest.approx(1 / 3))
+
+
+def test_a_class_that_no_other_group_has_is_left_out_of_the_mean() -> None:
+    one, both = np.array([[1, 0]], dtype=bool), np.array([[0, 1], [0, 1]], dtype=bool)
+    found = mean([SetQuality.of(one, np.array([0])), SetQuality.of(both, np.array([0, 1]))])
+    assert found.classes == (0.5, 1.0) and found.coverage == 0.75
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
