@@ -17,6 +17,7 @@ from torch import nn
 from hf_histo import inference
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
+from hf_histo.evaluation.figures import preview
 from hf_histo.evaluation.forward import forward
 from hf_histo.evaluation.metrics import classification
 from hf_histo.experiments.frozen_features import FrozenFeatures
@@ -24,6 +25,7 @@ from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones
 from hf_histo.training import losses, trainer
 from hf_histo.transforms.augmentation import TestTimeViews, preset, uniform
+from hf_histo.transforms.mixing import UNMIXED, Mixing
 from hf_histo.transforms.mri import Preparation
 from hf_histo.transforms.pipeline import Pipeline, collate
 from hf_histo.transforms.preprocessing import Preprocessing
@@ -188,6 +190,19 @@ def test_a_view_gets_a_mixture_or_a_virtual_stain_or_the_reference(data: dataset
     assert not (mixed & virtual).any()
     assert mixed.float().mean().item() == pytest.approx(0.3, abs=0.05)
     assert virtual.float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_preview_shows_mixed_views(
+    data: datasets.DatasetDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sheets: list[dict[str, list[np.ndarray]]] = []
+    monkeypatch.setattr(preview, "sheet", lambda rows, path: sheets.append(rows))
+    for mixing in (UNMIXED, Mixing(mixup_alpha=1.0)):
+        preview.preview(Pipeline(PLAIN, preset("flips"), mixing=mixing), data["train"], tmp_path / "preview.png")
+    plain, mixed = sheets
+    for name in plain:
+        assert np.array_equal(plain[name][0], mixed[name][0])
+        assert not any(np.array_equal(one, other) for one, other in zip(plain[name][1:], mixed[name][1:], strict=True))
 
 
 def test_a_map_is_laid_back_where_the_head_was_cut_out() -> None:
