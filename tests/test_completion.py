@@ -34,7 +34,7 @@ zpty -d z
 """
 WORDS = (
     (["fi"], {"fine-tune"}),
-    (["fine-tune", "--lora_"], {"--lora_alpha", "--lora_blocks", "--lora_dropout", "--lora_rank"}),
+    (["fine-tune", "--lora_r"], {"--lora_rank"}),
     (["fine-tune", "--method", ""], {"full", "linear", "lora", "pca"}),
     (["fine-tune", "--data", "images", "--config", "histo_o"], {"histo_ood"}),
     (["fine-tune", "--config", "ablation/lora_g"], {"ablation/lora_group_dro"}),
