@@ -121,6 +121,18 @@ class EnsembleOptions:
 
 
 @dataclass(kw_only=True)
+class SoupOptions(TableOptions):
+    adapters: list[str] = required("adapter folders of LoRA runs on one backbone and data set", is_path=True)
+    backbone: str | None = option(
+        None, "the base model, where it is no longer where the adapters were trained", is_path=True
+    )
+    data: str = required("the data of the runs", is_path=True)
+    output_dir: Path = required("folder to write, which must not exist")
+    batch_size: int = option(64, "images at a time", at_least=1)
+    cache_dir: str | None = option(None, CACHE, is_path=True)
+
+
+@dataclass(kw_only=True)
 class EvaluateOptions:
     predictions: list[str] = required("predictions files, one for each split", is_path=True)
     output_dir: Path = required("folder for metrics.json and the figures")

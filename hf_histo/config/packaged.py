@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": ("compare", "configs × seeds (× centers) in one table"),
     "compare-adapters": ("compare_adapters", "several adapters on one backbone, and their mean, in one table"),
     "ensemble": ("ensemble", "finished runs of one data set: a folder that predicts their mean logits"),
+    "soup": ("soup", "adapters of one backbone: their greedy mean as one adapter, chosen on val"),
     "few-shot": ("few_shot", "methods × shots × seeds: curves and tables"),
     "cross-validate": ("cross_validate", "k folds by class and family of copies"),
     "leave-one-center-out": ("leave_one_center_out", "every center held out once: mean and worst"),

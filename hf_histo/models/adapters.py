@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -264,6 +265,21 @@ def average(model: PeftModel, names: Sequence[str], name: str) -> None:
             mean[key] = torch.stack(parts).mean(0)
     rank = sum(config.r for config in configs)
     _put(model, name, replace(configs[0], r=rank, lora_alpha=rank, use_rslora=False), mean)
+
+
+def alone(model: PeftModel, name: str) -> PeftModel:
+    """The adapter `name` of `model` as the only one, under peft's own name "default"; `model` can't be used afterwards.
+
+    It is in evaluation mode, and nothing of it can train.
+    """
+    config = copy.copy(model.peft_config[name])
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    state = {key: tensor.detach().clone() for key, tensor in state.items()}
+    base: Any = model.unload()
+    adapted = get_peft_model(base, config)
+    set_peft_model_state_dict(adapted, state)
+    adapted.requires_grad_(False)
+    return adapted.eval()
 
 
 def _put(model: PeftModel, name: str, config: PeftConfig, state: dict[str, torch.Tensor]) -> None:
