@@ -15,6 +15,7 @@ from hf_histo.config import (
     NON_RESULT_OPTIONS,
     OPTIONS,
     Config,
+    current,
     effective,
     option,
     parse,
@@ -365,3 +366,9 @@ def test_what_changes_no_result() -> None:
         *("report_to", "run_name", "verbose", "robustness"),
     } == NON_RESULT_OPTIONS
     assert with_role("source") == {"data", "backbone", "revision"}
+
+
+def test_options_of_earlier_versions_keep_their_meaning(tmp_path: Path) -> None:
+    for text, adapter in (("use_dora: true", "dora"), ("use_dora: false", "lora")):
+        assert parse(None, ["--config", write(tmp_path, text)]).adapter.adapter == adapter
+    assert current({"use_dora": True, "lora_rank": 4}) == {"adapter": "dora", "lora_rank": 4}
