@@ -17,7 +17,7 @@ import peft
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_histo.config import OPTIONS, AdapterOptions
+from hf_histo.config import AdapterOptions
 
 Kind = Literal["linear", "pointwise convolution", "convolution", "norm"]
 LINEAR: tuple[Kind, ...] = ("linear",)
@@ -310,12 +310,6 @@ def adapted_layers(weights: Iterable[str], method: PeftMethod) -> set[str]:
     """The names of the layers that are adapted, by the names of an adapter's weights."""
     inside = (name.removeprefix(INSIDE) for name in weights if name.startswith(INSIDE))
     return {name.split(f".{method.prefix}")[0] for name in inside if f".{method.prefix}" in name}
-
-
-def having(option: str) -> tuple[str, ...]:
-    """The adapters that have an option, as its rule lists them."""
-    needed = OPTIONS[option].metadata["rule"].needs.get("adapter", tuple(METHODS))
-    return (needed,) if isinstance(needed, str) else tuple(needed)
 
 
 def _inputs(layer: nn.Module) -> int:
