@@ -176,12 +176,7 @@ def _predictions(members: Sequence[Path]) -> dict[str, dict[str, Predictions]]:
 
 
 def _about(place: int, sidecar: Sidecar) -> dict[str, str]:
-    name = sidecar.backbone.name
-    return {
-        "folder": f"members/{place}",
-        "trained": sidecar.trained,
-        "backbone": Path(name).name if Path(name).is_absolute() else name,
-    }
+    return {"folder": f"members/{place}", "trained": sidecar.trained, "backbone": sidecar.backbone.title}
 
 
 def _common(values: Sequence[str]) -> str:
@@ -196,14 +191,12 @@ def _card(
     negative: int | None,
 ) -> ModelCard:
     first = sidecars[0]
-    names = first.label_names
     data = ModelCardData(
         library_name="peft",
         pipeline_tag="image-classification",
         license=metrics["options"]["hub_license"],
         tags=["hf_histo", "medical", "ensemble"],
     )
-    title = f"{' / '.join(names) if len(names) < 4 else f'{len(names)} classes'} on {first.data.name}"
     headline = {}
     for split, tables in by_split.items():
         reports = [classification.report(table, negative=negative)["overall"] for table in tables.values()]
@@ -217,12 +210,12 @@ def _card(
         documents.render(
             "ensemble.md",
             metadata=data.to_yaml(),
-            title=title,
+            title=first.title,
             here=HERE,
             rows=rows,
             ensemble=made,
             metrics=metrics,
-            label_names=names,
+            label_names=first.label_names,
             data=first.data,
         )
     )

@@ -76,7 +76,7 @@ def card(
 
 def facts(sidecar: Sidecar, metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> dict[str, Any]:
     """The values that the templates of card and report show, by name."""
-    name, splits, names = sidecar.backbone.name, sidecar.data.splits, sidecar.label_names
+    splits, names = sidecar.data.splits, sidecar.label_names
     hidden = any(held.hidden for held in splits.values())
     header = ["", "images", "groups", *sidecar.label_names, *(["hidden"] if hidden else []), "centers (images)"]
     rows = [
@@ -91,11 +91,11 @@ def facts(sidecar: Sidecar, metrics: Mapping[str, Any], figures: Mapping[str, Pa
         for split, held in splits.items()
     ]
     return {
-        "title": f"{' / '.join(names) if len(names) < 4 else f'{len(names)} classes'} on {sidecar.data.name}",
+        "title": sidecar.title,
         "decision": "The most probable class is predicted."
         if sidecar.num_outputs > 1
         else f"{names[1]} is predicted if its probability is at least {sidecar.threshold}.",
-        "backbone": Path(name).name if Path(name).is_absolute() else name,
+        "backbone": sidecar.backbone.title,
         "sidecar": sidecar,
         "metrics": metrics,
         "figures": figures,

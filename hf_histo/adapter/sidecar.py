@@ -79,6 +79,11 @@ class BackboneRecord:
     configuration: dict[str, Any] | None = None
 
     @property
+    def title(self) -> str:
+        """Its name for a reader: of a local folder, without the place on this machine."""
+        return Path(self.name).name if Path(self.name).is_absolute() else self.name
+
+    @property
     def identity(self) -> backbones.Identity:
         return backbones.Identity(self.fingerprint, self.configuration)
 
@@ -156,6 +161,12 @@ class Sidecar:
     thresholds: dict[str, Probability] = dataclasses.field(default_factory=dict)
     temperature: Annotated[float, Field(gt=0)] = 1.0
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: versions())
+
+    @property
+    def title(self) -> str:
+        """The task, for titles: the classes, or how many there are, and the data."""
+        names = self.label_names
+        return f"{' / '.join(names) if len(names) < 4 else f'{len(names)} classes'} on {self.data.name}"
 
     @property
     def trained(self) -> str:
