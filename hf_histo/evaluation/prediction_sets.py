@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_histo.errors import HistoError
-from hf_histo.evaluation.predictions import Predictions
+from hf_histo.evaluation.predictions import Predictions, independent_groups
 
 REFER = "refer to a pathologist"  # the decision where a set has no class or several
 ROUNDING = 1e-9  # of sums of weights, which are compared with the coverage
@@ -139,7 +139,7 @@ def limits(
 
 def group_numbers(predictions: Predictions) -> NDArray[np.int64]:
     """Number of the group of each row, (n,); an image of unknown group has one of its own."""
-    names = predictions["group"].where(predictions["group"] != "", "\0" + predictions["id"])
+    names = independent_groups(predictions["group"], predictions["id"])
     numbers: NDArray[np.int64] = np.unique(names.to_numpy(str), return_inverse=True)[1]
     return numbers
 

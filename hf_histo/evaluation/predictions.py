@@ -48,6 +48,11 @@ def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:
     return found
 
 
+def independent_groups(groups: pd.Series[str], ids: pd.Series[str]) -> pd.Series[str]:
+    """The group of each row; an image of unknown group ("") is its own: no group name starts with a null character."""
+    return groups.where(groups != "", "\0" + ids)
+
+
 class Predictions(pd.DataFrame):
     """A table of predictions: a `pandas.DataFrame` with the columns described in this module, and any others.
 

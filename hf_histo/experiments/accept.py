@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 
 from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.config import columns_of
@@ -19,7 +20,7 @@ from hf_histo.errors import HistoError
 from hf_histo.evaluation import site_acceptance
 from hf_histo.evaluation.figures import embedding
 from hf_histo.evaluation.prediction_sets import group_numbers
-from hf_histo.evaluation.predictions import Predictions
+from hf_histo.evaluation.predictions import Predictions, independent_groups
 from hf_histo.evaluation.reporting import documents
 from hf_histo.evaluation.site_acceptance import Evidence, Shift
 from hf_histo.files import atomic_file, require_output, write_json
@@ -177,8 +178,8 @@ def _features(classifier: Classifier, images: datasets.Dataset, new: Predictions
     vectors = [
         embedding.features(classifier.model, sidecar.with_known_centers(rows), pipeline) for rows in (reference, images)
     ]
-    names = [group or f"\0{key}" for group, key in zip(reference["group"], reference["id"], strict=True)]
-    groups = np.unique(names, return_inverse=True)[1]
+    names = independent_groups(pd.Series(reference["group"], dtype=str), pd.Series(reference["id"], dtype=str))
+    groups = np.unique(names.to_numpy(str), return_inverse=True)[1]
     return site_acceptance.shift(vectors[0], vectors[1], groups, group_numbers(new))
 
 

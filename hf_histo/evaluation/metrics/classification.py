@@ -38,7 +38,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hf_histo.evaluation.metrics import intervals
 from hf_histo.evaluation.metrics.intervals import Evidence
-from hf_histo.evaluation.predictions import Predictions
+from hf_histo.evaluation.predictions import Predictions, independent_groups
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction  # imports torch, which is not needed here
@@ -190,8 +190,7 @@ class _Rows:
     """The labeled rows of a table as arrays, and the metrics as a function of the weights of groups."""
 
     def __init__(self, predictions: Predictions, threshold: float, negative: int | None = None) -> None:
-        own = "\0" + predictions["id"]  # no group name starts with \0: an image of unknown group is its own group
-        groups = predictions["group"].where(predictions["group"] != "", own)
+        groups = independent_groups(predictions["group"], predictions["id"])
         labeled = (predictions["label"] >= 0).to_numpy()
         self.labels = predictions.labels[labeled]
         self.predicted = predictions.predicted_classes(threshold)[labeled]

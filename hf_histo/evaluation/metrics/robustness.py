@@ -21,6 +21,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from hf_histo.evaluation.metrics.two_sample_test import FOLDS, cross_validated
+from hf_histo.evaluation.predictions import independent_groups
 
 FEWEST = 20  # images of a class at a center, for the two to take part
 MOST = 250  # of more, a random sample is used
@@ -107,12 +108,12 @@ def robustness(features: NDArray[np.float64], table: pd.DataFrame, *, seed: int 
         a `Drop`, of the centers and classes with the most images. What can't be measured is None; if that is all,
         "reason" states why.
     """
-    given = table["group"].to_numpy(dtype=str)
+    table = table.reset_index(drop=True)
     rows = _Rows(
         StandardScaler().fit_transform(features) if len(features) else features,
         table["label"].to_numpy(),
         table["center"].to_numpy(),
-        np.where(given != "", given, [f"\0{row}" for row in range(len(given))]),
+        independent_groups(table["group"], table.index.to_series().astype(str)).to_numpy(dtype=str),
     )
     random = np.random.default_rng(seed)
     shared = {pair: _shared(rows, pair) for pair in combinations(np.unique(rows.centers).tolist(), 2)}

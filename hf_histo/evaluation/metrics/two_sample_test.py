@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from hf_histo.evaluation.metrics import classification
-from hf_histo.evaluation.predictions import Predictions
+from hf_histo.evaluation.predictions import Predictions, independent_groups
 
 FOLDS = 5
 MOST = 2000  # largest number of images of a side; of more, a random sample is used
@@ -59,8 +59,7 @@ def separations(
         classes: class names.
         seed: seed of the folds, and of the sample if a side has more than `MOST` images.
     """
-    own = "\0" + table["split"] + "/" + table["id"]
-    groups = table["group"].where(table["group"] != "", own).to_numpy()
+    groups = independent_groups(table["group"], table["split"] + "/" + table["id"]).to_numpy()
     splits, labels = table["split"].to_numpy(), table["label"].to_numpy()
     random = np.random.default_rng(seed)
     found = []
