@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 import yaml
 
 from hf_histo.config.checks import needed
-from hf_histo.config.options import Config, rule_of
+from hf_histo.config.options import FOR_CENTERS, GROUPS, rule_of
 from hf_histo.config.packaged import ABOUT, COMMANDS, COMPLETION, PROGRAM, SHELLS, as_commands, recipes
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def options() -> str:
     """Every option of a run, by group."""
     parts = []
-    for name, group in get_type_hints(Config).items():
+    for name, group in GROUPS.items():
         parts += [f"## {name.capitalize()}\n", option_table(group), ""]
     return "\n".join(parts)
 
@@ -79,9 +79,7 @@ def option_table(group: type[Any]) -> str:
     """The options of a dataclass: default, values, what each does, when it acts, and its role."""
     hints, rows = get_type_hints(group), []
     options = {option.name: option for option in dataclasses.fields(group)}
-    everything = {
-        option.name: option for kind in get_type_hints(Config).values() for option in dataclasses.fields(kind)
-    }
+    everything = {option.name: option for kind in GROUPS.values() for option in dataclasses.fields(kind)}
     for name, option in options.items():
         rule = rule_of(option)
         known = everything | options
@@ -91,6 +89,7 @@ def option_table(group: type[Any]) -> str:
         about = ["; ".join(filter(None, [option.metadata["help"], rule.details])), *(f"*{note}*" for note in notes)]
         is_required = option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING
         default = "required" if is_required else value(default_of(option))
+        default += f"; fine-tune: {value(FOR_CENTERS[name])}" if name in FOR_CENTERS else ""
         values = ", ".join(filter(None, [kind(hints[name]), rule.expected()]))
         rows.append([f"`--{name}`", default, values, "<br>".join(about)])
     return table(["option", "default", "values", "what it does"], rows)

@@ -33,11 +33,12 @@ def fine_tune(
         >>> result.metrics, result.classifier(["a.png"])
         >>> fine_tune(table, config="histo_ood", label_column="diagnosis", test_centers="Leipzig")
 
-    The options are those of `hf_histo fine-tune --help_all`, by the same names, with the same defaults and checks; an
-    error names an option as the command line does. Without `output_dir`, the folder is the command line's as well,
-    runs/DATA-BACKBONE-METHOD-seedN below the current folder; for data in memory, DATA is "memory-" and the first 8
-    digits of its fingerprint. A call with the same options and data returns the finished run, or resumes an interrupted
-    one; with others, it is refused, unless `output_dir` is another folder, or with `overwrite_output_dir=True`.
+    The options are those of `hf_histo fine-tune --help_all`, by the same names, with the same checks and, without
+    `config`, the same defaults; an error names an option as the command line does. Without `output_dir`, the folder is
+    the command line's as well, runs/DATA-BACKBONE-METHOD-seedN below the current folder; for data in memory, DATA is
+    "memory-" and the first 8 digits of its fingerprint. A call with the same options and data returns the finished run,
+    or resumes an interrupted one; with others, it is refused, unless `output_dir` is another folder, or with
+    `overwrite_output_dir=True`.
 
     Args:
         data: what `load_dataset` takes: a path, a name on the Hub, a `DataFrame`, a `Dataset`, paths of images, or the

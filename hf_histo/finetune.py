@@ -24,7 +24,7 @@ from hf_histo import hub, launch, library_warnings
 from hf_histo.adapter import checklist
 from hf_histo.adapter import folder as adapter_folder
 from hf_histo.adapter.sidecar import BackboneRecord, DataRecord, Sidecar
-from hf_histo.config import Config
+from hf_histo.config import FOR_CENTERS, OPTIONS, Config, require_effective
 from hf_histo.data import hierarchy
 from hf_histo.data.load import check_trainable, fingerprint
 from hf_histo.data.protocol import complete, refuse
@@ -162,6 +162,7 @@ def _fine_tune_and_push(config: Config, data: datasets.DatasetDict, callbacks: S
         percentage=protocol.percentage,
         level=protocol.level,
     )
+    config = settled(config, data)
     output = config.output
     pushes = output.push_to_hub and launch.is_main_process()
     if pushes:
@@ -182,6 +183,25 @@ def _fine_tune_and_push(config: Config, data: datasets.DatasetDict, callbacks: S
         base_model=output.hub_base_model,
     )
     return dataclasses.replace(result, address=address)
+
+
+def settled(config: Config, data: datasets.DatasetDict) -> Config:
+    """The same options, of which those in `Config.unchosen` take their defaults if `train` is not of several centers.
+
+    Raises `HistoError` for others that cannot act then.
+    """
+    if "train" not in data or (not config.data.streaming and len(data["train"].unique("center")) > 1):
+        return config
+    reason = "the training images are not of several centers"
+    idle = {"stain_mixing", "virtual_stain", "balance_centers", "domain_loss"} - config.unchosen
+    refuse(config, dict.fromkeys(sorted(idle), reason))
+    if not config.unchosen:
+        return config
+    defaults = {name: OPTIONS[name].default for name in FOR_CENTERS if name in config.unchosen}
+    chosen = config.flat() | defaults
+    require_effective(chosen)
+    launch.show(f"{reason}: {', '.join(f'--{name} {value}' for name, value in defaults.items())}, not as for several")
+    return Config.of(chosen)
 
 
 def _fine_tune(
@@ -220,8 +240,6 @@ def check(config: Config, data: datasets.DatasetDict) -> Task:
     if missing:
         raise HistoError(f"--data {config.data.data}: has no split {missing.pop()!r}, only {', '.join(data)}; make one")
     check_trainable(data["train"])
-    if not config.data.streaming:
-        _refuse_idle_in_one_center(config, data["train"].unique("center"))
     for (one, other), groups in shared_groups(data).items():
         if "train" in (one, other):
             logger.warning("%d groups are both in %s and %s, e.g. %s", len(groups), one, other, groups[0])
@@ -237,13 +255,6 @@ def check(config: Config, data: datasets.DatasetDict) -> Task:
             "another metric or another validation split"
         )
     return Task(names, num_outputs, negative, fingerprint(data))
-
-
-def _refuse_idle_in_one_center(config: Config, centers: Sequence[int]) -> None:
-    """Raise `HistoError` for options that need several centers if all training images are of one center."""
-    if len(centers) < 2:
-        names = ("stain_mixing", "virtual_stain", "balance_centers", "domain_loss")
-        refuse(config, dict.fromkeys(names, "the training images are not of several centers"))
 
 
 def build(config: Config, data: datasets.DatasetDict, task: Task) -> Setup:

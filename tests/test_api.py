@@ -13,7 +13,7 @@ from miniature import SIZE, write_centers, write_image_table
 
 import hf_histo
 from hf_histo import api
-from hf_histo.config import AdapterOptions, Config, parse, parse_options
+from hf_histo.config import AdapterOptions, Config, parse, parse_fine_tuning, parse_options
 from hf_histo.data.load import fingerprint
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.predictions import Predictions
@@ -56,7 +56,7 @@ def test_keywords_are_the_options_of_the_command_line() -> None:
     given = parse_options(
         {"backbone": Path("x"), "lora_rank": 4, "learning_rate": 1e-5, "gray": True, "max_steps": None}
     )
-    assert given == parse(None, ["--backbone=x", "--lora_rank=4", "--learning_rate=1e-5", "--gray"])
+    assert given == parse_fine_tuning(None, ["--backbone=x", "--lora_rank=4", "--learning_rate=1e-5", "--gray"])
 
 
 def test_keywords_win_over_a_config(tmp_path: Path) -> None:

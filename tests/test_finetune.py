@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
+import yaml
 from accelerate.state import AcceleratorState
-from miniature import config, write_backbone
+from miniature import SIZE, config, write_backbone
 
+from hf_histo.config import FOR_CENTERS, OPTIONS, CenterOptions, parse, parse_fine_tuning
 from hf_histo.data.load import load
+from hf_histo.errors import HistoError
 from hf_histo.evaluation.metrics import robustness
 from hf_histo.evaluation.predictions import Predictions
-from hf_histo.finetune import run_config
+from hf_histo.finetune import run_config, settled
 from hf_histo.inference import Classifier
 from hf_histo.transforms.mri import Preparation
 
@@ -52,6 +57,60 @@ def test_images_of_different_sizes(folder: Path, tmp_path: Path, fit: str) -> No
     if fit != "pad":  # alone, an image is resized on the device; color is measured on what is predicted together
         alone = classifier(folder / "data" / expected["id"][1])["logit"]
         np.testing.assert_allclose(alone, expected["logit"][1], rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def one_center(source: tuple[Path, Path]) -> datasets.DatasetDict:
+    data = load(source[1])
+    return datasets.DatasetDict(data, train=data["train"].filter(lambda row: row["center"] == 0))
+
+
+def test_defaults_for_several_centers_are_taken_back_where_there_is_one(
+    source: tuple[Path, Path], one_center: datasets.DatasetDict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = parse_fine_tuning(None, [f"--backbone={source[0]}", f"--data={source[1]}"])
+    assert settled(options, load(source[1])) is options
+    assert capsys.readouterr().out == ""
+    assert settled(options, one_center) == parse(None, [f"--backbone={source[0]}", f"--data={source[1]}"])
+    line = "not of several centers: --normalization none, --stain_mixing 0.0, --test_time_views 1, not as for several"
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--stain_mixing=0.5", "--stain_mixing is 0.5, which can't act here"),
+        ("--normalization=rgb --stain_mixing=0.5", "--stain_mixing is 0.5, which can't act here"),
+        ("--virtual_stain=0.2", "--virtual_stain is 0.2, which can't act here"),
+        ("--test_time_augmentation=strong", "which acts only with --test_time_views other than 1"),
+    ],
+)
+def test_what_is_chosen_and_cannot_act_in_one_center_is_refused(
+    given: str, message: str, one_center: datasets.DatasetDict
+) -> None:
+    with pytest.raises(HistoError, match=re.escape(message)):
+        settled(parse_fine_tuning(None, given.split()), one_center)
+    assert settled(parse_fine_tuning(None, ["--normalization=rgb"]), one_center).centers == CenterOptions("rgb")
+
+
+@pytest.mark.parametrize("is_one", [False, True])
+def test_a_run_records_the_defaults_that_it_had(
+    is_one: bool, source: tuple[Path, Path], one_center: datasets.DatasetDict, tmp_path: Path
+) -> None:
+    quick = f"--image_size={SIZE} --resize_size={SIZE} --max_steps=2 --target_modules=last-conv"
+    places = f"--output_dir={tmp_path / 'run'} --backbone={source[0]} --data={source[1]}"
+    options = parse_fine_tuning(None, [*quick.split(), *places.split()])
+    result = run_config(options, one_center if is_one else load(source[1]))
+    used = {name: OPTIONS[name].default if is_one else value for name, value in FOR_CENTERS.items()}
+    record = yaml.safe_load((tmp_path / "run/run.yaml").read_text())
+    assert {name: record[name] for name in used} == used
+    classifier = Classifier.from_pretrained(result.adapter)
+    assert classifier.sidecar.views.count == used["test_time_views"]
+    assert (classifier.sidecar.normalizer is None) == is_one
+    shown = (result.summary(), (result.adapter / "report.html").read_text(), (result.adapter / "README.md").read_text())
+    assert ("| test (transductive) |" in shown[0]) == (not is_one)
+    for text in shown:
+        assert ("Transductive: used the unlabeled images of test as a whole, for color statistics." in text) != is_one
 
 
 def test_predictions_are_in_float32_whatever_the_launcher_asks_for(

@@ -1,7 +1,9 @@
 """The options of a run: their definitions, what is checked about them, and the parser that fills them."""
 
-from hf_histo.config.checks import effective, require_data
+from hf_histo.config.checks import effective, require_data, require_effective
 from hf_histo.config.options import (
+    FOR_CENTERS,
+    GROUPS,
     HUB,
     NON_RESULT_OPTIONS,
     OPTIONS,
@@ -33,6 +35,7 @@ from hf_histo.config.parser import (
     parse,
     parse_command,
     parse_each,
+    parse_fine_tuning,
     parse_options,
     parse_with,
     refuse_given,
@@ -40,6 +43,8 @@ from hf_histo.config.parser import (
 )
 
 __all__ = [
+    "FOR_CENTERS",
+    "GROUPS",
     "HUB",
     "NON_RESULT_OPTIONS",
     "OPTIONS",
@@ -69,10 +74,12 @@ __all__ = [
     "parse",
     "parse_command",
     "parse_each",
+    "parse_fine_tuning",
     "parse_options",
     "parse_with",
     "refuse_given",
     "require_data",
+    "require_effective",
     "with_options",
     "with_role",
 ]

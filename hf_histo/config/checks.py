@@ -51,6 +51,12 @@ def ineffective(values: Mapping[str, Any], options: Options = OPTIONS) -> dict[s
     return {name: found[name] for name in options if name in found}
 
 
+def require_effective(values: Mapping[str, Any], options: Options = OPTIONS) -> None:
+    """Raise `HistoError` for the first option of `ineffective`."""
+    for name, reason in ineffective(values, options).items():
+        raise HistoError(f"--{name} is {values[name]!r}, which {reason}; leave it out")
+
+
 def effective(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same options, with the default in place of each value that cannot act: equal where runs are the same."""
     return {**values, **{name: OPTIONS[name].default for name in ineffective(values)}}

@@ -422,13 +422,15 @@ class AugmentationOptions:
 class CenterOptions:
     _argument_group_name = "centers"
 
-    normalization: Normalization = option("none", "take out each center's color", common=True)
+    normalization: Normalization = option(
+        "none", "take out each center's color", needs={"streaming": False}, common=True
+    )
     stain_mixing: float = option(
         0.0,
         "probability of training on a mixture of the centers' colors, in [0, 1]",
         at_least=0,
         at_most=1,
-        needs=GRADIENT | {"normalization": SET},
+        needs=GRADIENT | {"normalization": SET, "streaming": False},
     )
     virtual_stain: float = option(
         0.0,
@@ -652,9 +654,20 @@ class OutputOptions:
     hub_create_pr: bool = option(False, "open a pull request there instead of writing", role="output", needs=PUSHED)
 
 
+# What is best on validation for training images of several centers, and for LoRA on the built-in backbone, see
+# docs/results/builtin.md: the defaults of a fine-tuning without `--config`. Experiments, and configs, which state what
+# they change, start from the defaults of the options.
+FOR_CENTERS: Mapping[str, Any] = {"normalization": "rgb", "stain_mixing": 0.5, "test_time_views": 8}
+BUILTIN_LEARNING_RATE = 3e-3
+
+
 @dataclass
 class Config:
-    """Everything that decides a run's result. `dataclasses.asdict` of it is what a run records."""
+    """Everything that decides a run's result.
+
+    `unchosen` names the options that have their values by `FOR_CENTERS` alone: the run takes their defaults instead
+    where its training images are not of several centers.
+    """
 
     data: DataOptions = field(default_factory=DataOptions)
     protocol: ProtocolOptions = field(default_factory=ProtocolOptions)
@@ -667,10 +680,11 @@ class Config:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     speed: SpeedOptions = field(default_factory=SpeedOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
+    unchosen: frozenset[str] = frozenset()
 
     def flat(self) -> dict[str, Any]:
         """All options in one mapping: what a YAML file for `--config` holds."""
-        return {key: value for group in dataclasses.asdict(self).values() for key, value in group.items()}
+        return {key: value for name in GROUPS for key, value in dataclasses.asdict(getattr(self, name)).items()}
 
     def title(self) -> str:
         """The run in one line: method, backbone, data and seed."""
@@ -679,11 +693,10 @@ class Config:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Config:
         """The config whose `flat` is `values`."""
-        groups = get_type_hints(cls)
         return cls(
             **{
                 group: kind(**{option.name: values[option.name] for option in dataclasses.fields(kind)})
-                for group, kind in groups.items()
+                for group, kind in GROUPS.items()
             }
         )
 
@@ -724,9 +737,11 @@ class Config:
         return Path(self.output.output_dir)
 
 
+# The dataclasses of options by their names in `Config`.
+GROUPS: Mapping[str, Any] = {name: kind for name, kind in get_type_hints(Config).items() if name != "unchosen"}
 # Every option of `Config` by its name, which is that of its flag as well.
 OPTIONS: Mapping[str, dataclasses.Field[Any]] = {
-    option.name: option for group in get_type_hints(Config).values() for option in dataclasses.fields(group)
+    option.name: option for group in GROUPS.values() for option in dataclasses.fields(group)
 }
 RULES: Mapping[str, Rule] = {name: rule_of(option) for name, option in OPTIONS.items()}
 

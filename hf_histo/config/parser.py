@@ -14,13 +14,30 @@ from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from numbers import Number
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
 
-from hf_histo.config.checks import check_bounds, check_pairs, effective, ineffective, needed, require_data
-from hf_histo.config.options import OPTIONS, RULES, Config, current, rule_of
+from hf_histo.config.checks import (
+    check_bounds,
+    check_pairs,
+    effective,
+    ineffective,
+    needed,
+    require_data,
+    require_effective,
+)
+from hf_histo.config.options import (
+    BUILTIN_LEARNING_RATE,
+    FOR_CENTERS,
+    GROUPS,
+    OPTIONS,
+    RULES,
+    Config,
+    current,
+    rule_of,
+)
 from hf_histo.config.packaged import PROGRAM, as_commands, config_file
 from hf_histo.errors import HistoError, did_you_mean, idle_option
 from hf_histo.files import read_text
@@ -46,8 +63,33 @@ def parse(usage: str | None, arguments: Sequence[str] | None = None, **defaults:
     return _parse(usage, arguments, [], defaults)[0]
 
 
+def parse_fine_tuning(usage: str | None, arguments: Sequence[str] | None = None) -> Config:
+    """`parse` for a fine-tuning, which without `--config` has the defaults that are best on validation.
+
+    They are `FOR_CENTERS`, which the data may take back (see `Config.unchosen`), and `BUILTIN_LEARNING_RATE`. An option
+    of them that cannot act beside those that are given takes its own default, as does `stain_mixing` beside
+    `--augmentation none`.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    given = _given(arguments)
+    if "config" in given:
+        return parse(usage, arguments)
+    defaults = {name: value for name, value in FOR_CENTERS.items() if name not in given}
+    if "virtual_stain" in given:  # a view gets one of them
+        defaults.pop("stain_mixing", None)
+    config = parse(usage, arguments, **defaults)
+    if config.augmentation.augmentation == "none" and "stain_mixing" in defaults:
+        config.centers.stain_mixing = 0.0
+    config.unchosen = frozenset(name for name in defaults if config.flat()[name] != OPTIONS[name].default)
+    if config.model.backbone == "builtin" and config.adapter.method == "lora" and "learning_rate" not in given:
+        config.training.learning_rate = BUILTIN_LEARNING_RATE
+    return config
+
+
 def parse_options(options: Mapping[str, Any], config: str | Path | Config | None = None) -> Config:
     """The `Config` of options by name, as keyword arguments are: checked as on a command line; they win over `config`.
+
+    Without `config`, the defaults are those of `parse_fine_tuning`.
 
     Args:
         options: their values; None is the default, as if the option was not given.
@@ -57,7 +99,7 @@ def parse_options(options: Mapping[str, Any], config: str | Path | Config | None
     """
     arguments = _as_arguments(options, "")
     if config is None:
-        return parse(None, arguments)
+        return parse_fine_tuning(None, arguments)
     base = _as_arguments(config.flat(), "") if isinstance(config, Config) else _yaml_arguments(str(config))
     for argument in base:
         name, value = argument[2:].split("=", 1)
@@ -146,9 +188,7 @@ def parse_command(
 
 def _refuse_ineffective(options: Any) -> None:
     """Raise `HistoError` for an option of a recipe's own dataclass that cannot act beside the others there."""
-    by_name = {option.name: option for option in dataclasses.fields(options)}
-    for name, reason in ineffective(vars(options), by_name).items():
-        raise HistoError(f"--{name} is {getattr(options, name)!r}, which {reason}; leave it out")
+    require_effective(vars(options), {option.name: option for option in dataclasses.fields(options)})
 
 
 def _about(usage: str | None) -> str | None:
@@ -264,7 +304,7 @@ def _read(
     usage: str | None, arguments: Sequence[str], extra: list[type], defaults: Mapping[str, Any]
 ) -> tuple[Config, list[Any], str | None]:
     """The options as they are given, the recipe's own ones, and the file; values are within their bounds."""
-    groups = [*get_type_hints(Config).values(), *extra]
+    groups = [*GROUPS.values(), *extra]
     usage_line = "%(prog)s [--config YAML] [--OPTION VALUE ...]"
     parser = _Parser(groups, usage=usage_line, description=_about(usage), add_help=False, **_STYLE)
     parser.set_defaults(**defaults)

@@ -109,7 +109,7 @@ def _unwanted(session: Trainer, mode: str) -> str | None:
     if not session.pipeline.mixing.is_none:
         return "images are mixed; leave --mixup_alpha and --cutmix_alpha out"
     if views is None:
-        return "each epoch draws new views; set --training_views or --augmentation none"
+        return "each epoch draws new views; set --training_views, or --augmentation none without mixing of colors"
     if mode == "auto" and views >= epochs:
         return f"there are not more epochs ({epochs:g}) than views ({views})"
     assert session.model is not None

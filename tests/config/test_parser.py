@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from hf_histo.config import (
+    FOR_CENTERS,
+    GROUPS,
     NON_RESULT_OPTIONS,
     OPTIONS,
     Config,
@@ -20,11 +22,12 @@ from hf_histo.config import (
     option,
     parse,
     parse_each,
+    parse_fine_tuning,
     parse_with,
     with_options,
     with_role,
 )
-from hf_histo.config.options import RULES
+from hf_histo.config.options import BUILTIN_LEARNING_RATE, RULES
 from hf_histo.errors import HistoError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").rglob("*.yaml"))
@@ -207,8 +210,8 @@ def test_help_is_grouped_and_mentions_every_option(capsys: pytest.CaptureFixture
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "What it does.\n\n    how to call it" in text
-    for group in dataclasses.fields(Config):
-        assert re.search(rf"^{group.name}:", text, re.MULTILINE), group.name
+    for group in GROUPS:
+        assert re.search(rf"^{group}:", text, re.MULTILINE), group
     listed = re.findall(r"^  (?:-h, )?--(\w+)", text, re.MULTILINE)
     assert sorted(listed) == sorted([*Config().flat(), "config", "help", "help_all"])
 
@@ -240,6 +243,39 @@ def test_a_recipe_with_defaults_of_its_own(tmp_path: Path) -> None:
     assert parse(None, [], split="published").data.split == "published"
     assert parse(None, ["--config", write(tmp_path, "split: clean")], split="published").data.split == "clean"
     assert parse(None, ["--split=files"], split="published").data.split == "files"
+
+
+def test_a_fine_tuning_has_the_defaults_that_are_best_for_several_centers() -> None:
+    config = parse_fine_tuning(None, [])
+    assert config.flat() == {**Config().flat(), **FOR_CENTERS, "learning_rate": BUILTIN_LEARNING_RATE}
+    assert config.unchosen == FOR_CENTERS.keys()
+    assert parse_fine_tuning(None, ["--config=histo_ood"]) == parse(None, ["--config=histo_ood"])  # states its own
+
+
+@pytest.mark.parametrize(
+    ("given", "unchosen"),
+    [
+        ("--stain_mixing=0.5", {"normalization", "test_time_views"}),  # chosen, though no other value
+        ("--normalization=none", {"test_time_views"}),  # without which no colors are mixed
+        ("--normalization=none --test_time_views=1", set()),
+        ("--virtual_stain=0.7", {"normalization", "test_time_views"}),  # which a view gets instead of a mixture
+        ("--augmentation=none", {"normalization", "test_time_views"}),
+        ("--method=pca", {"normalization", "test_time_views"}),
+        ("--data=hub:a/b --streaming", {"test_time_views"}),
+    ],
+)
+def test_defaults_for_several_centers_give_way_to_what_is_given(given: str, unchosen: set[str]) -> None:
+    config = parse_fine_tuning(None, given.split())
+    assert config.unchosen == unchosen
+    chosen = {argument[2:].split("=")[0] for argument in given.split()}
+    for name, value in FOR_CENTERS.items():
+        if name not in chosen:
+            assert config.flat()[name] == (value if name in unchosen else OPTIONS[name].default), name
+
+
+def test_the_default_learning_rate_is_that_of_the_backbone() -> None:
+    for given in ("--backbone=.", "--method=linear", "--learning_rate=0.001"):
+        assert parse_fine_tuning(None, [given]).training.learning_rate == 1e-3
 
 
 def test_other_options_are_checked_as_on_the_command_line() -> None:

@@ -36,7 +36,7 @@ from miniature import (
 from safetensors.torch import load_file
 
 from hf_histo import finetune, hub, library_warnings
-from hf_histo.config import OPTIONS, Config, TableOptions, effective, parse
+from hf_histo.config import GROUPS, OPTIONS, Config, TableOptions, effective, parse
 from hf_histo.config.options import RULES, SET, Except
 from hf_histo.data import protocol
 from hf_histo.data.load import fingerprint
@@ -54,7 +54,7 @@ RUN_CONFIG = finetune.run_config
 PACKAGE = Path(finetune.__file__).parent
 TRAINING = ("histo_lora", "mri_lora", "digits_lora", "cytology_lora")
 EXPERIMENTS = ("compare", "cross_validate", "few_shot", "leave_one_center_out", "pareto", "sweep", "benchmark")
-TYPES = {name: kind for group in get_type_hints(Config).values() for name, kind in get_type_hints(group).items()}
+TYPES = {name: kind for group in GROUPS.values() for name, kind in get_type_hints(group).items()}
 
 # Values beside the default; those that are not here follow from type, choices and bounds.
 VALUES: dict[str, Any] = {
@@ -320,7 +320,7 @@ def test_every_option_is_read_in_a_training(
             read.add(name)
         return object.__getattribute__(options, name)
 
-    for group in get_type_hints(Config).values():
+    for group in GROUPS.values():
         monkeypatch.setattr(group, "__getattribute__", recording, raising=False)
     outcome_of(**variants("iterations_per_shot", source)[1], seed=1)  # of no other test, which would be remembered
     chosen = ("head_widths", "domain_weight", "lr_scheduler_patience", "hub_private")
@@ -443,6 +443,8 @@ def reached(
         quick = {"output_dir": source.folder / "out", "data": source.data, "backbone": source.backbone}
         if recipe == "benchmark":
             del quick["data"]
+        if recipe == "histo_lora":  # the defaults of the options, not its own: see tests/config/test_parser.py
+            quick |= {name: OPTIONS[name].default for name in ("normalization", "test_time_views")}
         given = [f"--{name}={value}" for name, value in (quick | options).items()]
         monkeypatch.setattr(sys, "argv", [recipe, *own_options.get(recipe, []), *given, *arguments])
         main = runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="recipe")["main"]

@@ -25,7 +25,7 @@ OVERALL = "overall"  # in place of a center: all images of a split
 
 
 def of_run(metrics: Mapping[str, Any], adapter: Path, seconds: float | None, address: str | None = None) -> str:
-    """Return a text: a short table of the evaluated splits, the decisions in words, sizes, seconds and the folder.
+    """Return a text: a table of the evaluated splits, what is transductive, decisions, sizes, seconds, the folder.
 
     Args:
         metrics: content of metrics.json.
@@ -42,12 +42,13 @@ def of_run(metrics: Mapping[str, Any], adapter: Path, seconds: float | None, add
     for split, overall in reports.items():
         title = report.marked(_with_centers(split, metrics["splits"][split]), metrics["splits"][split])
         rows.append([title, overall["n"], *(overall[name]["value"] for name in names)])
+    notes = [report.transductive(of, split) for split, of in metrics["splits"].items()]
     levels = metrics.get("levels", {})
     parameters, size = metrics["parameters"], metrics["bytes"]
     return "\n".join(
         [
             report.table(rows),
-            *(fill(sentence, 120) for sentence in decisions.in_words(metrics)),
+            *(fill(sentence, 120) for sentence in [*filter(None, notes), *decisions.in_words(metrics)]),
             *(f"{split}:\n{hierarchical_metrics.summary(of)}" for split, of in levels.items()),
             f"trainable parameters: {parameters['trainable']:,} of {parameters['total']:,} ({parameters['share']:.2%})",
             f"adapter: {size['adapter'] / 2**20:.2f} MiB, beside {size['model'] / 2**20:.2f} MiB for the whole model",
