@@ -1,7 +1,7 @@
 """The process of a run: entry point and signals, device and precision, and which process of a launch writes.
 
 Environment variables are read and written here alone: `RANK`, `LOCAL_WORLD_SIZE` and `ACCELERATE_*` are those of
-torchrun and accelerate; `HF_HISTO_TRACEBACK=1` shows the traceback of an error.
+torchrun and accelerate; `HF_HISTO_TRACEBACK=1` shows the traceback of an error; `THP_MEM_ALLOC_ENABLE` is torch's.
 
 A recipe imports this module before it has parsed its options. So torch and accelerate, which take seconds, are imported
 by the functions that need them.
@@ -60,6 +60,7 @@ def run(main: Callable[[], object], *, threads: int | None = None) -> None:
     def start() -> None:
         if rank() > 0:  # the first process logs the same warnings
             logging.getLogger("hf_histo").setLevel(logging.ERROR)
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's tensors from 2 MiB on in huge pages, under Linux
         _use_threads(threads or thread_count(_first_number(LOCAL_SIZES, 1)))
         main()
 

@@ -80,3 +80,30 @@ def test_warnings_of_this_package_come_from_the_first_process(tmp_path: Path, ra
     log = "import logging; logging.getLogger('hf_histo.module').warning('something to know')"
     recipe.write_text(f"from hf_histo.launch import run\nrun(lambda: exec({log!r}))\n", encoding="utf-8")
     assert started([recipe], RANK=rank) == shown
+
+
+# Huge pages behind a tensor of 64 MiB, in KiB, after torch was imported by a recipe.
+TENSOR = """
+from hf_histo.launch import run
+
+def main():
+    import torch
+    tensor = torch.ones(2**24)
+    [line] = [line for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")]
+    print("huge", line.split()[1])
+
+run(main)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
+    or "[madvise]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+    reason="the kernel gives huge pages always or never, asked or not",
+)
+def test_large_tensors_lie_in_huge_pages_unless_a_person_refuses_them(tmp_path: Path) -> None:
+    """Without them most of a training step on a CPU may be spent on page faults."""
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(TENSOR)
+    assert int(started([recipe]).split()[1]) > 32 * 1024
+    assert int(started([recipe], THP_MEM_ALLOC_ENABLE="0").split()[1]) < 32 * 1024

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Conv2d as LoraConv2d
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -22,6 +23,7 @@ from hf_histo.models.qkv import SplitLinear
 from hf_histo.models.speed import attention, low_rank
 from hf_histo.models.speed.activation_cut import Call, record, replaced
 
+_PLAIN = (nn.Conv2d, Conv2dSame)  # convolutions that a batch norm folds into
 TOLERANCE = 1e-5  # between the logits of a model and of its merged form, times the largest logit if above 1
 
 
@@ -62,6 +64,11 @@ def folded(model: nn.Module, pixels: torch.Tensor) -> Iterator[int]:
             stack.enter_context(replaced(layer, low_rank.linear_forward(layer, parts)))
         for module in {call.module: None for call in calls if call.attends}:
             stack.enter_context(replaced(module, attention.forward(module)))
+        for module in model.modules():
+            if isinstance(module, nn.Hardtanh):  # ReLU6 among them
+                stack.enter_context(replaced(module, partial(_clip, module)))
+            elif isinstance(module, _PLAIN) and module.groups > 1 and max(module.stride) > 1:
+                stack.enter_context(replaced(module, partial(_strided, module)))
         close = torch.allclose(model(pixel_values=pixels).logits, logits, rtol=1e-3, atol=1e-4)
         if not close:  # something else took what a convolution gave
             stack.close()
@@ -152,10 +159,43 @@ def _pairs(calls: list[Call], *, frozen: bool = True) -> Iterator[tuple[nn.Modul
         norm = found.module if found else None
         assert norm is None or isinstance(norm, nn.BatchNorm2d)
         is_fixed = not frozen or not any(p.requires_grad for p in call.module.parameters())
-        folds = type(call.module) is nn.Conv2d and is_fixed and norm is not None
+        folds = type(call.module) in _PLAIN and is_fixed and norm is not None
         is_adapted = isinstance(call.module, LoraConv2d) and low_rank.is_simple(call.module)
         if often[call.name] == 1 and (is_adapted or folds):
             yield call.module, norm
+
+
+class _Clip(torch.autograd.Function):
+    """clamp(x, low, high) whose gradient comes from the output, which the next layer keeps anyway.
+
+    torch's own keeps the input, and copies it first where the layer works in place. The gradient is the same: the
+    output is at a bound exactly where the input is at or beyond it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        output = x.clamp(low, high)
+        ctx.save_for_backward(output)
+        ctx.bounds = low, high
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, of_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (output,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(of_output, output, *ctx.bounds), None, None
+
+
+def _clip(layer: nn.Hardtanh, x: torch.Tensor) -> torch.Tensor:
+    output: torch.Tensor = _Clip.apply(x, layer.min_val, layer.max_val)
+    return output
+
+
+def _strided(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """A strided convolution in groups, on CPUs in float32: in bfloat16 its gradient takes 3 to 6 times as long."""
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return type(layer).forward(layer, x)
+    with torch.autocast("cpu", enabled=False):
+        return type(layer).forward(layer, x.float()).to(torch.get_autocast_dtype("cpu"))
 
 
 def _parts(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Any, ...]:

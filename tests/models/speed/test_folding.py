@@ -67,6 +67,8 @@ def gradients(model: Any, pixels: torch.Tensor, weight: torch.Tensor) -> list[to
     [
         ("test_resnet.r160_in1k", "all-conv"),
         ("test_efficientnet.r160_in1k", "all-conv"),
+        ("mobilenetv2_035", "all-conv"),  # ReLU6
+        ("tf_mobilenetv3_small_075", "all-conv"),  # convolutions with the padding of TensorFlow
         ("test_vit.r160_in1k", r".*\.(patch_embed|attn)\.proj"),  # no norm behind the convolution; linear layers
         ("test_vit.r160_in1k", r".*\.mlp\.fc[12]"),
         ("test_vit.r160_in1k", r".*\.attn\.qkv"),
@@ -105,9 +107,10 @@ def test_a_folded_model_is_one_graph_for_the_compiler(name: str, target_modules:
             compiled(pixel_values=pixels).logits.sum().backward()
 
 
-def test_in_half_precision_as_near_as_that_is() -> None:
+@pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "mobilenetv2_035"])
+def test_in_half_precision_as_near_as_that_is(name: str) -> None:
     torch.manual_seed(0)
-    model = backbones.load("test_resnet.r160_in1k", 3, random_weights=True, image_size=64)
+    model = backbones.load(name, 3, random_weights=True, image_size=64)
     batchnorm.freeze(model)
     adapted = adapters.add(model, AdapterOptions(target_modules="all-conv")).train()
     for name, parameter in adapted.named_parameters():
@@ -125,6 +128,17 @@ def test_in_half_precision_as_near_as_that_is() -> None:
         return sum(float((f - e).square().sum()) for f, e in zip(found, exact, strict=True)) ** 0.5
 
     assert error(ours) < 1.5 * error(plain)
+
+
+def test_clipping_keeps_the_output_alone() -> None:
+    """The gradient of ReLU6 from its output is that of torch, from its input, to the last bit; also at the bounds."""
+    x = torch.tensor([-1.0, 0.0, 1e-45, 3.0, 6.0, 7.0, torch.inf, torch.nan], requires_grad=True)
+    weight = torch.arange(1.0, 9.0)
+    (plain,) = torch.autograd.grad((torch.nn.functional.relu6(x) * weight).nan_to_num().sum(), x)
+    clipped = folding._clip(nn.ReLU6(inplace=True), x)
+    torch.testing.assert_close(clipped, torch.nn.functional.relu6(x), rtol=0, atol=0, equal_nan=True)
+    (ours,) = torch.autograd.grad((clipped * weight).nan_to_num().sum(), x)
+    assert torch.equal(ours, plain)
 
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"adapter": "dora"}])
