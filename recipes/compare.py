@@ -14,9 +14,10 @@ row's `name`, the published test accuracy (`reported`, with its `source`), and w
 (--test_time_views and the like), share a training.
 
 With `--protocol validation` every split with labels beside train is evaluated, with `leave_one_center_out` each center
-that training never saw. Each row, seed and center is a run of its own in OUT/ROW, so the same command resumes where an
-earlier one was stopped, and several launches share the runs, as --workers and --cluster do. Into OUT go PROTOCOL.md,
-.json and .png.
+that training never saw. `--baseline ROW` adds how much more accurate than that row each other one is, paired by image,
+center and seed, with an interval over other slides and seeds. Each row, seed and center is a run of its own in OUT/ROW,
+so the same command resumes where an earlier one was stopped, and several launches share the runs, as --workers and
+--cluster do. Into OUT go PROTOCOL.md, .json and .png.
 """
 
 from hf_histo.config import parse_with

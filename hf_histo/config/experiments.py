@@ -39,6 +39,7 @@ class CompareOptions(Sharing):
     seeds: int = option(2, "number of seeds for each row, counted up from --seed")
     protocol: Literal["validation", "leave_one_center_out"] = option("validation", "what rows are evaluated on")
     select: Literal["worst", "mean"] | None = option(None, "recommend a row by its worst or its mean held-out center")
+    baseline: str | None = option(None, "name of a row, without .yaml: how much more accurate the others are, paired")
 
 
 @dataclass(kw_only=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import yaml
 
 from hf_histo import launch
@@ -20,7 +21,7 @@ from hf_histo.data.protocol import arranged, refuse
 from hf_histo.data.splits import folds
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, thresholds
-from hf_histo.evaluation.metrics import classification
+from hf_histo.evaluation.metrics import classification, paired
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting.report import marked, table
 from hf_histo.evaluation.reporting.summary import METRICS, Spread, bar_chart, best, held_out, spread
@@ -77,6 +78,7 @@ ECE = "ece"
 WORST_CENTER = "worst_center"  # its accuracy, of the centers of a split
 # Values of a row by split or held-out center, then metric, then seed.
 Values = dict[str, dict[str, dict[int, float | None]]]
+HELD_OUT = "held-out centers, mean"
 
 
 def compare(base: Config, options: CompareOptions) -> None:
@@ -109,14 +111,16 @@ def compare(base: Config, options: CompareOptions) -> None:
         for run in runs[stem]
     ]
     grid.train(cells, folder, options, describe=lambda cell, _: f"{cell.name} is done")
-    values = {stem: measure(stem, rows, runs[stem], folder) for stem in rows}
+    found = {stem: list(predictions(stem, rows, runs[stem], folder)) for stem in rows}
     if not launch.is_main_process():
         return
 
+    values = {stem: measure(found[stem]) for stem in rows}
+    differences = differences_to(options.baseline, found, options.protocol) if options.baseline else {}
     results = {stem: summed_up(values[stem], options.protocol) for stem in rows}
     source = f"{shared.data} (content fingerprint {fingerprint(data)})"
     costs = {stem: cost(stem, rows, runs[stem], folder) for stem in rows}
-    text = markdown(rows, results, costs, source, options)
+    text = markdown(rows, results, costs, differences, source, options)
     chosen = None
     if options.select:
         by_row = {stem: found[f"held-out centers, {options.select}"]["accuracy"] for stem, found in results.items()}
@@ -137,10 +141,12 @@ def compare(base: Config, options: CompareOptions) -> None:
             "results": {s: {m: asdict(x) for m, x in found.items()} for s, found in results[stem].items()},
             "values": values[stem],
             "cost": asdict(costs[stem]),
+            "differences": {s: asdict(of) for s, of in differences.get(stem, {}).items()},
         }
         for stem, row in rows.items()
     }
     about = {"data": source, "protocol": options.protocol, "seeds": options.seeds, "recommended": chosen}
+    about["baseline"] = options.baseline
     grid.write(folder, options.protocol, {**about, "rows": content}, text)
     print(f"\nwrote {options.protocol}.md, .json and .png in {folder}")
 
@@ -191,6 +197,8 @@ def read_rows(options: CompareOptions) -> dict[str, Row]:
         rows[path.stem] = row
     if not rows:
         raise HistoError(f"--rows {' '.join(options.rows)}: no config among them, expected at least one")
+    if options.baseline is not None and options.baseline not in rows:
+        raise HistoError(f"--baseline {options.baseline}: not among the rows, expected one of {', '.join(rows)}")
     return rows
 
 
@@ -228,9 +236,18 @@ def runs_of(
             yield Run(seed, None, folds.pool_centers(data, seed=seed) if config.centers.pool_centers else data)
 
 
-def measure(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) -> Values:
-    """The metrics of a row; its adapters, or those of the row whose training it shares, must be finished."""
-    values: Values = {}
+@dataclass(frozen=True)
+class Evaluated:
+    """Labeled predictions of a run: the name of their split or held-out center, and the threshold of its row."""
+
+    name: str
+    seed: int
+    table: Predictions
+    threshold: float
+
+
+def predictions(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) -> Iterator[Evaluated]:
+    """Yield those of a row; its adapters, or those of the row whose training it shares, must be finished."""
     row, trainer = rows[stem], trainer_of(stem, rows)
     for run in runs:
         adapter = run.folder(folder / trainer) / run_folder.ADAPTER
@@ -239,19 +256,43 @@ def measure(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) 
             tables = predict(adapter, row.config.at(run.folder(folder / stem), run.seed), run.data)
         for split in ["test"] if run.center is not None else [split for split in run.data if split != "train"]:
             table = Predictions.read(tables / f"{split}.parquet")
-            threshold = thresholds.for_share(table, 0.5).value if row.published.balanced else 0.5
-            found = classification.compute(table, threshold=threshold)
-            if found["n"]:
+            if (table["label"] >= 0).any():
+                threshold = thresholds.for_share(table, 0.5).value if row.published.balanced else 0.5
                 name = title(split, table) if run.center is None else next(iter(table.known_centers))
-                found[ECE] = calibration.expected_calibration_error(table)
-                by_center = [
-                    classification.compute(of_center, threshold=threshold)["accuracy"]
-                    for of_center in table.known_centers.values()
-                ]
-                found[WORST_CENTER] = min((value for value in by_center if value is not None), default=None)
-                for metric in (*METRICS, ECE, WORST_CENTER):
-                    values.setdefault(name, {}).setdefault(metric, {})[run.seed] = found[metric]
+                yield Evaluated(name, run.seed, table, threshold)
+
+
+def measure(found: Sequence[Evaluated]) -> Values:
+    """The metrics of a row."""
+    values: Values = {}
+    for of in found:
+        metrics = classification.compute(of.table, threshold=of.threshold)
+        metrics[ECE] = calibration.expected_calibration_error(of.table)
+        by_center = [
+            classification.compute(of_center, threshold=of.threshold)["accuracy"]
+            for of_center in of.table.known_centers.values()
+        ]
+        metrics[WORST_CENTER] = min((value for value in by_center if value is not None), default=None)
+        for metric in (*METRICS, ECE, WORST_CENTER):
+            values.setdefault(of.name, {}).setdefault(metric, {})[of.seed] = metrics[metric]
     return values
+
+
+def differences_to(
+    baseline: str, found: Mapping[str, Sequence[Evaluated]], protocol: str
+) -> dict[str, dict[str, paired.Difference]]:
+    """How much more accurate each other row is than `baseline`, by the split's name in the table."""
+    right: dict[str, dict[str, dict[int, pd.DataFrame]]] = {}
+    for stem, of_row in found.items():
+        for of in of_row:
+            right.setdefault(stem, {}).setdefault(of.name, {})[of.seed] = paired.outcomes(of.table, of.threshold)
+    base = right.pop(baseline)
+    if protocol == "leave_one_center_out":
+        return {stem: {HELD_OUT: paired.difference(ours, base)} for stem, ours in right.items()}
+    return {
+        stem: {name: paired.difference({name: ours[name]}, {name: base[name]}) for name in ours}
+        for stem, ours in right.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -308,13 +349,14 @@ def summed_up(values: Values, protocol: str) -> dict[str, dict[str, Spread]]:
     summaries = {m: held_out({center: by_metric[m] for center, by_metric in values.items()}) for m in (*METRICS, ECE)}
     means, worst = ({metric: getattr(summary, of) for metric, summary in summaries.items()} for of in ("mean", "worst"))
     worst[ECE] = max(summaries[ECE].centers.values(), key=lambda of: -1 if of.mean is None else of.mean)
-    return {"held-out centers, mean": means, "held-out centers, worst": worst}
+    return {HELD_OUT: means, "held-out centers, worst": worst}
 
 
 def markdown(
     rows: dict[str, Row],
     results: dict[str, dict[str, dict[str, Spread]]],
     costs: dict[str, Cost],
+    differences: Mapping[str, Mapping[str, paired.Difference]],
     data: str,
     options: CompareOptions,
 ) -> str:
@@ -322,6 +364,8 @@ def markdown(
     lines: list[list[object]] = [["", "backbone", "reported test accuracy", "split", *METRICS.values(), "seeds"]]
     more = {ECE: "ECE", **({WORST_CENTER: "worst center's accuracy"} if options.protocol == "validation" else {})}
     lines[0] += [*more.values(), "trained parameters", "seconds"]
+    if options.baseline:
+        lines[0].append(f"accuracy minus that of {rows[options.baseline].published.name} (95% interval)")
     for stem, row in rows.items():
         for split, found in results[stem].items():
             backbone = Path(row.config.model.backbone).name
@@ -329,7 +373,8 @@ def markdown(
             shown = marked(split, {"transductive": row.published.balanced})
             measured = [*(found[m] for m in METRICS), options.seeds, *(found[m] for m in more)]
             spent = [f"{costs[stem].parameters:,}", f"{costs[stem].seconds.mean or 0:.0f}"]
-            lines.append([row.published.name, backbone, reported, shown, *measured, *spent])
+            compared = [differences.get(stem, {}).get(split, "")] if options.baseline else []
+            lines.append([row.published.name, backbone, reported, shown, *measured, *spent, *compared])
     notes = [f"Obtained on {data}: mean ± sample deviation (seeds: {options.seeds})."]
     notes.append(
         "ECE: expected calibration error of the predictions as they are (15 bins). Seconds: mean duration of a run "
@@ -337,6 +382,9 @@ def markdown(
     )
     if options.protocol == "validation":
         notes.append("Checkpoints were chosen on val.")
+    if options.baseline:
+        chance = "other groups and other seeds" if options.seeds > 1 else "other groups, for this one seed"
+        notes.append(f"Differences are paired by image, center and seed; their intervals are those of {chance}.")
     if moved := [row.published.name for row in rows.values() if row.config.model.backbone != row.own_backbone]:
         notes.append(f"On another backbone than its config names: {'; '.join(moved)}.")
     if any(row.published.balanced for row in rows.values()):

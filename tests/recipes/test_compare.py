@@ -133,7 +133,7 @@ def test_reported_beside_obtained(
 def test_held_out_centers_and_a_recommendation(call: Call, rows: list[Path], tmp_path: Path) -> None:
     output = tmp_path / "out"
     rows[1].write_text(rows[0].read_text() + "test_time_views: 8\n")  # shares the training
-    call(rows, output, "--seeds=1", "--protocol=leave_one_center_out", "--select=worst")
+    call(rows, output, "--seeds=1", "--protocol=leave_one_center_out", "--select=worst", "--baseline=a_linear")
     written = json.loads((output / "leave_one_center_out.json").read_text())
     by_center = [accuracy(adapter(output, "a_linear", f"center-{center}-seed-0"), "test") for center in (0, 1, 3)]
     found = written["rows"]["a_linear"]["results"]
@@ -147,6 +147,13 @@ def test_held_out_centers_and_a_recommendation(call: Call, rows: list[Path], tmp
     name = {"a_linear": "plain", "b_balanced": "plain + balanced"}[written["recommended"]]
     assert f"Recommended, by worst accuracy over held-out centers: {name}." in text
     assert (output / "leave_one_center_out.png").is_file()
+
+    means = [row["results"]["held-out centers, mean"]["accuracy"]["mean"] for row in written["rows"].values()]
+    gain = written["rows"]["b_balanced"]["differences"]["held-out centers, mean"]
+    assert gain["value"] == pytest.approx(means[1] - means[0])
+    (line,) = (line for line in text.splitlines() if line.startswith("| plain + balanced") and "centers, mean" in line)
+    assert f" {gain['value']:+.3f} (" in line and "(95% interval)" in text.splitlines()[0]
+    assert written["baseline"] == "a_linear" and not written["rows"]["a_linear"]["differences"]
 
 
 def test_rows_that_differ_at_prediction_share_a_training(call: Call, rows: list[Path], tmp_path: Path) -> None:
@@ -193,6 +200,7 @@ def test_rows_that_differ_at_prediction_share_a_training(call: Call, rows: list[
         ("b_balanced: {name: a_linear}", "", "'a_linear' is the name of two rows"),
         ("", "--config=x.yaml", "--config is one config"),
         ("", "--seeds=0", "--seeds is 0"),
+        ("", "--baseline=c", "--baseline c: not among the rows, expected one of a_linear, b_balanced"),
         ("", "--select=mean", "expected --protocol leave_one_center_out"),
         ("", "--protocol=test", "--protocol"),
         ("", "--lora_rang=4", "'--lora_rank'"),
