@@ -9,7 +9,8 @@ over seeds. Chance enters twice: other slides (groups) of these centers, and oth
 
 which is no less than that of both at once, since the two share a part (Cameron, Gelbach & Miller 2011, "Robust
 inference with multiway clustering", Journal of Business & Economic Statistics 29:238-249, where it is subtracted). The
-quantile is Student's t, with degrees of freedom by Satterthwaite (1946, Biometrics Bulletin 2:110-114).
+quantile is the mean of Student's t for each part, weighted by the parts (Cochran & Cox 1957, "Experimental Designs",
+2nd ed., sec. 4.14); Satterthwaite's degrees of freedom gave a coverage of 0.88 with two seeds.
 `tests/evaluation/metrics/test_paired.py` simulates the coverage.
 """
 
@@ -35,7 +36,7 @@ class Difference:
         value: the estimate.
         low, high: the bounds of its 95% interval; None where a center has fewer than `intervals.MIN_GROUPS` groups, or
             the sides agree on every image.
-        seeds: number of seeds; with one, the interval is that of other groups alone.
+        seeds: number of seeds; with one, the interval is that of other groups alone, for these two trainings.
     """
 
     value: float
@@ -100,8 +101,8 @@ def difference(
     total = sum(parts)
     if not total:
         return Difference(value, None, None, len(seeds))
-    freedom = total**2 / sum(part**2 / of for part, of in zip(parts, freedoms, strict=True))
-    half = float(student.ppf((1 + intervals.CONFIDENCE) / 2, freedom)) * total**0.5
+    quantiles = student.ppf((1 + intervals.CONFIDENCE) / 2, freedoms)
+    half = float(np.average(quantiles, weights=parts)) * total**0.5
     return Difference(value, value - half, value + half, len(seeds))
 
 
