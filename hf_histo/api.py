@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainerCallback
+from typing import TYPE_CHECKING, Any
 
 from hf_histo.config import Config, parse_options
 from hf_histo.data.load import READING, Source, fingerprint, load
 from hf_histo.data.protocol import prepare
 from hf_histo.finetune import run_config
 from hf_histo.result import Result
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 MEMORY = "memory"  # name of data that is not a path, before the start of its fingerprint
 

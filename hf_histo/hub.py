@@ -19,9 +19,10 @@ from torch import nn
 
 from hf_histo.adapter import ensemble
 from hf_histo.adapter import folder as adapter_folder
-from hf_histo.adapter.folder import files_of, hashed, verify
-from hf_histo.adapter.model_card import CARD, HERE
-from hf_histo.adapter.sidecar import SIDECAR, Sidecar
+from hf_histo.adapter.files import CARD, SIDECAR, files_of, hashed
+from hf_histo.adapter.folder import verify
+from hf_histo.adapter.model_card import HERE
+from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.errors import HistoError
 from hf_histo.files import CHECKSUMS, checksums
 

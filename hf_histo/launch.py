@@ -95,6 +95,11 @@ def rank() -> int:
     return _first_number(("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"), 0)
 
 
+def process_count() -> int:
+    """Number of processes of the launch; known before torch is imported."""
+    return _first_number(("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"), 1)
+
+
 def _first_number(names: Sequence[str], default: int) -> int:
     """The number in the first of some environment variables that is set."""
     return next((int(os.environ[name]) for name in names if name in os.environ), default)

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from hf_histo.errors import printable
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting import documents, summary
-from hf_histo.inference import Classifier
 from hf_histo.training import run_folder
+
+if TYPE_CHECKING:
+    from hf_histo.inference import Classifier  # imports torch
 
 CURVE = "training_curve.png"  # the figure that a notebook shows
 
@@ -55,6 +57,8 @@ class Result:
     @cached_property
     def classifier(self) -> Classifier:
         """The trained model, loaded from the adapter folder. Raises `HistoError` if its backbone is gone."""
+        from hf_histo.inference import Classifier
+
         return Classifier.from_pretrained(self.adapter)
 
     def summary(self) -> str:

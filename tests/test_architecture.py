@@ -11,7 +11,7 @@ import pytest
 
 import hf_histo
 
-# `finetune` is one run from data to adapter, `experiments` are many: no earlier stage may import them.
+# `stages` and `finetune` are one run from data to adapter, `experiments` are many: no earlier stage may import them.
 STAGES = (
     "data",
     "transforms",
@@ -24,6 +24,7 @@ STAGES = (
     "inference",
     "app",
     "result",
+    "stages",
     "finetune",
     "api",
     "experiments",

@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 import pytest
 from fixtures import images, write_challenge, write_hicervix, write_lists, write_pcam, write_wilds
 
-from hf_histo.adapter.sidecar import SIDECAR, Sidecar
+from hf_histo.adapter.files import SIDECAR
+from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.config import DataOptions, parse
 from hf_histo.data.load import load
 from hf_histo.data.readers import hub

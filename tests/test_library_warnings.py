@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from miniature import config
 
-from hf_histo import finetune, library_warnings
+from hf_histo import finetune, library_warnings, stages
 from hf_histo.data import protocol
 from hf_histo.evaluation.figures import run as run_figures
 
@@ -59,7 +59,7 @@ def test_verbose_shows_them_in_a_run(
         shown.append(emitted())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune, "train", train)
+    monkeypatch.setattr(stages, "train", train)
     monkeypatch.setattr(run_figures, "draw", lambda *args, **kwargs: {})
     options = config(tmp_path / "run", *source, f"--verbose={verbose}")
     with warnings.catch_warnings(record=True), pytest.raises(KeyboardInterrupt):

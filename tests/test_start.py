@@ -1,6 +1,7 @@
 """Before its options are checked, a command does not import torch, transformers' models or the data libraries.
 
-The budget is a number of modules, since seconds depend on the machine.
+A command whose run is finished imports the data libraries, to see whether the data is still the same, and no torch. The
+budget is a number of modules, since seconds depend on the machine.
 """
 
 from __future__ import annotations
@@ -9,10 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
+import pytest
+from miniature import config, write_backbone, write_data
+
+from hf_histo.data.protocol import prepare
+from hf_histo.errors import HistoError
+from hf_histo.finetune import run_config
+
 ROOT = Path(__file__).parents[1]
 # Each takes a good part of a second to import, torch several.
 HEAVY = {"torch", "torchvision", "accelerate", "datasets", "peft", "timm", "kornia", "pandas", "sklearn", "matplotlib"}
 BUDGET = 1000  # modules in all; the standard library, numpy and the parser of transformers take about 800
+FINISHED_BUDGET = 2100  # `datasets`, which imports pandas and pyarrow, and the readers take about 1,000 more
 
 SHOW_HELP = """
 import contextlib, io, runpy, sys
@@ -21,6 +31,15 @@ for recipe in sys.argv[1:]:
     with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
         runpy.run_path(recipe, run_name="__main__")
     assert "usage:" in shown.getvalue(), recipe
+print(*sys.modules)
+"""
+
+RUN_AGAIN = """
+import contextlib, io, runpy, sys
+sys.argv = sys.argv[1:]
+with contextlib.redirect_stdout(io.StringIO()) as shown:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+assert "finished before, nothing was trained" in shown.getvalue() and "| val " in shown.getvalue()
 print(*sys.modules)
 """
 
@@ -43,3 +62,17 @@ def test_the_package_itself_imports_nothing() -> None:
     assert modules("import hf_histo, sys; print(*sys.modules)") - bare == {"hf_histo"} | (
         modules("import importlib, typing, sys; print(*sys.modules)") - bare
     )
+
+
+def test_a_finished_run_shows_its_table_without_torch_while_its_data_is_the_same(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    options = config(tmp_path / "run", write_backbone(tmp_path / "backbone"), data, "--num_train_epochs=1")
+    run_config(options, prepare(options))
+    found = modules(RUN_AGAIN, str(ROOT / "recipes" / "histo_lora.py"), "--config", str(tmp_path / "run" / "run.yaml"))
+    assert sorted(found & HEAVY) == ["datasets", "pandas"]
+    assert len(found) < FINISHED_BUDGET
+    with h5py.File(data / "test.h5", "r+") as file:
+        label = next(iter(file.values()))["label"]
+        label[()] = 1 - label[()]
+    with pytest.raises(HistoError, match="its run was on other data"):
+        run_config(options, prepare(options))

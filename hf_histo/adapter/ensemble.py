@@ -17,9 +17,10 @@ from typing import Annotated, Any
 from huggingface_hub import ModelCard, ModelCardData
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
+from hf_histo.adapter import files as adapter_files
 from hf_histo.adapter import folder as adapter_folder
-from hf_histo.adapter.folder import ENSEMBLE, METRICS, hashed
-from hf_histo.adapter.model_card import CARD, HERE
+from hf_histo.adapter.files import CARD, ENSEMBLE, METRICS, hashed, read_metrics
+from hf_histo.adapter.model_card import HERE
 from hf_histo.adapter.sidecar import Probability, Sidecar, versions
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, ensembling, thresholds
@@ -96,7 +97,7 @@ def save(folder: str | Path, members: Sequence[Path]) -> dict[str, Any]:
         thresholds=thresholds.named(means["val"]) if first.num_outputs == 1 else {},
         temperature=temperature.value,
     )
-    of_members = [adapter_folder.read_metrics(path) for path in members]
+    of_members = [read_metrics(path) for path in members]
     negative = of_members[0]["splits"]["val"]["negative"]
     reports = {split: classification.report(table, negative=negative) for split, table in means.items()}
     sizes = {name: sum(metrics["parameters"][name] for metrics in of_members) for name in ("trainable", "total")}
@@ -109,7 +110,7 @@ def save(folder: str | Path, members: Sequence[Path]) -> dict[str, Any]:
     }
     with atomic_folder(folder) as temporary:
         for name, source in zip(made.members, members, strict=True):
-            for file, path in adapter_folder.files_of(source).items():
+            for file, path in adapter_files.files_of(source).items():
                 (temporary / name / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, temporary / name / file)
         write_json(temporary / ENSEMBLE, dataclasses.asdict(made))
@@ -138,8 +139,8 @@ def agreeing(sidecars: Mapping[str, Sidecar]) -> list[Sidecar]:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """The files of an ensemble folder beside its members. Raises `HistoError` as `adapter_folder.files_of` does."""
-    return adapter_folder.files_of(folder, FILES)
+    """The files of an ensemble folder beside its members. Raises `HistoError` as `adapter_files.files_of` does."""
+    return adapter_files.files_of(folder, FILES)
 
 
 def read(folder: Path) -> Ensemble:

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_histo.adapter import checklist, model_card
-from hf_histo.adapter.model_card import CARD
-from hf_histo.adapter.sidecar import SIDECAR, Sidecar
+from hf_histo.adapter.files import ADAPTER, CARD, METRICS, MODEL, SIDECAR, check, files_of, hashed
+from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting import documents, report
-from hf_histo.files import CHECKSUMS, atomic_folder, read_checksums, read_json, write_checksums, write_json
+from hf_histo.files import CHECKSUMS, atomic_folder, write_checksums, write_json
 from hf_histo.models import adapters, backbones
 from hf_histo.training.run_folder import FIGURES, PREDICTIONS
-
-METRICS = "metrics.json"
-ENSEMBLE = "ensemble.json"  # in a folder of several adapters, see `hf_histo.adapter.ensemble`
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # peft's files; a "full" run has MODEL instead
-MODEL = ("config.json", "model.safetensors")
-# The files that this package writes into an adapter folder. Other files in it are neither read nor uploaded.
-FILES = (
-    *(SIDECAR, CARD, CHECKSUMS, *ADAPTER, *MODEL, "preprocessor_config.json", METRICS, "report.html"),
-    *(f"{PREDICTIONS}/*.parquet", f"{FIGURES}/*.png"),
-)
 
 
 def save(
@@ -94,49 +83,14 @@ def save(
             shutil.rmtree(folder)
 
 
-def files_of(folder: Path, patterns: Iterable[str] = FILES) -> dict[str, Path]:
-    """The files in an adapter folder that this package writes (`patterns`), by relative name.
-
-    Raises `HistoError` for one that is not a regular file in the folder, such as a pipe, a device or a link to another
-    place; links within the Hub's cache are allowed.
-    """
-    roots, cache = [folder.resolve()], Path(constants.HF_HUB_CACHE).resolve()
-    if roots[0].is_relative_to(cache) and roots[0] != cache:
-        # Where the links of a snapshot in the Hub's cache lead.
-        roots.append(cache / roots[0].relative_to(cache).parts[0] / "blobs")
-    found = {}
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-        if not any(path.resolve().is_relative_to(root) for root in roots):
-            raise HistoError(f"{path}: is a link to a file outside the folder, expected a file; put the file there")
-        if not path.is_file():
-            raise HistoError(f"{path}: is not a regular file, expected what a run wrote; copy the folder again")
-        found[path.relative_to(folder).as_posix()] = path
-    return found
-
-
 def verify(folder: Path) -> Sidecar:
     """Check that an adapter folder holds unchanged all files that a prediction needs, and return its sidecar.
 
-    Each existing file of `FILES` must match its recorded checksum, except the card, which people edit. Predictions,
-    figures and reports may be missing. A folder from a version without checksums is not checked for changes.
+    Each existing file is checked as `files.check` does. Predictions, figures and reports may be missing.
 
     Raises `HistoError` for a file that is missing, damaged, from another run, or outside the folder.
     """
-    files = files_of(folder)
-    if (folder / ENSEMBLE).is_file():
-        raise HistoError(
-            f"{folder}: is an ensemble of several adapters, expected one; give one of its members, e.g. "
-            f"{folder / 'members' / '0'}"
-        )
-    if SIDECAR not in files:
-        raise HistoError(f"{folder}: holds no {SIDECAR}; expected the adapter folder of a finished run")
-    if CHECKSUMS in files:
-        try:
-            read_checksums(folder, hashed(files))
-        except (OSError, ValueError) as error:
-            raise HistoError(
-                f"{folder}: {error}, expected the files of one run, unchanged; copy or download the folder again"
-            ) from None
+    files = check(folder)
     sidecar = Sidecar.read(folder)
     if CHECKSUMS not in files and sidecar.backbone.configuration is not None:  # None: from a version without checksums
         raise HistoError(f"{folder}: holds no {CHECKSUMS}, expected it beside {SIDECAR}; copy or download it again")
@@ -147,20 +101,6 @@ def verify(folder: Path) -> Sidecar:
                 "folder again"
             )
     return sidecar
-
-
-def hashed(files: Iterable[str]) -> list[str]:
-    """The files whose checksums are recorded: all except the list itself, and the card, which people edit."""
-    return [name for name in files if name not in (CARD, CHECKSUMS)]
-
-
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """Content of metrics.json of an adapter folder. Raises `HistoError` if it can't be read."""
-    try:
-        content: dict[str, Any] = read_json(folder / METRICS)
-    except (OSError, ValueError) as error:
-        raise HistoError(f"{folder / 'metrics.json'}: can't be read ({error}); the adapter folder is damaged") from None
-    return content
 
 
 def load(folder: Path, *, backbone: str | None = None) -> tuple[nn.Module, Sidecar]:

@@ -14,7 +14,6 @@ from hf_histo.data.splits.checks import Composition
 from hf_histo.evaluation import decisions
 from hf_histo.evaluation.reporting import documents
 
-CARD = "README.md"
 RESIZED = {
     "crop": "shorter side resized to",
     "squash": "both sides resized to",

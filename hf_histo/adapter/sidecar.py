@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import datasets
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, ValidationInfo
 
+from hf_histo.adapter.files import SIDECAR
 from hf_histo.data import schema
 from hf_histo.data.splits.checks import Composition
 from hf_histo.errors import HistoError
@@ -23,7 +24,6 @@ from hf_histo.transforms.pipeline import Pipeline
 from hf_histo.transforms.preprocessing import Preprocessing
 from hf_histo.transforms.stain import CenterNormalizer
 
-SIDECAR = "hf_histo.json"
 PACKAGES = ("hf_histo", "torch", "transformers", "peft", "timm", "datasets", "accelerate")
 
 

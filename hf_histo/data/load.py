@@ -28,7 +28,6 @@ from hf_histo.data.readers.patch_camelyon import PatchCamelyon
 from hf_histo.data.readers.pixel_tables import SUFFIXES, PixelTables
 from hf_histo.data.readers.wilds_camelyon17 import WildsCamelyon17
 from hf_histo.data.reading import DEFAULT_READING, Reading, window_text
-from hf_histo.data.synthetic import tissue
 from hf_histo.errors import HistoError, did_you_mean, idle_option
 
 logger = logging.getLogger(__name__)
@@ -276,12 +275,15 @@ def check_trainable(dataset: datasets.Dataset) -> None:
 
 def _synthetic(cache_dir: Path) -> Path:
     """Folder of the built-in data set; the first process generates it, others wait."""
-    generator = xxhash.xxh3_64(Path(tissue.__file__).read_bytes()).hexdigest()  # changed code may draw other images
+    code = Path(__file__).parent / "synthetic" / "tissue.py"
+    generator = xxhash.xxh3_64(code.read_bytes()).hexdigest()  # changed code may draw other images
     folder = cache_dir / "hf_histo_synthetic" / generator
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         cache.discard_damaged(folder)
         if not folder.is_dir():
+            from hf_histo.data.synthetic import tissue
+
             tissue.generate(folder)
         cache.seal(folder)
     return folder

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import datasets
 import numpy as np
@@ -20,7 +20,6 @@ import PIL.ImageOps
 import pyarrow as pa
 import pyarrow.compute as pc
 import simplejpeg
-import torch
 import xxhash
 from numpy.typing import NDArray
 
@@ -36,6 +35,13 @@ from hf_histo.data.reading import (
     window_text,
 )
 from hf_histo.errors import HistoError
+
+if TYPE_CHECKING:
+    import torch
+
+    _MapStyle = torch.utils.data.Dataset["Sample"]
+else:
+    _MapStyle = object  # torch, which takes seconds to import, needs no more of a data set than its methods
 
 # Formats that PIL decodes without another program: for EPS it would run Ghostscript.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "WEBP", "JPEG2000")
@@ -186,6 +192,8 @@ def decode(
                 pixels = _rgb(image, reading.gray_bits)
                 if strict and image.format in ("JPEG", "MPO"):
                     _check_jpeg(data)
+    import torch
+
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
@@ -423,7 +431,7 @@ def size(data: bytes | memoryview) -> tuple[int, int]:
     return height, width
 
 
-class ImageTable(torch.utils.data.Dataset[Sample]):
+class ImageTable(_MapStyle):
     """Map-style `Dataset` of `Sample`s over a table of the schema, decoding images straight from Arrow memory.
 
     `torch.utils.data.DataLoader` passes whole batches of indices to `__getitems__`. It is pickled as the paths of the

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 from scipy.special import softmax
 
 from hf_histo.errors import HistoError
@@ -151,6 +150,8 @@ def fit_temperature(predictions: Predictions) -> Temperature:
         return Temperature(1.0, f"the logits are no better than chance: the best temperature is beyond {HIGHEST:g}")
     if slope(1 / LOWEST) <= 0:
         return Temperature(1.0, f"the logits separate the classes: the best temperature is below {LOWEST:g}")
+    from scipy.optimize import brentq
+
     return Temperature(1 / brentq(slope, 1 / HIGHEST, 1 / LOWEST))
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 
 from hf_histo import launch
-from hf_histo.adapter import folder as adapter_folder
+from hf_histo.adapter.files import read_metrics
 from hf_histo.config import Config, PredictionOptions, parse, parse_each
 from hf_histo.config.experiments import REPORTED, CompareOptions
 from hf_histo.config.packaged import config_files
@@ -306,7 +306,7 @@ class Cost:
 def cost(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) -> Cost:
     """The cost of the finished runs of a row, or of the row whose training it shares."""
     places = [run.folder(folder / trainer_of(stem, rows)) for run in runs]
-    metrics = adapter_folder.read_metrics(places[0] / run_folder.ADAPTER)
+    metrics = read_metrics(places[0] / run_folder.ADAPTER)
     seconds = [read_json(place / run_folder.COST)["seconds"] for place in places]
     return Cost(metrics["parameters"]["trainable"], spread(seconds))
 

@@ -16,6 +16,7 @@ from peft import PeftModel
 from hf_histo import hub
 from hf_histo.adapter import folder as adapter_folder
 from hf_histo.adapter.ensemble import agreeing
+from hf_histo.adapter.files import read_metrics
 from hf_histo.config import columns_of
 from hf_histo.config.commands import SoupOptions
 from hf_histo.data.load import load
@@ -45,7 +46,7 @@ def make_soup(options: SoupOptions) -> str:
         raise HistoError(f"--adapters: found {len(options.adapters)}, expected two or more to average")
     folders = [hub.fetch(adapter) for adapter in options.adapters]
     agreeing({str(folder): adapter_folder.verify(folder) for folder in folders})
-    of_members = [adapter_folder.read_metrics(folder) for folder in folders]
+    of_members = [read_metrics(folder) for folder in folders]
     metric, negative = of_members[0]["selection"]["metric"], of_members[0]["splits"]["val"]["negative"]
     own = []
     for folder, found in zip(folders, of_members, strict=True):

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_histo import launch
 from hf_histo.config import NON_RESULT_OPTIONS, Config, current, effective
 from hf_histo.errors import HistoError
-from hf_histo.files import atomic_file, locked, read_checksums, read_text, write_checksums
+from hf_histo.files import atomic_file, locked, read_checksums, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +84,10 @@ def require_agreement(run: Run) -> None:
 
     Each process must call it, with its own run. Paths of the data may differ.
     """
+    if launch.process_count() == 1:
+        return
+    from accelerate.utils import gather_object  # imports torch, which a finished run does without
+
     launch.process()
     own = run.identity | {
         "mixed_precision": launch.mixed_precision(run.options["mixed_precision"]),
@@ -166,7 +168,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     The lock is the file `.NAME.lock` beside the folder; it is released when the process ends, even if it is killed.
     Raises `HistoError`, in the main process, if another launch holds it.
     """
-    if not launch.is_main_process():
+    if launch.rank() > 0:
         yield
         return
     place = folder.resolve()
@@ -210,21 +212,6 @@ def system_failures(folder: Path) -> Iterator[None]:
 def is_finished(folder: Path) -> bool:
     """Whether the run in `folder` has written its adapter, which is its last step, and atomic."""
     return (folder / ADAPTER).is_dir()
-
-
-class CheckpointRecord(TrainerCallback):
-    """Adds checksums and the run's identity to each checkpoint (`files.write_checksums`), as its last file."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        require_begun(self.run.folder)
-        process = launch.process()
-        process.wait_for_everyone()  # each process writes its random state
-        if process.is_main_process:
-            write_checksums(self.run.folder / f"checkpoint-{state.global_step}", run=self.run.identity)
-        process.wait_for_everyone()
 
 
 def checkpoint(run: Run, wanted: str | None = None) -> str | None:

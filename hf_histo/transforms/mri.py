@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, get_args
 
-import kornia.enhance
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -72,7 +71,9 @@ class Preparation:
             luma = _stretched(luma)
         gray = torch.from_numpy(np.rint(luma.clip(0, 255)) / 255).float()
         if self.contrast == "clahe" and min(gray.shape) >= 2 * TILES:  # a smaller tile has too few pixels to equalize
-            gray = kornia.enhance.equalize_clahe(gray[None, None], CLIP_LIMIT, (TILES, TILES))[0, 0]
+            from kornia.enhance import equalize_clahe
+
+            gray = equalize_clahe(gray[None, None], CLIP_LIMIT, (TILES, TILES))[0, 0]
         return (gray * 255).round().to(torch.uint8).expand(3, -1, -1).contiguous()
 
     def box(self, image: torch.Tensor) -> tuple[slice, slice]:

@@ -23,7 +23,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
-import kornia.color
 import numpy as np
 import torch
 import torchstain
@@ -256,14 +255,22 @@ def _into(method: str, images: torch.Tensor) -> torch.Tensor:
     if method == "macenko":
         return -torch.log((images.float() + 1) / WHITE)
     floats = images.float() / 255
-    return kornia.color.rgb_to_lab(floats) if method == "reinhard" else floats
+    if method != "reinhard":
+        return floats
+    from kornia.color import rgb_to_lab
+
+    return rgb_to_lab(floats)
 
 
 def _out_of(method: str, color: torch.Tensor) -> torch.Tensor:
     """The inverse of `_into`: RGB in [0, 1], not yet clipped."""
     if method == "macenko":
         return (WHITE * torch.exp(-color) - 1) / 255
-    return kornia.color.lab_to_rgb(color, clip=True) if method == "reinhard" else color
+    if method != "reinhard":
+        return color
+    from kornia.color import lab_to_rgb
+
+    return lab_to_rgb(color, clip=True)
 
 
 def _flat(statistics: Statistics) -> list[float]:

@@ -21,7 +21,7 @@ CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 # A server that imports everything once, and forks.
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    ["killable", "hf_histo.finetune", "hf_histo.data.splits.folds", "hf_histo.evaluation.figures.pareto"]
+    ["killable", "hf_histo.stages", "hf_histo.data.splits.folds", "hf_histo.evaluation.figures.pareto"]
 )
 
 

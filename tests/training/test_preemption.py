@@ -16,7 +16,7 @@ import torch
 from miniature import config, write_data
 from transformers import TrainerCallback
 
-from hf_histo import finetune, launch
+from hf_histo import finetune, launch, stages
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
 from hf_histo.files import read_checksums, write_checksums
@@ -105,7 +105,7 @@ def test_a_loss_that_is_no_number_names_its_images(
     def broken(*args: Any) -> Any:
         return lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum() * value
 
-    monkeypatch.setattr(finetune.losses, "classification", broken)
+    monkeypatch.setattr(stages.losses, "classification", broken)
     with pytest.raises(HistoError, match=r"the loss is (nan|inf|-inf) at step 1, expected a finite number") as caught:
         finetune.run_config(config(tmp_path / "run", *source, *QUICK), load(source[1]))
     found = json.loads((tmp_path / "run" / "nan_batch.json").read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hf_histo import launch
 from hf_histo.config import Config, parse
 from hf_histo.errors import HistoError
 from hf_histo.files import write_checksums
@@ -352,9 +353,10 @@ def test_processes_of_a_launch_that_differ_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, object], message: str
 ) -> None:
     run = Run.of(config(tmp_path / "run", "--mixed_precision=no"))
-    monkeypatch.setattr(run_folder, "gather_object", lambda own: [*own, *own])
+    monkeypatch.setattr(launch, "process_count", lambda: 2)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, *own])
     run_folder.require_agreement(run)
-    monkeypatch.setattr(run_folder, "gather_object", lambda own: [*own, own[0] | changed])
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, own[0] | changed])
     with pytest.raises(HistoError, match="the 2 processes of this launch differ") as caught:
         run_folder.require_agreement(run)
     assert message.replace("FOLDER", str(run.folder)) in str(caught.value)

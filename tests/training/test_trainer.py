@@ -16,7 +16,7 @@ from miniature import config, write_backbone, write_centers, write_data
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from hf_histo import finetune, launch
+from hf_histo import finetune, launch, stages
 from hf_histo.config import parse
 from hf_histo.data.load import load
 from hf_histo.data.schema import ImageTable
@@ -530,7 +530,7 @@ def test_an_imbalance_weighs_the_loss(
         given.append(class_weights)
         return classification(num_outputs, class_weights)
 
-    monkeypatch.setattr(finetune.losses, "classification", watched)
+    monkeypatch.setattr(stages.losses, "classification", watched)
     options = ["--num_train_epochs=1", "--target_modules=last-conv", f"--class_balance={balance}"]
     finetune.run_config(config(tmp_path / "run", backbone, data, *options), load(data))
     assert given == [expected]

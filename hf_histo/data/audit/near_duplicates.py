@@ -12,10 +12,6 @@ import pandas as pd
 import PIL.Image
 import xxhash
 from numpy.typing import NDArray
-from scipy.fft import dctn
-from scipy.ndimage import gaussian_filter
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from hf_histo.data.schema import ImageTable, center_names
 from hf_histo.errors import HistoError
@@ -130,6 +126,9 @@ def components(labels: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[n
     leader = first.index.to_numpy()[pd.Index(first).get_indexer(labels)]
     one = np.concatenate([np.arange(len(labels)), pairs[:, 0]])
     other = np.concatenate([leader, pairs[:, 1]])
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(labels), len(labels)))
     numbers: NDArray[np.int64] = pd.factorize(connected_components(graph, directed=False)[1])[0].astype(np.int64)
     return numbers
@@ -157,6 +156,8 @@ def _turned(images: np.ndarray, turn: int) -> np.ndarray:
 
 def _hashes(thumbnail: NDArray[np.float32]) -> NDArray[np.uint64]:
     """Perceptual hash of the thumbnail under each of the eight symmetries, uint64 (8,)."""
+    from scipy.fft import dctn
+
     turns = np.stack([_turned(thumbnail, turn) for turn in range(_TURNS)])
     lowest = dctn(turns, axes=(1, 2))[:, :8, :8].reshape(_TURNS, 64)
     return np.packbits(lowest > np.median(lowest, axis=1, keepdims=True), axis=1).view(np.uint64)[:, 0]
@@ -164,6 +165,8 @@ def _hashes(thumbnail: NDArray[np.float32]) -> NDArray[np.uint64]:
 
 def _details(thumbnail: NDArray[np.float32]) -> NDArray[np.float32]:
     """The fine structure of the thumbnail, of zero mean and unit norm (zero where there is none), float32 (64, 64)."""
+    from scipy.ndimage import gaussian_filter
+
     details: NDArray[np.float32] = thumbnail - gaussian_filter(thumbnail, _SIGMA)
     details -= details.mean()
     return details / max(float(np.linalg.norm(details)), 1e-6)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import fsspec
@@ -28,10 +28,13 @@ from numpy.typing import NDArray
 from hf_histo.config import HUB
 from hf_histo.data import cache, schema
 from hf_histo.data.readers import shards
-from hf_histo.data.readers.streaming import FAULTS, Prepare, Stream, readable
+from hf_histo.data.readers.shards import FAULTS, readable
 from hf_histo.data.reading import DEFAULT_READING, Reading
 from hf_histo.errors import HistoError
 from hf_histo.files import regular
+
+if TYPE_CHECKING:
+    from hf_histo.data.readers.streaming import Prepare, Stream  # imports torch
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +172,8 @@ def train_stream(
     reading: Reading = DEFAULT_READING,
 ) -> Stream:
     """A `Stream` of the training images of `load_streaming`, for process `rank` of `processes`."""
+    from hf_histo.data.readers.streaming import Stream
+
     with _faults(name):
         rows = _find(name).as_streaming_dataset()["train"]
     image, label = columns(name, rows.features)

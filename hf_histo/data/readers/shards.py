@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -20,6 +21,10 @@ from hf_histo.errors import HistoError
 from hf_histo.files import regular
 
 FORMATS = ("arrow", "parquet")  # as `datasets` names them
+FAULTS = (  # exceptions that `datasets` and Arrow raise for damaged files
+    *(OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, MemoryError),
+    *(pa.ArrowException, datasets.exceptions.DatasetsError),
+)
 
 
 def check_rows(where: str, file: pq.ParquetFile, size: int, width: int) -> None:
@@ -119,3 +124,12 @@ def check_classes(where: str, schema: pa.Schema, column: str, names: Sequence[st
 def _expands(where: str, expanded: int, size: int) -> HistoError:
     found = f"expands to {expanded:,} bytes or more, from {size:,}"
     return HistoError(f"{where}: {found}, expected at most {EXPANSION} times as many; write it again")
+
+
+def readable(rows: Iterable[dict[str, Any]], option: str) -> Iterator[dict[str, Any]]:
+    """Yield streamed rows. Raises `HistoError`, starting with `option`, for a damaged shard."""
+    try:
+        yield from rows
+    except FAULTS as error:
+        reason = str(error)[:300]
+        raise HistoError(f"{option}: a shard can't be read ({reason}), expected a complete one; replace it") from None

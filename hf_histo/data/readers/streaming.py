@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import datasets
-import pyarrow as pa
 import torch
 import xxhash
 from datasets.distributed import split_dataset_by_node
 
+from hf_histo.data.readers.shards import readable
 from hf_histo.data.reading import DEFAULT_READING, Reading
 from hf_histo.data.schema import Sample, decode, refuse_dicom
 from hf_histo.errors import HistoError
@@ -19,10 +19,6 @@ from hf_histo.errors import HistoError
 Prepare = Callable[[torch.Tensor], torch.Tensor]
 BUFFER = 1000  # size of the shuffle buffer, in images; the order of shards is shuffled as well
 REMEMBERED = 10_000  # latest images whose ids are kept for messages
-FAULTS = (  # exceptions that `datasets` and Arrow raise for damaged files
-    *(OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, MemoryError),
-    *(pa.ArrowException, datasets.exceptions.DatasetsError),
-)
 
 
 class Stream(torch.utils.data.IterableDataset[Sample]):
@@ -106,12 +102,3 @@ class Stream(torch.utils.data.IterableDataset[Sample]):
                 yield row
             if row is None:
                 raise HistoError("--streaming: the shards of a process hold no image, expected some; add images")
-
-
-def readable(rows: Iterable[dict[str, Any]], option: str) -> Iterator[dict[str, Any]]:
-    """Yield streamed rows. Raises `HistoError`, starting with `option`, for a damaged shard."""
-    try:
-        yield from rows
-    except FAULTS as error:
-        reason = str(error)[:300]
-        raise HistoError(f"{option}: a shard can't be read ({reason}), expected a complete one; replace it") from None

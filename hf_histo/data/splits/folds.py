@@ -8,7 +8,6 @@ from collections.abc import Sequence, Set
 import datasets
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from hf_histo.data.splits.checks import named
 from hf_histo.errors import HistoError, idle_option
@@ -94,6 +93,8 @@ def k_folds(
         HistoError: `folds` or the share is outside its range; there is no labeled image; a class has fewer groups than
             there are folds.
     """
+    from sklearn.model_selection import StratifiedGroupKFold  # takes a second to import
+
     _check_share(validation_share)
     if folds < 2:
         raise HistoError(f"folds is {folds}, expected at least 2, e.g. 5")
@@ -275,6 +276,8 @@ def _equal_folds(
 
     Without `is_grouped`, each row is a group: the same, and much faster.
     """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
     # The splitters refuse more folds than the most frequent stratum has images.
     count = min(most, len(np.unique(groups)), int(np.bincount(strata).max(initial=0)))
     if count < 2:

@@ -6,12 +6,11 @@ import re
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 
 from hf_histo.data.audit.findings import HIDDEN, UNKNOWN, Audit, Image
@@ -19,8 +18,9 @@ from hf_histo.data.audit.near_duplicates import CHANNELS
 from hf_histo.data.schema import ImageTable
 from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing, short, write_message
 
-# The palette, then a lighter shade of each; hidden labels are gray.
-SHADES = (*(to_rgb(color) for color in COLORS), *(tuple((x + 1) / 2 for x in to_rgb(color)) for color in COLORS))
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 CHANNEL_COLORS = ("#D55E00", "#009E73", "#0072B2")  # the red, green and blue of the palette
 SPACED = re.compile(r"[^\w.-]+")  # what file names have none of
 MOST_CLASSES = 20  # largest number of rows of a figure of samples
@@ -39,10 +39,14 @@ def image_reader(data: datasets.DatasetDict) -> ImageOf:
 
 
 def distribution(audit: Audit, path: str | Path) -> None:
-    """Draw the number of images per class for each center of each split, as a PNG."""
+    """Draw the number of images per class for each center of each split, as a PNG; hidden labels are gray."""
+    from matplotlib.colors import to_rgb
+
     strata = {_where(split.name, s.center): s.classes for split in audit.splits for s in split.centers}
     names = [*audit.classes, *([HIDDEN] if any(HIDDEN in counts for counts in strata.values()) else [])]
-    colors = dict(zip(names, cycle(SHADES), strict=False)) | {HIDDEN: to_rgb("#BBBBBB")}
+    palette = [to_rgb(color) for color in COLORS]
+    shades = [*palette, *(tuple((x + 1) / 2 for x in color) for color in palette)]  # then a lighter shade of each
+    colors = dict(zip(names, cycle(shades), strict=False)) | {HIDDEN: to_rgb("#BBBBBB")}
     with drawing(path, 9, 1.8 + 0.5 * len(strata)) as figure:
         axes = figure.subplots()
         left = np.zeros(len(strata))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -95,8 +94,10 @@ def _last_places(classes: nn.Module, pixels: torch.Tensor, chosen: int) -> tuple
 
 def blend(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Overlay a heat map (H, W) in [0, 1] on an image (H, W, 3), more opaque where hotter: uint8 (H, W, 3)."""
+    from matplotlib import colormaps
+
     weight = 0.45 * heat[..., None]
-    color = mpl.colormaps["inferno"](0.25 + 0.7 * heat)[..., :3] * 255
+    color = colormaps["inferno"](0.25 + 0.7 * heat)[..., :3] * 255
     blended: NDArray[np.uint8] = np.rint(image * (1 - weight) + color * weight).astype(np.uint8)
     return blended
 

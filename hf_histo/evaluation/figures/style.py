@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any
-
-import matplotlib as mpl
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from hf_histo.files import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Distinguishable for colorblind readers: Okabe & Ito 2008, "Color Universal Design", fig. 16, without black and yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -42,6 +42,9 @@ def drawing(path: str | Path, width: float, height: float, *, vector: bool = Fal
 
     With `vector`, also write it as an SVG beside the PNG; the same figure gives the same bytes.
     """
+    import matplotlib as mpl  # takes a second, and most commands draw nothing, or only at their end
+    from matplotlib.figure import Figure
+
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure

@@ -33,7 +33,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student
 
 Floats = NDArray[np.float64]
 
@@ -132,5 +131,7 @@ def of_positive(
 
 
 def _quantile(blocks: int, evidence: Sequence[Evidence]) -> float:
+    from scipy.stats import t as student  # takes as long to import as pandas
+
     freedom = min(blocks, *(kind.effective_groups for kind in evidence)) - 1
     return float(student.ppf((1 + CONFIDENCE) / 2, freedom))

@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import auc
-from sklearn.metrics import confusion_matrix as count_confusions
-from sklearn.metrics import roc_curve as rates
 
 from hf_histo.data.schema import center_name
 from hf_histo.errors import printable
@@ -61,6 +58,9 @@ def roc_curve(predictions_by_split: Mapping[str, Predictions], path: str | Path,
     With two classes, one panel has a curve for each table. With more, each table has a panel, with a curve for each
     class against the rest. If only one class is labeled, there is a note in the legend instead of a curve.
     """
+    from sklearn.metrics import auc
+    from sklearn.metrics import roc_curve as rates
+
     panels: dict[str, dict[str, tuple[NDArray[np.bool_], NDArray[np.float64]]]] = {}
     for split, predictions in predictions_by_split.items():
         names, labeled = predictions.label_names, predictions.labeled
@@ -96,6 +96,8 @@ def confusion_matrix(
         threshold: for two classes, the smallest probability at which class 1 is predicted.
         vector: also draw it as an SVG beside the PNG.
     """
+    from sklearn.metrics import confusion_matrix as count_confusions
+
     labeled = predictions.labeled
     names = predictions.label_names
     side = 2.6 + 0.65 * max(3, len(names))

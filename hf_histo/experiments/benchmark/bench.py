@@ -85,7 +85,7 @@ class Bench:
         return noise.to(self.device).contiguous(memory_format=torch.channels_last)
 
     def session(self, config: Config) -> trainer.Trainer:
-        """What `hf_histo.finetune` trains."""
+        """What `hf_histo.stages` trains."""
         bench = replace(self, config=config)
         model: Any = bench.adapted()
         pipeline = self.pipeline(model, config)

@@ -148,7 +148,7 @@ def peaks(bench: Bench, name: str) -> dict[str, int | None]:
 def _new_processes() -> ProcessPoolExecutor:
     """A process for each task, from one that has imported everything and done nothing: its memory is the task's."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_histo.finetune"])
+    context.set_forkserver_preload(["hf_histo.stages"])
     return ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
 
 
