@@ -14,14 +14,31 @@ os.environ["HF_DATASETS_CACHE"] = _cache.name
 # Also of processes that tests start: pytest itself runs a process on each core.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from miniature import write_backbone, write_data  # noqa: E402
+
+# Files that take longest, by `--durations=0`; they start first, so that no process works alone on one at the end.
+LONGEST = (
+    *("recipes/test_benchmark.py", "training/test_trainer.py", "training/test_feature_cache.py"),
+    *("recipes/test_multiprocess.py", "training/test_preemption.py", "recipes/test_cytology_recipe.py"),
+    *("models/speed/test_folding.py", "training/test_trackers.py", "recipes/test_compare.py", "adapter/test_folder.py"),
+    *("recipes/test_every_option.py", "recipes/test_bad_input.py", "recipes/test_sweep.py", "experiments/test_grid.py"),
+    *("data/readers/test_pixel_tables.py", "test_push.py", "test_kill.py", "recipes/test_app.py", "test_cli.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the `LONGEST` files first; the order within a file stays."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _session() -> Iterator[None]:
     torch.set_num_threads(1)
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 seconds after each pass over streamed parquet
     yield
     _cache.cleanup()
 

@@ -1,10 +1,9 @@
-"""The recipe as a user runs it: a process, its files, and its one line of error."""
+"""The recipe as a user runs it: its files, and its one line of error."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,11 +19,6 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "audit.py"
 
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def process(tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, RECIPE, *arguments, "--cache_dir", tmp_path / "cache"]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -53,7 +47,7 @@ def leaking(tmp_path: Path) -> Path:
 
 def test_end_to_end_and_no_overwriting(run: Call, leaking: Path, tmp_path: Path) -> None:
     output = tmp_path / "report"
-    done = process(tmp_path, "--data", leaking, "--output_dir", output)
+    done = run(tmp_path, "--data", leaking, "--output_dir", output)
     assert done.returncode == 0, done.stderr
     assert sorted(file.name for file in output.iterdir()) == [
         "audit.json",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,14 +16,13 @@ from hf_histo.evaluation.metrics import classification
 from hf_histo.experiments.compare_adapters import compare_adapters
 from hf_histo.inference import Classifier
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "compare_adapters.py"
 
-
-def test_the_table_holds_each_adapter_and_the_mean(backbone: Path, tmp_path: Path) -> None:
+def test_the_table_holds_each_adapter_and_the_mean(
+    in_process: Callable[..., subprocess.CompletedProcess[str]], backbone: Path, tmp_path: Path
+) -> None:
     data = write_data(tmp_path / "data")
     adapters = [str(write_adapter(tmp_path / name, backbone, seed=seed)) for seed, name in enumerate("ab")]
-    command = [sys.executable, str(RECIPE), "--adapters", *adapters, "--data", str(data), "--average"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = in_process("compare_adapters.py", "--adapters", *adapters, "--data", data, "--average")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

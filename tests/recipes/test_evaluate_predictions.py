@@ -1,8 +1,7 @@
-"""The recipe as a user runs it: a process, its files, and its one line of error."""
+"""The recipe as a user runs it: its files, and its one line of error."""
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -19,10 +18,6 @@ from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import Predictions
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate_predictions.py"
-
-
-def process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, RECIPE, *map(str, arguments)], capture_output=True, text=True)
 
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
@@ -51,7 +46,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 def test_end_to_end_and_no_overwriting(evaluate: Call, files: list[Path], tmp_path: Path) -> None:
     output = tmp_path / "report"
-    done = process("--predictions", *files[:2], "--output_dir", output, "--threshold", 0.6)
+    done = evaluate("--predictions", *files[:2], "--output_dir", output, "--threshold", 0.6)
     assert done.returncode == 0, done.stderr
     assert sorted(file.name for file in output.iterdir()) == [
         "confusion_test.png",

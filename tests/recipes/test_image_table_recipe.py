@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +31,14 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(table: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What a run that holds out a center printed, and its adapter."""
     output = tmp_path_factory.mktemp("run") / "out"
-    command = [sys.executable, RECIPES / "histo_lora.py", f"--data={table}", f"--backbone={backbone}", *QUICK]
-    command += ["--split_column=none", "--test_centers=Leipzig", "--normalization=rgb", f"--output_dir={output}"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    return done.stdout, output / "adapter"
+    options = [f"--data={table}", f"--backbone={backbone}", *QUICK]
+    options += ["--split_column=none", "--test_centers=Leipzig", "--normalization=rgb", f"--output_dir={output}"]
+    main = runpy.run_path(str(RECIPES / "histo_lora.py"), run_name="recipe")["main"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
+        patch.setattr(sys, "argv", ["histo_lora.py", *options])
+        patch.setattr("hf_histo.evaluation.figures.run.draw", lambda *arguments, **options: {})
+        main()
+    return shown.getvalue(), output / "adapter"
 
 
 def test_centers_have_their_names_everywhere(run: tuple[str, Path], table: Path) -> None:

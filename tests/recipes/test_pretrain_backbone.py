@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,10 @@ def test_the_recipe_makes_the_same_backbone_twice(tmp_path: Path, monkeypatch: p
     assert first == again
 
 
-def test_an_existing_folder_is_refused_before_any_work(tmp_path: Path) -> None:
-    done = pretrain("--output_dir", str(tmp_path))
+def test_an_existing_folder_is_refused_before_any_work(
+    in_process: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    done = in_process(RECIPE.name, "--output_dir", tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().endswith("exists, expected a new folder; remove it or choose another")
 
