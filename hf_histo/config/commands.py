@@ -216,6 +216,17 @@ class DoctorOptions:
 
 
 @dataclass(kw_only=True)
+class MakeSlidesOptions:
+    output_dir: Path = required("new folder for the slides")
+    kind: Literal["tiff", "jpeg", "ome-tiff", "dicom"] = option(
+        "tiff", "lossless or JPEG-compressed pyramidal TIFF, OME-TIFF, or a folder of DICOM files for each slide"
+    )
+    slides_per_center: int = option(4, "slides of each of five centers", at_least=1)
+    cells: int = option(10, "of 96 pixels (48 micrometers) along the side of a slide", at_least=1, at_most=200)
+    seed: int = option(0, "of all that is drawn", at_least=0)
+
+
+@dataclass(kw_only=True)
 class ReproduceOptions(Sharing):
     study: Literal["dlmi", "brain-mri", "cytology", "mnist-cases"] = required("published table; may stand first")
     output_dir: Path = required("folder for the runs and the table")

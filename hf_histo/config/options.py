@@ -147,6 +147,8 @@ class TableOptions:
         is_path=True,
     )
     image_column: str | None = option(None, "column of image paths in a table (default: by its usual names)")
+    slide_column: str | None = option(None, "column of slides, in a table of slides")
+    annotations_column: str | None = option(None, "column of their annotations (default: the .geojson beside a slide)")
     label_column: str | None = option(None, "column of labels, as text or numbers")
     id_column: str | None = option(None, "column of image ids (default: the path)")
     split_column: str | None = option(None, "column of train, val or test ('none': new splits)")
@@ -211,6 +213,36 @@ class DataOptions(TableOptions):
     slice_plane: Literal["axial", "coronal", "sagittal"] = option("axial", "how volumes (NIfTI) are cut into slices")
     slices: int | None = option(
         None, "of a volume, evenly spaced (default: all that the head fills well enough)", above=0
+    )
+    mpp: float | None = option(
+        None, "micrometers per pixel of the patches of slides (default: 0.5, or the adapter's)", above=0
+    )
+    patch_size: int | None = option(
+        None, "pixels on a side of the patches of slides (default: 224, or the adapter's)", at_least=16, at_most=4096
+    )
+    stride: int | None = option(
+        None, "pixels from one patch of a slide to the next (default: --patch_size)", above=0, at_most=4096
+    )
+    min_tissue: float = option(
+        0.25,
+        "least share of a slide's patch that is tissue, by Otsu's threshold; 0: all patches",
+        at_least=0,
+        at_most=1,
+    )
+    min_overlap: float = option(
+        0.5, "share of a slide's patch that annotations of a class must cover for its label", above=0, at_most=1
+    )
+    unannotated: str | None = option(
+        None, "class of patches that no annotation touches, on slides with annotations (default: left out)"
+    )
+    max_patches: int | None = option(
+        None, "patches of each class of a slide, drawn at random, always the same (default: all)", above=0
+    )
+    assume_mpp: float | None = option(
+        None, "micrometers per pixel of slides that do not state theirs (default: refused)", above=0
+    )
+    store_patches: bool = option(
+        False, "copy the patches of slides once, rather than read the slides whenever one is needed", role="speed"
     )
     streaming: bool = option(False, "with hub:..., read training images as they are needed, and keep none")
     pixel_order: Literal["detect", "hwc", "chw"] = option("detect", "order of the columns in a table of pixels")

@@ -29,6 +29,7 @@ COMMANDS = {
     "sweep": ("sweep", "a grid or a search over the options of a run"),
     "pareto": ("pareto", "rank × adapted layers: accuracy against trainable parameters"),
     "reproduce": ("reproduce", 'a published table in one command, "reported" beside "obtained"'),
+    "make-slides": ("make_slides", "synthetic pyramidal slides with annotations, to try it all"),
     "push": ("push", "an adapter folder: to the Hub"),
     "export": ("export", "an adapter: one checkpoint, or ONNX"),
     "app": ("app", "an adapter: a page in the browser"),

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from hf_histo.config import HUB, OPTIONS, SYNTHETIC, DataOptions, parse_options, require_data, with_role
 from hf_histo.data import cache, schema
-from hf_histo.data.readers import hub, image_rows
+from hf_histo.data.readers import hub, image_rows, slides
 from hf_histo.data.readers.builder import LEFT_OUT, FolderBuilder
 from hf_histo.data.readers.class_folders import ClassFolders, split_files
 from hf_histo.data.readers.cytology import HiCervix, NamedImages, SplitLists, check_known
@@ -26,6 +26,7 @@ from hf_histo.data.readers.multicenter_hdf5 import MulticenterHdf5, MulticenterH
 from hf_histo.data.readers.nifti import VolumeFolders
 from hf_histo.data.readers.patch_camelyon import PatchCamelyon
 from hf_histo.data.readers.pixel_tables import SUFFIXES, PixelTables
+from hf_histo.data.readers.slide_table import TableOfSlides
 from hf_histo.data.readers.wilds_camelyon17 import WildsCamelyon17
 from hf_histo.data.reading import DEFAULT_READING, Reading, window_text
 from hf_histo.errors import HistoError, did_you_mean, idle_option
@@ -41,6 +42,7 @@ LAYOUTS: tuple[type[FolderBuilder], ...] = (
     HiCervix,
     NamedImages,
     SplitLists,
+    TableOfSlides,
     TableOfImages,
     PixelTables,
     VolumeFolders,
@@ -158,9 +160,9 @@ def _with_content_fingerprint(data: datasets.DatasetDict) -> datasets.DatasetDic
         for batch in stored.iter(batch_size=1000):
             content.update(repr([batch[name] for name in ("id", "label", "center", "group")]).encode())
             for image in batch["image"]:
-                if image is None or image["bytes"] is None:
+                if image is None or (image["bytes"] is None and not slides.is_reference(image["path"])):
                     raise HistoError(f"{split}: images are not stored in the table; pass their paths as a table")
-                content.update(image["bytes"])
+                content.update(image["bytes"] or f"{rows.info.config_name}{image['path']}".encode())
     found = datasets.DatasetDict({split: rows.select_columns(rows.column_names) for split, rows in data.items()})
     for rows in found.values():  # copies, info included
         rows.info.config_name = content.hexdigest()
@@ -185,18 +187,19 @@ def _load(options: DataOptions, cache_dir: Path, reading: Reading) -> datasets.D
         files = builder_class.files(directory, options, listing)
         state = cache.state_of(directory, files)
         name = cache.content_of(directory, files, state, cache_dir / "hf_histo_fingerprints")
-        chosen = {key: getattr(options, key) for key in builder_class.OPTIONS if key not in with_role("place")}
+        chosen = {key: getattr(options, key) for key in builder_class.OPTIONS if key not in with_role("place", "speed")}
         if changed := {key: value for key, value in chosen.items() if value != getattr(defaults, key)}:
             name = xxhash.xxh3_128(f"{name}{changed}".encode()).hexdigest()
     except FileNotFoundError as error:
         expected = builder_class.EXPECTED
         raise HistoError(f"{error.filename}: no such file, expected {expected}; complete the folder") from None
-    folder = cache_dir / builder_class.LAYOUT / name
+    home = builder_class.home(cache_dir, directory, options)
+    folder = home / builder_class.LAYOUT / name
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         cache.discard_damaged(folder)
         builder = builder_class(
-            cache_dir=str(cache_dir),
+            cache_dir=str(home),
             dataset_name=builder_class.LAYOUT,
             config_name=name,
             config_id=name,  # set explicitly, so that `directory` is not part of the key
@@ -228,7 +231,7 @@ def _as_adapter(options: DataOptions, reading: Reading, acting: Sequence[str]) -
         raise HistoError(
             f"--{name} is {getattr(options, name)}, expected {reading.text(name)} as in training; leave it out"
         )
-    found = {name: getattr(reading, name) for name in ("gray_bits", "page") if name in acting}
+    found = {name: getattr(reading, name) for name in ("gray_bits", "page", "mpp", "patch_size") if name in acting}
     if "window" in acting and reading.window not in (None, "file"):
         found["window"] = window_text(reading.window)
     return dataclasses.replace(options, **{name: value for name, value in found.items() if value is not None})
@@ -304,4 +307,6 @@ def _layout(directory: Path, options: DataOptions) -> type[FolderBuilder]:
 
 
 def _layout_of_table(path: Path, options: DataOptions) -> type[FolderBuilder]:
+    if image_rows.lists_slides(path, options):
+        return TableOfSlides
     return TableOfImages if image_rows.fits(path, options) else PixelTables

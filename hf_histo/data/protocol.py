@@ -8,8 +8,8 @@ A reader returns the splits of the files. Missing ones are made here:
 | published | `val`: a tenth of `train`, in whole families of copies | refused |
 | clean | all images are split anew in whole families: a fifth is `test`, a tenth of the rest `val` | the same |
 
-A table of images without splits is divided 70/15/15 by label and center, in whole groups. With `--test_centers`, `test`
-is all images of these centers, and `val`, where it is missing, 15 percent of the rest.
+A table of images or slides without splits is divided 70/15/15 by label and center, in whole groups. With
+`--test_centers`, `test` is all images of these centers, and `val`, where it is missing, 15 percent of the rest.
 
 Then `--pool_centers` splits the images of `train` and `val` anew. Only that depends on a run's seed.
 """
@@ -27,6 +27,7 @@ from hf_histo.data.readers import hub
 from hf_histo.data.readers.class_folders import SINGLE
 from hf_histo.data.readers.idx import Idx
 from hf_histo.data.readers.image_table import TableOfImages
+from hf_histo.data.readers.slide_table import TableOfSlides
 from hf_histo.data.schema import center_name, center_names
 from hf_histo.data.splits import folds
 from hf_histo.data.splits.checks import named
@@ -123,7 +124,7 @@ def complete(files: datasets.DatasetDict) -> datasets.DatasetDict:
 
     Data that has them all, or neither `train` nor `full`, is returned unchanged.
     """
-    if SINGLE in files and files[SINGLE].info.dataset_name == TableOfImages.LAYOUT:
+    if SINGLE in files and files[SINGLE].info.dataset_name in (TableOfImages.LAYOUT, TableOfSlides.LAYOUT):
         return folds.split_in_three(files, SINGLE)
     data = with_test(files, SINGLE) if SINGLE in files else files
     if "val" in data or "train" not in data:

@@ -1,9 +1,9 @@
-"""How image files are read: what options and adapters decide about it, and the refusals that all decoders share."""
+"""How images and slides are read: what options and adapters decide about it, and the refusals that decoders share."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, Protocol
 
 from hf_histo.errors import HistoError
@@ -20,6 +20,8 @@ class ReadingOptions(Protocol):
     gray_bits: int | None
     page: int | None
     window: str | None
+    mpp: float | None
+    patch_size: int | None
 
 
 @dataclass(frozen=True)
@@ -30,20 +32,23 @@ class Reading:
         gray_bits: bit depth, 8 to 16, of 16-bit gray PNG and TIFF images; None refuses them.
         page: which page of a TIFF, or frame of a DICOM file, from 1; None refuses files with several.
         window: window of gray DICOM images; None: as "file".
+        mpp, patch_size: micrometers per pixel, and side in pixels, of the patches of slides; None for other images.
     """
 
     gray_bits: int | None = None
     page: int | None = None
     window: Window | None = None
+    mpp: float | None = None
+    patch_size: int | None = None
 
     @classmethod
     def of(cls, options: ReadingOptions) -> Reading:
         """What the options ask for. Raises HistoError for a `--window` that is none."""
-        return cls(options.gray_bits, options.page, parse_window(options.window))
+        return cls(options.gray_bits, options.page, parse_window(options.window), options.mpp, options.patch_size)
 
     def difference(self, other: Reading) -> str | None:
         """Name of the first field that is set in both and differs; None if the two agree."""
-        for name in ("gray_bits", "page", "window"):
+        for name in (field.name for field in fields(self)):
             ours, theirs = getattr(self, name), getattr(other, name)
             if None not in (ours, theirs) and ours != theirs:
                 return name

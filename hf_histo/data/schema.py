@@ -23,7 +23,7 @@ import simplejpeg
 import xxhash
 from numpy.typing import NDArray
 
-from hf_histo.data.readers import dicom
+from hf_histo.data.readers import dicom, slides
 from hf_histo.data.reading import (
     DEFAULT_READING,
     MAX_PIXELS,
@@ -51,7 +51,13 @@ GRAY_BITS = (8, 10, 12, 14, 16)  # bit depths of scanners: DICOM PS3.3 C.7.6.3, 
 MAX_PAGES = 10_000  # of a TIFF
 
 # Start the lines of `info.description` about how the images were read.
-_BITS, _PAGE, _WINDOW = "bits of 16-bit gray: ", "page: ", "window: "
+_STARTS = {
+    "gray_bits": "bits of 16-bit gray: ",
+    "page": "page: ",
+    "window": "window: ",
+    "mpp": "micrometers per pixel: ",
+    "patch_size": "patch size: ",
+}
 # TIFF 6.0, section 8: bit 0, a copy of lower resolution; bit 2, a transparency mask.
 _NEW_SUBFILE_TYPE, _NO_PAGE = 254, 0b101
 _PPM = re.compile(rb"P6\s+([1-9]\d*)\s+([1-9]\d*)\s+255\s")
@@ -192,6 +198,11 @@ def decode(
                 pixels = _rgb(image, reading.gray_bits)
                 if strict and image.format in ("JPEG", "MPO"):
                     _check_jpeg(data)
+    return _tensor(pixels)
+
+
+def _tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:
+    """An image (H, W, 3) as a contiguous tensor (3, H, W) that owns its memory."""
     import torch
 
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
@@ -290,20 +301,20 @@ def bits_for(peaks: Iterable[int | None], gray_bits: int | None = None) -> int |
 
 def record(info: datasets.DatasetInfo, reading: Reading) -> None:
     """Record in a data set's description how its images were read."""
-    window = window_text(reading.window) if reading.window else None
-    for start, value in ((_BITS, reading.gray_bits), (_PAGE, reading.page), (_WINDOW, window)):
-        if value is not None:
-            info.description += f"\n{start}{value}"
+    for name, start in _STARTS.items():
+        if (value := getattr(reading, name)) is not None:
+            info.description += f"\n{start}{window_text(value) if name == 'window' else value}"
 
 
 def recorded(dataset: datasets.Dataset) -> Reading:
     """How the images of a loaded data set were read; a field is None where it had no effect on them."""
     lines = (dataset.info.description or "").splitlines()
-    bits, page, window = (
+    bits, page, window, mpp, size = (
         next((line.removeprefix(start).split(";")[0] for line in lines if line.startswith(start)), None)
-        for start in (_BITS, _PAGE, _WINDOW)
+        for start in _STARTS.values()
     )
-    return Reading(int(bits) if bits else None, int(page) if page else None, parse_window(window))
+    bits, page, size = (int(value) if value else None for value in (bits, page, size))
+    return Reading(bits, page, parse_window(window), float(mpp) if mpp else None, size)
 
 
 @contextmanager
@@ -456,10 +467,13 @@ class ImageTable(_MapStyle):
         return ImageTable(self._rows.remove_columns("image"))
 
     def fingerprint(self) -> str:
-        """Content hash (xxh3, 128 bits) of all images and centers in row order, 32 hexadecimal digits."""
+        """Content hash (xxh3, 128 bits) of all images and centers in row order, 32 hexadecimal digits.
+
+        Of patches that are read from slides, of their places and the content of the files.
+        """
         digest = xxhash.xxh3_128(np.array(self.centers, dtype=np.int64).tobytes())
         for image in self._stored():
-            digest.update(image)
+            digest.update(f"{self._rows.info.config_name}{image}".encode() if isinstance(image, str) else image)
         return digest.hexdigest()
 
     def center_name(self, center: int) -> str:
@@ -492,17 +506,18 @@ class ImageTable(_MapStyle):
         sizes = set()
         for row, image in enumerate(self._stored()):
             try:
-                sizes.add(size(image))
+                sizes.add((slides.pixels_of(image),) * 2 if isinstance(image, str) else size(image))
             except Exception:
-                decode(image, f"image {row}")  # raises an error that names the image
+                if not isinstance(image, str):
+                    decode(image, f"image {row}")  # raises an error that names the image
                 raise
             if len(sizes) > 1:
                 return False
         return True
 
-    def _stored(self) -> Iterator[memoryview]:
+    def _stored(self) -> Iterator[memoryview | str]:
         for batch in self._table.iter(1000):
-            yield from (memoryview(row["bytes"].as_buffer()) for row in batch["image"])
+            yield from map(_content, batch["image"])
 
     def __len__(self) -> int:
         return len(self._table)
@@ -520,9 +535,18 @@ class ImageTable(_MapStyle):
         ]
         if "image" in table.column_names:
             for sample, row in zip(samples, table["image"], strict=True):
-                sample["image"] = self._read(memoryview(row["bytes"].as_buffer()), sample["index"])
+                sample["image"] = self._read(_content(row), sample["index"])
         return samples
 
-    def _read(self, data: memoryview, index: int) -> torch.Tensor:
-        image = decode(data, f"image {index}", strict=False)  # checked when it was stored
+    def _read(self, data: memoryview | str, index: int) -> torch.Tensor:
+        if isinstance(data, str):
+            image = _tensor(slides.read_reference(data))
+        else:
+            image = decode(data, f"image {index}", strict=False)  # checked when it was stored
         return image if self._prepare is None else self._prepare(image)
+
+
+def _content(image: pa.StructScalar) -> memoryview | str:
+    """The bytes of a stored image, or the place of a patch that is read from its slide (see `slides.reference`)."""
+    data = image["bytes"]
+    return memoryview(data.as_buffer()) if data.is_valid else str(image["path"].as_py())

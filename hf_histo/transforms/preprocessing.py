@@ -50,6 +50,8 @@ class Preprocessing:
         page: page, from 1, of training files that had several, which is read of other files with several; else None.
         window: center and width by which gray DICOM images were read, as other ones are, or "file" where each had its
             own; None if there were no DICOM images.
+        mpp, patch_size: micrometers per pixel, and side in pixels, of the patches of slides that it was trained on, by
+            which other slides are read as well; None if it was trained on image files.
     """
 
     __pydantic_config__ = STRICT
@@ -64,11 +66,13 @@ class Preprocessing:
     gray_bits: Annotated[int, Field(ge=8, le=16)] | None = None
     page: Annotated[int, Field(ge=1)] | None = None
     window: tuple[float, Annotated[float, Field(ge=1)]] | Literal["file"] | None = None
+    mpp: Annotated[float, Field(gt=0)] | None = None
+    patch_size: Annotated[int, Field(ge=16, le=4096)] | None = None
 
     @property
     def reading(self) -> Reading:
         """How image files are read: as those of training."""
-        return Reading(self.gray_bits, self.page, self.window)
+        return Reading(self.gray_bits, self.page, self.window, self.mpp, self.patch_size)
 
     def read(self, dataset: datasets.Dataset, at_least: int = 0) -> ImageTable:
         """An `ImageTable` of a schema table whose images are prepared and have one size, so that they can be batched.

@@ -88,6 +88,11 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
         """
         return {name: directory / name for name in cls.sources(directory)}
 
+    @classmethod
+    def home(cls, cache_dir: Path, directory: Path, options: DataOptions) -> Path:
+        """Folder of the converted data; it is `cache_dir`, unless that data depends on where the source lies."""
+        return cache_dir
+
     def _generate_examples(self, *arguments: Any, **options: Any) -> Iterator[tuple[str | int, dict[str, Any]]]:
         """Key and row of each image; a row has the columns of `schema.features`."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Rows of a table of image files: find the columns, and check every row before an image is read."""
+"""Rows of a table of image files or slides: find the columns, and check every row before an image is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import unicodedata
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +22,15 @@ from numpy.typing import NDArray
 
 from hf_histo.config import DataOptions
 from hf_histo.data import schema
-from hf_histo.data.readers import shards
+from hf_histo.data.readers import shards, slides
 from hf_histo.data.readers.class_folders import SINGLE, SPLITS, split_files
 from hf_histo.data.readers.pixel_tables import UNREADABLE
 from hf_histo.errors import HistoError, did_you_mean
 from hf_histo.files import atomic_folder, regular
 
 logger = logging.getLogger(__name__)
+
+Named = Mapping[str, tuple[str, ...]]
 
 SUFFIXES = (".csv", ".tsv", ".parquet", ".xlsx")
 NAMED = {  # names of a column, in any capitalization, with spaces, hyphens or underscores; the first one is the usual
@@ -42,9 +44,14 @@ NAMED = {  # names of a column, in any capitalization, with spaces, hyphens or u
     "center": ("center", "centre", "center_id", "hospital", "site", "institution", "scanner"),
     "group": ("group", "patient", "patient_id", "subject", "subject_id", "case", "case_id", "slide", "slide_id"),
 }
-COLUMN_OPTIONS = tuple(f"{role}_column" for role in NAMED)
+NAMED_OF_SLIDES = {
+    "slide": ("slide", "slide_path", "slide_file", "wsi", "wsi_path"),
+    "annotations": ("annotations", "annotation", "annotation_file", "geojson"),
+    **{role: NAMED[role] for role in ("label", "split", "center")},
+    "group": tuple(name for name in NAMED["group"] if not name.startswith("slide")),
+}
+COLUMN_OPTIONS, SLIDE_COLUMN_OPTIONS = (tuple(f"{role}_column" for role in named) for named in (NAMED, NAMED_OF_SLIDES))
 WITHOUT = "none"  # value of such an option: no column has this role
-ROLES = {spelling: role for role, spellings in NAMED.items() for spelling in spellings}
 # By byte order mark, the longer ones first.
 ENCODINGS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 DELIMITERS = ",;\t|"  # of CSV files; the most frequent one in the first line is taken
@@ -52,26 +59,41 @@ LARGEST_SHEET = 2**30  # bytes of an unpacked workbook
 SHOWN = 5  # rows or names that an error lists
 
 
-def read(directory: Path, options: DataOptions) -> pd.DataFrame:
+def read(directory: Path, options: DataOptions, named: Named = NAMED) -> pd.DataFrame:
     """Rows of a table, or of `train`, `val` and `test` tables in a folder, checked; no image is opened.
+
+    Args:
+        directory: the table or folder.
+        options: names of columns, and the folder of the images.
+        named: usual names of the columns, by role; the first role is the file's.
 
     Returns a row per image, with text columns: `where` (file and row, for errors), `name` (path below the root, with
     forward slashes), `path` (a `Path`), `present` (bool), `label` ("" where hidden), `id`, `split`, `center` and
-    `group` ("" where unknown).
+    `group` ("" where unknown). Of slides, also `annotations`, as written; `name` and `id` are without the suffix.
 
-    Raises HistoError as `image_table.TableOfImages` documents, except for images.
+    Raises HistoError as `image_table.TableOfImages` documents, except for images, and for labels of slides.
     """
     tables = {SINGLE: directory} if directory.is_file() else split_files(directory, SUFFIXES)
-    folder = directory.parent if directory.is_file() else directory
-    root = Path(options.image_root) if options.image_root else folder
+    root = root_of(directory, options)
     if not root.is_dir():
         raise HistoError(f"--image_root {root}: no such folder, expected the one that image paths are relative to")
-    rows = pd.concat([_read_table(path, split, options) for split, path in tables.items()], ignore_index=True)
-    _locate(rows, root)
-    rows["id"] = rows["id"].where(rows["id"] != "", rows["name"])
-    _check(rows)
+    parts = [_read_table(path, split, options, named) for split, path in tables.items()]
+    rows = pd.concat(parts, ignore_index=True)
+    kind = next(iter(named))
+    locate(rows, root, kind)
+    rows["id"] = rows["id"].where(rows["id"] != "", rows["name"]) if "id" in rows else rows["name"]
+    _check(rows, kind)
+    if kind == "image":
+        refuse_hidden(rows)
     _merge_centers(rows)
     return rows
+
+
+def root_of(directory: Path, options: DataOptions) -> Path:
+    """The folder that the paths in a table, or in tables of a folder, are relative to."""
+    if options.image_root:
+        return Path(options.image_root)
+    return directory.parent if directory.is_file() else directory
 
 
 def fits(path: Path, options: DataOptions) -> bool:
@@ -91,15 +113,33 @@ def fits(path: Path, options: DataOptions) -> bool:
         raise HistoError(f"{path}: {error}, expected text in UTF-8, or UTF-16 with its mark; save it so") from None
     except UNREADABLE:
         return False  # the reader of pixel tables names the fault
-    if any(ROLES.get(_plain(name)) == "image" for name in names):
+    roles = _roles(NAMED)
+    if any(roles.get(_plain(name)) == "image" for name in names):
         return True
-    values = [number for name, number in zip(names, are_numbers, strict=False) if _plain(name) not in ROLES]
+    values = [number for name, number in zip(names, are_numbers, strict=False) if _plain(name) not in roles]
     if are_numbers and not any(values):
         raise HistoError(
             f"{path}: the columns are {_few(names)}, expected one of image paths ({', '.join(NAMED['image'][:3])}, or "
             "as --image_column names it), or numbers, one column for each pixel value; rename or name a column"
         )
     return False
+
+
+def lists_slides(path: Path, options: DataOptions) -> bool:
+    """Whether a table lists slides: it has a column of them (`NAMED_OF_SLIDES`, or `--slide_column`), none of images.
+
+    In a table of images, a column `slide` names their groups.
+    """
+    if options.slide_column is not None:
+        return True
+    if options.image_column is not None or path.suffix.lower() == ".npz":
+        return False
+    try:
+        names = list(_cells(path).columns) if path.suffix.lower() == ".xlsx" else _head(path)[0]
+    except UNREADABLE:
+        return False  # the other readers name the fault
+    plain = {_plain(str(name)) for name in names}
+    return bool(plain & {*NAMED_OF_SLIDES["slide"]}) and not plain & {*NAMED["image"]}
 
 
 def numbered(centers: pd.Series[str]) -> tuple[NDArray[np.int64], list[str]]:
@@ -111,14 +151,14 @@ def numbered(centers: pd.Series[str]) -> tuple[NDArray[np.int64], list[str]]:
     return np.array([numbers[center] for center in centers], np.int64), known
 
 
-def check_present(rows: pd.DataFrame) -> None:
-    """Raise HistoError for images that are no files."""
+def check_present(rows: pd.DataFrame, kind: str = "image") -> None:
+    """Raise HistoError for images, or what `kind` is, that are no files."""
     missing = rows[~rows["present"]]
     if len(missing):
-        more = f" ({len(missing)} images are missing in all)" if len(missing) > 1 else ""
+        more = f" ({len(missing)} {kind}s are missing in all)" if len(missing) > 1 else ""
         raise HistoError(
-            f"{missing['where'].iloc[0]}: image {missing['name'].iloc[0]!r} is missing{more}, expected a file below "
-            "the folder of the images; add it, or remove the row"
+            f"{missing['where'].iloc[0]}: {kind} {missing['name'].iloc[0]!r} is missing{more}, expected a file below "
+            f"the folder of the {kind}s; add it, or remove the row"
         )
 
 
@@ -133,9 +173,9 @@ def store(source: pd.DataFrame | datasets.Dataset, options: DataOptions, cache_d
     if isinstance(source, datasets.Dataset):
         source, images = _frame(source)
     frame = source.rename(columns=str)
-    column = _column(list(frame.columns), "image", options, "the table")
+    column = _column(list(frame.columns), "image", options, "the table", NAMED)
     if column is None:
-        raise _lacks_images("the table", list(frame.columns))
+        raise _lacks("image", "the table", list(frame.columns))
     root = Path(options.image_root) if options.image_root else _root_of(frame[column])
     for row, data in enumerate(images):
         schema.refuse_dicom(data, f"row {row} of the data set")
@@ -164,7 +204,7 @@ def _root_of(paths: pd.Series[Any]) -> Path:
     return current if within else Path(os.path.commonpath([path.parent for path in given]))
 
 
-def _read_table(path: Path, split: str, options: DataOptions) -> pd.DataFrame:
+def _read_table(path: Path, split: str, options: DataOptions, named: Named) -> pd.DataFrame:
     """Rows of one file, as texts; without its split column, they are all of `split`."""
     try:
         cells = _cells(regular(path))
@@ -174,18 +214,18 @@ def _read_table(path: Path, split: str, options: DataOptions) -> pd.DataFrame:
             f"{path}: unreadable ({reason}), expected a whole {path.suffix[1:]} file, and CSV as UTF-8 or UTF-16; "
             "export it again"
         ) from None
-    names = list(cells.columns)
-    columns = {role: _column(names, role, options, str(path)) for role in NAMED}
-    if columns["image"] is None:
-        raise _lacks_images(str(path), names)
+    names, kind = list(cells.columns), next(iter(named))
+    columns = {role: _column(names, role, options, str(path), named) for role in named}
+    if columns[kind] is None:
+        raise _lacks(kind, str(path), names)
     if cells.empty:
-        raise HistoError(f"{path}: no rows, expected one for each image; add them")
+        raise HistoError(f"{path}: no rows, expected one for each {kind}; add them")
     rows = pd.DataFrame(
         {role: "" if name is None else _texts(cells[name]) for role, name in columns.items()}, index=cells.index
     )
     rows.insert(0, "where", [f"{path}, row {row}" for row in rows.index])
-    for role in ("image", "split", "group", "id"):
-        if columns[role] is not None:
+    for role in (kind, "split", "group", "id"):
+        if columns.get(role) is not None:
             _refuse_rows(rows[rows[role] == ""], f"the {role} is blank", "fill it in, or remove the row")
     if columns["split"] is None:
         rows["split"] = "test" if split == SINGLE and columns["label"] is None else split
@@ -203,34 +243,44 @@ def _read_table(path: Path, split: str, options: DataOptions) -> pd.DataFrame:
     return rows
 
 
-def _locate(rows: pd.DataFrame, root: Path) -> None:
-    """Add `name`, `path` and `present` of each image. Raises HistoError for a path outside `root`."""
-    inside = root.resolve()
-    names, paths = [], []
-    for where, text in zip(rows["where"], rows["image"], strict=True):
-        path = root / text
-        if "\\" in text and not _is_file(path):  # of Windows
-            path = root / text.replace("\\", "/")
-        target = path.resolve()
-        if not target.is_relative_to(inside):
-            raise HistoError(
-                f"{where}: image {text!r} lies outside {root}, expected a path within it; correct it, or state the "
-                "folder of the images by --image_root"
-            )
-        names.append(_below(str(path.absolute()), root))
-        paths.append(path)
-    rows["name"], rows["path"] = names, paths
-    rows["present"] = [_is_file(path) for path in paths]
+def locate(rows: pd.DataFrame, root: Path, kind: str) -> None:
+    """Add `name`, `path` and `present` of each file in the column `kind`; a slide may be a folder.
+
+    Raises HistoError for a path outside `root`.
+    """
+    paths = [located(where, text, root, kind) for where, text in zip(rows["where"], rows[kind], strict=True)]
+    rows["name"] = [_below(str(path.absolute()), root) for path in paths]
+    rows["path"] = np.array(paths, object)
+    rows["present"] = [_is_file(path) or (kind == "slide" and path.is_dir()) for path in paths]
+    if kind == "slide":
+        rows["name"] = rows["name"].map(slides.name_of)
 
 
-def _check(rows: pd.DataFrame) -> None:
-    """Raise HistoError for rows that contradict each other."""
-    for column, what in (("id", "have the id"), ("name", "name the image")):
-        for value, same in rows[rows[column].duplicated(keep=False)].groupby(column, sort=False):
-            raise HistoError(f"{_listed(same)} {what} {value!r}, expected one row per image; remove or correct one")
-    rows["label"] = rows["label"].replace("-1", "")
+def located(where: str, text: str, root: Path, kind: str) -> Path:
+    """The path that a cell gives relative to `root`. Raises HistoError, starting with `where`, for one outside."""
+    path = root / text
+    if "\\" in text and not _is_file(path):  # of Windows
+        path = root / text.replace("\\", "/")
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise HistoError(
+            f"{where}: {kind} {text!r} lies outside {root}, expected a path within it; correct it, or state the "
+            "folder of the images by --image_root"
+        )
+    return path
+
+
+def refuse_hidden(rows: pd.DataFrame) -> None:
+    """Raise HistoError for rows without a label that are not of test."""
     hidden = rows[(rows["label"] == "") & (rows["split"] != "test")]
     _refuse_rows(hidden, "the label is blank (or -1, hidden)", "fill it in, or remove the row; test images may lack it")
+
+
+def _check(rows: pd.DataFrame, kind: str) -> None:
+    """Raise HistoError for rows that contradict each other."""
+    for column, what in (("id", "have the id"), ("name", f"name the {kind}")):
+        for value, same in rows[rows[column].duplicated(keep=False)].groupby(column, sort=False):
+            raise HistoError(f"{_listed(same)} {what} {value!r}, expected one row per {kind}; remove or correct one")
+    rows["label"] = rows["label"].replace("-1", "")
     for where, one, other in _respelled(rows, "label"):
         raise HistoError(
             f"{where}: the label is written in two ways, {one} and {other}, expected one; correct the table"
@@ -301,12 +351,17 @@ def _few(names: Sequence[Any]) -> str:
     return shown + (f" and {rest} more" if rest > 0 else "")
 
 
-def _column(names: Sequence[str], role: str, options: DataOptions, where: str) -> str | None:
+def _roles(named: Named) -> dict[str, str]:
+    """The role of each usual name of a column."""
+    return {spelling: role for role, spellings in named.items() for spelling in spellings}
+
+
+def _column(names: Sequence[str], role: str, options: DataOptions, where: str, named: Named) -> str | None:
     """The column of a role, by its option or its name; None if there is none."""
-    given = {name: getattr(options, name) for name in COLUMN_OPTIONS}
+    roles, given = _roles(named), {f"{role}_column": getattr(options, f"{role}_column") for role in named}
     option = f"{role}_column"
     if given[option] is None:
-        found = [name for name in names if ROLES.get(_plain(name)) == role and name not in given.values()]
+        found = [name for name in names if roles.get(_plain(name)) == role and name not in given.values()]
     elif given[option] in names:
         found = [name for name in names if name == given[option]]
     elif given[option] == WITHOUT:
@@ -322,8 +377,10 @@ def _column(names: Sequence[str], role: str, options: DataOptions, where: str) -
     return found[0] if found else None
 
 
-def _lacks_images(where: str, names: Sequence[str]) -> HistoError:
-    return HistoError(f"{where}: no column of image paths among {_few(names)}, expected one; name it by --image_column")
+def _lacks(kind: str, where: str, names: Sequence[str]) -> HistoError:
+    return HistoError(
+        f"{where}: no column of {kind} paths among {_few(names)}, expected one; name it by --{kind}_column"
+    )
 
 
 def _cells(path: Path) -> pd.DataFrame:
