@@ -85,6 +85,9 @@ class AcceptOptions(TableOptions, AdapterSource):
 class AcceptanceStudyOptions:
     runs: Path = required("folder of a finished leave-one-center-out", is_path=True)
     output_dir: Path = required("folder for acceptance_study.md and acceptance_study.json")
+    data: str | None = option(
+        None, "the data of the runs, to test colors as well (default: predictions alone)", is_path=True
+    )
     counts: list[int] = option([20, 50, 100], "numbers of images of a site")
     draws: int = option(100, "of the images, for each number", at_least=1)
     tolerance: float = option(0.05, "by how much the accuracy may be lower than on val", at_least=0, below=1)

@@ -19,13 +19,15 @@ one may look after each, and stop.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest
+from scipy.stats import t as student
 from sklearn.linear_model import LogisticRegression
 
 from hf_histo.evaluation.metrics import intervals
@@ -36,10 +38,12 @@ Rows = NDArray[np.int64]
 Verdict = Literal["accept", "recalibrate", "refuse"]
 
 LEVEL = 0.05  # probability of an alarm at a site like `val`
+COLOR_LEVEL = LEVEL / 4  # of it for the test of color; half of it is for the predicted accuracy
 PERMUTATIONS = 999
 MOST = 500  # largest number of images of a side in the test of a shift
 # Share of a like site's images beyond the color limit: twice that of the training images which the limit was fitted on.
 COLOR_SHARE = 0.02
+BOOTSTRAPS = 400  # for a standard error, 200 are enough (Efron & Tibshirani 1993, sec. 6.4)
 CLIP = 20.0  # largest importance weight, against a few images that decide alone
 GRID = 400  # accuracies that a confidence sequence is computed for
 LARGEST_BET = 0.75  # share of what could be bet on, c in Waudby-Smith & Ramdas 2024, sec. 4.4: 1/2 or 3/4
@@ -104,11 +108,12 @@ def decide(evidence: Evidence) -> tuple[Verdict, list[str]]:
     if evidence.predicted.high < least:
         found = f"{evidence.predicted.value:.3f} ({evidence.predicted.low:.3f}–{evidence.predicted.high:.3f})"
         return "refuse", [*signs, f"the accuracy predicted without labels is {found}, below {needed}"]
-    limits = LEVEL / 4 if evidence.color_p_value is not None else LEVEL / 2  # the other half: the predicted accuracy
-    alarms = []
-    if evidence.color_p_value is not None and evidence.color_p_value <= limits:
-        alarms.append(f"the colors differ from those of training (p = {evidence.color_p_value:.4f})")
-    if evidence.shift.p_value <= limits:
+    alarms, left = [], LEVEL / 2
+    if evidence.color_p_value is not None:
+        left -= COLOR_LEVEL
+        if evidence.color_p_value <= COLOR_LEVEL:
+            alarms.append(f"the colors differ from those of training (p = {evidence.color_p_value:.4f})")
+    if evidence.shift.p_value <= left:
         alarms.append(f"what the model gives differs from what it gives for val (p = {evidence.shift.p_value:.4f})")
     if alarms:
         return "recalibrate", [*signs, *alarms]
@@ -166,7 +171,12 @@ def predicted_accuracies(
       the new images, by a logistic regression between both (Shimodaira 2000, "Improving predictive inference under
       covariate shift", Journal of Statistical Planning and Inference 90:227-244), up to a weight of `CLIP`.
 
-    Both assume that the confidence means the same there. The interval is by the jackknife over groups of both sides.
+    Both assume that the confidence means the same there. The interval is Wilson's, with the variance of a bootstrap of
+    the groups of both sides (Efron & Tibshirani 1993, "An Introduction to the Bootstrap", sec. 6.4 and 8.3) and the
+    quantile of Student's t, see `intervals`; the jackknife is not consistent for a threshold, which is a quantile (Shao
+    & Wu 1989, "A general theory for jackknife variance estimation", Annals of Statistics 17:1176-1197). The weights of
+    "importance" are not estimated anew in each draw, so that its interval leaves out the chance in the new images. With
+    one group on a side, the interval is [0, 1].
 
     Args:
         sure: confidence on `val`, (n,).
@@ -175,24 +185,23 @@ def predicted_accuracies(
         new_sure: confidence on the unlabeled images, (m,).
         new_groups: their groups, (m,).
     """
+    order = np.argsort(-sure, kind="stable")
+    sure, right, groups = sure[order], right[order], groups[order]
     weights = _importance(sure, new_sure)
 
-    def thresholded(kept: NDArray[np.bool_], new_kept: NDArray[np.bool_]) -> float:
-        cut = np.quantile(sure[kept], 1 - right[kept].mean())
-        return float((new_sure[new_kept] >= cut).mean())
+    def thresholded(times: Rows, new_times: Rows) -> float:
+        at_least_as_sure, rights = np.cumsum(times), times @ right
+        cut = sure[np.searchsorted(at_least_as_sure, rights)] if rights else np.inf
+        return float(np.average(new_sure >= cut, weights=new_times))
 
-    def weighted(kept: NDArray[np.bool_], new_kept: NDArray[np.bool_]) -> float:
-        return float(np.average(right[kept], weights=weights[kept]))
+    def weighted(times: Rows, new_times: Rows) -> float:
+        return float(np.average(right, weights=weights * times))
 
-    every, new_every = np.ones(len(sure), bool), np.ones(len(new_sure), bool)
+    once, new_once = np.ones(len(sure), int), np.ones(len(new_sure), int)
     found = {}
     for name, method in (("atc", thresholded), ("importance", weighted)):
-        of_groups = [method(kept, new_every) for kept in _without_each(groups)]
-        of_new = [method(every, kept) for kept in _without_each(new_groups)]
-        value = method(every, new_every)
-        error = np.sqrt(intervals.variance(np.array(of_groups)) + intervals.variance(np.array(of_new)))
-        half = float(norm.ppf(0.975)) * max(float(error), 0.5 / len(new_sure))
-        found[name] = Estimate(value, max(0.0, value - half), min(1.0, value + half))
+        value = method(once, new_once)
+        found[name] = Estimate(value, *_interval(value, method, groups, new_groups))
     return found
 
 
@@ -250,11 +259,23 @@ def _one_of_each(groups: Rows, random: np.random.Generator) -> Rows:
     return chosen
 
 
-def _without_each(groups: Rows) -> list[NDArray[np.bool_]]:
-    """Masks (n,) without one block of groups each."""
-    _, place = np.unique(groups, return_inverse=True)
-    block = intervals.blocks(place.max() + 1)[place]
-    return [block != number for number in range(block.max() + 1)] if block.max() else [np.ones(len(groups), bool)] * 2
+def _interval(
+    value: float, method: Callable[[Rows, Rows], float], groups: Rows, new_groups: Rows
+) -> tuple[float, float]:
+    """95% interval of a share that `method` finds from how often each image of both sides counts, (n,) and (m,)."""
+    sides = [np.unique(each, return_inverse=True, return_counts=True)[1:] for each in (groups, new_groups)]
+    if min(len(sizes) for _, sizes in sides) < 2:
+        return 0.0, 1.0
+
+    random = np.random.default_rng(0)
+    draws = [random.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), BOOTSTRAPS) for _, sizes in sides]
+    values = [
+        method(*(times[place] for times, (place, _) in zip(of_draw, sides, strict=True)))
+        for of_draw in zip(*draws, strict=True)
+    ]
+    freedom = min(intervals.Evidence.of("", sizes.astype(float)).effective_groups for _, sizes in sides) - 1
+    most = 1 / (1 / len(groups) + 1 / len(new_groups))
+    return intervals.wilson(value, float(np.var(values, ddof=1)), most, float(student.ppf(1 - LEVEL / 2, freedom)))
 
 
 def _importance(sure: Floats, new_sure: Floats) -> Floats:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from site_simulation import SimulatedSite, atc_coverage
 
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.site_acceptance import (
@@ -82,6 +83,45 @@ def test_accuracy_is_predicted_where_confidence_means_the_same() -> None:
     assert found["atc"].value < right.mean() - 0.05
     few = predicted_accuracies(sure[:100], right[:100], np.arange(100), new[:20], np.arange(20) // 5)
     assert few["atc"].high - few["atc"].low > 2 * (found["atc"].high - found["atc"].low)
+
+
+def test_the_interval_of_predicted_accuracy_holds_what_it_should_and_is_not_wider() -> None:
+    for new in (SimulatedSite(100, 1), SimulatedSite(20, 5, sharpness=1.5)):
+        inside, width = atc_coverage(SimulatedSite(40, 8), new, draws=60)
+        assert inside >= 0.9
+        assert width < 1.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [0.0, 0.3, 0.6])
+@pytest.mark.parametrize("sharpness", [1.5, 3.0, 20.0])
+@pytest.mark.parametrize(
+    ("validation", "groups", "images"),
+    [((60, 10), 20, 1), ((60, 10), 100, 1), ((20, 20), 10, 10), ((12, 20), 12, 10), ((300, 1), 400, 1)],
+)
+def test_the_interval_holds_at_small_and_large_sites(
+    validation: tuple[int, int], groups: int, images: int, sharpness: float, spread: float
+) -> None:
+    new = SimulatedSite(groups, images, sharpness, spread)
+    inside, width = atc_coverage(SimulatedSite(*validation, spread=spread), new, draws=200)
+    assert inside >= 0.92
+    assert width < 2
+
+
+def test_of_one_group_no_accuracy_is_predicted() -> None:
+    sure, right, groups = SimulatedSite(20, 5).draw(np.random.default_rng(0))
+    for of_val, of_new in ((groups, np.zeros(100, int)), (np.zeros(100, int), groups)):
+        for estimate in predicted_accuracies(sure, right, of_val, sure, of_new).values():
+            assert (estimate.low, estimate.high) == (0.0, 1.0)
+
+
+def test_thresholded_confidence_by_hand() -> None:
+    """Three of four are right, so three exceed the threshold on val: 0.5. Of the new ones, two of four do."""
+    sure, right = np.array([0.1, 0.9, 0.5, 0.7]), np.array([True, True, True, False])
+    found = predicted_accuracies(sure, right, np.arange(4), np.array([0.2, 0.5, 0.4, 3.0]), np.arange(4))
+    assert found["atc"].value == 0.5
+    none_right = predicted_accuracies(sure, np.zeros(4, bool), np.arange(4), sure, np.arange(4))
+    assert none_right["atc"].value == 0
 
 
 def test_confidence_is_the_distance_from_the_threshold() -> None:

@@ -47,7 +47,8 @@ def test_a_worse_center_is_found_and_alike_ones_are_accepted(
     for name in ("center 0", "val, the other half"):
         for found in sites[name]["60"]:
             assert found["verdicts"]["accept"] >= 0.8 and sum(found["verdicts"].values()) == pytest.approx(1)
-            assert found["errors"].keys() == found["inside"].keys() == {"atc", "importance"}
+            assert found["errors"].keys() == found["inside"].keys() == found["widths"].keys() == {"atc", "importance"}
+            assert found["beyond"] is found["color_alarms"] is None
     assert "| center 1" in capsys.readouterr().out
     assert "| center 1" in (tmp_path / "out" / "acceptance_study.md").read_text()
 

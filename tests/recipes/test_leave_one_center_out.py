@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -11,7 +12,13 @@ from pathlib import Path
 import pytest
 from miniature import SIZE, divide_training, write_data
 
+from hf_histo.adapter.sidecar import Sidecar
+from hf_histo.config.commands import AcceptanceStudyOptions
+from hf_histo.data.load import load
+from hf_histo.data.schema import ImageTable
+from hf_histo.errors import HistoError
 from hf_histo.evaluation.predictions import Predictions
+from hf_histo.experiments.acceptance_study import study
 from hf_histo.launch import run
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "leave_one_center_out.py"
@@ -41,7 +48,7 @@ def call(backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
 
 
 def test_every_center_and_seed_summed_up_and_resumed(
-    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    call: Call, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call(tmp_path / "out", "--seeds=1", "--seed=4")
     names = {f"center-{center}-seed-4" for center in (0, 1, 3)}
@@ -80,6 +87,21 @@ def test_every_center_and_seed_summed_up_and_resumed(
     shown = capsys.readouterr().out
     for line in ("center 0", "center 1", "center 3", "mean over centers", "worst center"):
         assert f"| {line}" in shown
+
+    options = AcceptanceStudyOptions(
+        runs=tmp_path / "out", data=str(data), output_dir=tmp_path / "study", counts=[6], draws=2
+    )
+    study(options)
+    sites = json.loads((tmp_path / "study" / "acceptance_study.json").read_text())["sites"]
+    colors = Sidecar.read(tmp_path / "out" / "center-1-seed-4" / "adapter").colors
+    images = ImageTable(load(data)["val"])  # which is all of center 1
+    assert colors is not None
+    far = [colors.distance(images[row]["image"]) > colors.limit for row in range(len(images))]
+    assert sites["center 1"]["6"][0]["beyond"] == pytest.approx(sum(far) / len(far))
+    assert all(0 <= run["color_alarms"] <= 1 for run in sites["center 1"]["6"])
+    assert "colors beyond the limit" in capsys.readouterr().out
+    with pytest.raises(HistoError, match="not the data of --runs"):
+        study(dataclasses.replace(options, data=str(write_data(tmp_path / "other"))))
 
 
 @pytest.mark.parametrize(

@@ -110,9 +110,21 @@ def of_share(value: float, replicates: Floats, evidence: Sequence[Evidence]) -> 
         evidence: of each kind of image that the metric depends on.
     """
     most = len(evidence) ** 2 / sum(1 / kind.images for kind in evidence)
+    return wilson(value, variance(replicates), most, _quantile(len(replicates), evidence))
+
+
+def wilson(value: float, variance: float, most: float, quantile: float) -> tuple[float, float]:
+    """Return Wilson's interval of a share in [0, 1] from the variance of its estimate.
+
+    Args:
+        value: the share.
+        variance: of the estimate.
+        most: largest number of independent images that it can be worth, see step 2 above.
+        quantile: of the normal or Student's distribution, in standard errors.
+    """
     inner = np.clip(value, 0.5 / most, 1 - 0.5 / most)  # at 0 and 1, p (1 - p) would be 0
-    n = min(most, inner * (1 - inner) / max(variance(replicates), 1e-300))
-    k = _quantile(len(replicates), evidence) ** 2 / n
+    n = min(most, inner * (1 - inner) / max(variance, 1e-300))
+    k = quantile**2 / n
     middle, half = (value + k / 2) / (1 + k), np.sqrt(k * (value * (1 - value) + k / 4)) / (1 + k)
     return max(0.0, min(value, float(middle - half))), min(1.0, max(value, float(middle + half)))
 
