@@ -120,7 +120,9 @@ def compare(base: Config, options: CompareOptions) -> None:
     results = {stem: summed_up(values[stem], options.protocol) for stem in rows}
     source = f"{shared.data} (content fingerprint {fingerprint(data)})"
     costs = {stem: cost(stem, rows, runs[stem], folder) for stem in rows}
-    text = markdown(rows, results, costs, differences, source, options)
+    robust = {stem: robustness(stem, rows, runs[stem], folder) for stem in rows}
+    transductive = {stem: uses_target(row, found[stem]) for stem, row in rows.items()}
+    text = markdown(rows, results, transductive, costs, robust, differences, source, options)
     chosen = None
     if options.select:
         by_row = {stem: found[f"held-out centers, {options.select}"]["accuracy"] for stem, found in results.items()}
@@ -140,7 +142,9 @@ def compare(base: Config, options: CompareOptions) -> None:
             "options": row.config.flat(),
             "results": {s: {m: asdict(x) for m, x in found.items()} for s, found in results[stem].items()},
             "values": values[stem],
+            "transductive": sorted(transductive[stem]),
             "cost": asdict(costs[stem]),
+            "robustness": {when: asdict(of) for when, of in robust[stem].items()},
             "differences": {s: asdict(of) for s, of in differences.get(stem, {}).items()},
         }
         for stem, row in rows.items()
@@ -278,6 +282,11 @@ def measure(found: Sequence[Evaluated]) -> Values:
     return values
 
 
+def uses_target(row: Row, found: Sequence[Evaluated]) -> set[str]:
+    """The splits or held-out centers whose unlabeled images predictions or decisions of a row used as a whole."""
+    return {of.name for of in found if of.table.transductive or row.published.balanced}
+
+
 def differences_to(
     baseline: str, found: Mapping[str, Sequence[Evaluated]], protocol: str
 ) -> dict[str, dict[str, paired.Difference]]:
@@ -309,6 +318,30 @@ def cost(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) -> 
     metrics = read_metrics(places[0] / run_folder.ADAPTER)
     seconds = [read_json(place / run_folder.COST)["seconds"] for place in places]
     return Cost(metrics["parameters"]["trainable"], spread(seconds))
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """Robustness index and average performance drop of the features of a row, over its runs; see `robustness`."""
+
+    index: Spread
+    drop: Spread
+
+
+def robustness(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) -> dict[str, Robustness]:
+    """Robustness "before" and "after" the trainings of a row, or of the one it shares; empty without `--robustness`."""
+    places = [run.folder(folder / trainer_of(stem, rows)) for run in runs]
+    found = [read_metrics(place / run_folder.ADAPTER).get("robustness") for place in places]
+    if not any(found):
+        return {}
+    sides = {when: [of[when] for of in found if of] for when in ("before", "after")}
+    return {
+        when: Robustness(
+            spread(of["index"] for of in measured),
+            spread(of["drop"] and of["drop"]["average_performance_drop"] for of in measured),
+        )
+        for when, measured in sides.items()
+    }
 
 
 def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
@@ -355,7 +388,9 @@ def summed_up(values: Values, protocol: str) -> dict[str, dict[str, Spread]]:
 def markdown(
     rows: dict[str, Row],
     results: dict[str, dict[str, dict[str, Spread]]],
+    transductive: dict[str, set[str]],
     costs: dict[str, Cost],
+    robust: dict[str, dict[str, Robustness]],
     differences: Mapping[str, Mapping[str, paired.Difference]],
     data: str,
     options: CompareOptions,
@@ -364,15 +399,22 @@ def markdown(
     lines: list[list[object]] = [["", "backbone", "reported test accuracy", "split", *METRICS.values(), "seeds"]]
     more = {ECE: "ECE", **({WORST_CENTER: "worst center's accuracy"} if options.protocol == "validation" else {})}
     lines[0] += [*more.values(), "trained parameters", "seconds"]
+    is_held_out = options.protocol == "leave_one_center_out"
+    if any(robust.values()):
+        lines[0] += ["robustness index, before → after training", "average performance drop"]
     if options.baseline:
         lines[0].append(f"accuracy minus that of {rows[options.baseline].published.name} (95% interval)")
     for stem, row in rows.items():
         for split, found in results[stem].items():
             backbone = Path(row.config.model.backbone).name
             reported = "" if row.published.reported is None else f"{row.published.reported:.4f}"
-            shown = marked(split, {"transductive": row.published.balanced})
+            used = split in transductive[stem] or (is_held_out and bool(transductive[stem]))
+            shown = marked(split, {"transductive": used})
             measured = [*(found[m] for m in METRICS), options.seeds, *(found[m] for m in more)]
             spent = [f"{costs[stem].parameters:,}", f"{costs[stem].seconds.mean or 0:.0f}"]
+            if any(robust.values()):
+                sides = robust[stem].values()
+                spent += [" → ".join(str(of.index) for of in sides), " → ".join(str(of.drop) for of in sides)]
             compared = [differences.get(stem, {}).get(split, "")] if options.baseline else []
             lines.append([row.published.name, backbone, reported, shown, *measured, *spent, *compared])
     notes = [f"Obtained on {data}: mean ± sample deviation (seeds: {options.seeds})."]
@@ -387,6 +429,13 @@ def markdown(
         notes.append(f"Differences are paired by image, center and seed; their intervals are those of {chance}.")
     if moved := [row.published.name for row in rows.values() if row.config.model.backbone != row.own_backbone]:
         notes.append(f"On another backbone than its config names: {'; '.join(moved)}.")
+    if any(transductive.values()):
+        notes.append("Transductive: used the unlabeled images of the split, or of each held-out center, as a whole.")
+    if any(robust.values()):
+        notes.append(
+            "Robustness index: 1 where neighbors in the features share the class alone, 0 where the center alone; "
+            "average performance drop: of accuracy, where class and center go together in training (0 is best)."
+        )
     if any(row.published.balanced for row in rows.values()):
         notes.append("Balanced: class 1 for half of the images of the split, found on them as a whole, without labels.")
     published = [row.published for row in rows.values() if row.published.reported is not None]

@@ -11,7 +11,7 @@ from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare, refuse
 from hf_histo.data.schema import center_name, center_names
 from hf_histo.data.splits import folds
-from hf_histo.evaluation.reporting.report import table
+from hf_histo.evaluation.reporting.report import marked, table
 from hf_histo.evaluation.reporting.summary import METRICS, held_out
 from hf_histo.experiments import grid
 from hf_histo.experiments.grid import Cell
@@ -49,8 +49,12 @@ def leave_one_center_out(config: Config, options: LeaveOneCenterOutOptions) -> N
     lines = {f"center {center}": [summary.centers[center] for summary in summaries.values()] for center in centers}
     lines["mean over centers"] = [summary.mean for summary in summaries.values()]
     lines["worst center"] = [summary.worst for summary in summaries.values()]
+    used = [result.record["splits"]["test"] for result in results if result.record["splits"]["test"]["transductive"]]
+    lines = {marked(name, used[0] if used else {}): spreads for name, spreads in lines.items()}
     print(f"\nHeld-out centers of {config.data.data}: mean ± sample deviation (seeds: {options.seeds})\n")
     print(table([["held out", *METRICS.values()], *([name, *spreads] for name, spreads in lines.items())]))
+    if used:
+        print("\nTransductive: used the unlabeled images of each held-out center as a whole.")
     write_json(
         folder / "leave_one_center_out.json",
         {

@@ -13,7 +13,7 @@ from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.figures.pareto import Point, chart, front
-from hf_histo.evaluation.reporting.report import table
+from hf_histo.evaluation.reporting.report import marked, table
 from hf_histo.evaluation.reporting.summary import Spread, spread
 from hf_histo.experiments import grid
 from hf_histo.result import Result
@@ -62,8 +62,9 @@ def pareto(config: Config, options: ParetoOptions) -> None:
         for name, of_seeds in results.items()
     }
     best = front(points)
-    splits = list(next(iter(results.values()))[0].record["splits"])
-    rows: list[list[object]] = [["run", "trainable", "MiB as fp16", *(f"{s} accuracy" for s in splits), "front"]]
+    splits = next(iter(results.values()))[0].record["splits"]
+    titles = [f"{marked(split, of)} accuracy" for split, of in splits.items()]
+    rows: list[list[object]] = [["run", "trainable", "MiB as fp16", *titles, "front"]]
     for name in sorted(points, key=lambda name: points[name].trainable):
         measured = [accuracy(results[name], split) for split in splits]
         size = results[name][0].record["bytes"]["adapter_fp16"] / 2**20

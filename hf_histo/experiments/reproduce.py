@@ -205,7 +205,9 @@ def markdown(chosen: Study, outcomes: Mapping[StudyRow, Outcome], *, seeds: int,
         own = [count, f"{size['trainable']:,}", f"{size['adapter_file'] / 1e6:.2f} MB", f"{size['model'] / 1e6:.1f} MB"]
         shown = {"": "ran"} if is_dry else {split: spread(of) for split, of in obtained(row, outcome).items()}
         for split, value in (shown or {"": "no split with labels"}).items():
-            name = marked(split, {"transductive": published.balanced}) if split else ""
+            tables = [result.predictions[split] for result in outcome.results if split in result.predictions]
+            uses_target = published.balanced or any(of.transductive for of in tables)
+            name = marked(split, {"transductive": uses_target}) if split else ""
             lines.append([published.name, reported, name, value, *own])
     notes = (
         [DRY_RUN] if is_dry else [f"Accuracy: mean ± sample deviation (seeds: {seeds}); reported on its test split."]

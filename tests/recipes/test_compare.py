@@ -15,6 +15,7 @@ import pytest
 import yaml
 from miniature import SIZE, divide_training, write_data
 
+from hf_histo import stages
 from hf_histo.config import Config, parse
 from hf_histo.data.load import load
 from hf_histo.evaluation import calibration, thresholds
@@ -187,6 +188,26 @@ def test_rows_that_differ_at_prediction_share_a_training(call: Call, rows: list[
     stamp = files["c_views"].stat().st_mtime_ns
     call([views, base], output, "--seeds=1")
     assert files["c_views"].stat().st_mtime_ns == stamp
+
+
+def test_robustness_and_what_is_transductive(
+    call: Call, rows: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {"reason": None, "pairs": [], "center": None}
+    drops = [{"average_performance_drop": drop} for drop in (-0.056, -0.079)]
+    before, after = (measured | {"index": at, "drop": drop} for at, drop in zip((0.397, 0.317), drops, strict=True))
+    found = {"splits": ["val", "test"], "before": before, "after": after}
+    monkeypatch.setattr(stages, "_robustness", lambda *_: found)  # of so few images, there is none
+    rows[0].write_text(rows[0].read_text() + "normalization: rgb\n")
+    call([rows[0]], tmp_path / "out", "--seeds=1", "--protocol=leave_one_center_out", "--robustness")
+    written = json.loads((tmp_path / "out" / "leave_one_center_out.json").read_text())["rows"]["a_linear"]
+    assert written["robustness"]["after"]["index"] == {"mean": pytest.approx(0.317), "deviation": 0, "n": 3}
+    assert written["transductive"] == ["0", "1", "3"]
+    text = (tmp_path / "out" / "leave_one_center_out.md").read_text()
+    assert "held-out centers, worst (transductive)" in text
+    assert "robustness index, before → after training" in text
+    for cell in ("0.397 ± 0.000 → 0.317 ± 0.000", "-0.056 ± 0.000 → -0.079 ± 0.000"):
+        assert f" {cell} |" in text
 
 
 @pytest.mark.parametrize(
