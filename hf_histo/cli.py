@@ -4,7 +4,8 @@
     accelerate launch -m hf_histo fine-tune --data DIR
     torchrun --nproc_per_node 2 -m hf_histo fine-tune --data DIR
 
-A command is the `main` of a recipe; but `hf_histo completion SHELL` prints a script for a shell, see `completion`.
+A command is the `main` of a recipe; `hf_histo predict SLIDE ...` is `predict-slides`, and `hf_histo completion SHELL`
+prints a script for a shell, see `completion`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from hf_histo.launch import run
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that `arguments` (default: those of the process) name, with its options."""
     name, *options = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name == "predict" and options and not options[0].startswith("-"):
+        name = "predict-slides"
     if name in COMMANDS:
         sys.argv = [f"{PROGRAM} {name}", *options]
         recipe = runpy.run_path(str(recipes() / f"{COMMANDS[name][0]}.py"), run_name="recipe")

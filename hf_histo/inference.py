@@ -271,6 +271,7 @@ class Classifier:
         mixed_precision: Literal["no", "bf16"] = "no",
         token_merging: int = 0,
         description: str = "Predicting",
+        is_shared: bool = True,
     ) -> Predictions:
         """Predictions table of a schema table (see `hf_histo.evaluation.predictions`), with two more columns.
 
@@ -284,6 +285,7 @@ class Classifier:
         `dataset`) override those of the adapter. `mixed_precision` "bf16" is faster on processors that compute in
         bfloat16, and `token_merging` is the number of pairs of patches that each block of a vision transformer merges
         (see `hf_histo.models.speed.token_merging`). Both change some decisions: the command `predict` counts them.
+        In a launch of several processes, these share the images, unless `is_shared` is False (see `forward`).
 
         `label` is the adapter's index of the class that `dataset` names. Raises `HistoError` for a labeled class that
         the adapter does not know.
@@ -313,6 +315,7 @@ class Classifier:
             token_merging=token_merging,
             description=description,
             device=self._device,
+            is_shared=is_shared,
         )
         columns = dataset.select_columns(["id", "center", "group"])[:]
         measures_color = pipeline.normalizer is not self.sidecar.normalizer
@@ -392,6 +395,7 @@ class Ensemble(Classifier):
         mixed_precision: Literal["no", "bf16"] = "no",
         token_merging: int = 0,
         description: str = "Predicting",
+        is_shared: bool = True,
     ) -> Predictions:
         """As `Classifier.predict`, by the mean of the members' logits; other arguments go to each of them.
 
@@ -408,6 +412,7 @@ class Ensemble(Classifier):
                 mixed_precision=mixed_precision,
                 token_merging=token_merging,
                 description=f"{description} ({place} of {len(self.members)})",
+                is_shared=is_shared,
             )
             for place, member in enumerate(self.members, start=1)
         ]

@@ -65,6 +65,40 @@ class PredictOptions(TableOptions, AdapterSource):
 
 
 @dataclass(kw_only=True)
+class PredictSlidesOptions(AdapterSource):
+    slides: list[str] = required("slides, or tables of them with a column slide; may stand first", is_path=True)
+    output_dir: Path = required("folder for slides.csv, and a folder for each slide")
+    slide_column: str | None = option(None, "column of slides in a table")
+    center_column: str | None = option(None, "column of centers in a table")
+    image_root: str | None = option(
+        None, "folder that the paths in a table are relative to (default: the table's)", is_path=True
+    )
+    mpp: float | None = option(
+        None, "micrometers per pixel of the training images, where the adapter does not state them", above=0
+    )
+    patch_size: int | None = option(
+        None, "their side in pixels, where the adapter does not state it", at_least=16, at_most=4096
+    )
+    stride: int | None = option(
+        None,
+        "pixels from one tile to the next, a divisor of the patch size: where tiles overlap, heat map, regions and "
+        "areas have their mean (default: the patch size)",
+        at_least=1,
+    )
+    min_tissue: float = option(0.25, "least share of a tile that is tissue; 0: all tiles", at_least=0, at_most=1)
+    assume_mpp: float | None = option(
+        None, "micrometers per pixel of slides that do not state theirs (default: refused)", above=0
+    )
+    threshold: str | None = option(None, "a probability, or a name that the adapter holds, e.g. validation")
+    top_k: int = option(10, "tiles with the largest probabilities, whose mean is a score of the slide", at_least=1)
+    geojson: Literal["tiles", "regions"] = option("tiles", "objects for QuPath: each tile, or merged regions by class")
+    batch_size: int = option(64, "tiles at a time", at_least=1)
+    num_workers: int = option(2, "processes that read slides while the model runs", at_least=0)
+    mixed_precision: Literal["no", "bf16"] = option("no", "compute in bfloat16, which changes some decisions")
+    overwrite: bool = option(False, "replace slides that another adapter or other options predicted")
+
+
+@dataclass(kw_only=True)
 class AcceptOptions(TableOptions, AdapterSource):
     data: str = required("images of the new site, 10 to 500: folder, table or HDF5 file", is_path=True)
     output_dir: Path = required("folder for acceptance.html and acceptance.json")

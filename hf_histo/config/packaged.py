@@ -14,6 +14,7 @@ PROGRAM = "hf_histo"
 COMMANDS = {
     "fine-tune": ("histo_lora", "fine-tune a backbone: an adapter folder"),
     "predict": ("predict", "an adapter and images: a CSV of predictions"),
+    "predict-slides": ("predict_slides", "an adapter and slides: tiles and regions for QuPath, heat maps, scores"),
     "evaluate": ("evaluate_predictions", "prediction files: metrics, calibration, thresholds, figures"),
     "audit": ("audit", "what is wrong with a data set, before anything is trained"),
     "accept": ("accept", "an adapter and images of a new site: accept, recalibrate or refuse, and why"),

@@ -172,15 +172,15 @@ def parse_command(
 ) -> Command:
     """Parse `arguments` (default: the command line) into the options of a command that is no run.
 
-    `usage` is the recipe's docstring, shown by `--help`; `first` is an option whose value may stand first, without its
-    name. Raises `HistoError` for an unknown option (with the nearest known one), one that is missing, a value of the
-    wrong type or out of bounds, and an option that cannot act.
+    `usage` is the recipe's docstring, shown by `--help`; `first` is an option whose value, or values, may stand first,
+    without its name. Raises `HistoError` for an unknown option (with the nearest known one), one that is missing, a
+    value of the wrong type or out of bounds, and an option that cannot act.
     """
     groups: list[Any] = [kind]  # Any: the type of transformers is one
     parser = _Parser(groups, usage="%(prog)s [--OPTION VALUE ...]", description=_about(usage), **_STYLE)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if first and arguments and not arguments[0].startswith("-") and arguments[0] is not _DESCRIBE:
-        arguments[0] = f"--{first}={arguments[0]}"
+        arguments.insert(0, f"--{first}")
     (options,) = _fill(parser, groups, arguments)
     _refuse_ineffective(options)
     return options  # type: ignore[no-any-return]

@@ -37,6 +37,7 @@ def forward(
     token_merging: int = 0,
     description: str = "Predicting",
     device: torch.device | None = None,
+    is_shared: bool = True,
 ) -> NDArray[np.float64]:
     """Logits (n, outputs) of the schema table `dataset`, in its order, the same in every process.
 
@@ -57,6 +58,8 @@ def forward(
         token_merging: pairs of patches that each block of a vision transformer merges, see `merged_tokens`.
         description: of the progress bar.
         device: to compute on, by default this process's own in the launch.
+        is_shared: share the images among the processes of a launch, which all call this; else this process alone
+            predicts them.
     """
     # Of the launch; the model is not prepared, so the launch's mixed precision stays out.
     accelerator = Accelerator(cpu=launch.use_cpu())
@@ -88,12 +91,15 @@ def forward(
         folding.merged(model, sample()) if len(images) > FEW else nullcontext(),
         merged_tokens(model, token_merging),
     ):
-        for batch in batches(accelerator.prepare(loader, device_placement=[False]), description):
+        if is_shared:
+            loader = accelerator.prepare(loader, device_placement=[False])
+        for batch in batches(loader, description):
             views = pipeline.test_time(batch)
             with torch.autocast(device.type, torch.bfloat16) if mixed_precision == "bf16" else nullcontext():
                 logits = torch.stack([model(pixel_values=view).logits.float() for view in views]).mean(0)
             index = torch.from_numpy(batch["index"]).to(device)
-            gathered.append([part.cpu() for part in accelerator.gather_for_metrics((logits, index))])
+            parts = accelerator.gather_for_metrics((logits, index)) if is_shared else (logits, index)
+            gathered.append([part.cpu() for part in parts])
     every, order = (torch.cat(parts).numpy() for parts in zip(*gathered, strict=True))
     if not np.array_equal(np.sort(order), np.arange(len(dataset))):
         raise RuntimeError(f"{len(order)} predictions for {len(dataset)} images: each must come once")

@@ -376,17 +376,17 @@ class Predictions(pd.DataFrame):
         chosen = self.predicted_classes(threshold)
         shown = chosen if self.num_classes > 2 else np.ones_like(chosen)
         rows = np.arange(len(chosen))
-        ids = self["id"].map(_harmless)
+        ids = self["id"].map(harmless)
         if len(same := ids[ids.duplicated()]):
             found = _first(same)
             raise HistoError(f"ids are the same after escaping for spreadsheets: {found}; rename the images")
         columns = {"ID": ids, "Pred": chosen, "Prob": self.class_probabilities[rows, shown]}
         if details:
-            names = np.array([_harmless(name) for name in self.label_names])
+            names = np.array([harmless(name) for name in self.label_names])
             columns |= {"Label": names[chosen], "Calibrated": self.by_class("calibrated")[rows, shown]}
         if "set" in self:
             sets = self["set"].map(" | ".join)
-            columns |= {"Set": sets.map(_harmless), "Decision": self["decision"].map(_harmless)}
+            columns |= {"Set": sets.map(harmless), "Decision": self["decision"].map(harmless)}
         # In many locales spreadsheets separate cells by semicolons: an unquoted one would start a new cell.
         quoting: Literal[0, 2] = csv.QUOTE_NONNUMERIC if ids.str.contains(";").any() else csv.QUOTE_MINIMAL
         with atomic_file(path) as temporary:
@@ -406,7 +406,7 @@ def class_index(names: Sequence[str], negative_class: str | None) -> int | None:
     return list(names).index(negative_class)
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """Escape text so that no spreadsheet or terminal interprets it; see `write_submission`."""
     is_formula = text.startswith(FORMULA) and not re.fullmatch(r"[+-]?\d+(\.\d*)?", text, re.ASCII)
     return printable(f"'{text}" if is_formula else text)

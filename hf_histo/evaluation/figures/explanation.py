@@ -94,12 +94,18 @@ def _last_places(classes: nn.Module, pixels: torch.Tensor, chosen: int) -> tuple
 
 def blend(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Overlay a heat map (H, W) in [0, 1] on an image (H, W, 3), more opaque where hotter: uint8 (H, W, 3)."""
-    from matplotlib import colormaps
-
     weight = 0.45 * heat[..., None]
-    color = colormaps["inferno"](0.25 + 0.7 * heat)[..., :3] * 255
+    color = heat_colors(heat) * 255
     blended: NDArray[np.uint8] = np.rint(image * (1 - weight) + color * weight).astype(np.uint8)
     return blended
+
+
+def heat_colors(heat: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Colors (..., 3) in [0, 1] of values (...) in [0, 1], as `blend` lays them over an image."""
+    from matplotlib import colormaps
+
+    colors: NDArray[np.float64] = colormaps["inferno"](0.25 + 0.7 * heat)[..., :3]
+    return colors
 
 
 def explanations(
