@@ -66,6 +66,11 @@ VALUES: dict[str, Any] = {
     "split_column": "part",
     "center_column": "department",
     "group_column": "person",
+    "slide_column": "scan",  # options of slides are refused for other data: see tests/data/readers/test_slide_table.py
+    "annotations_column": "regions",
+    "patch_size": 64,
+    "stride": 112,
+    "unannotated": "other",
     "page": 2,
     "window": "100,200",
     "test_centers": "3",
