@@ -148,7 +148,7 @@ def generate(
                     text = json.dumps(annotated(section)) + "\n"
                     (folder / f"{name}.geojson").write_text(text, encoding="utf-8")
                 label = TUMOR if has_tumor else NORMAL
-                table.writerow([path.name, label, f"patient{center}_{number // 2}", f"center {center}", split])
+                table.writerow([path.name, label, f"patient{center}_{number // 2}", center, split])
                 progress.update()
 
 
