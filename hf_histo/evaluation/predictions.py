@@ -48,6 +48,14 @@ def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:
     return found
 
 
+def decided(probabilities: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
+    """Classes (...) of probabilities (..., K); `threshold` is that of class 1, where there are two."""
+    if probabilities.shape[-1] == 2:
+        return (probabilities[..., 1] >= threshold).astype(np.int64)
+    most: NDArray[np.int64] = probabilities.argmax(axis=-1)
+    return most
+
+
 def independent_groups(groups: pd.Series[str], ids: pd.Series[str]) -> pd.Series[str]:
     """The group of each row; an image of unknown group ("") is its own: no group name starts with a null character."""
     return groups.where(groups != "", "\0" + ids)
@@ -260,12 +268,7 @@ class Predictions(pd.DataFrame):
         """
         if not 0 <= threshold <= 1:
             raise HistoError(f"threshold is {threshold}, expected a probability: pass a number from 0 to 1")
-        probability = self.class_probabilities
-        is_binary = probability.shape[1] == 2
-        classes: NDArray[np.int64] = (
-            (probability[:, 1] >= threshold).astype(np.int64) if is_binary else probability.argmax(axis=1)
-        )
-        return classes
+        return decided(self.class_probabilities, threshold)
 
     def with_label_names(self, label_names: Sequence[str]) -> Self:
         """The same table with these class names.

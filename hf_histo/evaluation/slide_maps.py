@@ -13,8 +13,10 @@ from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from hf_histo.data.readers import geojson
 from hf_histo.data.readers.slides import Grid
 from hf_histo.evaluation.figures.style import COLORS
+from hf_histo.evaluation.predictions import decided
 from hf_histo.files import atomic_file
 
 NOWHERE = -1  # of `SlideMap.classes`: no tile
@@ -53,14 +55,6 @@ class SlideMap:
         )
         inside = known[0][:, None] & known[1][None, :] & (self.classes[rows, columns] != NOWHERE)
         return rows, columns, inside
-
-
-def decided(probabilities: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
-    """Classes (...) of probabilities (..., K), as `Predictions.predicted_classes` decides."""
-    if probabilities.shape[-1] == 2:
-        return (probabilities[..., 1] >= threshold).astype(np.int64)
-    most: NDArray[np.int64] = probabilities.argmax(axis=-1)
-    return most
 
 
 def slide_map(grid: Grid, probabilities: NDArray[np.float64], threshold: float) -> SlideMap:
@@ -146,14 +140,6 @@ def write_geojson(path: Path, features: Iterable[Mapping[str, Any]]) -> None:
 def _feature(
     geometry: Mapping[str, Any], kind: str, place: int, label_names: Sequence[str], measured: Mapping[str, float]
 ) -> dict[str, Any]:
-    """An object as QuPath 0.4 and later exports it, with its class and measurements."""
+    """An object of a class, in its color, with its measurements."""
     color = [round(255 * part) for part in to_rgb(color_of(place))]
-    return {
-        "type": "Feature",
-        "geometry": geometry,
-        "properties": {
-            "objectType": kind,
-            "classification": {"name": label_names[place], "color": color},
-            "measurements": measured,
-        },
-    }
+    return geojson.feature(geometry, label_names[place], color, kind=kind, measurements=measured)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from hf_histo.evaluation import site_acceptance
 from hf_histo.evaluation.prediction_sets import group_numbers
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting.report import table
+from hf_histo.evaluation.reporting.summary import spread
 from hf_histo.experiments import grid
 from hf_histo.experiments.accept import weighed
 from hf_histo.experiments.coverage import RECORD, stored
@@ -217,15 +218,10 @@ def _rows(measured: Mapping[str, Mapping[int, list[SiteStudy]]]) -> list[list[ob
             cells += [statistics.fmean(each.alarms for each in found)]
             cells += [statistics.fmean(each.verdicts["refuse"] for each in found)]
             for name in ways:
-                cells += [statistics.fmean(of[name] for of in (each.errors for each in found))]
-                cells += [statistics.fmean(of[name] for of in (each.inside for each in found))]
-                cells += [statistics.fmean(of[name] for of in (each.widths for each in found))]
+                cells += [statistics.fmean(each.errors[name] for each in found)]
+                cells += [statistics.fmean(each.inside[name] for each in found)]
+                cells += [statistics.fmean(each.widths[name] for each in found)]
             if has_colors:
-                cells += [_mean(each.beyond for each in found), _mean(each.color_alarms for each in found)]
+                cells += [spread(each.beyond for each in found).mean, spread(each.color_alarms for each in found).mean]
             rows.append([title, count, *cells])
     return rows
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None

@@ -260,7 +260,7 @@ def predictions(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Pa
             tables = predict(adapter, row.config.at(run.folder(folder / stem), run.seed), run.data)
         for split in ["test"] if run.center is not None else [split for split in run.data if split != "train"]:
             table = Predictions.read(tables / f"{split}.parquet")
-            if (table["label"] >= 0).any():
+            if not table.labeled.empty:
                 threshold = thresholds.for_share(table, 0.5).value if row.published.balanced else 0.5
                 name = title(split, table) if run.center is None else next(iter(table.known_centers))
                 yield Evaluated(name, run.seed, table, threshold)

@@ -11,11 +11,11 @@ import multiprocessing
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import yaml
@@ -33,7 +33,10 @@ from hf_histo.training import run_folder
 
 MINUTES = 24 * 60  # default time limit of a job; submitit's default is 5
 MAX_NAME = 40  # characters of a center's name in a folder's name: file systems allow 255 bytes
-POLL = 1.0  # seconds between checks of cells that other processes train
+POLL = 1.0  # seconds between checks of what other processes do
+
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -115,21 +118,35 @@ def write(folder: Path, name: str, content: Mapping[str, Any], text: str) -> Non
 
 def _train(cells: Sequence[Cell], describe: Callable[[Cell, Result], str] | None = None) -> list[Result]:
     """Train, in order, the cells that no other process trains, until all are finished."""
-    results: dict[int, Result] = {}
-    while len(results) < len(cells):
-        before = len(results)
-        for place, cell in enumerate(cells):
-            if place in results:
-                continue
-            with _claimed(cell) as is_ours:
-                if not is_ours:
-                    continue
-                results[place] = run_config(cell.config, cell.data)
-            if describe and launch.is_main_process():
-                print(describe(cell, results[place]), flush=True)
-        if len(results) == before:
+
+    def train(cell: Cell) -> Result:
+        result = run_config(cell.config, cell.data)
+        if describe and launch.is_main_process():
+            print(describe(cell, result), flush=True)
+        return result
+
+    return each_once(cells, _claimed, train)
+
+
+def each_once(
+    items: Sequence[Item], claim: Callable[[Item], AbstractContextManager[bool]], work: Callable[[Item], Done]
+) -> list[Done]:
+    """What `work` returns for each item, in order; it is called while this process holds the claim to the item.
+
+    `claim` yields whether no other process holds it. Items that others hold are waited for, so that `work` must return
+    at once for those that are finished.
+    """
+    done: dict[int, Done] = {}
+    while len(done) < len(items):
+        before = len(done)
+        for place, item in enumerate(items):
+            if place not in done:
+                with claim(item) as is_ours:
+                    if is_ours:
+                        done[place] = work(item)
+        if len(done) == before:
             time.sleep(POLL)
-    return [results[place] for place in range(len(cells))]
+    return [done[place] for place in range(len(items))]
 
 
 @contextmanager

@@ -31,8 +31,8 @@ from hf_histo.data.reading import Reading
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import slide_maps
 from hf_histo.evaluation.figures.slide_heat_map import slide_heat_map
-from hf_histo.evaluation.predictions import harmless
-from hf_histo.experiments.grid import POLL
+from hf_histo.evaluation.predictions import decided, harmless
+from hf_histo.experiments.grid import each_once
 from hf_histo.files import atomic_file, atomic_folder, checksums, locked, read_json, require_output, write_json
 from hf_histo.inference import Classifier, Ensemble
 
@@ -224,17 +224,7 @@ def _scores(job: Job, each: Listed) -> dict[str, Any] | None:
 def _settled(job: Job, listed: Sequence[Listed]) -> list[dict[str, Any] | str]:
     """The scores of each slide, or why it failed; slides that other processes predict are waited for."""
     started = time.time()
-    found: dict[int, dict[str, Any] | str] = {}
-    while len(found) < len(listed):
-        before = len(found)
-        for place, each in enumerate(listed):
-            if place not in found:
-                with locked(job.beside(each, "lock")) as is_ours:
-                    if is_ours:
-                        found[place] = _settle(job, each, started)
-        if len(found) == before:
-            time.sleep(POLL)
-    return [found[place] for place in range(len(listed))]
+    return each_once(listed, lambda each: locked(job.beside(each, "lock")), lambda each: _settle(job, each, started))
 
 
 def _settle(job: Job, each: Listed, started: float) -> dict[str, Any] | str:
@@ -267,13 +257,9 @@ def _predict(job: Job, each: Listed) -> dict[str, Any]:
         min_tissue=options.min_tissue,
         assume_mpp=options.assume_mpp,
     )
-    if not len(grid.corners):
-        raise HistoError(
-            f"{each.path}: no tile with tissue, expected a slide that is not all glass, and at least as large as a "
-            "tile; leave it out, or lower --min_tissue"
-        )
+    slides.require_patches(grid, each.path, "tile")
     probabilities, transductive = _probabilities(job, each, grid)
-    classes = slide_maps.decided(probabilities, job.threshold)
+    classes = decided(probabilities, job.threshold)
     found = slide_maps.slide_map(grid, probabilities, job.threshold)
     scale = max(1.0, max(slide.width, slide.height) / OVERVIEW)
     overview, _ = slides.overview(slide, scale)

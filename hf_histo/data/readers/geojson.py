@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from hf_histo.files import regular
 logger = logging.getLogger(__name__)
 
 LARGEST = 2**28  # bytes of a file
-OUTSIDE = 0.01  # share of a region outside its slide above which a warning says so
+OUTSIDE = 0.01  # share of a region outside its slide above which there is a warning
 REMEDY = "export it again from QuPath (File, Export objects as GeoJSON)"
 
 Regions = Mapping[str, Any]  # a shapely Polygon or MultiPolygon for each class
 
 
 def beside(slide: Path) -> Path | None:
-    """The GeoJSON file beside a slide, named as it is with or without its suffix; None if there is none."""
+    """The GeoJSON file beside a slide, of the same name, with or without the slide's suffix; None if there is none."""
     names = (f"{slide.name}.geojson", f"{name_of(slide.name)}.geojson")
     return next((slide.with_name(name) for name in names if slide.with_name(name).is_file()), None)
 
@@ -83,6 +83,21 @@ def covered(regions: Regions, corners: NDArray[np.int64], size: float) -> NDArra
         edge = shapely.intersects(region, squares) & (shares[:, place] == 0)
         shares[edge, place] = shapely.area(shapely.intersection(region, squares[edge])) / size**2
     return shares
+
+
+def feature(
+    geometry: Mapping[str, Any],
+    name: str,
+    color: Sequence[int],
+    *,
+    kind: str = "annotation",
+    measurements: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """An object as QuPath 0.4 and later exports it: a geometry, its class `name` and `color` (red, green, blue)."""
+    properties: dict[str, Any] = {"objectType": kind, "classification": {"name": name, "color": list(color)}}
+    if measurements is not None:
+        properties["measurements"] = dict(measurements)
+    return {"type": "Feature", "geometry": geometry, "properties": properties}
 
 
 def _polygons(path: Path, warn: bool = True) -> Iterator[tuple[str, str, Any]]:

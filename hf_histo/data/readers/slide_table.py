@@ -180,11 +180,7 @@ class TableOfSlides(FolderBuilder):
             min_tissue=options.min_tissue,
             assume_mpp=options.assume_mpp,
         )
-        if not len(grid.corners):
-            raise HistoError(
-                f"{row['path']}: no patch with tissue, expected a slide that is not all glass; remove it, or lower "
-                "--min_tissue"
-            )
+        slides.require_patches(grid, row["path"], "patch")
         if regions is None:
             labels = np.full(len(grid.corners), names.index(row["label"]) if row["label"] else NONE)
             kept = np.arange(len(labels))

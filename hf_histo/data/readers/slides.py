@@ -180,6 +180,15 @@ def grid(
     return Grid(corners, size, step, patch_size, resolution)
 
 
+def require_patches(grid: Grid, path: Path, kind: str) -> None:
+    """Raise HistoError, naming the slide's `path`, for a grid without patches, which are called `kind`."""
+    if not len(grid.corners):
+        raise HistoError(
+            f"{path}: no {kind} with tissue, expected a slide that is not all glass, and at least as large as a "
+            f"{kind}; leave it out, or lower --min_tissue"
+        )
+
+
 def read_patch(slide: Slide, x: float, y: float, size: float, pixels: int) -> NDArray[np.uint8]:
     """A square of a slide, uint8 (`pixels`, `pixels`, 3) in RGB.
 
@@ -278,7 +287,7 @@ def _parsed(text: str) -> tuple[str, ...]:
 def _read(
     slide: Slide, corner: tuple[float, float], scale: float, shape: tuple[int, int]
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """RGB uint8 (h, w, 3) of a part of a slide, and which pixels were scanned, (h, w); `shape` is (w, h)."""
+    """RGB uint8 (h, w, 3) of a part of a slide, and a bool mask (h, w) of scanned pixels; `shape` is (w, h)."""
     level = _level(slide, scale)
     downsample = slide.downsamples[level]
     ratio = scale / downsample

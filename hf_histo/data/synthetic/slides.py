@@ -20,6 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from hf_histo.data.readers import geojson
 from hf_histo.data.synthetic import tissue
 from hf_histo.errors import HistoError
 from hf_histo.files import atomic_folder
@@ -85,13 +86,7 @@ def annotated(section: Section) -> dict[str, Any]:
             continue
         top, left = side * cells.T
         region = shapely.unary_union(shapely.box(left, top, left + side, top + side))
-        features.append(
-            {
-                "type": "Feature",
-                "geometry": shapely.geometry.mapping(region),
-                "properties": {"objectType": "annotation", "classification": {"name": name, "color": [200, 0, 0]}},
-            }
-        )
+        features.append(geojson.feature(shapely.geometry.mapping(region), name, (200, 0, 0)))
     return {"type": "FeatureCollection", "features": features}
 
 

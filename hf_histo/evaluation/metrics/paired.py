@@ -55,8 +55,8 @@ def outcomes(predictions: Predictions, threshold: float = 0.5) -> pd.DataFrame:
         predictions: of any number of classes.
         threshold: of the positive probability, in [0, 1], where there are two classes.
     """
-    labeled = predictions[predictions["label"] >= 0]
-    right = labeled.predicted_classes(threshold) == labeled["label"].to_numpy()
+    labeled = predictions.labeled
+    right = labeled.predicted_classes(threshold) == labeled.labels
     groups = independent_groups(labeled["group"], labeled["id"])
     return pd.DataFrame({"right": right, "group": groups}).set_index(labeled["id"])
 
