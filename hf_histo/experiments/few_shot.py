@@ -21,7 +21,7 @@ from hf_histo.evaluation import probes
 from hf_histo.evaluation.figures import few_labels
 from hf_histo.evaluation.metrics import classification, hierarchical_metrics
 from hf_histo.evaluation.predictions import Predictions
-from hf_histo.evaluation.reporting.report import table
+from hf_histo.evaluation.reporting.report import marked, table
 from hf_histo.evaluation.reporting.summary import Spread, spread
 from hf_histo.experiments import grid
 from hf_histo.experiments.frozen_features import FrozenFeatures
@@ -176,6 +176,7 @@ def fit_probe(trial: Trial, drawn: datasets.DatasetDict, known: FrozenFeatures) 
         scores,
         label_names=test.features["label"].names,
         center_names=center_names(test),
+        transductive=known.transductive(drawn, "test"),
     )
     count = probes.trainable(trial.method, parts["train"].shape[1], found.num_classes)
     return measured(found, count)
@@ -188,7 +189,7 @@ def of_run(result: Result) -> dict[str, Any]:
 
 
 def measured(test: Any, trainable: int) -> dict[str, Any]:
-    """Result of a trial: metrics of the predictions of `test`, and the number of trainable parameters."""
+    """Result of a trial: metrics of the predictions of `test`, what is transductive in them, trained parameters."""
     values = classification.compute(test)
     by_level = hierarchical_metrics.scores(test) if hierarchical_metrics.are_in(test) else None
     return {
@@ -196,6 +197,7 @@ def measured(test: Any, trainable: int) -> dict[str, Any]:
         "balanced_accuracy": values["balanced_accuracy"],
         "levels": by_level,
         "trainable": trainable,
+        "transductive": test.transductive,
     }
 
 
@@ -203,10 +205,20 @@ def _line(name: str, of: Mapping[str, Any]) -> str:
     return f"{name}: accuracy {of['accuracy']:.3f}"
 
 
+def chosen(results: Results, **wanted: object) -> list[dict[str, Any]]:
+    """Results of all trials with the attributes `wanted`."""
+    return [of for trial, of in results.items() if vars(trial).items() >= wanted.items()]
+
+
 def over_seeds(results: Results, metric: str, **wanted: object) -> Spread:
     """`Spread` of a metric over all trials with the attributes `wanted`."""
-    chosen = [of for trial, of in results.items() if all(getattr(trial, key) == value for key, value in wanted.items())]
-    return spread(of[metric] for of in chosen)
+    return spread(of[metric] for of in chosen(results, **wanted))
+
+
+def method_name(results: Results, *, method: str, **wanted: object) -> str:
+    """Name of a method in a table, marked as transductive if one of these trials is."""
+    used = any(of["transductive"] for of in chosen(results, method=method, **wanted))
+    return marked(Path(method).stem, {"transductive": used})
 
 
 def markdown(results: Results, options: FewShotOptions) -> str:
@@ -221,8 +233,8 @@ def markdown(results: Results, options: FewShotOptions) -> str:
         for backbone, method in rows_of:
             wanted = {"data": data, "backbone": backbone, "method": method}
             means = [over_seeds(results, "accuracy", **wanted, shots=count) for count in shots]
-            trained = next(of["trainable"] for trial, of in results.items() if vars(trial).items() >= wanted.items())
-            lines.append([Path(backbone).name, Path(method).stem, f"{trained:,}", *means])
+            trained = chosen(results, **wanted)[0]["trainable"]
+            lines.append([Path(backbone).name, method_name(results, **wanted), f"{trained:,}", *means])
         parts += [f"Accuracy on the test images of {Path(data).resolve().name}:", table(lines)]
     most = few_labels.ALL if few_labels.ALL in shots else max(shots)
     lines = [["backbone", "method", *(Path(data).resolve().name for data in data_sets)]]
@@ -231,10 +243,12 @@ def markdown(results: Results, options: FewShotOptions) -> str:
             over_seeds(results, "accuracy", data=data, backbone=backbone, method=method, shots=most)
             for data in data_sets
         ]
-        lines.append([Path(backbone).name, Path(method).stem, *means])
+        lines.append([Path(backbone).name, method_name(results, backbone=backbone, method=method), *means])
     if len(data_sets) > 1:
         parts += [f"Accuracy with {titles[most]}:", table(lines)]
     parts.append(f"Mean ± sample deviation (seeds: {options.seeds}). All methods learn from the same images of a seed.")
+    if any(of["transductive"] for of in results.values()):
+        parts.append("Transductive: the unlabeled test images were used as a whole, for statistics of their center.")
     return "\n\n".join(parts)
 
 

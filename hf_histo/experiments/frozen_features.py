@@ -49,6 +49,14 @@ class FrozenFeatures:
             launch.process().wait_for_everyone()
         self.arrays = {split: array for split, array in np.load(path).items() if split != "key"}
 
+    def transductive(self, drawn: datasets.DatasetDict, split: str) -> list[str]:
+        """What was measured on the images of a split of `drawn` for their features; as `Predictions.transductive`."""
+        known = set(drawn["train"]["center"][:])
+        measures_color = self.config.centers.normalization != "none" and not set(drawn[split]["center"][:]) <= known
+        adapts = self.config.prediction.adapt_batch_norm and split != "train"
+        measured = {"color statistics": measures_color, "batch-norm statistics": adapts}
+        return [what for what, used in measured.items() if used]
+
     def of(self, drawn: datasets.DatasetDict) -> dict[str, np.ndarray]:
         """Features (n, d) of each split of `drawn`, a subset of the images."""
         if self.arrays:

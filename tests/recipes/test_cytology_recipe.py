@@ -146,6 +146,21 @@ def test_probes_and_training_see_the_same_images(
     assert torch.equal(probes[:, 0], probes[:, 1])  # gray
 
 
+def test_a_grid_marks_what_used_the_unlabeled_test_images(
+    call: Call, source: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The color of a test center that training did not see is measured on its images."""
+    (tmp_path / "tiny.yaml").write_text("method: lora\nlora_rank: 2\nmax_steps: 1\n")
+    for normalization, expected in (("none", []), ("rgb", ["color statistics"])):
+        out = tmp_path / normalization
+        methods = ["--methods", "prototype", str(tmp_path / "tiny.yaml"), "--shot_counts", "all", "--seeds=1"]
+        call("few_shot.py", f"--data={source[1]}", *methods, f"--normalization={normalization}", f"--output_dir={out}")
+        cells = json.loads((out / "few_shot.json").read_text())["cells"]
+        assert [cell["transductive"] for cell in cells] == [expected, expected]
+        text = (out / "few_shot.md").read_text()
+        assert ("prototype (transductive)" in text and "tiny (transductive)" in text) == bool(expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
