@@ -152,8 +152,9 @@ def test_the_average_is_evaluated_and_saved_and_training_is_the_same(
         ["--weight_averaging=ema", "--batch_norm=track", "--lora_dropout=0.1", *LORA],
         ["--weight_averaging=dense", "--averaging_start=0.7", "--gradient_accumulation_steps=2", *LORA],
         ["--weight_averaging=ema", "--method=linear", "--training_views=1", "--cache_features=on"],
+        ["--weight_averaging=dense", "--adapter=ln_tuning", "--augmentation=flips"],
     ],
-    ids=["tracked", "accumulated", "cached"],
+    ids=["tracked", "accumulated", "cached", "norms"],
 )
 def test_an_interrupted_run_ends_in_the_same_bytes(
     tmp_path: Path,
