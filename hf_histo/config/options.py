@@ -496,7 +496,11 @@ class PredictionOptions:
     test_time_augmentation: str = option(
         "square", "every turn and flip of the square, or a preset of --augmentation", needs={"test_time_views": SET}
     )
-    adapt_batch_norm: bool = option(False, "predict with batch-norm statistics of the images that are predicted")
+    adapt_batch_norm: bool = option(
+        False,
+        "predict with batch-norm statistics of the images that are predicted; for --batch_norm track: frozen ones are "
+        "those of the backbone's own images, and a model that was trained with them loses accuracy",
+    )
 
 
 @dataclass
