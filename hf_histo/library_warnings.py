@@ -14,6 +14,10 @@ from contextlib import contextmanager
 WARNED: dict[type[Warning], tuple[str, ...]] = {
     FutureWarning: (
         "`is_gradient_checkpointing` is deprecated",  # transformers calls it itself, whenever a model is wrapped
+        "`torch.jit.",  # deprecated, but what WSInfer reads
+    ),
+    Warning: (
+        "Converting a tensor to a Python",  # torch's tracer; the export compares the logits
     ),
     UserWarning: (
         "LoRA adapter added to ConvNd layer with groups",  # peft; merging such layers is refused with the reason

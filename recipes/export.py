@@ -1,12 +1,14 @@
-"""Write a trained classifier for use without this package: one whole checkpoint, or ONNX.
+"""Write a trained classifier for use without this package: one whole checkpoint, ONNX, or a model folder of WSInfer.
 
     python recipes/export.py --adapter runs/NAME/adapter --format merged --output_dir OUT
     python recipes/export.py --adapter runs/NAME/adapter --format onnx --output_dir OUT
+    python recipes/export.py --adapter runs/SLIDES/adapter --format wsinfer --output_dir OUT
 
 `merged` adds LoRA into the backbone's weights: `AutoModelForImageClassification.from_pretrained(OUT)`, or
 `timm.create_model("local-dir:OUT")` for a backbone of timm. `onnx` needs `pip install 'hf_histo[onnx]'`, and is written
-only if ONNX Runtime gives PyTorch's logits. `OUT/export.json` states preprocessing, labels, thresholds and temperature,
-and what the exported model leaves out: normalization of color, and the mean over several views.
+only if ONNX Runtime gives PyTorch's logits. `wsinfer` writes the TorchScript and `config.json` of an adapter that was
+trained on slides, for WSInfer and its extension of QuPath. `OUT/export.json` states preprocessing, labels, thresholds
+and temperature, and what the exported model leaves out: normalization of color, and the mean over several views.
 """
 
 from hf_histo.config import parse_command

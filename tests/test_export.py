@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +17,7 @@ import timm
 import torch
 from miniature import SIZE, write_adapter, write_backbone, write_hf_vit
 from timm.data import resolve_data_config
+from torchvision import transforms
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_histo import export as module
@@ -25,6 +28,7 @@ from hf_histo.hub import load
 from hf_histo.inference import Classifier
 from hf_histo.models import heads
 from hf_histo.transforms.augmentation import TestTimeViews
+from hf_histo.transforms.preprocessing import Preprocessing
 
 PIXELS = torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
@@ -138,3 +142,88 @@ def test_a_folder_that_exists_is_kept(backbone: Path, tmp_path: Path) -> None:
     model, sidecar = load(write_adapter(tmp_path / "adapter", backbone))
     with pytest.raises(HistoError, match="exists already"):
         export(model, sidecar, tmp_path / "adapter", "merged")
+
+
+def of_slides(adapter: Path, **changes: Any) -> Preprocessing:
+    """The preprocessing that an adapter would have after training on slides, with `changes`."""
+    return replace(load(adapter)[1].preprocessing, mpp=0.5, **{"patch_size": SIZE, **changes})
+
+
+def of_wsinfer(folder: Path, patches: list[PIL.Image.Image]) -> torch.Tensor:
+    """What WSInfer (wsinfer.modellib: transforms.py, run_inference.py) does with patches up to the model's output."""
+    config = json.loads((folder / "config.json").read_text())
+    known = {"Resize": transforms.Resize, "ToTensor": transforms.ToTensor, "Normalize": transforms.Normalize}
+    transform = transforms.Compose([known[step["name"]](**step.get("arguments", {})) for step in config["transform"]])
+    model = torch.jit.load(folder / "torchscript_model.pt", map_location="cpu").eval()
+    with torch.no_grad():
+        output: torch.Tensor = model(torch.stack([transform(patch) for patch in patches]))
+    return output
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "changes"),
+    [
+        ("test_resnet.r160_in1k", 1, {}),
+        ("test_vit.r160_in1k", 3, {"patch_size": 24}),
+        ("test_resnet.r160_in1k", 3, {"patch_size": 64, "resize_size": 37}),
+        ("test_resnet.r160_in1k", 1, {"patch_size": 24, "resize_size": 36, "interpolation": "bicubic", "fit": "pad"}),
+        ("test_resnet.r160_in1k", 1, {"patch_size": 24, "interpolation": "nearest", "fit": "squash"}),
+    ],
+)
+def test_wsinfer_gives_the_calibrated_probabilities(
+    name: str, outputs: int, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    backbone = write_backbone(tmp_path / "backbone", name)
+    options = {"outputs": outputs, "temperature": 1.7}
+    options["lora"] = AdapterOptions(target_modules="last-conv" if "resnet" in name else "attention-qkv")
+    preprocessing = of_slides(write_adapter(tmp_path / "first", backbone, **options), **changes)
+    adapter = write_adapter(tmp_path / "adapter", backbone, preprocessing=preprocessing, **options)
+    export(*load(adapter), tmp_path / "out", "wsinfer")
+    # Patches of slides of the resolution of training and of half of it, read at level 0 by WSInfer.
+    size, random = preprocessing.patch_size or 0, np.random.default_rng(1)
+    patches = [PIL.Image.fromarray(random.integers(0, 256, (n, n, 3), np.uint8)) for n in (size, 2 * size)]
+    output = of_wsinfer(tmp_path / "out", patches)
+    # As `slides.read_patch` resizes.
+    read = [patch.resize((size, size), PIL.Image.Resampling.BILINEAR) for patch in patches]
+    classifier = Classifier.from_pretrained(adapter)
+    probabilities = torch.softmax(output, 1).numpy()
+    np.testing.assert_allclose(probabilities, classifier.probabilities(read).to_numpy(), rtol=0, atol=1e-5)
+    logits = classifier(read).logits.reshape(2, -1)
+    differences = output[:, 1:] - output[:, :1] if outputs == 1 else output
+    np.testing.assert_allclose(1.7 * differences.numpy(), logits, rtol=0, atol=1e-4)
+    assert np.ptp(logits) > 0.1
+
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    # All fields of WSInfer's model zoo (model-config.schema.json), which QuPath's extension reads as well.
+    assert {key: value for key, value in config.items() if key != "transform"} == {
+        "spec_version": "1.0",
+        "architecture": name.split(".")[0],
+        "num_classes": max(2, outputs),
+        "class_names": ["normal", "tumor", "other"][: max(2, outputs)],
+        "patch_size_pixels": size,
+        "spacing_um_px": 0.5,
+    }
+    steps = {step["name"]: step.get("arguments") for step in config["transform"]}
+    assert list(steps) == ["Resize", "ToTensor", "Normalize"]
+    assert steps["Resize"] == {"size": size}  # a number, as the extension expects
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "reason"),
+    [
+        ({}, None, r"needs the micrometers per pixel .*train it on slides"),
+        ({"views": TestTimeViews(8)}, {}, r"can't express the mean over 8 views, .*--format onnx"),
+        ({"adapt_batch_norm": True}, {}, r"can't express batch-norm statistics of the images at hand"),
+        ({"threshold": 0.3}, {}, r"can't express a threshold of 0\.3, where WSInfer chooses"),
+        ({}, {"interpolation": "lanczos"}, r"can't express resizing by lanczos"),
+    ],
+)
+def test_what_wsinfer_can_not_express_is_refused(
+    backbone: Path, tmp_path: Path, options: dict[str, Any], changes: dict[str, Any] | None, reason: str
+) -> None:
+    if changes is not None:
+        options |= {"preprocessing": of_slides(write_adapter(tmp_path / "first", backbone), **changes)}
+    adapter = write_adapter(tmp_path / "adapter", backbone, **options)
+    with pytest.raises(HistoError, match=reason):
+        export(*load(adapter), tmp_path / "out", "wsinfer")
+    assert not (tmp_path / "out").exists()

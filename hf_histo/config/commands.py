@@ -224,7 +224,7 @@ class AppOptions(AdapterSource):
 
 @dataclass(kw_only=True)
 class ExportOptions(AdapterSource):
-    format: Literal["merged", "onnx"] = required("what to write")
+    format: Literal["merged", "onnx", "wsinfer"] = required("what to write")
     output_dir: Path = required("folder to write, which must not exist")
 
 
