@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+gc.disable()  # while modules are imported, none of which is garbage, until `pytest_collection_finish`
 # Before anything imports `datasets` or `huggingface_hub`, which read these once.
 _cache = tempfile.TemporaryDirectory(prefix="hf_histo_tests_")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests of the `LONGEST` files first; the order within a file stays."""
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what was imported from garbage collection, one of which Trainer asks for in every run."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
