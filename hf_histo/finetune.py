@@ -121,9 +121,10 @@ def _finished(run: Run) -> Result | None:
 def _fine_tune(
     config: Config, data: datasets.DatasetDict, run: Run, started: float, callbacks: Sequence[TrainerCallback]
 ) -> Result:
-    from transformers import set_seed
+    with launch.importing():
+        from transformers import set_seed
 
-    from hf_histo import stages
+        from hf_histo import stages
 
     with launch.own_precision():
         set_seed(config.training.seed)

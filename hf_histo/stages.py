@@ -149,7 +149,7 @@ def check(config: Config, data: datasets.DatasetDict) -> Task:
     for (one, other), groups in shared_groups(data).items():
         if "train" in (one, other):
             logger.warning("%d groups are both in %s and %s, e.g. %s", len(groups), one, other, groups[0])
-    labels = data["val"]["label"]
+    labels = data["val"]["label"][:]
     possible = classification.of_logits(np.zeros((len(labels), num_outputs)), labels, negative=negative)
     wanted = config.training.metric_for_best_model
     if wanted not in possible:
@@ -238,7 +238,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Train head and adapter, or fit the head with `--method pca`, and keep the weights that are best on `val`."""
-    labels, balanced = data["train"]["label"], config.training.class_balance == "weights"
+    labels, balanced = data["train"]["label"][:], config.training.class_balance == "weights"
     weights = losses.balancing_weights(labels, task.label_names) if balanced else None
     session = trainer.build(
         config,

@@ -10,14 +10,15 @@ method. recipes/few_shot.py runs a grid.
 """
 
 from hf_histo.config import parse
-from hf_histo.launch import run, show
+from hf_histo.launch import importing, run, show
 
 
 def main() -> None:
     config = parse(__doc__)
     show(config.title())
-    from hf_histo.data.protocol import prepare
-    from hf_histo.finetune import run_config
+    with importing():
+        from hf_histo.data.protocol import prepare
+        from hf_histo.finetune import run_config
 
     data = prepare(config)
     show(run_config(config, data).summary())

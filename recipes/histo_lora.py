@@ -11,14 +11,15 @@ predicted. The result is an adapter folder for recipes/predict.py and hf_histo.i
 """
 
 from hf_histo.config import parse_fine_tuning
-from hf_histo.launch import run, show
+from hf_histo.launch import importing, run, show
 
 
 def main() -> None:
     config = parse_fine_tuning(__doc__)
     show(config.title())
-    from hf_histo.data.protocol import prepare
-    from hf_histo.finetune import run_config
+    with importing():
+        from hf_histo.data.protocol import prepare
+        from hf_histo.finetune import run_config
 
     data = prepare(config)
     show(f"{config.data.data}: {next(iter(data.values())).info.description}")

@@ -18,12 +18,13 @@ An `ID` or `Label` that a spreadsheet would run as a formula (`=...`) gets a lea
 
 from hf_histo.config import parse_command
 from hf_histo.config.commands import PredictOptions
-from hf_histo.launch import run
+from hf_histo.launch import importing, run
 
 
 def main() -> None:
     options = parse_command(PredictOptions, __doc__)
-    from hf_histo.experiments.predict import predict
+    with importing():
+        from hf_histo.experiments.predict import predict
 
     print(predict(options))
 

@@ -14,12 +14,13 @@ reported at the end, with exit code 1; the others are predicted all the same.
 
 from hf_histo.config import parse_command
 from hf_histo.config.commands import PredictSlidesOptions
-from hf_histo.launch import run, show
+from hf_histo.launch import importing, run, show
 
 
 def main() -> None:
     options = parse_command(PredictSlidesOptions, __doc__, first="slides")
-    from hf_histo.experiments.predict_slides import predict_slides
+    with importing():
+        from hf_histo.experiments.predict_slides import predict_slides
 
     show(predict_slides(options))
 

@@ -1,4 +1,4 @@
-"""The CPU threads of a process: all cores that are its own, unless a person chose a number."""
+"""The process: all cores that are its own, unless a person chose a number; imports without garbage collection."""
 
 from __future__ import annotations
 
@@ -107,3 +107,26 @@ def test_large_tensors_lie_in_huge_pages_unless_a_person_refuses_them(tmp_path: 
     recipe.write_text(TENSOR)
     assert int(started([recipe]).split()[1]) > 32 * 1024
     assert int(started([recipe], THP_MEM_ALLOC_ENABLE="0").split()[1]) < 32 * 1024
+
+
+IMPORTING = """
+import gc
+from hf_histo.launch import importing, run
+
+def frozen():
+    with importing():
+        assert not gc.isenabled()
+        import wave
+    assert gc.isenabled()
+    return gc.get_freeze_count()
+
+print(frozen())
+del sys.modules["wave"]
+run(lambda: print(*(frozen() > 10_000, frozen() == frozen())))
+"""
+
+
+def test_imports_are_not_collected_and_in_a_process_of_its_own_never_will_be() -> None:
+    words = [sys.executable, "-c", f"import sys{IMPORTING}"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.stdout.split() == ["0", "True", "True"], done.stderr

@@ -1,7 +1,8 @@
 """Before its options are checked, a command does not import torch, transformers' models or the data libraries.
 
-A command whose run is finished imports the data libraries, to see whether the data is still the same, and no torch. The
-budget is a number of modules, since seconds depend on the machine.
+A command whose run is finished imports the data libraries, to see whether the data is still the same, and no torch. A
+training imports what it trains with, and nothing that only some trainings need, or that comes after it. The budget is a
+number of modules, since seconds depend on the machine.
 """
 
 from __future__ import annotations
@@ -21,8 +22,22 @@ from hf_histo.finetune import run_config
 ROOT = Path(__file__).parents[1]
 # Each takes a good part of a second to import, torch several.
 HEAVY = {"torch", "torchvision", "accelerate", "datasets", "peft", "timm", "kornia", "pandas", "sklearn", "matplotlib"}
-BUDGET = 1000  # modules in all; the standard library, numpy and the parser of transformers take about 800
+BUDGET = 750  # modules in all; the standard library and the parser of transformers take about 620
 FINISHED_BUDGET = 2100  # `datasets`, which imports pandas and pyarrow, and the readers take about 1,000 more
+
+TRAINING_BUDGET = 5000  # torch 1,200; sympy, scipy, pandas, peft, timm, transformers 200 to 400 each
+# Of some trainings, of the evaluation, or of extras.
+LATER = {
+    "matplotlib",
+    "sklearn",
+    "kornia",
+    "torchmetrics",
+    "captum",
+    "optuna",
+    "evaluate",
+    "onnxruntime",
+    "tensorboard",
+}
 
 SHOW_HELP = """
 import contextlib, io, runpy, sys
@@ -40,6 +55,15 @@ sys.argv = sys.argv[1:]
 with contextlib.redirect_stdout(io.StringIO()) as shown:
     runpy.run_path(sys.argv[0], run_name="__main__")
 assert "finished before, nothing was trained" in shown.getvalue() and "| val " in shown.getvalue()
+print(*sys.modules)
+"""
+
+
+IMPORT_TRAINING = """
+import sys
+from hf_histo.launch import importing
+with importing():
+    import hf_histo.finetune, hf_histo.stages
 print(*sys.modules)
 """
 
@@ -62,6 +86,12 @@ def test_the_package_itself_imports_nothing() -> None:
     assert modules("import hf_histo, sys; print(*sys.modules)") - bare == {"hf_histo"} | (
         modules("import importlib, typing, sys; print(*sys.modules)") - bare
     )
+
+
+def test_a_training_imports_nothing_that_comes_later_or_seldom() -> None:
+    found = modules(IMPORT_TRAINING)
+    assert sorted(found & LATER) == []
+    assert len(found) < TRAINING_BUDGET
 
 
 def test_a_finished_run_shows_its_table_without_torch_while_its_data_is_the_same(tmp_path: Path) -> None:

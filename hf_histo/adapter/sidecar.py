@@ -254,7 +254,7 @@ class Sidecar:
             return dataset
         known = {name: number for number, name in enumerate(self.center_names)} if names else {}
         first = 1 + max(len(self.center_names), *self.normalizer.centers)
-        numbers = [known.get(schema.center_name(n, names), first + n) if n >= 0 else -1 for n in dataset["center"]]
+        numbers = [known.get(schema.center_name(n, names), first + n) if n >= 0 else -1 for n in dataset["center"][:]]
         return dataset.remove_columns("center").add_column("center", numbers)
 
     def threshold_named(self, name: str | float | None) -> float:

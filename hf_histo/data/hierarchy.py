@@ -63,7 +63,7 @@ def at_level(data: datasets.DatasetDict, level: int) -> datasets.DatasetDict:
     number[-1] = -1
     changed = {}
     for split, rows in data.items():
-        labels = rows["label"]
+        labels = rows["label"][:]
         kept = rows.select([row for row, label in enumerate(labels) if label in number])
         column = [number[label] for label in labels if label in number]
         relabeled = kept.remove_columns("label").add_column("label", column, feature=datasets.ClassLabel(names=new))

@@ -251,7 +251,7 @@ def _reported(builder: FolderBuilder) -> datasets.DatasetDict:
     if lines:
         logger.warning("%s: left out %d images that can't be read:\n%s", directory, len(lines), "\n".join(lines))
         for split in data.keys() & {"train"}:
-            present = set(data[split]["label"])
+            present = set(data[split]["label"][:])
             lost = [name for label, name in enumerate(info.features["label"].names) if label not in present]
             if lost:
                 raise HistoError(f"{directory}: {split} has no readable image of {', '.join(lost)}; {remedy}")

@@ -49,9 +49,9 @@ def fit(
         if not split.endswith("_clean")
     }
 
-    score = score_on(found["val"], data["val"]["label"], metric, negative)
+    score = score_on(found["val"], data["val"]["label"][:], metric, negative)
     names = data["train"].features["label"].names
-    labels = np.array(data["train"]["label"])
+    labels = np.array(data["train"]["label"][:])
     probe = pca_probe.fit(
         found["train"],
         labels,
@@ -60,7 +60,7 @@ def fit(
         score=lambda probe: score(probe.weight, probe.bias),
     )
     set_head(model, probe.weight, probe.bias)
-    every = [(split, [*names, "hidden"][label]) for split in found for label in data[split]["label"]]
+    every = [(split, [*names, "hidden"][label]) for split in found for label in data[split]["label"][:]]
     splits, classes = zip(*every, strict=True)
     embedding_map(
         {"frozen backbone": np.concatenate(list(found.values()))}, {"class": classes, "split": splits}, figure

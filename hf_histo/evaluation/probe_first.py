@@ -35,10 +35,10 @@ def start(
     found = {split: features(model, data[split], pipeline.single_view) for split in ("train", "val")}
     # Whatever chooses the checkpoint: where classes are separated, other metrics are the same for every penalty, and
     # the loss finds the scale of the logits as well.
-    score = score_on(found["val"], data["val"]["label"], "loss", negative=None)
+    score = score_on(found["val"], data["val"]["label"][:], "loss", negative=None)
     probe = linear_probe.fit(
         found["train"],
-        np.array(data["train"]["label"]),
+        np.array(data["train"]["label"][:]),
         classes=len(data["train"].features["label"].names),
         balanced=balanced,
         score=score,

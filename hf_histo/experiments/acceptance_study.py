@@ -191,7 +191,7 @@ def _images(runs: Path, data: str) -> tuple[ImageTable, dict[str, int]]:
         found = f"its fingerprint is {fingerprint(rows)}, that of the runs {record['data']['fingerprint']}"
         raise HistoError(f"--data {data}: not the data of --runs {runs} ({found}); give that, or leave it out")
     every = datasets.concatenate_datasets([fold["test"] for fold in folds.leave_one_center_out(rows, seed=0).values()])
-    return ImageTable(every), {name: row for row, name in enumerate(every["id"])}
+    return ImageTable(every), {name: row for row, name in enumerate(every["id"][:])}
 
 
 def _site(predictions: Predictions, adapter: Path, images: tuple[ImageTable, dict[str, int]] | None) -> Site:

@@ -58,10 +58,10 @@ def audit(options: AuditOptions) -> None:
         names = [*classes, "hidden"]
         coloring = "center" if known else "split"
         colorings = {coloring: table[coloring].astype(str).to_list()}
-        colorings["class"] = [names[label] for label in every["label"]]
+        colorings["class"] = [names[label] for label in every["label"][:]]
         embedding.embedding_map(features, colorings, output / "embedding.png")
 
-        groups = [group for split in with_families(data, table).values() for group in split["group"]]
+        groups = [group for split in with_families(data, table).values() for group in split["group"][:]]
         measured = separations(next(iter(features.values())), table.assign(group=groups), classes)
         found["separations"] = [dataclasses.asdict(separation) for separation in measured]
         if measured:

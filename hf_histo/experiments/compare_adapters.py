@@ -26,7 +26,7 @@ def compare_adapters(options: CompareAdaptersOptions) -> str:
     if split not in data:
         raise HistoError(f"--split {split}: {options.data} has {', '.join(data)}")
     rows = data[split]
-    if set(rows["label"]) == {-1}:
+    if set(rows["label"][:]) == {-1}:
         raise HistoError(f"--data {options.data}: no label is known in {split}, expected some to compare by")
     first, *others = adapters
     classifier = Classifier.from_pretrained(first, backbone=options.backbone)

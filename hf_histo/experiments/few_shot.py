@@ -165,13 +165,13 @@ def config_of(trial: Trial, config: Config) -> Config:
 def fit_probe(trial: Trial, drawn: datasets.DatasetDict, known: FrozenFeatures) -> dict[str, Any]:
     """Fit a probe on the images of a trial, and return its result on `test`."""
     parts = known.of(datasets.DatasetDict({split: drawn[split] for split in ("train", "val", "test")}))
-    labels = {split: np.array(drawn[split]["label"]) for split in parts}
+    labels = {split: np.array(drawn[split]["label"][:]) for split in parts}
     scores = probes.PROBES[trial.method](parts["train"], labels["train"], parts["val"], labels["val"], parts["test"])
     test = drawn["test"]
     found = Predictions.make(
-        test["id"],
-        test["center"],
-        test["group"],
+        test["id"][:],
+        test["center"][:],
+        test["group"][:],
         labels["test"],
         scores,
         label_names=test.features["label"].names,

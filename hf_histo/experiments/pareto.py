@@ -35,7 +35,7 @@ def pareto(config: Config, options: ParetoOptions) -> None:
     chosen = combinations(config, options)
 
     data = prepare(config)
-    if options.front_split not in data or max(data[options.front_split]["label"]) < 0:
+    if options.front_split not in data or max(data[options.front_split]["label"][:]) < 0:
         raise HistoError(
             f"--front_split is {options.front_split}, expected a split with labels; {config.data.data} has none there"
         )

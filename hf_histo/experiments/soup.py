@@ -127,7 +127,7 @@ def _validation(folder: Path) -> Predictions:
 
 def _require_val(data: datasets.DatasetDict, name: str, folders: list[Path]) -> None:
     """Raise `HistoError` unless `val` of the data are the images that each run was validated on."""
-    here = dict(zip(data["val"]["id"], data["val"]["label"], strict=True)) if "val" in data else {}
+    here = dict(zip(data["val"]["id"][:], data["val"]["label"][:], strict=True)) if "val" in data else {}
     for folder in folders:
         table = _validation(folder)
         differing = set(here) ^ set(table["id"])

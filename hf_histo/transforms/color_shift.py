@@ -16,6 +16,8 @@ from hf_histo.files import STRICT
 
 MOST = 1000  # most images measured per center, evenly spread: enough for a mean, a deviation and a 99th percentile
 QUANTILE = 0.99
+BATCH = 64
+VALUES = np.arange(256) / 255
 LEAST_DEVIATION = 1 / 255  # smallest deviation of a statistic within a center: one step of a stored value
 
 Means = Annotated[Sequence[float], Field(min_length=6, max_length=6)]
@@ -48,7 +50,7 @@ class ColorRange:
         for center in np.unique(every):
             rows = np.flatnonzero(every == center)
             chosen = rows[np.linspace(0, len(rows) - 1, min(MOST, len(rows))).round().astype(int)]
-            statistics = np.stack([_statistics(images[int(row)]["image"]) for row in chosen])
+            statistics = _measured(images, chosen.tolist())
             measured.append(statistics)
             deviation = np.maximum(statistics.std(0), LEAST_DEVIATION)
             centers[str(center)] = statistics.mean(0).tolist(), deviation.tolist()
@@ -60,9 +62,17 @@ class ColorRange:
         return float(_distances(_statistics(image)[None], self.centers)[0])
 
 
+def _measured(images: ImageTable, rows: list[int]) -> NDArray[np.float64]:
+    """Statistics (n, 6) of the images in `rows`, of which `BATCH` are in memory at a time."""
+    batches = (images.__getitems__(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH))
+    return np.stack([_statistics(sample["image"]) for batch in batches for sample in batch])
+
+
 def _statistics(image: torch.Tensor) -> NDArray[np.float64]:
-    values = image.double() / 255
-    return torch.cat([values.mean((1, 2)), values.std((1, 2), correction=0)]).numpy()
+    """Means and standard deviations (6,) of the channels of a uint8 image (3, H, W), by how often each value occurs."""
+    counts = np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in image.numpy()]) / image[0].numel()
+    mean = counts @ VALUES
+    return np.concatenate([mean, np.sqrt((counts * (VALUES - mean[:, None]) ** 2).sum(1))])
 
 
 def _distances(

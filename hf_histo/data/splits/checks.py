@@ -71,7 +71,7 @@ def composition(data: Mapping[str, datasets.Dataset]) -> dict[str, Composition]:
     known = set(_digests(data["train"])) if "train" in data else set()
     result = {}
     for split, rows in data.items():
-        labels, centers = np.array(rows["label"]), np.array(rows["center"])
+        labels, centers = np.array(rows["label"][:]), np.array(rows["center"][:])
         result[split] = Composition(
             images=len(rows),
             hidden=int((labels < 0).sum()),
@@ -169,6 +169,6 @@ def _check_same(data: datasets.DatasetDict, table: pd.DataFrame) -> None:
     counts = {name: len(split) for name, split in data.items()}
     listed = table["split"].value_counts().to_dict()
     if listed != {name: count for name, count in counts.items() if count} or list(table["id"]) != [
-        key for split in data.values() for key in split["id"]
+        key for split in data.values() for key in split["id"][:]
     ]:
         raise HistoError(f"table: lists {listed}, expected the inventory of this data, {counts}; take it again")

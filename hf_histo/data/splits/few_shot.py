@@ -50,7 +50,7 @@ def select(
     for split, number in SPLITS.items():
         if split not in data:
             raise HistoError(f"{split}: no such split, only {', '.join(data)}; few-shot training needs it")
-        labels, names = np.array(data[split]["label"]), data[split].features["label"].names
+        labels, names = np.array(data[split]["label"][:]), data[split].features["label"].names
         rows = []
         for label, name in enumerate(names):
             order = drawn(labels, label, number, seed)

@@ -46,7 +46,7 @@ def leave_one_center_out(
     """
     _check_share(validation_share)
     pool = _pool(data)
-    centers = np.array(pool["center"])
+    centers = np.array(pool["center"][:])
     if unknown := int((centers < 0).sum()):
         raise HistoError(
             f"{unknown} of {len(pool)} labeled images have no known center (-1); leave them out of the data"
@@ -99,7 +99,7 @@ def k_folds(
     if folds < 2:
         raise HistoError(f"folds is {folds}, expected at least 2, e.g. 5")
     pool = _pool(data, list(data))
-    labels, groups = np.array(pool["label"]), _groups(pool)
+    labels, groups = np.array(pool["label"][:]), _groups(pool)
     for label, name in enumerate(pool.features["label"].names):
         count = len(set(groups[labels == label]))
         if 0 < count < folds:
@@ -122,7 +122,7 @@ def with_validation(data: datasets.DatasetDict, *, share: float = 0.1) -> datase
         return data
     train = data["train"]
     if not any(train.unique("group")):
-        kept, held_out = hold_out(np.array(train["label"]))
+        kept, held_out = hold_out(np.array(train["label"][:]))
         others = {name: rows for name, rows in data.items() if name != "train"}
         pieces = {"train": train.select(kept), "val": train.select(held_out), **others}
         return named(datasets.DatasetDict(pieces), data)
@@ -139,7 +139,7 @@ def with_test(data: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
     rows = data[name]
     if any(rows.unique("group")):
         return k_folds(data, folds=FOLDS)[0]
-    labels = np.array(rows["label"])
+    labels = np.array(rows["label"][:])
     parts = [drawn(labels, label, TEST, 0) for label in np.unique(labels[labels >= 0])]
     test = np.sort(np.concatenate([part[: len(part) // FOLDS] for part in parts]))
     train = np.setdiff1d(np.arange(len(rows)), test)
@@ -156,7 +156,7 @@ def split_in_three(data: datasets.DatasetDict, name: str) -> datasets.DatasetDic
     Raises HistoError for fewer than three groups, and a `train` with fewer than two classes.
     """
     rows = data[name]
-    labels = np.array(rows["label"])
+    labels = np.array(rows["label"][:])
     pool = rows.select(np.flatnonzero(labels >= 0))
     folds = _folds(pool, TWENTIETHS)
     if len(folds) < 3:
@@ -186,7 +186,7 @@ def held_out_centers(data: datasets.DatasetDict, centers: Set[int]) -> tuple[dat
         HistoError: the other centers have no image in `train` or the single split.
     """
     chosen = np.array(sorted(centers))
-    masks = {split: np.isin(np.array(rows["center"]), chosen) for split, rows in data.items()}
+    masks = {split: np.isin(np.array(rows["center"][:]), chosen) for split, rows in data.items()}
     tests = {split: data[split].select(np.flatnonzero(mask)) for split, mask in masks.items() if mask.any()}
     test = datasets.concatenate_datasets(list(tests.values()))
     if len(test.unique("id")) < len(test):
@@ -194,7 +194,7 @@ def held_out_centers(data: datasets.DatasetDict, centers: Set[int]) -> tuple[dat
     shared = set(test.unique("group")) - {""}
     parts, notes = {}, []
     for split, rows in data.items():
-        linked = ~masks[split] & np.isin(np.array(rows["group"]), sorted(shared))
+        linked = ~masks[split] & np.isin(np.array(rows["group"][:]), sorted(shared))
         if linked.any():
             notes.append(f"{linked.sum():,} images of {split} are left out, whose groups the held-out centers share")
         rest = np.flatnonzero(~masks[split] & ~linked)
@@ -206,7 +206,7 @@ def held_out_centers(data: datasets.DatasetDict, centers: Set[int]) -> tuple[dat
     if train is None or not len(train):
         raise HistoError("train: all images are of the centers held out, expected some of others; hold out fewer")
     if not len(parts.get("val", ())):
-        made = _parts(train, np.flatnonzero(np.array(train["label"]) >= 0), 0, SHARE, "held-out centers")
+        made = _parts(train, np.flatnonzero(np.array(train["label"][:]) >= 0), 0, SHARE, "held-out centers")
         parts = {name: train.select(rows) for name, rows in made.items()}
     return named(datasets.DatasetDict({"train": parts["train"], "val": parts["val"], "test": test}), data), notes
 
@@ -246,7 +246,7 @@ def _pool(data: datasets.DatasetDict, names: Sequence[str] = POOLED) -> datasets
     if not parts:
         raise HistoError(f"the data has the splits {', '.join(data)}, expected train or val; rename one")
     pool = datasets.concatenate_datasets(parts)
-    labeled = np.flatnonzero(np.array(pool["label"]) >= 0)
+    labeled = np.flatnonzero(np.array(pool["label"][:]) >= 0)
     if not len(labeled):
         raise HistoError(f"{' and '.join(names)}: all labels are hidden (-1), expected labeled images; add labels")
     return pool.select(labeled)
@@ -254,7 +254,7 @@ def _pool(data: datasets.DatasetDict, names: Sequence[str] = POOLED) -> datasets
 
 def _prefixed(rows: datasets.Dataset, split: str) -> datasets.Dataset:
     """The same images with the split in their ids."""
-    ids = [f"{split}/{key}" for key in rows["id"]]
+    ids = [f"{split}/{key}" for key in rows["id"][:]]
     named_rows = rows.remove_columns("id").add_column("id", ids, feature=datasets.Value("string"))
     return named_rows.select_columns(rows.column_names)
 
@@ -296,7 +296,7 @@ def _strata(pool: datasets.Dataset) -> NDArray[np.int64]:
 
 
 def _fold(pool: datasets.Dataset, center: int, seed: int, share: float) -> datasets.DatasetDict:
-    held_out, groups = np.array(pool["center"]) == center, _groups(pool)
+    held_out, groups = np.array(pool["center"][:]) == center, _groups(pool)
     rest = np.flatnonzero(~held_out & ~np.isin(groups, groups[held_out]))
     rows = _parts(pool, rest, seed, share, f"center {center} held out") | {"test": np.flatnonzero(held_out)}
     return datasets.DatasetDict({name: pool.select(part) for name, part in rows.items()})
@@ -304,7 +304,7 @@ def _fold(pool: datasets.Dataset, center: int, seed: int, share: float) -> datas
 
 def _groups(pool: datasets.Dataset) -> NDArray[np.str_]:
     """Group of each row; an image of unknown group gets a unique name that no group can have."""
-    return np.array([group or f"\0{key}" for group, key in zip(pool["group"], pool["id"], strict=True)])
+    return np.array([group or f"\0{key}" for group, key in zip(pool["group"][:], pool["id"][:], strict=True)])
 
 
 def _parts(
@@ -321,7 +321,7 @@ def _parts(
 def _check_classes(pool: datasets.Dataset, train: NDArray[np.int64], what: str) -> None:
     """Raise HistoError, starting with `what`, for training rows of fewer than two classes."""
     classes = pool.features["label"].names
-    present = np.unique(np.array(pool["label"])[train])
+    present = np.unique(np.array(pool["label"][:])[train])
     if len(present) < 2:
         found = ", ".join(classes[label] for label in present) or "none"
         raise HistoError(

@@ -48,10 +48,10 @@ def without_copies(data: datasets.DatasetDict) -> tuple[datasets.DatasetDict, li
     Returns:
         All splits, e.g. `test_clean` beside `test`, and a sentence about each added one.
     """
-    seen = {*data["train"]["group"], *data["val"]["group"]}
+    seen = {*data["train"].unique("group"), *data["val"].unique("group")}
     others, notes = {}, []
     for name, rows in data.items():  # of train and val, all groups are in `seen`
-        unseen = np.flatnonzero([group not in seen for group in rows["group"]])
+        unseen = np.flatnonzero([group not in seen for group in rows["group"][:]])
         if 0 < len(unseen) < len(rows):
             others[f"{name}_clean"] = rows.select(unseen)
             copies = len(rows) - len(unseen)

@@ -30,7 +30,7 @@ ImageOf = Callable[[str, str], NDArray[np.uint8]]
 def image_reader(data: datasets.DatasetDict) -> ImageOf:
     """Return a function from the name of a split and an id to the image, uint8 (H, W, 3)."""
     images = {split: ImageTable(rows) for split, rows in data.items()}
-    places = {split: {key: row for row, key in enumerate(rows["id"])} for split, rows in data.items()}
+    places = {split: {key: row for row, key in enumerate(rows["id"][:])} for split, rows in data.items()}
 
     def image_of(split: str, key: str) -> NDArray[np.uint8]:
         return images[split][places[split][key]]["image"].permute(1, 2, 0).numpy()
