@@ -60,6 +60,12 @@ def call(command: Command, monkeypatch: pytest.MonkeyPatch) -> Call:
     return call
 
 
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of optuna take as long as the trials in miniature."""
+    monkeypatch.setattr(sweep.Sweep, "draw", lambda trials: None)
+
+
 def trials(out: Path) -> list[optuna.trial.FrozenTrial]:
     study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{out / 'study.db'}")
     return list(study.get_trials())
@@ -95,6 +101,7 @@ def test_a_grid_is_run_once_and_its_best_cell_is_a_config(
     assert "a sweep of other weight_decay" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_a_search_prunes_and_resumes(call: Call, tmp_path: Path) -> None:
     space = "space: {learning_rate: {low: 1.0e-7, high: 1.0e-1, log: true}, head_dropout: [0.0, 0.5]}"
     more = ("--num_train_epochs=3", "--metric_for_best_model=loss")
@@ -110,6 +117,7 @@ def test_a_search_prunes_and_resumes(call: Call, tmp_path: Path) -> None:
     assert written["trials"][str(written["best"])]["value"] == min(done)
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_a_killed_trial_is_repeated_and_two_processes_share_a_study(
     command: Command, call: Call, tmp_path: Path
 ) -> None:
@@ -149,6 +157,7 @@ def test_a_killed_trial_is_repeated_and_two_processes_share_a_study(
     assert (out / "sweep.md").read_text().count("| complete |") == 4
 
 
+@pytest.mark.usefixtures("without_plots")
 @pytest.mark.parametrize("moment", ["enqueue_trial", "tell"])
 def test_a_kill_while_a_killed_trial_is_queued_again(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
