@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional
 
 import hf_histo
 from hf_histo import hub
+from hf_histo.adapter import ensemble
 from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.config.commands import AppOptions
 from hf_histo.data.schema import decode
@@ -59,6 +60,8 @@ STYLE = """
 def run(options: AppOptions) -> None:
     """Show the page, or write a Space. Raises HistoError without gradio, and as `hub.fetch` and `write_space` do."""
     folder = hub.fetch(options.adapter, options.revision)
+    if not ensemble.is_ensemble(folder):
+        Sidecar.read(folder).require_images(f"--adapter {options.adapter}", "use hf_histo predict")
     if options.space_dir:
         return write_space(options.space_dir, folder)
     try:

@@ -47,13 +47,14 @@ def export(model: nn.Module, sidecar: Sidecar, folder: str | Path, format: str) 
             timm. "onnx": `model.onnx`, for batches of any size, whose logits are compared with those of PyTorch.
             "wsinfer": `torchscript_model.pt` and `config.json`, see `_to_wsinfer`, compared likewise.
 
-    Raises `HistoError` for an adapter that can't be merged, a head that transformers alone can't build ("merged"), a
-    package that is missing ("onnx"), a step that the format can't express ("wsinfer"), and logits that differ by more
-    than `TOLERANCE` ("onnx" and "wsinfer").
+    Raises `HistoError` for an adapter of bags, and one that can't be merged, a head that transformers alone can't build
+    ("merged"), a package that is missing ("onnx"), a step that the format can't express ("wsinfer"), and logits that
+    differ by more than `TOLERANCE` ("onnx" and "wsinfer").
     """
     folder = Path(folder)
     if folder.exists():
         raise HistoError(f"--output_dir {folder} exists already; choose another one, or remove it")
+    sidecar.require_images("the adapter", "use hf_histo predict")
     if format == "wsinfer":
         _refuse_beyond_wsinfer(sidecar)
     whole = merged(model)

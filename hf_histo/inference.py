@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from peft import PeftModel
 from torch import nn
 
 from hf_histo.adapter import ensemble
 from hf_histo.adapter.sidecar import Sidecar
-from hf_histo.data import schema
+from hf_histo.data import bags, schema
 from hf_histo.data.load import load as load_data
 from hf_histo.data.readers.image_rows import SUFFIXES
 from hf_histo.data.reading import Reading
@@ -32,7 +32,7 @@ from hf_histo.evaluation.prediction_sets import PredictionSets
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.files import regular
 from hf_histo.hub import fetch, load
-from hf_histo.models import adapters, backbones
+from hf_histo.models import adapters, backbones, heads
 from hf_histo.training.run_folder import PREDICTIONS
 from hf_histo.transforms.augmentation import TestTimeViews
 from hf_histo.transforms.pipeline import collate
@@ -42,6 +42,19 @@ BATCH_PIXELS = 64 * 384 * 384  # that a model sees at a time: an adapter's image
 
 Image = str | Path | PIL.Image.Image | np.ndarray | torch.Tensor
 Images: TypeAlias = Image | Sequence[Image] | pd.DataFrame | datasets.Dataset
+
+
+@dataclass(frozen=True)
+class PatchPredictions:
+    """What an adapter of bags found in n images.
+
+    Attributes:
+        probabilities: float64 (n, K), of each image as if it were a bag alone.
+        attention: float64 (n,), the weight of each image in its bag, in [0, 1] with a sum of 1; None without attention.
+    """
+
+    probabilities: NDArray[np.float64]
+    attention: NDArray[np.float64] | None
 
 
 class Classifier:
@@ -125,6 +138,7 @@ class Classifier:
 
         Raises `HistoError` for adapters that see images differently, and as `adapters.average` does.
         """
+        self.sidecar.require_images(f"adapter {self.name!r}", "use it alone, without a mean")
         for each in names:
             self.set_adapter(each)
         parts = [self.sidecars[each] for each in names]
@@ -289,8 +303,52 @@ class Classifier:
 
         `label` is the adapter's index of the class that `dataset` names. Raises `HistoError` for a labeled class that
         the adapter does not know.
+
+        An adapter of bags (`--aggregation`) gives a row for each bag (see `hf_histo.data.bags`), whose `id` is the name
+        of the slide, or the group; with several test-time views, of the mean of the images' features. Raises
+        `HistoError` for images of no group.
         """
         chosen = self.sidecar.threshold_named(threshold)
+        outputs, labels, measured = self._outputs(
+            dataset,
+            test_time_views=test_time_views,
+            adapt_batch_norm=adapt_batch_norm,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            mixed_precision=mixed_precision,
+            token_merging=token_merging,
+            description=description,
+            is_shared=is_shared,
+        )
+        if self.sidecar.head.is_of_bags:
+            table, _ = self._of_bags(dataset, outputs, labels, measured)
+        else:
+            columns = dataset.select_columns(["id", "center", "group"])[:]
+            table = self._table(dataset, columns["id"], columns["center"], columns["group"], labels, outputs, measured)
+        return self._decided(table, chosen)
+
+    def predict_bags(
+        self, dataset: datasets.Dataset, *, threshold: str | float | None = None, **options: Any
+    ) -> tuple[Predictions, PatchPredictions]:
+        """As `predict`, whose options it takes, for an adapter of bags; also what it found in each image."""
+        chosen = self.sidecar.threshold_named(threshold)
+        features, labels, measured = self._outputs(dataset, **options)
+        table, attention = self._of_bags(dataset, features, labels, measured)
+        with torch.no_grad():
+            logits = heads.bag_head(self.model)(self._on_device(features)).cpu().numpy()
+        alone = self._table(dataset, range(len(logits)), [-1] * len(logits), [""] * len(logits), labels, logits, [])
+        return self._decided(table, chosen), PatchPredictions(alone.class_probabilities, attention)
+
+    def _outputs(
+        self,
+        dataset: datasets.Dataset,
+        *,
+        test_time_views: TestTimeViews | None = None,
+        adapt_batch_norm: bool | None = None,
+        batch_size: int = 64,
+        **options: Any,  # of `forward`
+    ) -> tuple[NDArray[np.float64], list[int], list[str]]:
+        """Logits of a table's images, or with an adapter of bags their features; labels; and what was measured."""
         if missing := [name for name in schema.features(self.sidecar.label_names) if name not in dataset.column_names]:
             raise HistoError(
                 f"the table has the columns {dataset.column_names}, but no {missing[0]}; pass a column of images, "
@@ -304,33 +362,58 @@ class Classifier:
         if test_time_views is not None:
             pipeline = replace(pipeline, test_time_views=test_time_views)
         adapts = self.sidecar.adapt_batch_norm if adapt_batch_norm is None else adapt_batch_norm
-        logits = forward(
-            self.model,
+        outputs = forward(
+            heads.Features(self.model) if self.sidecar.head.is_of_bags else self.model,
             known,
             pipeline,
             adapt_batch_norm=adapts,
             batch_size=max(1, min(batch_size, BATCH_PIXELS // pipeline.preprocessing.image_size**2)),
-            num_workers=num_workers,
-            mixed_precision=mixed_precision,
-            token_merging=token_merging,
-            description=description,
             device=self._device,
-            is_shared=is_shared,
+            **options,
         )
-        columns = dataset.select_columns(["id", "center", "group"])[:]
         measures_color = pipeline.normalizer is not self.sidecar.normalizer
         measured = {"color statistics": measures_color, "batch-norm statistics": adapts}
-        table = Predictions.make(
-            columns["id"],
-            columns["center"],
-            columns["group"],
+        return outputs, labels, [what for what, used in measured.items() if used]
+
+    def _of_bags(
+        self, dataset: datasets.Dataset, features: NDArray[np.float64], labels: list[int], measured: list[str]
+    ) -> tuple[Predictions, NDArray[np.float64] | None]:
+        """Predictions of the bags of a table by the features (n, d) of its images, and the attention (n,), or None."""
+        found, given, head = bags.find(dataset, labels), self._on_device(features), heads.bag_head(self.model)
+        logits, attention = [], np.full(len(features), np.nan)
+        with torch.no_grad():
+            for rows in found.rows:
+                of_bag, weights = head.of_bag(given[rows])
+                logits.append(of_bag.cpu().numpy())
+                if weights is not None:
+                    attention[rows] = weights.cpu().numpy()
+        table = self._table(dataset, found.names, found.centers, found.groups, found.labels, np.stack(logits), measured)
+        return table, None if np.isnan(attention).any() else attention
+
+    def _on_device(self, features: NDArray[np.float64]) -> torch.Tensor:
+        """Features as float32, where the model is after `forward`."""
+        return torch.from_numpy(features).to(next(self.model.parameters()).device, torch.float32)
+
+    def _table(
+        self,
+        dataset: datasets.Dataset,
+        ids: Iterable[Any],
+        centers: ArrayLike,
+        groups: Iterable[str],
+        labels: ArrayLike,
+        logits: NDArray[Any],
+        measured: list[str],
+    ) -> Predictions:
+        return Predictions.make(
+            ids,
+            centers,
+            groups,
             labels,
             logits,
             label_names=self.sidecar.label_names,
             center_names=schema.center_names(dataset),
-            transductive=[what for what, used in measured.items() if used],
+            transductive=measured,
         )
-        return self._decided(table, chosen)
 
     def _decided(self, table: Predictions, threshold: float) -> Predictions:
         """The table with the columns `calibrated` and `predicted`."""

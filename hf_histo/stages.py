@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -24,7 +24,8 @@ from hf_histo.adapter import checklist
 from hf_histo.adapter import folder as adapter_folder
 from hf_histo.adapter.sidecar import BackboneRecord, DataRecord, Sidecar
 from hf_histo.config import Config
-from hf_histo.data import hierarchy
+from hf_histo.data import bags, hierarchy
+from hf_histo.data.bags import Bags
 from hf_histo.data.load import check_trainable, fingerprint
 from hf_histo.data.protocol import refuse
 from hf_histo.data.readers.hub import train_stream
@@ -44,6 +45,7 @@ from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones, batchnorm, heads, qkv
 from hf_histo.models.model_size import account
 from hf_histo.training import feature_cache, losses, run_folder, trackers, trainer
+from hf_histo.training.bag_trainer import BagTrainer
 from hf_histo.training.checkpoint_record import CheckpointRecord
 from hf_histo.training.run_folder import Run
 from hf_histo.transforms.color_shift import ColorRange
@@ -65,12 +67,14 @@ class Task:
         num_outputs: number of logits: 1 for two classes, else one per class.
         negative: index of the class that means "nothing found" (`--negative_class`), or None.
         fingerprint: content hash of the data.
+        bags: the bags of each split with `--aggregation`, else None.
     """
 
     label_names: list[str]
     num_outputs: int
     negative: int | None
     fingerprint: str
+    bags: dict[str, Bags] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,10 @@ def check(config: Config, data: datasets.DatasetDict) -> Task:
     for (one, other), groups in shared_groups(data).items():
         if "train" in (one, other):
             logger.warning("%d groups are both in %s and %s, e.g. %s", len(groups), one, other, groups[0])
-    labels = data["val"]["label"][:]
+    of_bags = None
+    if heads.HeadConfig.of(config.model).is_of_bags:
+        of_bags = {split: bags.find(rows) for split, rows in data.items()}
+    labels = data["val"]["label"][:] if of_bags is None else of_bags["val"].labels
     possible = classification.of_logits(np.zeros((len(labels), num_outputs)), labels, negative=negative)
     wanted = config.training.metric_for_best_model
     if wanted not in possible:
@@ -160,7 +167,7 @@ def check(config: Config, data: datasets.DatasetDict) -> Task:
             f"--metric_for_best_model {wanted} is undefined on val, where the labeled classes are {present}; choose "
             "another metric or another validation split"
         )
-    return Task(names, num_outputs, negative, fingerprint(data))
+    return Task(names, num_outputs, negative, fingerprint(data), of_bags)
 
 
 def build(config: Config, data: datasets.DatasetDict, task: Task) -> Setup:
@@ -238,7 +245,19 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Train head and adapter, or fit the head with `--method pca`, and keep the weights that are best on `val`."""
-    labels, balanced = data["train"]["label"][:], config.training.class_balance == "weights"
+    labels: Sequence[int] = data["train"]["label"][:]
+    centers = setup.validation.centers
+    kind: Callable[..., trainer.Trainer] = trainer.Trainer
+    if task.bags is not None:
+        labels, centers = task.bags["train"].labels.tolist(), task.bags["val"].centers.tolist()
+        kind = partial(
+            BagTrainer,
+            training_bags=task.bags["train"],
+            validation_bags=task.bags["val"],
+            bag_size=config.training.bag_size,
+            chunk_size=config.speed.chunk_size,
+        )
+    balanced = config.training.class_balance == "weights"
     weights = losses.balancing_weights(labels, task.label_names) if balanced else None
     session = trainer.build(
         config,
@@ -249,9 +268,10 @@ def train(
         pipeline=setup.pipeline.extended(data["val"]),
         loss=losses.classification(task.num_outputs, weights),
         compute_metrics=classification.for_trainer(
-            negative=task.negative, centers=setup.validation.centers, center_names=center_names(data["val"])
+            negative=task.negative, centers=centers, center_names=center_names(data["val"])
         ),
         callbacks=[CheckpointRecord(run), *callbacks],
+        kind=kind,
     )
     checkpoint = run_folder.checkpoint(run, config.training.resume_from_checkpoint)
     run_folder.begin(run)  # after all options were checked
@@ -394,9 +414,9 @@ def write(
     started: float,
 ) -> None:
     """Draw the figures, write the checklist and save the adapter folder, in the main process."""
-    place = folder / run_folder.FIGURES
+    place, is_of_bags = folder / run_folder.FIGURES, evaluation.sidecar.head.is_of_bags
     history = trained.session.state.log_history
-    figures = run_figures.draw(place, history, evaluation.tables, data["val"])
+    figures = run_figures.draw(place, history, evaluation.tables, None if is_of_bags else data["val"])
     if config.adapter.method == "pca":
         figures["The first two principal components of the features"] = place / COMPONENTS
     if config.output.explain:

@@ -123,6 +123,7 @@ def items(facts: Mapping[str, Any], errors: Mapping[str, list[list[object]]]) ->
         options, "init_adapter init_lora_weights text_prompt random_weights seed"
     )
     views = f"one model; test-time views: {sidecar.views.count}"
+    pixels = "the images of a slide or group" if sidecar.head.is_of_bags else "one image"
     claim = [
         Item("1", "Title: the AI method"),
         Item("2", "Abstract: structured summary"),
@@ -174,7 +175,7 @@ def items(facts: Mapping[str, Any], errors: Mapping[str, list[list[object]]]) ->
         Item("6a", "Participants: setting, centers", centers, "setting and places"),
         Item("7", "Data preparation", preprocessing, "quality checks, and whether the same for all groups of people"),
         Item("8a", "Outcome", f"classes: {', '.join(sidecar.label_names)}", "how and when it was assessed"),
-        Item("9b", "Predictors", "the pixels of one image", "how images were acquired"),
+        Item("9b", "Predictors", f"the pixels of {pixels}", "how images were acquired"),
         Item("10", "Sample size", counts, "how it was determined, and whether it suffices"),
         Item("11", "Missing data", missing, "data missing before the files that were read"),
         Item("12a", "Use and partition of the data", partition, "how splits that came with the data were made"),

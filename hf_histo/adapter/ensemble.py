@@ -126,6 +126,8 @@ def save(folder: str | Path, members: Sequence[Path]) -> dict[str, Any]:
 def agreeing(sidecars: Mapping[str, Sidecar]) -> list[Sidecar]:
     """The sidecars. Raises `HistoError`, naming it, for one that can't be in an ensemble with the first."""
     (reference, first), *others = sidecars.items()
+    for name, sidecar in sidecars.items():
+        sidecar.require_images(name, "use it alone")
     for name, sidecar in others:
         for what, ours, its in (
             ("classes", first.label_names, sidecar.label_names),

@@ -168,6 +168,14 @@ class Sidecar:
         names = self.label_names
         return f"{' / '.join(names) if len(names) < 4 else f'{len(names)} classes'} on {self.data.name}"
 
+    def require_images(self, where: str, remedy: str) -> None:
+        """Raise `HistoError`, starting with `where`, for an adapter of bags where single images are needed."""
+        if self.head.is_of_bags:
+            raise HistoError(
+                f"{where}: predicts slides or groups as a whole (--aggregation {self.head.aggregation}), expected an "
+                f"adapter of single images; {remedy}"
+            )
+
     @property
     def trained(self) -> str:
         """What was trained, for titles: the method, and for an adapter that of peft."""

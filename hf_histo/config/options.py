@@ -63,6 +63,8 @@ LORA = {"method": "lora"}
 # Of the methods of peft (`hf_histo.models.peft_methods`), those that an option acts with.
 PLAIN_OR_DORA = LORA | {"adapter": ("lora", "dora")}
 GRADIENT = {"method": ("linear", "lora", "full")}  # training in steps, which pca has none of
+IMAGES = {"aggregation": "none"}  # each image has a label and a prediction of its own
+BAGS = {"aggregation": SET}
 PUSHED = {"push_to_hub": True}
 WARMED_UP = {"lr_scheduler_type": Except(("constant", "reduce_lr_on_plateau"))}  # transformers starts these at once
 
@@ -148,7 +150,9 @@ class TableOptions:
     )
     image_column: str | None = option(None, "column of image paths in a table (default: by its usual names)")
     slide_column: str | None = option(None, "column of slides, in a table of slides")
-    annotations_column: str | None = option(None, "column of their annotations (default: the .geojson beside a slide)")
+    annotations_column: str | None = option(
+        None, "column of their annotations (default: the .geojson beside a slide; 'none': labels of slides alone)"
+    )
     label_column: str | None = option(None, "column of labels, as text or numbers")
     id_column: str | None = option(None, "column of image ids (default: the path)")
     split_column: str | None = option(None, "column of train, val or test ('none': new splits)")
@@ -244,7 +248,9 @@ class DataOptions(TableOptions):
     store_patches: bool = option(
         False, "copy the patches of slides once, rather than read the slides whenever one is needed", role="speed"
     )
-    streaming: bool = option(False, "with hub:..., read training images as they are needed, and keep none")
+    streaming: bool = option(
+        False, "with hub:..., read training images as they are needed, and keep none", needs=IMAGES
+    )
     pixel_order: Literal["detect", "hwc", "chw"] = option("detect", "order of the columns in a table of pixels")
     pixel_range: Literal["detect", "1", "255"] = option("detect", "largest value in a table of pixels")
     num_workers: int = option(0, "processes that read batches beside each training process", at_least=0, role="speed")
@@ -259,10 +265,15 @@ class ProtocolOptions:
         "training images of each class (default: all)",
         details="and at most 4 to validate on",
         above=0,
+        needs=IMAGES,
         common=True,
     )
     percentage: float | None = option(
-        None, "train and validate on that share of each class, above 0 up to 100", above=0, at_most=100
+        None,
+        "train and validate on that share of each class, above 0 up to 100",
+        above=0,
+        at_most=100,
+        needs=IMAGES,
     )
     level: int | None = option(
         None, "level of a hierarchy of classes, 1 for the coarsest (default: the finest)", above=0
@@ -286,13 +297,25 @@ class ModelOptions:
     random_weights: bool = option(False, "build the backbone without its weights, for checks without a network")
     head: Literal["linear", "mlp"] = option("linear", "classifier: a linear layer, or hidden ones with ReLU before it")
     head_widths: str = option("512,256", "outputs of the hidden layers of an mlp", needs={"head": "mlp"})
-    head_on: Literal["features", "logits"] = option("features", "replace the backbone's output layer, or keep it below")
+    head_on: Literal["features", "logits"] = option(
+        "features", "replace the backbone's output layer, or keep it below", needs=IMAGES
+    )
     train_output_layer: bool = option(False, "train the backbone's output layer as well", needs={"head_on": "logits"})
-    head_softmax: bool = option(False, "end the classifier in a softmax before the loss, which has its own: to compare")
+    head_softmax: bool = option(
+        False, "end the classifier in a softmax before the loss, which has its own: to compare", needs=IMAGES
+    )
+    aggregation: Literal["none", "abmil", "mean", "max"] = option(
+        "none",
+        "one label and one prediction for each slide, or group of images: by gated attention (ABMIL), mean or max",
+        needs={"method": ("linear", "lora")},
+    )
+    attention_width: int = option(
+        128, "units of the gated attention", above=0, at_most=65536, needs={"aggregation": "abmil"}
+    )
     text_prompt: str | None = option(
         None,
         "CLIP: start the classifier from this sentence about each class, e.g. 'a slide showing a {} cell'",
-        needs=GRADIENT,
+        needs=GRADIENT | IMAGES,
     )
     probe_first: bool = option(
         False,
@@ -304,6 +327,7 @@ class ModelOptions:
             "head_softmax": False,
             "text_prompt": None,
             "streaming": False,
+            **IMAGES,
         },
     )
     head_dropout: float = option(
@@ -316,7 +340,9 @@ class ModelOptions:
         below=1,
         needs=GRADIENT,
     )
-    batch_norm: BatchNorm = option("frozen", "keep batch-norm statistics, or let them follow the data", needs=GRADIENT)
+    batch_norm: BatchNorm = option(
+        "frozen", "keep batch-norm statistics, or let them follow the data", needs=GRADIENT | IMAGES
+    )
     image_size: int | None = option(None, "pixels on a side (default: the backbone's)", above=0, common=True)
     resize_size: int | None = option(
         None, "pixels of the resize before the center crop (default: the backbone's)", above=0
@@ -440,13 +466,13 @@ class AugmentationOptions:
         0.0,
         "blend each training image with another of its center, by a share drawn from Beta(alpha, alpha); 0: off",
         at_least=0,
-        needs=GRADIENT,
+        needs=GRADIENT | IMAGES,
     )
     cutmix_alpha: float = option(
         0.0,
         "as mixup, with a box of the other image whose area is its share; with both on, an image gets one of them",
         at_least=0,
-        needs=GRADIENT,
+        needs=GRADIENT | IMAGES,
     )
 
 
@@ -474,7 +500,7 @@ class CenterOptions:
     pool_centers: bool = option(False, "train on all labeled centers, validate on a tenth of their groups")
     balance_centers: bool = option(False, "draw every training center equally often", needs=GRADIENT)
     domain_loss: Literal["none", "group_dro", "coral", "dann"] = option(
-        "none", "raise hard centers, or make their features alike", needs=GRADIENT
+        "none", "raise hard centers, or make their features alike", needs=GRADIENT | IMAGES
     )
     domain_weight: float = option(
         1.0,
@@ -523,7 +549,13 @@ class TrainingOptions:
         None, "updates between evaluations, or their share if below 1 (default: a pass)", above=0, needs=GRADIENT
     )
     per_device_train_batch_size: int = option(
-        32, "training images per device and step", above=0, needs=GRADIENT, common=True
+        32, "images or bags per device and step", above=0, needs=GRADIENT, common=True
+    )
+    bag_size: int = option(
+        512,
+        "images of a bag that a training step draws at random, anew in each epoch; of smaller bags, all",
+        above=0,
+        needs=BAGS,
     )
     per_device_eval_batch_size: int = option(64, "evaluation images per device and step", above=0, role="speed")
     gradient_accumulation_steps: int | None = option(
@@ -626,7 +658,14 @@ class SpeedOptions:
         role="speed",
         needs={"method": ("lora", "full")},
     )
-    torch_compile: bool = option(False, "compile the model, for minutes, into faster steps", needs=GRADIENT)
+    chunk_size: int = option(
+        64,
+        "images of bags whose activations are in memory at a time: the gradient is computed chunk by chunk",
+        above=0,
+        role="speed",
+        needs=BAGS,
+    )
+    torch_compile: bool = option(False, "compile the model, for minutes, into faster steps", needs=GRADIENT | IMAGES)
 
 
 @dataclass
@@ -652,13 +691,14 @@ class OutputOptions:
         needs=GRADIENT,
     )
     explain: bool = option(
-        False, "draw explanations.png: where the model sees the class it predicts on val", role="output"
+        False, "draw explanations.png: where the model sees the class it predicts on val", role="output", needs=IMAGES
     )
     robustness: bool = option(
         False,
         "measure whether the features know the center rather than the class, before and after training",
         details="on the images of val and test; see docs/explanation/centers.md",
         role="output",
+        needs=IMAGES,
     )
     report_to: str = option(
         "none",

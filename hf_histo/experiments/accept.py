@@ -49,6 +49,7 @@ def accept(options: AcceptOptions) -> str:
     if (output / RECORD).exists() and not options.overwrite:
         raise HistoError(f"--output_dir {output} already holds {RECORD}: pass another folder or --overwrite")
     classifier = Classifier.from_pretrained(options.adapter, revision=options.revision, backbone=options.backbone)
+    classifier.sidecar.require_images(f"--adapter {options.adapter}", "accept compares images")
     sidecar, validation = classifier.sidecar, classifier.validation().labeled
     reading = sidecar.preprocessing.reading
     images = _images("data", options.data, options, reading, **columns_of(options))

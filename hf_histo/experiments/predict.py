@@ -26,7 +26,7 @@ from hf_histo.inference import Classifier
 
 # Options by which predictions are made otherwise than those of `val` in the adapter folder were.
 OTHERWISE = ("test_time_views", "test_time_augmentation", "adapt_batch_norm", "mixed_precision", "token_merging")
-COMPARED = 200  # images, evenly spread over the table, that are predicted as exactly as in training as well
+COMPARED = 200  # images, evenly spread over the table, that are predicted as exactly as in training; of bags, all
 
 
 def predict(options: PredictOptions) -> str:
@@ -40,7 +40,9 @@ def predict(options: PredictOptions) -> str:
         require_output(output, [options.data, options.adapter, options.backbone])
 
     classifier = Classifier.from_pretrained(options.adapter, revision=options.revision, backbone=options.backbone)
-    sidecar = classifier.sidecar
+    sidecar, is_of_bags = classifier.sidecar, classifier.sidecar.head.is_of_bags
+    if options.explain:
+        sidecar.require_images("--explain: the adapter", "leave it out; of slides, predict draws the attention")
     for name in ("threshold", "balanced"):
         if getattr(options, name) is not None and sidecar.num_outputs > 1:
             found = f"found {len(sidecar.label_names)}, of which the most probable is predicted"
@@ -81,7 +83,11 @@ def predict(options: PredictOptions) -> str:
         summary += f"\ntransductive: used the images of {options.data} as a whole, for {', '.join(measured)}"
     chosen = {"mixed_precision": options.mixed_precision, "token_merging": options.token_merging}
     if used := [f"--{name} {value}" for name, value in chosen.items() if value not in ("no", 0)]:
-        some = images.select(np.linspace(0, len(images) - 1, min(COMPARED, len(images))).round().astype(int))
+        some = (
+            images
+            if is_of_bags
+            else images.select(np.linspace(0, len(images) - 1, min(COMPARED, len(images))).round().astype(int))
+        )
         changed = _changed(predicted(some), fast(some), threshold)
         summary += f"\n{' and '.join(used)} changed {changed}"
     return summary

@@ -1,13 +1,15 @@
-"""Classification heads: configuration, location in the model, initialization and dropout."""
+"""Classification heads: configuration, location in the model, aggregation of bags, initialization and dropout."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal
+from types import SimpleNamespace
+from typing import Annotated, Literal
 
 import torch
 from peft import PeftModel
+from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,6 +31,8 @@ class HeadConfig:
             second softmax to numbers between 0 and 1: with ten classes, the right one gets at most e / (e + 9) = 0.23,
             the loss stays above 1.46, and the gradient vanishes if the classifier is confident but wrong. Only for
             comparison with publications that did so.
+        aggregation: how the images of a bag get one prediction, see `BagHead`; "none" where each image has its own.
+        attention_width: units of the attention of "abmil".
 
     Raises `HistoError` for values that contradict each other.
     """
@@ -39,6 +43,8 @@ class HeadConfig:
     on: Literal["features", "logits"] = "features"
     train_output_layer: bool = False
     softmax: bool = False
+    aggregation: Literal["none", "abmil", "mean", "max"] = "none"
+    attention_width: Annotated[int, Field(gt=0, le=65536)] = 128
 
     def __post_init__(self) -> None:
         if self.on not in ("features", "logits"):
@@ -61,14 +67,32 @@ class HeadConfig:
                 raise HistoError(
                     f"--head_widths is {options.head_widths!r}, expected whole numbers with commas, such as 512,256"
                 ) from None
-        return cls(widths, options.head_on, options.train_output_layer, options.head_softmax)
+        return cls(
+            widths,
+            options.head_on,
+            options.train_output_layer,
+            options.head_softmax,
+            options.aggregation,
+            options.attention_width,
+        )
 
     def __str__(self) -> str:
         layers = f"hidden layers of {', '.join(map(str, self.widths))} with ReLU" if self.widths else "one linear layer"
         place = "pooled features"
         if self.on == "logits":
             place = f"the backbone's output layer, {'trained as well' if self.train_output_layer else 'kept as it is'}"
-        return f"{layers} on {place}{', ending in a softmax' if self.softmax else ''}"
+        bags = {
+            "none": "",
+            "abmil": f", averaged over each bag by gated attention of {self.attention_width} units",
+            "mean": ", averaged over each bag",
+            "max": ", and of its logits the largest of each bag",
+        }
+        return f"{layers} on {place}{bags[self.aggregation]}{', ending in a softmax' if self.softmax else ''}"
+
+    @property
+    def is_of_bags(self) -> bool:
+        """Whether a prediction is of a bag of images, e.g. of a slide by its patches."""
+        return self.aggregation != "none"
 
     @property
     def is_plain(self) -> bool:
@@ -99,6 +123,98 @@ class Head(nn.Sequential):
             layers.append(nn.Softmax(dim=-1))
         self.add_module("layers", nn.Sequential(*layers))
         self.trained = ("output", "layers") if config.train_output_layer else ("layers",)
+
+
+class GatedAttention(nn.Module):
+    """Scores of images by their features (n, d): (n,), whose softmax over a bag is the attention.
+
+    Ilse et al. 2018, "Attention-based deep multiple instance learning", eq. 9: w . (tanh(V h) * sigmoid(U h)), without
+    biases as there.
+
+    Args:
+        features: d.
+        width: rows of V and U.
+    """
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.signal = nn.Linear(features, width, bias=False)  # V
+        self.gate = nn.Linear(features, width, bias=False)  # U
+        self.score = nn.Linear(width, 1, bias=False)  # w
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.score(torch.tanh(self.signal(features)) * torch.sigmoid(self.gate(features)))
+        return scores[:, 0]
+
+
+class BagHead(Head):
+    """A head for bags of images: one vector of logits for the features of all images of a bag.
+
+    The classifier, `layers`, is the same for all aggregations; d features of n images are aggregated as
+
+    - "abmil": classifier of the features' mean by attention (`GatedAttention`, Ilse et al. 2018, eq. 7 to 9);
+    - "mean": classifier of their mean;
+    - "max": the largest of the images' logits, of each class alone.
+
+    A call takes each image as a bag alone, whose logits are those of the classifier in all three cases: features (B, d)
+    to logits (B, num_outputs). So a model with this head still gives logits of single images.
+    """
+
+    def __init__(self, config: HeadConfig, replaced: nn.Linear, num_outputs: int) -> None:
+        super().__init__(config, replaced, num_outputs)
+        self.aggregation = config.aggregation
+        if config.aggregation == "abmil":
+            self.add_module("attention", GatedAttention(replaced.in_features, config.attention_width))
+            self.trained = (*self.trained, "attention")
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.get_submodule("layers")(features)
+        return logits
+
+    def of_bag(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits (num_outputs,) of a bag by its features (n, d), and the attention (n,), which sums to 1, or None."""
+        # Not by a call of the head itself, which activations from the cache are put into (`activation_cut`).
+        if self.aggregation == "max":
+            return self.forward(features).amax(0), None
+        if self.aggregation == "mean":
+            return self.forward(features.mean(0, keepdim=True))[0], None
+        attention = self.get_submodule("attention")(features).softmax(0)
+        return self.forward((attention @ features)[None])[0], attention
+
+
+def bag_head(model: nn.Module) -> BagHead:
+    """The head of a model for bags."""
+    head = module_of(model)
+    assert isinstance(head, BagHead)
+    return head
+
+
+class HeadInput:
+    """Stores the input of a head, the features (B, d), as `last` in each forward pass, until it is removed."""
+
+    last: torch.Tensor
+
+    def __init__(self, head: nn.Module) -> None:
+        self.remove = head.register_forward_pre_hook(self._keep).remove
+
+    def _keep(self, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.last = inputs[0]
+
+
+class Features(nn.Module):
+    """Wraps a model so that its `logits` are the input of its head, the features."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        head_input = HeadInput(module_of(self.model))
+        try:
+            self.model(pixel_values=pixel_values)
+        finally:
+            head_input.remove()
+        return SimpleNamespace(logits=head_input.last)
 
 
 def name_of(model: PreTrainedModel) -> str:
@@ -155,7 +271,7 @@ def attach(model: PreTrainedModel, config: HeadConfig, num_outputs: int) -> None
     if config.is_plain:
         _initialized(layer)
     else:
-        model.set_submodule(name, Head(config, layer, num_outputs))
+        model.set_submodule(name, (BagHead if config.is_of_bags else Head)(config, layer, num_outputs))
         model.config.num_labels = num_outputs
 
 

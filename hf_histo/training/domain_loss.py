@@ -22,6 +22,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_callback import ExportableState
 
 from hf_histo.models import heads
+from hf_histo.models.heads import HeadInput
 from hf_histo.training.losses import Loss, only
 
 
@@ -226,15 +227,3 @@ class DomainClassifier(nn.Module):
         strength = 2 / (1 + math.exp(-10 * progress)) - 1
         logits = self.layers(_Reverse.apply(features.float(), strength))
         return F.cross_entropy(logits, torch.searchsorted(self.centers, centers))
-
-
-class HeadInput:
-    """Stores the input of a head, the features (B, d), as `last` in each forward pass."""
-
-    last: torch.Tensor
-
-    def __init__(self, head: nn.Module) -> None:
-        head.register_forward_pre_hook(self._keep)
-
-    def _keep(self, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        self.last = inputs[0]

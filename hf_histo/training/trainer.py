@@ -196,19 +196,29 @@ class Trainer(transformers.Trainer):
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         inputs = super()._prepare_inputs(inputs)
+        if self.model is not None and self.model.training:
+            return self._training_inputs(inputs)
+        if self.stored is None:
+            pixel_values = self.pixel_values(inputs, None)
+        else:
+            pixel_values = self.stored.validation.read(0, inputs["index"]).to(self.args.device)
+        # Gathered from all processes, as the labels are.
+        inputs["index"] = torch.from_numpy(inputs["index"]).to(self.args.device)
+        return {"pixel_values": pixel_values, **inputs}
+
+    def _training_inputs(self, inputs: Batch) -> Batch:
+        """A training batch with its views, and with smoothed or mixed labels if the options ask for them."""
+        pixel_values, labels = self._with_soft_labels(self.views_of(inputs), inputs, int(self.state.epoch or 0))
+        return {"pixel_values": pixel_values, **inputs, "labels": labels}
+
+    def views_of(self, batch: Batch) -> torch.Tensor:
+        """Training views of a batch in this epoch, or their cached activations."""
         epoch = int(self.state.epoch or 0)
         view = epoch % self.training_views if self.training_views else epoch
-        training = self.model is not None and self.model.training
         if self.stored is None:
-            pixel_values = self.pixel_values(inputs, view if training else None)
-        else:
-            store = self.stored.training if training else self.stored.validation
-            pixel_values = store.read(view % store.views, inputs["index"]).to(self.args.device)
-        if training:
-            pixel_values, inputs["labels"] = self._with_soft_labels(pixel_values, inputs, epoch)
-        else:  # gathered from all processes, as the labels are
-            inputs["index"] = torch.from_numpy(inputs["index"]).to(self.args.device)
-        return {"pixel_values": pixel_values, **inputs}
+            return self.pixel_values(batch, view)
+        store = self.stored.training
+        return store.read(view % store.views, batch["index"]).to(self.args.device)
 
     def _with_soft_labels(
         self, pixel_values: torch.Tensor, batch: Batch, epoch: int
@@ -250,10 +260,14 @@ class Trainer(transformers.Trainer):
             )
             loss = self.domain_loss.objective(step)
         if model.training:
-            self._unchecked.append(_Loss(loss.detach(), index, self.state.global_step + 1, self.state.epoch))
-            if len(self._unchecked) >= self._checked_after:
-                self._check_losses()
+            self._keep_loss(loss, index)
         return (loss, outputs) if return_outputs else loss
+
+    def _keep_loss(self, loss: torch.Tensor, index: NDArray[np.int64]) -> None:
+        """Keep the loss of a batch of rows `index` until it is checked, at once on a CPU."""
+        self._unchecked.append(_Loss(loss.detach(), index, self.state.global_step + 1, self.state.epoch))
+        if len(self._unchecked) >= self._checked_after:
+            self._check_losses()
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:  # Any: as declared by transformers
         """Check the losses before anything is logged, evaluated or saved; transformers calls this after each step."""
@@ -440,8 +454,9 @@ def build(
     loss: Loss,
     compute_metrics: Callable[..., dict[str, float]],
     callbacks: Sequence[TrainerCallback] = (),
+    kind: Callable[..., Trainer] = Trainer,
 ) -> Trainer:
-    """Create a `Trainer` of `model` from the options, with checkpoints in `folder`."""
+    """Create a `Trainer` of `model` from the options, or another `kind` of it, with checkpoints in `folder`."""
     options = config.training
     optimizer, settings = OPTIMIZERS[options.optimizer]
     settings = {**settings, "lr": options.learning_rate, "weight_decay": options.weight_decay}
@@ -452,7 +467,7 @@ def build(
     balanced = {"labels": options.class_balance == "sampling", "centers": config.centers.balance_centers}
     patience = options.early_stopping_patience
     stopping = [EarlyStoppingCallback(patience)] if patience else []
-    return Trainer(
+    return kind(
         model=adapters.channels_last(model),
         loss=loss,
         args=training_arguments(config, folder),

@@ -399,7 +399,7 @@ def test_what_changes_no_result() -> None:
         *("cache_dir", "activation_checkpointing", "cache_features", "num_workers", "per_device_eval_batch_size"),
         *("resume_from_checkpoint", "output_dir", "overwrite_output_dir", "preview", "explain", "push_to_hub"),
         *("hub_model_id", "hub_base_model", "hub_private", "hub_revision", "hub_create_pr", "image_root"),
-        *("report_to", "run_name", "verbose", "robustness", "store_patches"),
+        *("report_to", "run_name", "verbose", "robustness", "store_patches", "chunk_size"),
     } == NON_RESULT_OPTIONS
     assert with_role("source") == {"data", "backbone", "revision"}
 

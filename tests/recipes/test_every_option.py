@@ -27,6 +27,7 @@ from miniature import (
     SIZE,
     write_adapter,
     write_backbone,
+    write_bags,
     write_centers,
     write_data,
     write_hf_vit,
@@ -79,6 +80,7 @@ VALUES: dict[str, Any] = {
     "shots": 2,
     "revision": "v1",
     "head_widths": "8",
+    "bag_size": 2,
     "text_prompt": "a picture of {}",
     "fit": "squash",
     "image_size": 24,
@@ -154,6 +156,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
     write_centers(folder / "other")
     write_shards(folder / "shards")
     write_image_table(folder)
+    write_bags(folder / "bags")
     write_adapter(folder / "adapter", backbone)
     write_backbone(folder / "other_backbone", seed=1)
     yield Source(folder, backbone, data)
@@ -202,6 +205,8 @@ def needed(name: str, source: Source) -> dict[str, Any]:
         found["hub_model_id"] = "me/model"
     if name == "streaming":
         found["data"] = f"hub:{source.folder / 'shards'}"
+    if name == "aggregation" or "aggregation" in found:
+        found["data"] = source.folder / "bags" / "bags.csv"
     if name in OF_A_TABLE:
         found["data"] = source.folder / "table" / "images.csv"
     return found | NEEDS.get(name, {})
@@ -280,6 +285,7 @@ def outcome(result: Result, seen: Mapping[str, Any]) -> dict[str, Any]:
             arguments.per_device_eval_batch_size,
             any(getattr(module, "grad_checkpointing", False) for module in seen["session"].model.modules()),
             seen.get("caching"),
+            getattr(seen["session"], "chunk_size", None),
         ),
         "written": sorted(str(path.relative_to(run)) for path in [*run.glob("*.png"), *run.glob("*/figures/*")]),
         "reported": (seen.get("reported"), (run / run_folder.TENSORBOARD).is_dir(), seen.get("verbose")),
@@ -331,6 +337,7 @@ def test_every_option_is_read_in_a_training(
     chosen = ("head_widths", "domain_weight", "lr_scheduler_patience", "hub_private")
     options = {key: value for name in chosen for key, value in variants(name, source)[1].items()}
     outcome_of(**options, num_train_epochs=1, seed=1)
+    outcome_of(**variants("bag_size", source)[1], num_train_epochs=1, seed=1)
     for option in ("block_size", "num_frequencies"):  # with other methods of peft, of which one does not fit
         with pytest.raises(HistoError) if option in REFUSED_IN_MINIATURE else nullcontext():
             outcome_of(**variants(option, source)[1], num_train_epochs=1, seed=1)

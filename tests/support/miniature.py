@@ -150,6 +150,22 @@ def write_image_table(folder: Path, count: int = 72) -> Path:
     return folder / "table" / "images.csv"
 
 
+def write_bags(folder: Path, groups: int = 24, size: int = 6) -> Path:
+    """Save `bags.csv` with images of groups of two classes and centers, in splits; a tumor group has one dark image."""
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for group in range(groups):
+        split, label = ("train", "train", "val", "test")[group // 2 % 4], ("normal", "tumor")[group % 2]
+        for number in range(size):
+            image = np.random.default_rng([group, number]).integers(120, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+            if label == "tumor" and number == group % size:
+                image //= 4
+            PIL.Image.fromarray(image).save(folder / "images" / f"{group}_{number}.png")
+            rows.append((f"images/{group}_{number}.png", label, split, group // 4 % 2, f"G{group}"))
+    pd.DataFrame(rows, columns=["image", "label", "split", "center", "group"]).to_csv(folder / "bags.csv", index=False)
+    return folder / "bags.csv"
+
+
 def divide_training(folder: Path) -> None:
     """Divide the training images of a `write_data` folder between centers 0 and 3; a slide, two images, is in one."""
     with h5py.File(folder / "train.h5", "r+") as file:

@@ -35,8 +35,8 @@ class TableOfSlides(FolderBuilder):
 
     A table (as of images, see `image_table.TableOfImages`) is one of slides if it has a column `slide` and none of
     images. It may have columns for label, patient (or case), center, split and annotations. Annotations are the file
-    that the table names, else the GeoJSON of the slide's name beside it. A folder without a table is the slides beside
-    its GeoJSON files.
+    that the table names, else the GeoJSON of the slide's name beside it; with `--annotations_column none` there are
+    none. A folder without a table is the slides beside its GeoJSON files.
 
     A slide becomes the patches of `slides.grid`. On a slide with annotations, a patch has the class of which they
     cover at least `--min_overlap`; it is left out where they do so for two classes or for none, but has the class
@@ -71,9 +71,12 @@ class TableOfSlides(FolderBuilder):
             return _annotated(directory)
         rows = image_rows.read(directory, options, image_rows.NAMED_OF_SLIDES)
         root = image_rows.root_of(directory, options)
+        ignored = options.annotations_column == image_rows.WITHOUT
         found = [
             image_rows.located(row["where"], row["annotations"], root, "annotations")
             if row["annotations"]
+            else None
+            if ignored
             else geojson.beside(row["path"])
             for row in rows.to_dict("records")
         ]

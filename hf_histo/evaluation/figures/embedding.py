@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import nn
@@ -16,21 +14,7 @@ from torch import nn
 from hf_histo.evaluation.figures.style import COLORS, GRAY, drawing
 from hf_histo.evaluation.forward import forward
 from hf_histo.models import heads
-from hf_histo.training.domain_loss import HeadInput
 from hf_histo.transforms.pipeline import Pipeline
-
-
-class _Features(nn.Module):
-    """Wraps a model so that its `logits` are the input of its head, the features."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.head_input = HeadInput(heads.module_of(model))
-
-    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
-        self.model(pixel_values=pixel_values)
-        return SimpleNamespace(logits=self.head_input.last)
 
 
 def features(
@@ -42,7 +26,7 @@ def features(
     description: str = "Computing features",
 ) -> NDArray[np.float64]:
     """Features (n, d), the head's input, of the images of a schema table in order; arguments are as for `forward`."""
-    return forward(_Features(model), dataset, pipeline, adapt_batch_norm=adapt_batch_norm, description=description)
+    return forward(heads.Features(model), dataset, pipeline, adapt_batch_norm=adapt_batch_norm, description=description)
 
 
 def embedding_map(

@@ -18,7 +18,7 @@ def draw(
     folder: Path,
     history: Sequence[Mapping[str, float]],
     tables: Mapping[str, Predictions],
-    validation: datasets.Dataset,
+    validation: datasets.Dataset | None,
 ) -> dict[str, Path]:
     """Draw all figures as PNGs, plots also as SVGs beside them; return the paths of the PNGs by title, in order.
 
@@ -26,7 +26,7 @@ def draw(
         folder: folder of the PNGs.
         history: `trainer.state.log_history`.
         tables: predictions by split, including "val".
-        validation: schema table of the split `val`.
+        validation: schema table of the split `val`; None where predictions are not of single images.
     """
     labeled = {split: table for split, table in tables.items() if (table["label"] >= 0).any()}
     report.training_curve(history, folder / "training_curve.png")
@@ -38,6 +38,8 @@ def draw(
         report.confusion_matrix(table, confusion, vector=True)
         calibration.reliability_diagram(table, reliability, vector=True)
         figures |= {f"Confusion matrix of {split}": confusion, f"Reliability of {split}": reliability}
+    if validation is None:
+        return figures
     image_of = image_reader(datasets.DatasetDict(val=validation))
     report.worst_errors(tables["val"], partial(image_of, "val"), folder / "worst_errors.png")
     return figures | {"The worst errors of val": folder / "worst_errors.png"}
