@@ -22,6 +22,7 @@ def main() -> None:
         slides_per_center=options.slides_per_center,
         cells=options.cells,
         kind=options.kind,
+        tumor_patches=options.tumor_patches,
     )
 
 

@@ -260,6 +260,11 @@ class MakeSlidesOptions:
     )
     slides_per_center: int = option(4, "slides of each of five centers", at_least=1)
     cells: int = option(10, "of 96 pixels (48 micrometers) along the side of a slide", at_least=1, at_most=200)
+    tumor_patches: int | None = option(
+        None,
+        "cells of tumor on a slide with tumor, side by side (default: a region of a third of the tissue)",
+        at_least=1,
+    )
     seed: int = option(0, "of all that is drawn", at_least=0)
 
 

@@ -1,7 +1,8 @@
 """Pyramidal slides of the synthetic tissue, with annotations as QuPath exports them: for demos and tests.
 
 A slide is a section of tissue on glass, made of the patches of `tissue`: tumor within one region of a slide with tumor,
-normal tissue around it. Slides of a center have its stain, those of a patient nothing in common but the name.
+or in a few patches of it, normal tissue around it. Slides of a center have its stain, those of a patient nothing in
+common but the name.
 """
 
 from __future__ import annotations
@@ -52,13 +53,25 @@ class Section:
     labels: NDArray[np.int64]
 
 
-def draw(rng: np.random.Generator, center: int, *, cells: int = 10, tumor: bool = True) -> Section:
-    """Draw a slide of `center`, 0 to 4: `cells` x `cells` patches, with tissue in an ellipse, and tumor within it."""
+def draw(
+    rng: np.random.Generator, center: int, *, cells: int = 10, tumor: bool = True, tumor_patches: int | None = None
+) -> Section:
+    """Draw a slide of `center`, 0 to 4: `cells` x `cells` patches, with tissue in an ellipse, and tumor within it.
+
+    The tumor is an ellipse as well, or the `tumor_patches` patches of tissue that are nearest to a point in the middle.
+    """
     source = tissue.slide(rng, center)
     grid = (np.mgrid[:cells, :cells] + 0.5) / cells
     labels = np.where(_ellipse(grid, np.array([0.5, 0.5]), rng.uniform(0.38, 0.48, 2)), 0, -1)
     if tumor:
-        labels[(labels == 0) & _ellipse(grid, rng.uniform(0.42, 0.58, 2), rng.uniform(0.22, 0.3, 2))] = 1
+        middle = rng.uniform(0.42, 0.58, 2)
+        if tumor_patches is None:
+            labels[(labels == 0) & _ellipse(grid, middle, rng.uniform(0.22, 0.3, 2))] = 1
+        else:
+            rows, columns = np.nonzero(labels == 0)
+            distance = np.hypot(*(grid[:, rows, columns] - middle[:, None]))
+            nearest = np.argsort(distance, kind="stable")[:tumor_patches]
+            labels[rows[nearest], columns[nearest]] = 1
     side = tissue.SIZE
     image = np.empty((cells * side, cells * side, 3), np.uint8)
     white = 255 * np.array(source.white) ** source.gamma
@@ -97,6 +110,7 @@ def generate(
     slides_per_center: int = 4,
     cells: int = 10,
     kind: str = "tiff",
+    tumor_patches: int | None = None,
 ) -> None:
     """Write slides of the five centers, and `slides.csv`, into the new folder `directory`.
 
@@ -110,6 +124,7 @@ def generate(
         slides_per_center: number of slides of each center.
         cells: patches of 96 pixels, 48 micrometers, along a side.
         kind: "tiff", "jpeg" (the same, compressed with loss), "ome-tiff", or "dicom" (a folder for each slide).
+        tumor_patches: patches of tumor on a slide with tumor, see `draw`; by default a region of about a third.
 
     Raises `HistoError` for an unknown kind, a size that is not positive, and a folder that exists.
     """
@@ -117,8 +132,8 @@ def generate(
     writers = {"tiff": ".tif", "jpeg": ".tif", "ome-tiff": ".ome.tif", "dicom": ""}
     if kind not in writers:
         raise HistoError(f"kind={kind}: expected one of {', '.join(writers)}; choose one of these")
-    for name, value in (("slides_per_center", slides_per_center), ("cells", cells)):
-        if value < 1:
+    for name, value in (("slides_per_center", slides_per_center), ("cells", cells), ("tumor_patches", tumor_patches)):
+        if value is not None and value < 1:
             raise HistoError(f"{name}={value}: expected at least 1; pass a positive number")
     if directory.exists():
         raise HistoError(f"directory={directory}: exists, expected a new folder; remove it or choose another")
@@ -133,7 +148,8 @@ def generate(
         for center, split in sorted(splits.items()):
             for number in range(slides_per_center):
                 name, has_tumor = f"center{center}_slide{number}", number % 2 == 0
-                section = draw(np.random.default_rng([seed, center, number]), center, cells=cells, tumor=has_tumor)
+                rng = np.random.default_rng([seed, center, number])
+                section = draw(rng, center, cells=cells, tumor=has_tumor, tumor_patches=tumor_patches)
                 path = folder / f"{name}{writers[kind]}"
                 if kind == "dicom":
                     write_dicom(path, section.image, name=name)

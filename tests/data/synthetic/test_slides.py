@@ -96,3 +96,16 @@ def test_invalid_calls_are_refused(tmp_path: Path) -> None:
         slides.generate(tmp_path / "new", cells=0)
     with pytest.raises(HistoError, match="exists, expected a new folder"):
         slides.generate(tmp_path)
+
+
+def test_a_few_patches_of_tumor_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch = np.zeros((3, tissue.SIZE, tissue.SIZE), np.uint8)
+    monkeypatch.setattr(tissue, "pair", lambda rng, source: (patch, patch))  # takes most of the time
+    for seed in range(5):
+        labels = slides.draw(np.random.default_rng(seed), 1, cells=6, tumor_patches=2).labels
+        first, second = np.argwhere(labels == 1)
+        assert np.abs(first - second).sum() <= 2
+        assert (labels == 0).sum() > 10
+        assert not (
+            slides.draw(np.random.default_rng(seed), 1, cells=6, tumor=False, tumor_patches=2).labels == 1
+        ).any()
