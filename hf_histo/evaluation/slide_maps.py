@@ -95,13 +95,20 @@ def color_of(place: int) -> str:
 
 
 def tiles(
-    grid: Grid, probabilities: NDArray[np.float64], classes: NDArray[np.int64], label_names: Sequence[str]
+    grid: Grid,
+    probabilities: NDArray[np.float64],
+    classes: NDArray[np.int64],
+    label_names: Sequence[str],
+    attention: NDArray[np.float64] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A GeoJSON feature for each tile, with its class and probabilities."""
-    for (left, top), row, chosen in zip(grid.corners.tolist(), probabilities.tolist(), classes.tolist(), strict=True):
+    """A GeoJSON feature for each tile, with its class, probabilities and, if given, attention (n,)."""
+    rows = zip(grid.corners.tolist(), probabilities.tolist(), classes.tolist(), strict=True)
+    for number, ((left, top), row, chosen) in enumerate(rows):
         right, bottom = left + grid.size, top + grid.size
         ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
         measured = {f"probability {name}": value for name, value in zip(label_names, row, strict=True)}
+        if attention is not None:
+            measured["attention"] = float(attention[number])
         yield _feature({"type": "Polygon", "coordinates": [ring]}, "tile", chosen, label_names, measured)
 
 

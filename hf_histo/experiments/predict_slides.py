@@ -12,7 +12,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from hf_histo.data.reading import Reading
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import slide_maps
 from hf_histo.evaluation.figures.slide_heat_map import slide_heat_map
-from hf_histo.evaluation.predictions import decided, harmless
+from hf_histo.evaluation.predictions import Predictions, decided, harmless
 from hf_histo.experiments.grid import each_once
 from hf_histo.files import atomic_file, atomic_folder, checksums, locked, read_json, require_output, write_json
 from hf_histo.inference import Classifier, Ensemble
@@ -53,6 +52,23 @@ class Listed:
     name: str
     path: Path
     center: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model predicts of a slide.
+
+    Attributes:
+        probabilities: float64 (n, K), of the tiles; with an adapter of bags, of each as if it were a slide alone.
+        transductive: what was measured on the tiles as a whole.
+        slide: with an adapter of bags, its prediction of the slide, in one row; else None.
+        attention: float64 (n,), the weight of each tile in that prediction, with a sum of 1; None without attention.
+    """
+
+    probabilities: NDArray[np.float64]
+    transductive: list[str]
+    slide: Predictions | None = None
+    attention: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -258,52 +274,64 @@ def _predict(job: Job, each: Listed) -> dict[str, Any]:
         assume_mpp=options.assume_mpp,
     )
     slides.require_patches(grid, each.path, "tile")
-    probabilities, transductive = _probabilities(job, each, grid)
+    model = _found(job, each, grid)
+    probabilities, attention = model.probabilities, model.attention
     classes = decided(probabilities, job.threshold)
     found = slide_maps.slide_map(grid, probabilities, job.threshold)
     scale = max(1.0, max(slide.width, slide.height) / OVERVIEW)
     overview, _ = slides.overview(slide, scale)
     folder = job.folder(each)
     with atomic_folder(folder) as temporary:
-        _write_tiles(temporary / "tiles.csv", each, grid, probabilities, [names[place] for place in classes], names)
+        _write_tiles(temporary / "tiles.csv", each, grid, model, [names[place] for place in classes], names)
         features = (
-            slide_maps.tiles(grid, probabilities, classes, names)
+            slide_maps.tiles(grid, probabilities, classes, names, attention)
             if options.geojson == "tiles"
             else slide_maps.regions(found, names)
         )
         slide_maps.write_geojson(temporary / f"{options.geojson}.geojson", features)
         slide_heat_map(found, overview, scale, names, temporary / "heat_map.png", title=each.name)
+        if attention is not None:
+            heat = attention / attention.max()
+            weights = slide_maps.slide_map(grid, np.stack([1 - heat, heat], axis=1), threshold=0.5)
+            drawn = temporary / "attention.png"
+            slide_heat_map(weights, overview, scale, names[:2], drawn, title=each.name, shown="attention / its maximum")
         scores: dict[str, Any] = dict(slide_maps.scores(found, probabilities, names, options.top_k))
+        if model.slide is not None:
+            (of_classes,) = model.slide.class_probabilities.tolist()
+            scores |= {f"probability_{name}": value for name, value in zip(names, of_classes, strict=True)}
+            scores["predicted"] = harmless(model.slide["predicted"].iloc[0])
         scores["seconds"] = round(time.monotonic() - start, 2)
-        if transductive:
-            scores["transductive"] = ", ".join(transductive)
+        if model.transductive:
+            scores["transductive"] = ", ".join(model.transductive)
         write_json(temporary / RECORD, {"slide": state, **job.made_by, "scores": scores})
         if folder.exists():  # of another adapter, see `_refuse_others`
             shutil.rmtree(folder)
     return scores
 
 
-def _probabilities(job: Job, each: Listed, grid: Grid) -> tuple[NDArray[np.float64], list[str]]:
-    """Probabilities (n, K) of the tiles, and what was measured on them as a whole."""
+def _found(job: Job, each: Listed, grid: Grid) -> Found:
+    """Predict the tiles, and with an adapter of bags the slide."""
     members = job.classifier.members if isinstance(job.classifier, Ensemble) else [job.classifier]
     # What is measured on a slide's tiles is measured on all of them.
     measures = any(member.sidecar.normalizer or member.sidecar.adapt_batch_norm for member in members)
     chunk = len(grid.corners) if measures else CHUNK
-    predicted = partial(
-        job.classifier.predict,
-        threshold=job.options.threshold,
-        batch_size=job.options.batch_size,
-        num_workers=job.options.num_workers,
-        mixed_precision=job.options.mixed_precision,
-        description=each.name,
-        is_shared=False,
-    )
+    how: dict[str, Any] = {
+        "threshold": job.options.threshold,
+        "batch_size": job.options.batch_size,
+        "num_workers": job.options.num_workers,
+        "mixed_precision": job.options.mixed_precision,
+        "description": each.name,
+        "is_shared": False,
+    }
+    if job.classifier.sidecar.head.is_of_bags:
+        slide, tiles = job.classifier.predict_bags(_patches(job, each, grid, grid.corners), **how)
+        return Found(tiles.probabilities, list(slide.transductive or ()), slide, tiles.attention)
     parts, transductive = [], dict[str, None]()
     for first in range(0, len(grid.corners), chunk):
-        table = predicted(_patches(job, each, grid, grid.corners[first : first + chunk]))
+        table = job.classifier.predict(_patches(job, each, grid, grid.corners[first : first + chunk]), **how)
         parts.append(table.class_probabilities)
         transductive |= dict.fromkeys(table.transductive or ())
-    return np.concatenate(parts), list(transductive)
+    return Found(np.concatenate(parts), list(transductive))
 
 
 def _patches(job: Job, each: Listed, grid: Grid, corners: NDArray[np.int64]) -> datasets.Dataset:
@@ -325,12 +353,14 @@ def _write_tiles(
     path: Path,
     each: Listed,
     grid: Grid,
-    probabilities: NDArray[np.float64],
+    found: Found,
     classes: Sequence[str],
     label_names: Sequence[str],
 ) -> None:
-    """Write `tiles.csv`: slide, x, y and size in pixels of level 0, predicted class, probability of each class."""
+    """Write `tiles.csv`: slide, x, y, size in pixels of level 0, class, probability of each class, and attention."""
     columns = {"slide": harmless(each.name), "x": grid.corners[:, 0], "y": grid.corners[:, 1], "size": grid.size}
     columns |= {"predicted": [harmless(name) for name in classes]}
-    columns |= {f"probability_{name}": probabilities[:, place] for place, name in enumerate(label_names)}
+    columns |= {f"probability_{name}": found.probabilities[:, place] for place, name in enumerate(label_names)}
+    if found.attention is not None:
+        columns["attention"] = found.attention
     pd.DataFrame(columns).to_csv(path, index=False)

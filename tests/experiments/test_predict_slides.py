@@ -29,7 +29,7 @@ from hf_histo.experiments import predict_slides as command
 from hf_histo.experiments.predict_slides import predict_slides
 from hf_histo.files import read_json
 from hf_histo.inference import Classifier
-from hf_histo.models import backbones
+from hf_histo.models import backbones, heads
 from hf_histo.transforms import preprocessing
 from hf_histo.transforms.preprocessing import Preprocessing
 
@@ -329,3 +329,30 @@ def test_predict_with_slides_is_this_command(
     with pytest.raises(SystemExit):
         main(["predict", *map(str, [inputs.folder / "glass.tif", *shared[:3], tmp_path / "out"])])
     assert "error: 1 of 1 slides failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("aggregation", ["abmil", "max"])
+def test_an_adapter_of_slide_labels_gives_a_score_and_attention(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aggregation: str
+) -> None:
+    monkeypatch.setattr(command, "slide_heat_map", slide_heat_map)
+    backbone = inputs.folder / "backbone"
+    head = heads.HeadConfig(aggregation=aggregation, attention_width=8)  # type: ignore[arg-type]
+    adapter = write_adapter(tmp_path / "adapter", backbone, preprocessing=trained_on_slides(backbone), head=head)
+    predict_slides(replace(inputs, adapter=adapter).options(tmp_path / "out", slides="a.tif"))
+    table = pd.read_csv(tmp_path / "out" / "a" / "tiles.csv")
+    (row,) = pd.read_csv(tmp_path / "out" / "slides.csv").to_dict("records")
+    features = read_json(tmp_path / "out" / "a" / "tiles.geojson")["features"]
+    odds = np.log(table["probability_tumor"] / table["probability_normal"])
+    assert (tmp_path / "out" / "a" / "attention.png").is_file() == (aggregation == "abmil")
+    if aggregation == "abmil":
+        assert table["attention"].sum() == pytest.approx(1)
+        assert np.ptp(table["attention"]) > 0
+        assert [each["properties"]["measurements"]["attention"] for each in features] == table["attention"].tolist()
+        logit = (table["attention"] * odds).sum()  # the classifier is linear
+    else:
+        assert "attention" not in table
+        logit = odds.max()
+    assert row["probability_tumor"] == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-4)
+    assert row["probability_normal"] == pytest.approx(1 - row["probability_tumor"])
+    assert row["predicted"] == ("tumor" if row["probability_tumor"] >= 0.5 else "normal")

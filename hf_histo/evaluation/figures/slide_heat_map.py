@@ -26,11 +26,12 @@ def slide_heat_map(
     path: str | Path,
     *,
     title: str = "",
+    shown: str | None = None,
 ) -> None:
     """Draw the map over an overview (h, w, 3) of the slide, `scale` pixels of level 0 per pixel, as a PNG.
 
-    Of two classes, the probability of the second; of more, the color of the predicted one, more opaque where its
-    probability is larger. Where no tile is, the overview stays as it is.
+    Of two classes, the probability of the second, or what `shown` names; of more, the color of the predicted one, more
+    opaque where its probability is larger. Where no tile is, the overview stays as it is.
     """
     height, width = overview.shape[:2]
     rows, columns, inside = found.at((height, width), scale)
@@ -50,9 +51,9 @@ def slide_heat_map(
         axes.imshow(image)
         axes.set_title(short(title, 60))
         if len(label_names) == 2:
-            shown = ListedColormap(heat_colors(np.linspace(0, 1, 256)))
-            bar = figure.colorbar(ScalarMappable(Normalize(0, 1), shown), ax=axes, shrink=0.6)
-            bar.set_label(f"P({label_names[1]})")
+            palette = ListedColormap(heat_colors(np.linspace(0, 1, 256)))
+            bar = figure.colorbar(ScalarMappable(Normalize(0, 1), palette), ax=axes, shrink=0.6)
+            bar.set_label(shown or f"P({label_names[1]})")
         else:
             handles = [Patch(color=color_of(place), label=name) for place, name in enumerate(label_names)]
             figure.legend(handles=handles, loc="outside right upper")
