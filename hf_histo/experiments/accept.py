@@ -22,7 +22,7 @@ from hf_histo.evaluation.figures import embedding
 from hf_histo.evaluation.prediction_sets import group_numbers
 from hf_histo.evaluation.predictions import Predictions, independent_groups
 from hf_histo.evaluation.reporting import documents
-from hf_histo.evaluation.site_acceptance import Evidence, Shift
+from hf_histo.evaluation.site_acceptance import Estimate, Evidence, Shift
 from hf_histo.files import atomic_file, require_output, write_json
 from hf_histo.inference import Classifier
 
@@ -74,6 +74,7 @@ def accept(options: AcceptOptions) -> str:
     )
     verdict, reasons = site_acceptance.decide(evidence)
     compared = "features" if options.reference else "log odds"
+    withheld = bool(site_acceptance.differences(evidence))
     write_json(
         output / RECORD,
         {
@@ -83,8 +84,11 @@ def accept(options: AcceptOptions) -> str:
             "groups": len(set(group_numbers(new))),
             "labeled": 0 if few is None else len(few),
             "compared": compared,
-            "evidence": dataclasses.asdict(evidence),
-            "predicted": {name: dataclasses.asdict(estimate) for name, estimate in predicted.items()},
+            "evidence": {
+                **dataclasses.asdict(evidence),
+                "predicted": _recorded(evidence.predicted, withheld=withheld),
+            },
+            "predicted": {name: _recorded(estimate, withheld=withheld) for name, estimate in predicted.items()},
             "transductive": new.transductive,
         },
     )
@@ -99,8 +103,9 @@ def accept(options: AcceptOptions) -> str:
         reasons=reasons,
         advice=ADVICE[verdict],
         evidence=evidence,
+        interval=_interval(evidence.predicted, withheld=withheld),
         transductive=new.transductive,
-        rows=_rows(evidence, predicted, compared),
+        rows=_rows(evidence, predicted, compared, withheld=withheld),
     )
     with atomic_file(output / "acceptance.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -117,7 +122,7 @@ def weighed(
     color_p_value: float | None = None,
     shift: Shift | None = None,
     seed: int = 0,
-) -> tuple[Evidence, dict[str, site_acceptance.Estimate]]:
+) -> tuple[Evidence, dict[str, Estimate]]:
     """The evidence about a site, and its accuracy as predicted in several ways.
 
     Args:
@@ -184,7 +189,16 @@ def _features(classifier: Classifier, images: datasets.Dataset, new: Predictions
     return site_acceptance.shift(vectors[0], vectors[1], groups, group_numbers(new))
 
 
-def _rows(evidence: Evidence, predicted: dict[str, site_acceptance.Estimate], compared: str) -> list[list[object]]:
+def _recorded(estimate: Estimate, *, withheld: bool) -> dict[str, float | None]:
+    """A predicted accuracy as the record holds it: without its interval where that is withheld."""
+    return dataclasses.asdict(estimate) | ({"low": None, "high": None} if withheld else {})
+
+
+def _interval(estimate: Estimate, *, withheld: bool) -> str:
+    return "withheld: the site differs" if withheld else f"{estimate.low:.3f}–{estimate.high:.3f}"
+
+
+def _rows(evidence: Evidence, predicted: dict[str, Estimate], compared: str, *, withheld: bool) -> list[list[object]]:
     """What was measured: a header, and a row for each test and estimate."""
     titles = {
         "atc": "accuracy, predicted by average thresholded confidence",
@@ -196,7 +210,7 @@ def _rows(evidence: Evidence, predicted: dict[str, site_acceptance.Estimate], co
     rows.append(
         [f"{compared}, against val: energy distance", evidence.shift.distance, f"p = {evidence.shift.p_value:.4f}"]
     )
-    rows += [[titles[name], of.value, f"{of.low:.3f}–{of.high:.3f}"] for name, of in predicted.items()]
+    rows += [[titles[name], of.value, _interval(of, withheld=withheld)] for name, of in predicted.items()]
     rows.append(["accuracy on val", evidence.accuracy, None])
     if evidence.labeled is not None:
         rows.append(["accuracy, by labels", None, f"{evidence.labeled[0]:.3f}–{evidence.labeled[1]:.3f}"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import pytest
 from fixtures import write_challenge
 from miniature import SIZE, config, write_centers, write_data
@@ -47,6 +49,24 @@ def test_a_verdict_with_its_page_and_record(
 
     shown = shown_by("accept.py", *common, str(tmp_path / "plain"))
     assert "already holds acceptance.json" in shown
+
+
+def test_where_colors_differ_no_interval_of_the_predicted_accuracy_is_given(
+    trained: tuple[Path, Path], tmp_path: Path, shown_by: Callable[..., str]
+) -> None:
+    adapter, site = trained
+    shutil.copy(site, tmp_path / "stained.h5")
+    with h5py.File(tmp_path / "stained.h5", "r+") as file:
+        for group in file.values():
+            group["img"][0] = 255 - group["img"][0]
+    places = f"--data {tmp_path / 'stained.h5'} --cache_dir {tmp_path / 'cache'} --output_dir {tmp_path / 'out'}"
+    shown = shown_by("accept.py", "--adapter", str(adapter), *places.split())
+    assert shown.startswith("recalibrate: the colors differ from those of training")
+    found = json.loads((tmp_path / "out" / "acceptance.json").read_text())
+    for estimate in (*found["predicted"].values(), found["evidence"]["predicted"]):
+        assert 0 <= estimate["value"] <= 1 and estimate["low"] is None and estimate["high"] is None
+    page = (tmp_path / "out" / "acceptance.html").read_text()
+    assert page.count("withheld: the site differs") == 3
 
 
 @pytest.mark.parametrize(
