@@ -322,10 +322,14 @@ def cost(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) -> 
 
 @dataclass(frozen=True)
 class Robustness:
-    """Robustness index and average performance drop of the features of a row, over its runs; see `robustness`."""
+    """Robustness index and average performance drop of the features of a row, over its runs; see `robustness`.
+
+    `withheld` has the reason of each run that has none.
+    """
 
     index: Spread
     drop: Spread
+    withheld: list[str]
 
 
 def robustness(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Path) -> dict[str, Robustness]:
@@ -339,6 +343,7 @@ def robustness(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Pat
         when: Robustness(
             spread(of["index"] for of in measured),
             spread(of["drop"] and of["drop"]["average_performance_drop"] for of in measured),
+            [of["reason"] for of in measured if of["reason"]],
         )
         for when, measured in sides.items()
     }
@@ -436,6 +441,9 @@ def markdown(
             "Robustness index: 1 where neighbors in the features share the class alone, 0 where the center alone; "
             "average performance drop: of accuracy, where class and center go together in training (0 is best)."
         )
+    for row, sides in ((row, robust[stem]) for stem, row in rows.items()):
+        if reasons := dict.fromkeys(reason for side in sides.values() for reason in side.withheld):
+            notes.append(f"Robustness of {row.published.name} withheld: {'; '.join(reasons)}.")
     if any(row.published.balanced for row in rows.values()):
         notes.append("Balanced: class 1 for half of the images of the split, found on them as a whole, without labels.")
     published = [row.published for row in rows.values() if row.published.reported is not None]

@@ -197,7 +197,9 @@ def test_robustness_and_what_is_transductive(
     drops = [{"average_performance_drop": drop} for drop in (-0.056, -0.079)]
     before, after = (measured | {"index": at, "drop": drop} for at, drop in zip((0.397, 0.317), drops, strict=True))
     found = {"splits": ["val", "test"], "before": before, "after": after}
-    monkeypatch.setattr(stages, "_robustness", lambda *_: found)  # of so few images, there is none
+    call([rows[0]], tmp_path / "few", "--seeds=1", "--robustness")
+    assert "withheld: expected two centers with at least 20" in (tmp_path / "few" / "validation.md").read_text()
+    monkeypatch.setattr(stages, "_robustness", lambda *_: found)
     rows[0].write_text(rows[0].read_text() + "normalization: rgb\n")
     call([rows[0]], tmp_path / "out", "--seeds=1", "--protocol=leave_one_center_out", "--robustness")
     written = json.loads((tmp_path / "out" / "leave_one_center_out.json").read_text())["rows"]["a_linear"]
