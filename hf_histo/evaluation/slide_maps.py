@@ -102,11 +102,11 @@ def tiles(
     attention: NDArray[np.float64] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A GeoJSON feature for each tile, with its class, probabilities and, if given, attention (n,)."""
-    rows = zip(grid.corners.tolist(), probabilities.tolist(), classes.tolist(), strict=True)
-    for number, ((left, top), row, chosen) in enumerate(rows):
+    for number, (corner, row, chosen) in enumerate(zip(grid.corners, probabilities, classes, strict=True)):
+        left, top = corner.tolist()  # not of all tiles at once, which takes hundreds of MB
         right, bottom = left + grid.size, top + grid.size
         ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
-        measured = {f"probability {name}": value for name, value in zip(label_names, row, strict=True)}
+        measured = {f"probability {name}": value for name, value in zip(label_names, row.tolist(), strict=True)}
         if attention is not None:
             measured["attention"] = float(attention[number])
         yield _feature({"type": "Polygon", "coordinates": [ring]}, "tile", chosen, label_names, measured)

@@ -7,6 +7,7 @@ several processes, of one launch or of several commands, share the slides.
 
 from __future__ import annotations
 
+import glob
 import logging
 import shutil
 import time
@@ -281,6 +282,9 @@ def _predict(job: Job, each: Listed) -> dict[str, Any]:
     scale = max(1.0, max(slide.width, slide.height) / OVERVIEW)
     overview, _ = slides.overview(slide, scale)
     folder = job.folder(each)
+    # Left by a process that was killed; this one holds the slide's lock.
+    for left in folder.parent.glob(f".{glob.escape(each.name)}.{8 * '?'}.incomplete"):
+        shutil.rmtree(left)
     with atomic_folder(folder) as temporary:
         _write_tiles(temporary / "tiles.csv", each, grid, model, [names[place] for place in classes], names)
         features = (

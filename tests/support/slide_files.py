@@ -58,3 +58,18 @@ def write_slides(folder: Path, count: int = 6) -> Path:
         rows.append(f"s{number}.tif,{'' if annotated else 'normal'},p{number},{'AB'[number % 2]}")
     (folder / "slides.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return folder / "slides.csv"
+
+
+def write_sparse(path: Path, side: int, share: float) -> Path:
+    """A slide of `side` pixels, with a disk of noise of tissue's saturation on that share of it, and nothing else."""
+    noise = np.random.default_rng(0).integers([120, 40, 120], [200, 120, 200], (slides.TILE, slides.TILE, 3), np.uint8)
+    shapes = [(side, side)]
+    while shapes[-1][0] > slides.TILE:
+        shapes.append((shapes[-1][0] // 2,) * 2)
+
+    def tile_at(level: int, row: int, column: int) -> np.ndarray | None:
+        y, x = ((place + 0.5) * slides.TILE / shapes[level][0] - 0.5 for place in (row, column))
+        return noise if np.pi * (x**2 + y**2) <= share else None
+
+    slides.write_tiles(path, shapes, tile_at)
+    return path
