@@ -72,9 +72,9 @@ def load(
         source: the folder, or options that name it (`data`) and how it is read. "synthetic" is the built-in data set,
             generated in `cache_dir` on first use; "hub:OWNER/NAME" is a data set on the Hub (see `hub.load`). A single
             HDF5 file in the multi-center layout is loaded as the split `test`, a single table as `full`. Or a table of
-            images in memory (see `image_table.TableOfImages`): a `pandas.DataFrame`, a `datasets.Dataset` whose images
-            may also be a column of `datasets.Image`, or paths of images; they are relative to the current folder, or to
-            `image_root`. Or a `datasets.DatasetDict`, whose splits are such tables: one of this schema is returned as
+            images or slides in memory (see `image_table.TableOfImages`, `slide_table.TableOfSlides`): a
+            `pandas.DataFrame`, a `datasets.Dataset` whose images may also be a column of `datasets.Image`, or paths of
+            images; paths are relative to the current folder, or to `image_root`. Or a `datasets.DatasetDict`, whose splits are such tables: one of this schema is returned as
             it is, but for its fingerprint, which is that of its content.
         labels: a label for each path, if `source` is a list of paths; without it, all labels are hidden.
         cache_dir: folder of the converted data; default: the options' one, then `datasets.config.HF_DATASETS_CACHE`.

@@ -130,14 +130,19 @@ def lists_slides(path: Path, options: DataOptions) -> bool:
 
     In a table of images, a column `slide` names their groups.
     """
-    if options.slide_column is not None:
-        return True
-    if options.image_column is not None or path.suffix.lower() == ".npz":
-        return False
+    if path.suffix.lower() == ".npz":
+        return options.slide_column is not None
     try:
         names = list(_cells(path).columns) if path.suffix.lower() == ".xlsx" else _head(path)[0]
     except UNREADABLE:
-        return False  # the other readers name the fault
+        return options.slide_column is not None  # the reader names the fault
+    return _are_of_slides(names, options)
+
+
+def _are_of_slides(names: Sequence[Any], options: DataOptions) -> bool:
+    """Whether these are the names of the columns of a table of slides, see `lists_slides`."""
+    if options.slide_column is not None or options.image_column is not None:
+        return options.slide_column is not None
     plain = {_plain(str(name)) for name in names}
     return bool(plain & {*NAMED_OF_SLIDES["slide"]}) and not plain & {*NAMED["image"]}
 
@@ -165,22 +170,27 @@ def check_present(rows: pd.DataFrame, kind: str = "image") -> None:
 def store(source: pd.DataFrame | datasets.Dataset, options: DataOptions, cache_dir: Path) -> DataOptions:
     """Write a table in memory to a file below `cache_dir`, named by its content; returns the options to load it.
 
-    Paths are relative to `image_root`, or absolute within it. Its default is the current folder; if all paths are
-    absolute, and some lie elsewhere, the folder that holds them all. Images that a `datasets.Dataset` holds as bytes
-    are written beside the table.
+    It is one of images or of slides, as `lists_slides` tells. Paths, also those of annotations, are relative to
+    `image_root`, or absolute within it. Its default is the current folder; if all paths are absolute, and some lie
+    elsewhere, the folder that holds them all. Images that a `datasets.Dataset` holds as bytes are written beside the
+    table.
     """
     images: list[bytes] = []
     if isinstance(source, datasets.Dataset):
         source, images = _frame(source)
     frame = source.rename(columns=str)
-    column = _column(list(frame.columns), "image", options, "the table", NAMED)
+    names = list(frame.columns)
+    named = NAMED_OF_SLIDES if _are_of_slides(names, options) else NAMED
+    kind = next(iter(named))
+    column = _column(names, kind, options, "the table", named)
     if column is None:
-        raise _lacks("image", "the table", list(frame.columns))
+        raise _lacks(kind, "the table", names)
     root = Path(options.image_root) if options.image_root else _root_of(frame[column])
     for row, data in enumerate(images):
         schema.refuse_dicom(data, f"row {row} of the data set")
-    if not images:  # without where they lie on this machine
-        frame[column] = [_below(os.fspath(path), root) if _is_given(path) else "" for path in frame[column]]
+    annotations = _column(names, "annotations", options, "the table", named) if "annotations" in named else None
+    for paths in () if images else filter(None, (column, annotations)):  # without where they lie on this machine
+        frame[paths] = [_below(os.fspath(path), root) if _is_given(path) else "" for path in frame[paths]]
     table = pa.table({str(name): pa.array(_texts(values)) for name, values in frame.items()})
     content = xxhash.xxh3_128(repr(table.to_pydict()).encode())
     for data in images:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from slide_files import feature, pixels, square, write_geojson, write_slides
@@ -49,6 +50,20 @@ def test_patches_have_the_class_of_the_annotations_else_of_the_slide(full: datas
         assert (row["group"], row["center"]) == (f"p{number}", number % 2)
         if number % 3 < 2:
             assert row["label"] == (x >= 320)
+
+
+def test_a_table_in_memory_is_read_as_its_file(full: datasets.Dataset, table: Path, tmp_path: Path) -> None:
+    frame = pd.read_csv(table)
+    for column, places in (("slide", frame["slide"]), ("WSI path", [table.parent / name for name in frame["slide"]])):
+        given = frame.drop(columns="slide").assign(**{column: places})
+        found = load(given, patch_size=64, image_root=table.parent)["full"]
+        assert found.remove_columns("image").to_dict() == full.remove_columns("image").to_dict()
+        assert torch.equal(ImageTable(found)[7]["image"], ImageTable(full)[7]["image"])
+    (shutil.copytree(table.parent, tmp_path / "copy") / "s0.geojson").rename(tmp_path / "copy" / "other.geojson")
+    moved = frame.assign(annotations=["other.geojson"] + [None] * 5)
+    assert len(load(moved, patch_size=64, image_root=tmp_path / "copy")["full"]) == len(full)
+    with pytest.raises(HistoError, match=r"row 2: slide 'no' is missing"):
+        load(frame.replace(frame["slide"][2], "no.tiff"), patch_size=64, image_root=table.parent)
 
 
 def test_patches_are_those_of_the_slide_lazy_or_stored(full: datasets.Dataset, table: Path) -> None:
