@@ -74,8 +74,9 @@ def load(
             HDF5 file in the multi-center layout is loaded as the split `test`, a single table as `full`. Or a table of
             images or slides in memory (see `image_table.TableOfImages`, `slide_table.TableOfSlides`): a
             `pandas.DataFrame`, a `datasets.Dataset` whose images may also be a column of `datasets.Image`, or paths of
-            images; paths are relative to the current folder, or to `image_root`. Or a `datasets.DatasetDict`, whose splits are such tables: one of this schema is returned as
-            it is, but for its fingerprint, which is that of its content.
+            images; paths are relative to the current folder, or to `image_root`. Or a `datasets.DatasetDict`, whose
+            splits are such tables: one of this schema is returned as it is, but for its fingerprint, which is that of
+            its content.
         labels: a label for each path, if `source` is a list of paths; without it, all labels are hidden.
         cache_dir: folder of the converted data; default: the options' one, then `datasets.config.HF_DATASETS_CACHE`.
         reading: how an adapter's training images were read: other image files are read so where `options` allow it.
