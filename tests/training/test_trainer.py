@@ -375,9 +375,12 @@ class Waits(TorchDispatchMode):
 
     OPS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.found: list[str] = []
+        for method in ("cpu", "tolist", "numpy"):
+            original = getattr(torch.Tensor, method)
+            monkeypatch.setattr(torch.Tensor, method, lambda *a, m=method, o=original: self.found.append(m) or o(*a))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
@@ -401,16 +404,46 @@ def test_no_step_waits_for_the_device(
     assert run.model is not None
     run.model.train()
     inputs = collate(run._training_table().__getitems__(range(8)))
-    waits = Waits()
-    for method in ("cpu", "tolist", "numpy"):
-        original = getattr(torch.Tensor, method)
-        monkeypatch.setattr(torch.Tensor, method, lambda *a, m=method, o=original: waits.found.append(m) or o(*a))
+    waits = Waits(monkeypatch)
     with waits:
         run.compute_loss(run.model, run._prepare_inputs(inputs)).backward()
     assert waits.found == []
     with waits:
         run._check_losses()
     assert waits.found
+
+
+class Between(TrainerCallback):
+    """Notes how many waits there were when each step began."""
+
+    def __init__(self, waits: Waits) -> None:
+        self.waits = waits
+        self.counts: list[int] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.counts.append(len(self.waits.found))
+
+
+def test_no_update_waits_for_the_device_either(
+    tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer's part of a step: clipping of gradients, update, schedule, sum of losses, progress bar.
+
+    By SGD, since Adam reads its counts of steps on a CPU, one for each weight, and not in its forms for accelerators.
+    """
+    more = ["--optimizer=sgd", "--num_train_epochs=1", "--target_modules=last-conv", "--domain_loss=group_dro"]
+    run = session(tmp_path, source, *more, "--weight_averaging=ema", "--per_device_train_batch_size=4")
+    run._checked_after = 50  # as on an accelerator
+    assert run.args.max_grad_norm
+    waits = Waits(monkeypatch)
+    between = Between(waits)
+    run.add_callback(between)
+    with waits:
+        run.train()
+    assert len(between.counts) == run.state.global_step == 6
+    first, last = between.counts[0], between.counts[-2]  # with the last one, the sampler of images starts anew
+    assert waits.found[first:last] == []
+    assert waits.found[last:]  # losses are checked and logged, images predicted
 
 
 @pytest.mark.parametrize("more", [["--label_smoothing=0.2"], ["--mixup_alpha=0.5", "--label_smoothing=0.2"]])
