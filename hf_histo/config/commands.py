@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from hf_histo.config.experiments import Sharing
-from hf_histo.config.options import SET, TableOptions, option, required
+from hf_histo.config.options import SET, DataOptions, TableOptions, option, required, same
 
 Criterion = Literal["balanced_accuracy", "f1", "accuracy", "sensitivity"]  # of a threshold
 CACHE = "folder of the converted data (default: the datasets library's cache)"
@@ -68,27 +68,23 @@ class PredictOptions(TableOptions, AdapterSource):
 class PredictSlidesOptions(AdapterSource):
     slides: list[str] = required("slides, or tables of them with a column slide; may stand first", is_path=True)
     output_dir: Path = required("folder for slides.csv, and a folder for each slide")
-    slide_column: str | None = option(None, "column of slides in a table")
-    center_column: str | None = option(None, "column of centers in a table")
-    image_root: str | None = option(
-        None, "folder that the paths in a table are relative to (default: the table's)", is_path=True
+    slide_column: str | None = same(DataOptions, "slide_column")
+    center_column: str | None = same(DataOptions, "center_column")
+    image_root: str | None = same(DataOptions, "image_root")
+    mpp: float | None = same(
+        DataOptions, "mpp", "micrometers per pixel of the training images, where the adapter does not state them"
     )
-    mpp: float | None = option(
-        None, "micrometers per pixel of the training images, where the adapter does not state them", above=0
+    patch_size: int | None = same(
+        DataOptions, "patch_size", "their side in pixels, where the adapter does not state it"
     )
-    patch_size: int | None = option(
-        None, "their side in pixels, where the adapter does not state it", at_least=16, at_most=4096
-    )
-    stride: int | None = option(
-        None,
+    stride: int | None = same(
+        DataOptions,
+        "stride",
         "pixels from one tile to the next, a divisor of the patch size: where tiles overlap, heat map, regions and "
         "areas have their mean (default: the patch size)",
-        at_least=1,
     )
-    min_tissue: float = option(0.25, "least share of a tile that is tissue; 0: all tiles", at_least=0, at_most=1)
-    assume_mpp: float | None = option(
-        None, "micrometers per pixel of slides that do not state theirs (default: refused)", above=0
-    )
+    min_tissue: float = same(DataOptions, "min_tissue")
+    assume_mpp: float | None = same(DataOptions, "assume_mpp")
     threshold: str | None = option(None, "a probability, or a name that the adapter holds, e.g. validation")
     top_k: int = option(10, "tiles with the largest probabilities, whose mean is a score of the slide", at_least=1)
     geojson: Literal["tiles", "regions"] = option("tiles", "objects for QuPath: each tile, or merged regions by class")

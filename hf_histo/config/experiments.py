@@ -10,7 +10,9 @@ from hf_histo.config.options import option, required
 REPORTED = "reported.yaml"  # published results, beside the rows of a comparison
 ALL_LABELS = "all"  # among the numbers of shots
 WITHOUT_QUICK = {"quick": False}  # --quick sets its own numbers
-BENCHMARK_PARTS = (*("training", "pieces", "prediction", "features", "jobs", "scaling", "reading", "growth", "memory"),)
+BENCHMARK_PARTS = (
+    *("training", "pieces", "prediction", "slides", "features", "jobs", "scaling", "reading", "growth", "memory"),
+)
 PROBES = ("prototype", "knn", "linear")  # of frozen features
 
 
@@ -98,7 +100,8 @@ class BenchmarkOptions:
     parts: list[str] = option(
         list(BENCHMARK_PARTS),
         "what to measure: training steps beside those of others and the floor; with each piece turned off; prediction; "
-        "features of a probe; jobs from start to end; scaling to two processes; reading; growth of the data; memory",
+        "that of slides; features of a probe; jobs from start to end; scaling to two processes; reading; growth of the "
+        "data; memory",
     )
     quick: bool = option(False, "few images, steps and repetitions: to see that it runs, not to measure")
     repetitions: int = option(5, "of each measurement", at_least=1, needs=WITHOUT_QUICK)

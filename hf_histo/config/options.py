@@ -132,6 +132,12 @@ def required(help: str, **rule: Any) -> Any:
     return field(metadata={"help": help, "rule": Rule(**rule)})
 
 
+def same(of: type, name: str, help: str | None = None) -> Any:
+    """A dataclass field with the default, rule and, unless `help` replaces it, help text of option `name` of `of`."""
+    (found,) = (each for each in dataclasses.fields(of) if each.name == name)
+    return field(default=found.default, metadata={**found.metadata, "help": help or found.metadata["help"]})
+
+
 def rule_of(of: dataclasses.Field[Any]) -> Rule:
     """The rule of an option; that of a plain field with a help text allows everything."""
     found: Rule = of.metadata.get("rule", Rule())

@@ -318,7 +318,7 @@ def _found(job: Job, each: Listed, grid: Grid) -> Found:
     members = job.classifier.members if isinstance(job.classifier, Ensemble) else [job.classifier]
     # What is measured on a slide's tiles is measured on all of them.
     measures = any(member.sidecar.normalizer or member.sidecar.adapt_batch_norm for member in members)
-    chunk = len(grid.corners) if measures else CHUNK
+    chunk, names = len(grid.corners) if measures else CHUNK, job.classifier.sidecar.label_names
     how: dict[str, Any] = {
         "threshold": job.options.threshold,
         "batch_size": job.options.batch_size,
@@ -328,17 +328,17 @@ def _found(job: Job, each: Listed, grid: Grid) -> Found:
         "is_shared": False,
     }
     if job.classifier.sidecar.head.is_of_bags:
-        slide, tiles = job.classifier.predict_bags(_patches(job, each, grid, grid.corners), **how)
+        slide, tiles = job.classifier.predict_bags(table_of(each, grid, grid.corners, names), **how)
         return Found(tiles.probabilities, list(slide.transductive or ()), slide, tiles.attention)
     parts, transductive = [], dict[str, None]()
     for first in range(0, len(grid.corners), chunk):
-        table = job.classifier.predict(_patches(job, each, grid, grid.corners[first : first + chunk]), **how)
+        table = job.classifier.predict(table_of(each, grid, grid.corners[first : first + chunk], names), **how)
         parts.append(table.class_probabilities)
         transductive |= dict.fromkeys(table.transductive or ())
     return Found(np.concatenate(parts), list(transductive))
 
 
-def _patches(job: Job, each: Listed, grid: Grid, corners: NDArray[np.int64]) -> datasets.Dataset:
+def table_of(each: Listed, grid: Grid, corners: NDArray[np.int64], label_names: Sequence[str]) -> datasets.Dataset:
     """Tiles as a table of the one schema, whose images are read from the slide when they are needed."""
     count, path = len(corners), each.path.absolute()
     (center,), names = image_rows.numbered(pd.Series([each.center]))
@@ -350,7 +350,7 @@ def _patches(job: Job, each: Listed, grid: Grid, corners: NDArray[np.int64]) -> 
         "center": [int(center)] * count,
         "group": [each.name] * count,
     }
-    return datasets.Dataset.from_dict(rows, features=schema.features(job.classifier.sidecar.label_names, names))
+    return datasets.Dataset.from_dict(rows, features=schema.features(label_names, names))
 
 
 def _write_tiles(

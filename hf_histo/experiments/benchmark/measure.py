@@ -29,7 +29,7 @@ from hf_histo.config import AdapterOptions, AugmentationOptions, Config
 from hf_histo.config.experiments import BENCHMARK_PARTS, BenchmarkOptions
 from hf_histo.data.protocol import refuse
 from hf_histo.errors import HistoError
-from hf_histo.experiments.benchmark import features, jobs, prediction, reading, report, steps
+from hf_histo.experiments.benchmark import features, jobs, prediction, reading, report, slide_prediction, steps
 from hf_histo.experiments.benchmark.bench import Bench, with_saved_weights, write_images
 from hf_histo.experiments.benchmark.timing import OURS, STOCK, STOCK_FLOAT32, TUNED, in_turn
 
@@ -107,7 +107,11 @@ def measure(bench: Bench, parts: Collection[str]) -> dict[str, Any]:
     training |= steps.pieces(bench) if "pieces" in parts else {}
     if training:
         found["training"] = in_turn(training, count, "training")
-    for part, sides in (("prediction", prediction.sides), ("features", features.sides)):
+    for part, sides in (
+        ("prediction", prediction.sides),
+        ("slides", slide_prediction.sides),
+        ("features", features.sides),
+    ):
         if part in parts:
             found[part] = in_turn(sides(bench), count, part)
     if "jobs" in parts:

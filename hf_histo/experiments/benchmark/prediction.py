@@ -73,7 +73,7 @@ def count(bench: Bench, views: int) -> int:
 
 
 def ours(bench: Bench, views: int, precision: Literal["no", "bf16"] = "no") -> float:
-    model, pixels = _ready(bench)
+    model, pixels = ready(bench)
     pipeline = replace(bench.pipeline(model, bench.config), test_time_views=TestTimeViews(views))
     rows = bench.data()["val"].select(range(count(bench, views)))
     with torch.no_grad(), _autocast(bench, precision):
@@ -91,7 +91,7 @@ def ours(bench: Bench, views: int, precision: Literal["no", "bf16"] = "no") -> f
 
 
 def merged(bench: Bench, views: int, precision: str = "no") -> float:
-    model, pixels = _ready(bench)
+    model, pixels = ready(bench)
     with torch.no_grad(), folding.merged(model, pixels[:1]) as is_merged:
         if not is_merged and (isinstance(model, PeftModel) or batchnorm.layers(model)):
             raise Unavailable("merging changes the logits here, so this package does without")
@@ -100,7 +100,7 @@ def merged(bench: Bench, views: int, precision: str = "no") -> float:
 
 
 def unmerged(bench: Bench) -> float:
-    model, pixels = _ready(bench)
+    model, pixels = ready(bench)
     with torch.no_grad():
         return _fed(bench, lambda batch: model(pixel_values=batch).logits.float().cpu(), pixels)
 
@@ -132,7 +132,7 @@ def openvino(bench: Bench, precision: str = "f32") -> float:
     return _fed(bench, lambda batch: model({"pixel_values": batch}), _numpy(bench))
 
 
-def _ready(bench: Bench) -> tuple[nn.Module, torch.Tensor]:
+def ready(bench: Bench) -> tuple[nn.Module, torch.Tensor]:
     """A model as this package predicts with it, and a batch for it."""
     model = adapters.channels_last(bench.adapted().to(bench.device)).eval()
     return model, bench.pixels(model)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_histo.experiments.benchmark import features, jobs, prediction, reading, steps
+from hf_histo.experiments.benchmark import features, jobs, prediction, reading, slide_prediction, steps
 from hf_histo.experiments.benchmark.timing import OURS, STOCK, STOCK_FLOAT32, TUNED
 
 Quantity = Literal["images/s", "seconds", "device memory"]
@@ -60,6 +60,8 @@ RATIOS = (
     Ratio("prediction", OURS, prediction.STOCK, "images/s"),
     Ratio("prediction", OURS, prediction.ONNX_RUNTIME, "images/s"),
     Ratio("prediction", OURS, prediction.OPENVINO, "images/s"),
+    Ratio("slides", slide_prediction.LEVEL, prediction.MERGED, "images/s", 0.9),
+    Ratio("slides", slide_prediction.FINER, prediction.MERGED, "images/s", 0.9),
     Ratio("features", features.WRITING, features.FED, "images/s"),
     Ratio("features", features.PROBE, features.READ, "seconds", 1.3),
     Ratio("jobs", jobs.LAUNCHED, jobs.BARE, "seconds"),

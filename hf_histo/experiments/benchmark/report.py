@@ -20,6 +20,7 @@ OF_A_BATCH, OF_A_COMMAND = ("training", "scaling"), ("jobs",)
 TITLES = {
     "training": "training step",
     "prediction": "prediction, an image; float32 unless named",
+    "slides": "prediction of a slide, a tile",
     "features": "features of a linear probe, an image",
     "jobs": "command",
     "scaling": "training step on CPUs, the same batch and threads in all",
