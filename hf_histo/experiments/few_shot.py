@@ -135,6 +135,7 @@ def refuse_idle(base: Config, options: FewShotOptions, configs: Mapping[str, Con
         config.parent_folder()  # a file, too, may ask for what is for one run
         refuse(config, dict.fromkeys(("shots", "percentage"), "--shot_counts draws the images"))
         refuse(config, {"streaming": "images are drawn from those that are kept"})
+        refuse(config, {"aggregation": "--shot_counts draws images, not slides or groups"})
     if options.data_sets:
         refuse(base, {"data": "--data_sets gives the data"})
     if options.backbones:

@@ -181,7 +181,7 @@ def test_every_option_and_command_is_in_the_reference() -> None:
         ("leave_one_center_out", {"pool_centers", "test_centers", "streaming"}),
         ("cross_validate", {"pool_centers", "test_centers", "streaming", "family"}),
         ("pareto", {"method", "target_modules"}),
-        ("few_shot", {"shots", "percentage", "streaming", "data", "backbone"}),
+        ("few_shot", {"shots", "percentage", "streaming", "aggregation", "data", "backbone"}),
         ("predict", set()),
     ],
 )

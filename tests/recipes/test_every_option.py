@@ -548,6 +548,8 @@ def other_sources(source: Source) -> dict[str, list[str]]:
         ("pareto", ["--target_modules=all-conv"], "--target_modules is 'all-conv'"),
         ("pareto", ["--method=linear"], "--method is 'linear'"),
         ("sweep", ["--lora_dropout=0.2"], "--lora_dropout is 0.2"),
+        ("few_shot", ["--aggregation=mean"], "--aggregation is 'mean'"),
+        ("benchmark", ["--aggregation=mean"], "--aggregation is 'mean'"),
         ("benchmark", ["--init_adapter=a"], "--init_adapter is 'a'"),
         ("benchmark", ["--method=pca"], "--method is 'pca'"),
         ("benchmark", ["--steps=9"], "--steps is 9"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from miniature import config, write_backbone, write_bags
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import TrainerCallback
 
 from hf_histo import finetune
 from hf_histo.data import bags
@@ -20,8 +21,9 @@ from hf_histo.data.protocol import prepare
 from hf_histo.data.schema import ImageTable
 from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import Predictions
+from hf_histo.files import read_json
 from hf_histo.models import adapters, backbones, batchnorm, heads
-from hf_histo.training import bag_trainer, losses, run_folder, trainer
+from hf_histo.training import bag_trainer, losses, trainer
 from hf_histo.training.bag_trainer import BagTrainer
 from hf_histo.transforms.pipeline import Pipeline
 
@@ -171,14 +173,14 @@ def test_frozen_features_come_from_the_cache(tmp_path: Path, source: tuple[Path,
 
 
 def test_lora_learns_and_a_resumed_run_is_the_same(tmp_path: Path, source: tuple[Path, Path]) -> None:
-    from transformers import TrainerCallback
+    """Resumed in the middle of the second epoch, whose first batch is skipped."""
 
     class Stop(TrainerCallback):
-        def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            if state.epoch >= 2:
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if state.global_step == 5:
                 raise KeyboardInterrupt
 
-    more = ("--method=lora", "--target_modules=last-conv", "--num_train_epochs=3", "--bag_size=5")
+    more = ("--method=lora", "--target_modules=last-conv", "--num_train_epochs=3", "--bag_size=5", "--eval_steps=4")
     more = (*more, "--metric_for_best_model=loss")
     whole = run_of(tmp_path / "whole", source, *more)
     with pytest.raises(KeyboardInterrupt):
@@ -186,8 +188,28 @@ def test_lora_learns_and_a_resumed_run_is_the_same(tmp_path: Path, source: tuple
     resumed = run_of(tmp_path / "resumed", source, *more)
     weights = [result.adapter / "adapter_model.safetensors" for result in (whole, resumed)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert run_folder.is_finished(tmp_path / "resumed")
+    assert read_json(tmp_path / "resumed" / "cost.json")["resumed"]
     assert whole.record["splits"]["test"]["overall"]["auroc"]["value"] == 1
+
+
+def test_accumulation_does_not_change_the_trajectory(tmp_path: Path, source: tuple[Path, Path]) -> None:
+    """Two steps of two bags are an update of four: the loss is divided by the number of bags, not of images."""
+    found = []
+    for batch, steps in ((4, 1), (2, 2)):
+        sizes = (f"--per_device_train_batch_size={batch}", f"--gradient_accumulation_steps={steps}")
+        more = (
+            "--method=linear",
+            "--optimizer=sgd",
+            "--learning_rate=0.01",
+            "--augmentation=none",
+            "--logging_steps=1",
+        )
+        run = session(tmp_path / str(batch), source, *sizes, *more, "--num_train_epochs=1", chunk_size=100)
+        run.train()
+        assert run.state.global_step == 3
+        found.append([line[key] for line in run.state.log_history for key in ("loss", "grad_norm") if key in line])
+    assert len(found[0]) == 6
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 def test_labels_and_centers_are_balanced_over_bags(tmp_path: Path, source: tuple[Path, Path]) -> None:

@@ -82,7 +82,7 @@ def _write(
 def _checked(config: Config, options: BenchmarkOptions) -> tuple[list[str], list[str]]:
     """The parts and the backbones to measure."""
     acting = {f.name for group in MEASURED for f in dataclasses.fields(group)} | TAKEN
-    idle = config.flat().keys() - acting | {"init_adapter"}
+    idle = config.flat().keys() - acting | {"init_adapter", "aggregation"}
     refuse(config, dict.fromkeys(sorted(idle), "it changes nothing that is measured"))
     if config.adapter.method == "pca":
         refuse(config, {"method": "it trains in no steps"})
