@@ -441,8 +441,8 @@ def markdown(
             "Robustness index: 1 where neighbors in the features share the class alone, 0 where the center alone; "
             "average performance drop: of accuracy, where class and center go together in training (0 is best)."
         )
-    for row, sides in ((row, robust[stem]) for stem, row in rows.items()):
-        if reasons := dict.fromkeys(reason for side in sides.values() for reason in side.withheld):
+    for stem, row in rows.items():
+        if reasons := dict.fromkeys(reason for side in robust[stem].values() for reason in side.withheld):
             notes.append(f"Robustness of {row.published.name} withheld: {'; '.join(reasons)}.")
     if any(row.published.balanced for row in rows.values()):
         notes.append("Balanced: class 1 for half of the images of the split, found on them as a whole, without labels.")
