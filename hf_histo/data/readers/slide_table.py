@@ -234,7 +234,8 @@ def classes_of_patches(shares: NDArray[np.float64], min_overlap: float, unannota
     """
     reached = shares >= min_overlap
     count = reached.sum(axis=1)
-    found = np.where(count == 1, reached.argmax(axis=1), np.where(count > 1, AMBIGUOUS, NONE))
+    first = reached.argmax(axis=1) if shares.shape[1] else NONE  # a file of annotations may have none with a class
+    found = np.where(count == 1, first, np.where(count > 1, AMBIGUOUS, NONE))
     if unannotated:
         found[~(shares > 0).any(axis=1)] = shares.shape[1]
     return found

@@ -177,6 +177,18 @@ def test_classes_of_patches() -> None:
     shares = np.array([[0.6, 0.0], [0.5, 0.5], [0.4, 0.4], [0.0, 1.0], [0.0, 0.0]])
     assert classes_of_patches(shares, 0.5, unannotated=False).tolist() == [0, -2, -1, 1, -1]
     assert classes_of_patches(shares, 0.5, unannotated=True).tolist() == [0, -2, -1, 1, 2]
+    none = np.zeros((2, 0))
+    assert classes_of_patches(none, 0.5, unannotated=False).tolist() == [-1, -1]
+    assert classes_of_patches(none, 0.5, unannotated=True).tolist() == [0, 0]
+
+
+def test_a_slide_whose_annotations_have_no_object_with_a_class(copy: Path) -> None:
+    write_geojson(copy.parent / "s0.geojson", [feature(None, square(64, 64, 320, 448))])
+    with pytest.raises(HistoError, match=r"s0.geojson: covers none of 48 patches of tissue"):
+        load(copy, patch_size=64)
+    full = load(copy, patch_size=64, unannotated="glass")["full"]
+    of_slide = [row["label"] for row in full.remove_columns("image") if place_of(row["id"])[0] == "s0"]
+    assert of_slide == 48 * [full.features["label"].str2int("glass")]
 
 
 def test_the_draw_is_always_the_same_and_by_class() -> None:
