@@ -164,8 +164,8 @@ def grid(
     scale = mpp / resolution
     if scale * LARGEST_ZOOM < 1:
         raise HistoError(
-            f"{slide.path}: {resolution:.4g} micrometers per pixel, expected {mpp:g} or less, as --mpp asks for; give "
-            "a larger --mpp for all slides, or leave it out"
+            f"{slide.path}: {resolution:.4g} micrometers per pixel, expected {mpp:g} or less, as --mpp or the "
+            "adapter asks for; leave it out, or train on all slides with a larger --mpp"
         )
     scale = next((level for level in slide.downsamples if abs(level / scale - 1) < NATIVE), scale)
     size, step = patch_size * scale, (stride or patch_size) * scale
