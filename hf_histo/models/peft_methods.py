@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import peft
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -71,6 +72,9 @@ class PeftMethod:
             groups = getattr(layer, "groups", 1)
             if groups > 1 and self.prefix != "lora_":
                 return f"a convolution in {groups} groups, expected one without"
+            # MobileNetV2 of ImageNet has such channels; peft's DoRA has 0 / 0 for their magnitude.
+            if self.fixed.get("use_dora") and not _norms(layer).all():
+                return "with an output channel whose weights are all 0, by whose norm DoRA divides"
             for side in self.divides:
                 length = _inputs(layer) if side == "inputs" else _outputs(layer)
                 divisor = options.block_size if "block_size" in self.settings else VECTOR_LENGTH
@@ -310,6 +314,12 @@ def adapted_layers(weights: Iterable[str], method: PeftMethod) -> set[str]:
     """The names of the layers that are adapted, by the names of an adapter's weights."""
     inside = (name.removeprefix(INSIDE) for name in weights if name.startswith(INSIDE))
     return {name.split(f".{method.prefix}")[0] for name in inside if f".{method.prefix}" in name}
+
+
+def _norms(layer: nn.Module) -> torch.Tensor:
+    """The norm of the weights of each output of a layer, (outputs,)."""
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    return layer.weight.detach().flatten(1).norm(dim=1)
 
 
 def _inputs(layer: nn.Module) -> int:

@@ -146,6 +146,15 @@ def test_a_preset_leaves_out_layers_that_do_not_fit(caplog: pytest.LogCaptureFix
     assert len(found) == 14 and "1 of 15 layers are not adapted" in caplog.text
 
 
+def test_dora_leaves_out_layers_with_a_channel_of_zeros(caplog: pytest.LogCaptureFixture) -> None:
+    model = fresh("builtin")
+    layer = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    torch.nn.init.zeros_(layer.weight[1])
+    adapted = adapters.add(model, options("dora"))
+    assert "1 of 15 layers are not adapted" in caplog.text and "all 0" in caplog.text
+    assert adapted(pixel_values=torch.ones(2, 3, 32, 32)).logits.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("adapter", "change", "message"),
     [
