@@ -7,6 +7,7 @@ cell of a process that was killed is continued by another one. Workers and clust
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import re
 import time
@@ -30,6 +31,8 @@ from hf_histo.files import atomic_file, locked, write_json
 from hf_histo.finetune import run_config
 from hf_histo.result import Result
 from hf_histo.training import run_folder
+
+logger = logging.getLogger(__name__)
 
 MINUTES = 24 * 60  # default time limit of a job; submitit's default is 5
 MAX_NAME = 40  # characters of a center's name in a folder's name: file systems allow 255 bytes
@@ -82,7 +85,8 @@ def train(
         sharing: the processes that train; by default, only this one, in the order of the cells.
         describe: returns the line that is printed when a cell is finished.
 
-    Raises HistoError as `run_config` does, for invalid `sharing`, and if a worker ended without finishing its cells.
+    Raises HistoError as `run_config` does, for the first cell at once and for others in the end, for invalid `sharing`,
+    and if a worker ended without finishing its cells.
     """
     _check(cells, sharing)
     if sharing.workers > 1 or sharing.cluster:
@@ -117,15 +121,35 @@ def write(folder: Path, name: str, content: Mapping[str, Any], text: str) -> Non
 
 
 def _train(cells: Sequence[Cell], describe: Callable[[Cell, Result], str] | None = None) -> list[Result]:
-    """Train, in order, the cells that no other process trains, until all are finished."""
+    """Train, in order, the cells that no other process trains, until all are finished.
 
-    def train(cell: Cell) -> Result:
-        result = run_config(cell.config, cell.data)
+    Once one is, the `HistoError` of another is raised when all others are finished as well. That of the first cell is
+    raised at once, since the fault is often that of all.
+    """
+    finished: list[Result] = []
+    failed: dict[str, HistoError] = {}
+
+    def train(cell: Cell) -> Result | None:
+        try:
+            result = run_config(cell.config, cell.data)
+        except HistoError as error:
+            if not finished or launch.process().num_processes > 1:  # those of a launch have to end together
+                raise
+            failed[cell.name] = error
+            logger.error("%s failed: %s", cell.name, error)
+            return None
+        finished.append(result)
         if describe and launch.is_main_process():
             print(describe(cell, result), flush=True)
         return result
 
-    return each_once(cells, _claimed, train)
+    results = each_once(cells, _claimed, train)
+    for name, error in failed.items():
+        raise HistoError(
+            f"{len(failed)} of {len(cells)} runs failed, the others are finished; the first is {name}: {error}; the "
+            "same command tries again what failed"
+        )
+    return [result for result in results if result is not None]
 
 
 def each_once(

@@ -319,7 +319,8 @@ def adapted_layers(weights: Iterable[str], method: PeftMethod) -> set[str]:
 def _norms(layer: nn.Module) -> torch.Tensor:
     """The norm of the weights of each output of a layer, (outputs,)."""
     assert isinstance(layer, nn.Linear | nn.Conv2d)
-    return layer.weight.detach().flatten(1).norm(dim=1)
+    norms: torch.Tensor = layer.weight.detach().flatten(1).norm(dim=1)
+    return norms
 
 
 def _inputs(layer: nn.Module) -> int:

@@ -63,6 +63,27 @@ def test_one_process_trains_in_order(
     assert all(len(starts(cell)) == 1 for cell in every)
 
 
+def test_a_cell_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_training(monkeypatch, 0)
+    train, every = grid.run_config, cells(tmp_path, 3)
+
+    def faulty(config: Config, data: datasets.DatasetDict) -> Any:
+        if config.training.seed in (0, 1):
+            raise HistoError(f"the loss is nan with seed {config.training.seed}")
+        return train(config, data)
+
+    monkeypatch.setattr(grid, "run_config", faulty)
+    with pytest.raises(HistoError, match=r"^the loss is nan with seed 0$"):  # the first one: likely that of all
+        grid.train(every, tmp_path, Sharing())
+    with pytest.raises(
+        HistoError, match=r"^2 of 3 runs failed, the others are .* cell-1: the loss is nan with seed 1;"
+    ):
+        grid.train(every[::-1], tmp_path, Sharing())
+    assert run_folder.is_finished(run_folder.folder_of(every[2].config))
+    monkeypatch.setattr(grid, "run_config", train)
+    assert grid.train(every, tmp_path, Sharing()) == ["cell-0", "cell-1", "cell-2"]
+
+
 def test_launches_on_one_folder_divide_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_training(monkeypatch, 0.2)
     every = cells(tmp_path, 8)
