@@ -69,9 +69,11 @@ class PeftMethod:
             kind = kind_of(layer)
             if kind not in self.kinds:
                 return f"a {kind or type(layer).__name__}, expected a {' or '.join(self.kinds)} layer"
-            groups = getattr(layer, "groups", 1)
-            if groups > 1 and self.prefix != "lora_":
-                return f"a convolution in {groups} groups, expected one without"
+            if isinstance(layer, nn.Conv2d) and self.prefix != "lora_":  # peft convolves by itself, with other weights
+                if type(layer) is not nn.Conv2d:  # e.g. Conv2dSame of timm, whose padding depends on the image
+                    return f"a {type(layer).__name__}, expected a plain convolution"
+                if layer.groups > 1:
+                    return f"a convolution in {layer.groups} groups, expected one without"
             # MobileNetV2 of ImageNet has such channels; peft's DoRA has 0 / 0 for their magnitude.
             if self.fixed.get("use_dora") and not _norms(layer).all():
                 return "with an output channel whose weights are all 0, by whose norm DoRA divides"

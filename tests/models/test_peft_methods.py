@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from timm.layers import Conv2dSame
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -144,6 +145,16 @@ def test_a_preset_leaves_out_layers_that_do_not_fit(caplog: pytest.LogCaptureFix
     model = adapters.add(fresh("builtin"), options("boft"))
     found = peft_methods.adapted_layers(adapters.weights(model, batch_norm="frozen"), METHODS["boft"])
     assert len(found) == 14 and "1 of 15 layers are not adapted" in caplog.text
+
+
+@pytest.mark.parametrize("adapter", WITH_CONVOLUTIONS)
+def test_padding_that_depends_on_the_image_is_kept(adapter: str) -> None:
+    model = fresh("builtin")
+    layers = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    layer = next(layer for layer in layers if layer.kernel_size == (3, 3) and layer.stride == (2, 2))
+    layer.__class__, layer.padding = Conv2dSame, (0, 0)  # as in MobileNetV2 of TensorFlow
+    before = logits(model)
+    torch.testing.assert_close(logits(adapters.add(model, options(adapter))), before)
 
 
 def test_dora_leaves_out_layers_with_a_channel_of_zeros(caplog: pytest.LogCaptureFixture) -> None:
