@@ -124,10 +124,15 @@ def differences(evidence: Evidence) -> list[str]:
     if evidence.color_p_value is not None:
         left -= COLOR_LEVEL
         if evidence.color_p_value <= COLOR_LEVEL:
-            found.append(f"the colors differ from those of training (p = {evidence.color_p_value:.4f})")
+            found.append(f"the colors differ from those of training ({p_value(evidence.color_p_value)})")
     if evidence.shift.p_value <= left:
-        found.append(f"what the model gives differs from what it gives for val (p = {evidence.shift.p_value:.4f})")
+        found.append(f"what the model gives differs from what it gives for val ({p_value(evidence.shift.p_value)})")
     return found
+
+
+def p_value(value: float) -> str:
+    """A p-value as text, with four digits: never "p = 0.0000"."""
+    return f"p = {value:.4f}" if value >= 0.0001 else "p < 0.0001"
 
 
 def color_p_value(distances: Floats, limit: float, groups: Rows) -> float:

@@ -206,9 +206,13 @@ def _rows(evidence: Evidence, predicted: dict[str, Estimate], compared: str, *, 
     }
     rows: list[list[object]] = [["", "value", "p-value or 95% interval"]]
     if evidence.color_p_value is not None:
-        rows.append(["color, against training", None, f"p = {evidence.color_p_value:.4f}"])
+        rows.append(["color, against training", None, site_acceptance.p_value(evidence.color_p_value)])
     rows.append(
-        [f"{compared}, against val: energy distance", evidence.shift.distance, f"p = {evidence.shift.p_value:.4f}"]
+        [
+            f"{compared}, against val: energy distance",
+            evidence.shift.distance,
+            site_acceptance.p_value(evidence.shift.p_value),
+        ]
     )
     rows += [[titles[name], of.value, _interval(of, withheld=withheld)] for name, of in predicted.items()]
     rows.append(["accuracy on val", evidence.accuracy, None])

@@ -18,6 +18,7 @@ from hf_histo.evaluation.site_acceptance import (
     confidence,
     confidence_sequence,
     decide,
+    p_value,
     predicted_accuracies,
     shares_by_group,
     shift,
@@ -171,3 +172,11 @@ def test_the_verdict(evidence: Evidence, verdict: str, reason: str) -> None:
     found, reasons = decide(evidence)
     assert found == verdict
     assert re.search(reason, "; ".join(reasons))
+
+
+def test_a_p_value_is_never_shown_as_zero() -> None:
+    assert [p_value(value) for value in (0.03104, 0.0001, 1e-9)] == [
+        "p = 0.0310",
+        "p = 0.0001",
+        "p < 0.0001",
+    ]

@@ -67,6 +67,7 @@ def test_where_colors_differ_no_interval_of_the_predicted_accuracy_is_given(
         assert 0 <= estimate["value"] <= 1 and estimate["low"] is None and estimate["high"] is None
     page = (tmp_path / "out" / "acceptance.html").read_text()
     assert page.count("withheld: the site differs") == 3
+    assert "p = 0.0000" not in page
 
 
 @pytest.mark.parametrize(
