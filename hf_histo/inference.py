@@ -24,7 +24,7 @@ from hf_histo.data.readers.image_rows import SUFFIXES
 from hf_histo.data.reading import Reading
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError, printable
-from hf_histo.evaluation import ensembling, prediction_sets
+from hf_histo.evaluation import ensembling, prediction_sets, predictions
 from hf_histo.evaluation.figures.explanation import explanations, heat_map
 from hf_histo.evaluation.figures.style import short
 from hf_histo.evaluation.forward import forward
@@ -372,8 +372,7 @@ class Classifier:
             **options,
         )
         measures_color = pipeline.normalizer is not self.sidecar.normalizer
-        measured = {"color statistics": measures_color, "batch-norm statistics": adapts}
-        return outputs, labels, [what for what, used in measured.items() if used]
+        return outputs, labels, predictions.measured(colors=measures_color, batch_norm=adapts)
 
     def _of_bags(
         self, dataset: datasets.Dataset, features: NDArray[np.float64], labels: list[int], measured: list[str]

@@ -56,6 +56,12 @@ def decided(probabilities: NDArray[np.float64], threshold: float) -> NDArray[np.
     return most
 
 
+def measured(*, colors: bool, batch_norm: bool) -> list[str]:
+    """What was measured on the images that are predicted, in the words of `Predictions.transductive`."""
+    named = {"color statistics": colors, "batch-norm statistics": batch_norm}
+    return [what for what, used in named.items() if used]
+
+
 def independent_groups(groups: pd.Series[str], ids: pd.Series[str]) -> pd.Series[str]:
     """The group of each row; an image of unknown group ("") is its own: no group name starts with a null character."""
     return groups.where(groups != "", "\0" + ids)

@@ -177,7 +177,7 @@ def fit_probe(trial: Trial, drawn: datasets.DatasetDict, known: FrozenFeatures) 
         scores,
         label_names=test.features["label"].names,
         center_names=center_names(test),
-        transductive=known.transductive(drawn, "test"),
+        transductive=known.transductive(drawn),
     )
     count = probes.trainable(trial.method, parts["train"].shape[1], found.num_classes)
     return measured(found, count)

@@ -12,6 +12,7 @@ from hf_histo import launch
 from hf_histo.config import Config
 from hf_histo.data.load import fingerprint
 from hf_histo.evaluation.figures.embedding import features
+from hf_histo.evaluation.predictions import measured
 from hf_histo.files import atomic_file
 from hf_histo.models import backbones
 from hf_histo.transforms.pipeline import Pipeline
@@ -49,13 +50,11 @@ class FrozenFeatures:
             launch.process().wait_for_everyone()
         self.arrays = {split: array for split, array in np.load(path).items() if split != "key"}
 
-    def transductive(self, drawn: datasets.DatasetDict, split: str) -> list[str]:
-        """What was measured on the images of a split of `drawn` for their features; as `Predictions.transductive`."""
-        known = set(drawn["train"]["center"][:])
-        measures_color = self.config.centers.normalization != "none" and not set(drawn[split]["center"][:]) <= known
-        adapts = self.config.prediction.adapt_batch_norm and split != "train"
-        measured = {"color statistics": measures_color, "batch-norm statistics": adapts}
-        return [what for what, used in measured.items() if used]
+    def transductive(self, drawn: datasets.DatasetDict) -> list[str]:
+        """What was measured on the images of `test` for their features, see `Predictions.transductive`."""
+        unknown = not set(drawn["test"]["center"][:]) <= set(drawn["train"]["center"][:])
+        measures_color = self.config.centers.normalization != "none" and unknown
+        return measured(colors=measures_color, batch_norm=self.config.prediction.adapt_batch_norm)
 
     def of(self, drawn: datasets.DatasetDict) -> dict[str, np.ndarray]:
         """Features (n, d) of each split of `drawn`, a subset of the images."""

@@ -145,13 +145,13 @@ class BagTrainer(Trainer):
         return None, features, (inputs["labels"], inputs["index"])
 
     def _metrics_of_bags(self, evaluation: EvalPrediction) -> dict[str, float]:
-        bags, device = self.validation_bags, self.args.device
+        bags, rows, device = self.validation_bags, self.validation_bags.rows, self.args.device
         index = evaluation.label_ids[-1]
         features = np.empty_like(evaluation.predictions)
         features[index] = evaluation.predictions
-        order = np.concatenate(bags.rows)
+        order = np.concatenate(rows)
         with torch.no_grad():
-            logits = self._logits(torch.from_numpy(features[order]).to(device), [len(rows) for rows in bags.rows])
+            logits = self._logits(torch.from_numpy(features[order]).to(device), [len(each) for each in rows])
             loss = self.loss(SimpleNamespace(logits=logits), torch.from_numpy(bags.labels).to(device))
         label_ids: Any = (bags.labels, np.arange(len(bags)))
         given = EvalPrediction(logits.cpu().numpy(), label_ids)

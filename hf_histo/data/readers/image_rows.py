@@ -130,19 +130,19 @@ def lists_slides(path: Path, options: DataOptions) -> bool:
 
     In a table of images, a column `slide` names their groups.
     """
-    if path.suffix.lower() == ".npz":
-        return options.slide_column is not None
+    if options.slide_column is not None:
+        return True
+    if options.image_column is not None or path.suffix.lower() == ".npz":
+        return False
     try:
         names = list(_cells(path).columns) if path.suffix.lower() == ".xlsx" else _head(path)[0]
     except UNREADABLE:
-        return options.slide_column is not None  # the reader names the fault
-    return _are_of_slides(names, options)
+        return False  # the other readers name the fault
+    return _name_slides(names)
 
 
-def _are_of_slides(names: Sequence[Any], options: DataOptions) -> bool:
-    """Whether these are the names of the columns of a table of slides, see `lists_slides`."""
-    if options.slide_column is not None or options.image_column is not None:
-        return options.slide_column is not None
+def _name_slides(names: Sequence[Any]) -> bool:
+    """Whether the usual names of columns are those of a table of slides."""
     plain = {_plain(str(name)) for name in names}
     return bool(plain & {*NAMED_OF_SLIDES["slide"]}) and not plain & {*NAMED["image"]}
 
@@ -180,7 +180,8 @@ def store(source: pd.DataFrame | datasets.Dataset, options: DataOptions, cache_d
         source, images = _frame(source)
     frame = source.rename(columns=str)
     names = list(frame.columns)
-    named = NAMED_OF_SLIDES if _are_of_slides(names, options) else NAMED
+    is_of_slides = options.slide_column is not None or (options.image_column is None and _name_slides(names))
+    named = NAMED_OF_SLIDES if is_of_slides else NAMED
     kind = next(iter(named))
     column = _column(names, kind, options, "the table", named)
     if column is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -86,4 +87,4 @@ def _grid(bench: Bench, model: nn.Module, zoom: int) -> tuple[Path, slides.Grid]
         grid = slides.grid(slides.open_slide(path), mpp=synthetic.MPP, patch_size=side, min_tissue=0)
     except HistoError as error:  # OpenSlide is not installed
         raise Unavailable(str(error)) from None
-    return path, slides.Grid(grid.corners[:count], grid.size, grid.step, grid.pixels, grid.mpp)
+    return path, replace(grid, corners=grid.corners[:count])
