@@ -37,6 +37,12 @@ class Progress(ProgressCallback):
                 mininterval=0.1 if sys.stderr.isatty() else LOG_SECONDS,
             )
 
+    def close(self) -> None:
+        """End the bar of a training that an error or a signal cut off; nothing after one that ended by itself."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
     def on_prediction_step(
         self,
         args: TrainingArguments,

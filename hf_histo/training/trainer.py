@@ -164,9 +164,11 @@ class Trainer(transformers.Trainer):
                 f"damaged ({' '.join(str(error).split())[:200]}); delete that checkpoint"
             ) from None
         finally:
-            for tracker in self.callback_handler.callbacks:
-                if isinstance(tracker, trackers.Tracker):
-                    tracker.close(self.args, self.state, self.control)
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Progress):
+                    callback.close()
+                elif isinstance(callback, trackers.Tracker):
+                    callback.close(self.args, self.state, self.control)
 
     def _with_average(self) -> AbstractContextManager[None]:
         """Within the block, the model has the average of its weights, if there is one."""

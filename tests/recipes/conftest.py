@@ -30,6 +30,7 @@ def in_process(
     def in_process(recipe: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         main = runpy.run_path(str(RECIPES / recipe), run_name="recipe")["main"]
         monkeypatch.setattr(sys, "argv", [recipe, *map(str, arguments)])
+        monkeypatch.setattr("gc.freeze", lambda: None)  # garbage of earlier tests would stay for good
         capsys.readouterr()
         code = 0
         try:

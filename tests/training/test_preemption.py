@@ -14,6 +14,7 @@ import h5py
 import pytest
 import torch
 from miniature import config, write_data
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from hf_histo import finetune, launch, stages
@@ -106,8 +107,10 @@ def test_a_loss_that_is_no_number_names_its_images(
         return lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum() * value
 
     monkeypatch.setattr(stages.losses, "classification", broken)
+    bars = set(tqdm._instances)
     with pytest.raises(HistoError, match=r"the loss is (nan|inf|-inf) at step 1, expected a finite number") as caught:
         finetune.run_config(config(tmp_path / "run", *source, *QUICK), load(source[1]))
+    assert set(tqdm._instances) <= bars  # an open one would be drawn beside those of the next job
     found = json.loads((tmp_path / "run" / "nan_batch.json").read_text(encoding="utf-8"))
     assert str(tmp_path / "run" / "nan_batch.json") in str(caught.value)
     assert (found["step"], found["epoch"], len(set(found["ids"]))) == (1, 0, 8)
