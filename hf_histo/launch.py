@@ -79,7 +79,7 @@ def run(main: Callable[[], object], *, threads: int | None = None) -> None:
         number = getattr(interrupt, "number", signal.SIGINT)
         if rank() == 0:
             end = f"interrupted by {signal.Signals(number).name}"
-            _write(f"{end}: this command resumes from the last checkpoint: {command()}")
+            _write(f"{end}; this command starts it again, a training from its last checkpoint: {command()}")
         raise SystemExit(128 + number) from None
     finally:
         signal.signal(signal.SIGTERM, before)

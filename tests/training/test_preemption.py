@@ -95,7 +95,7 @@ def test_a_recipe_names_the_command_that_resumes(
     assert signal.getsignal(signal.SIGTERM) == before
     assert end.value.code == 128 + signal.SIGTERM
     shown = capsys.readouterr().err
-    assert "interrupted by SIGTERM: this command resumes from the last checkpoint" in shown
+    assert "interrupted by SIGTERM; this command starts it again, a training from its last checkpoint" in shown
     assert shown.rstrip().endswith("recipe.py --data 'a folder'")
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from slide_files import feature, pixels, square, write_geojson, write_slides
 
+from hf_histo import launch
 from hf_histo.config import Config, DataOptions
 from hf_histo.data import protocol, schema
 from hf_histo.data.load import fingerprint, load
@@ -244,7 +245,10 @@ def test_a_bad_slide_is_named_or_left_out(copy: Path, fault: object, message: st
     assert full.info.description.count("left out") == 1
 
 
-def test_patches_of_two_classes_are_left_out(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_patches_of_two_classes_are_left_out(
+    copy: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "thread_count", lambda: 1)  # `caplog` hears this process alone
     both = [feature("normal", square(64, 64, 384, 448)), feature("tumor", square(320, 64, 576, 448))]
     write_geojson(copy.parent / "s0.geojson", both)
     full = load(copy, patch_size=64)["full"]
