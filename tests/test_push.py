@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -105,12 +106,25 @@ def refusal(adapter: Path, name: str = NAME, **options: bool | str) -> str:
     return message
 
 
-def test_one_process_pushes_and_another_pulls(
-    adapter: Path, source: tuple[Path, Path], tmp_path: Path, finished: Path
+def test_a_new_process_pulls_what_the_recipe_pushed(
+    server: Hub,
+    adapter: Path,
+    source: tuple[Path, Path],
+    tmp_path: Path,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    environment = {**os.environ, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HUB_OFFLINE": "0", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    push = [str(ROOT / "recipes" / "push.py"), "--adapter", str(adapter), "--hub_model_id", NAME, "--hub_private"]
+    push = f"push.py --adapter {adapter} --hub_model_id {NAME} --hub_private --hub_revision v2"
+    monkeypatch.setattr(sys, "argv", push.split())
+    runpy.run_path(str(ROOT / "recipes" / "push.py"), run_name="recipe")["main"]()
+    out, err = capsys.readouterr()
+    assert out == f"uploaded: {server.address}/{NAME}\n"
+    assert TOKEN not in err
+    assert server.files(NAME, "v2") == on_the_hub(adapter)
+    assert server.files(NAME) == {}
+    assert server.is_private(NAME)
+
     pull = (
         "import sys; from hf_histo.data.load import load; from hf_histo.inference import Classifier\n"
         "data, name, local, backbone, output = sys.argv[1:]\n"
@@ -120,18 +134,10 @@ def test_one_process_pushes_and_another_pulls(
         "one.assign(local=other['logit'])[['logit', 'local']].to_parquet(output)\n"
     )
     pulled = tmp_path / "pulled.parquet"
-    with Hub(tmp_path / "hub") as server:
-        environment["HF_ENDPOINT"] = server.address
-        command = [sys.executable, *push, "--hub_revision", "v2"]
-        pushed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert pushed.returncode == 0, pushed.stderr
-        assert pushed.stdout == f"uploaded: {server.address}/{NAME}\n"
-        assert TOKEN not in pushed.stdout + pushed.stderr
-        assert server.files(NAME, "v2") == on_the_hub(adapter)
-        assert server.files(NAME) == {}
-        assert server.is_private(NAME)
-        arguments = [str(source[1]), NAME, str(adapter), str(source[0]), str(pulled)]
-        subprocess.run([sys.executable, "-c", pull, *arguments], env=environment, check=True)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.address}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    arguments = [str(source[1]), NAME, str(adapter), str(source[0]), str(pulled)]
+    subprocess.run([sys.executable, "-c", pull, *arguments], env=environment, cwd=ROOT, check=True)
     found = pd.read_parquet(pulled)
     assert np.ptp(found["logit"]) > 1e-3
     np.testing.assert_array_equal(found["logit"], found["local"])

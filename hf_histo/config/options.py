@@ -766,7 +766,7 @@ class Config:
 
     def flat(self) -> dict[str, Any]:
         """All options in one mapping: what a YAML file for `--config` holds."""
-        return {key: value for name in GROUPS for key, value in dataclasses.asdict(getattr(self, name)).items()}
+        return {key: value for name in GROUPS for key, value in vars(getattr(self, name)).items()}
 
     def title(self) -> str:
         """The run in one line: method, backbone, data and seed."""

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence, Sized
+from functools import cache
 from numbers import Number
 from pathlib import Path
 from types import MappingProxyType
@@ -300,18 +301,24 @@ def _kind(action: argparse.Action) -> str:
     return {int: "N", float: "X"}.get(action.type, action.metavar or "TEXT")  # type: ignore[call-overload,no-any-return]
 
 
+@cache
+def _parser(program: str, usage: str | None, groups: tuple[Any, ...], defaults: tuple[tuple[str, Any], ...]) -> _Parser:
+    """The parser of a command, kept since an experiment reads many configs; argparse takes its name from `program`."""
+    usage_line = "%(prog)s [--config YAML] [--OPTION VALUE ...]"
+    parser = _Parser(groups, usage=usage_line, description=_about(usage), add_help=False, **_STYLE)
+    parser.set_defaults(**dict(defaults))
+    parser.add_argument("--config", metavar="YAML", help="file or packaged name; the command line wins")
+    parser.add_argument("-h", "--help", action=_Help, help="show the main options")
+    parser.add_argument("--help_all", action=_Help, help="show every option")
+    return parser
+
+
 def _read(
     usage: str | None, arguments: Sequence[str], extra: list[type], defaults: Mapping[str, Any]
 ) -> tuple[Config, list[Any], str | None]:
     """The options as they are given, the recipe's own ones, and the file; values are within their bounds."""
-    groups = [*GROUPS.values(), *extra]
-    usage_line = "%(prog)s [--config YAML] [--OPTION VALUE ...]"
-    parser = _Parser(groups, usage=usage_line, description=_about(usage), add_help=False, **_STYLE)
-    parser.set_defaults(**defaults)
-    parser.add_argument("--config", metavar="YAML", help="file or packaged name; the command line wins")
-    parser.add_argument("-h", "--help", action=_Help, help="show the main options")
-    parser.add_argument("--help_all", action=_Help, help="show every option")
-
+    groups = (*GROUPS.values(), *extra)
+    parser = _parser(sys.argv[0], usage, groups, tuple(defaults.items()))
     config_only = _Refusing(add_help=False, allow_abbrev=False)
     config_only.add_argument("--config")
     file = config_only.parse_known_args(list(arguments))[0].config

@@ -53,6 +53,7 @@ def test_the_folder_holds_what_is_designed(results: dict[str, Result]) -> None:
         assert not [path for path in result.adapter.parent.iterdir() if path.name.endswith(".incomplete")]
 
 
+@pytest.mark.slow  # as tests/test_push.py does with a folder that it pulls
 def test_a_new_process_gives_the_same_logits(
     results: dict[str, Result], source: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -173,7 +173,13 @@ def alone(study: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     return study("alone")
 
 
-@pytest.mark.parametrize("more", ["--workers=2", "--cluster=local --workers=2 --job_parameters timeout_min=10"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--workers=2",
+        pytest.param("--cluster=local --workers=2 --job_parameters timeout_min=10", marks=pytest.mark.slow),
+    ],
+)
 def test_workers_and_jobs_give_the_same_bytes(
     study: Callable[..., dict[str, Any]], alone: dict[str, Any], more: str
 ) -> None:

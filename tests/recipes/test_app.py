@@ -172,6 +172,7 @@ def test_an_upload_is_read_by_our_decoder_alone(page: tuple[str, Path], ghostscr
         client.predict(handle_file(tmp_path / "large.png"), api_name="/answer")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("captum" in MISSING, reason="captum is not installed")
 def test_an_answer_takes_bounded_memory(adapter: Path, tmp_path: Path) -> None:
     """The largest allowed image takes less than 2 GiB, and a larger one is refused by its header."""

@@ -139,6 +139,7 @@ def test_processes_that_differ_are_refused(runs: dict[int, Path], tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_takes_the_launch_down(runs: dict[int, Path], tmp_path: Path) -> None:
     """Otherwise the other process would hang in the next reduction."""
     source = runs[1].parent

@@ -118,6 +118,7 @@ def test_a_search_prunes_and_resumes(call: Call, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_plots")
+@pytest.mark.slow
 def test_a_killed_trial_is_repeated_and_two_processes_share_a_study(
     command: Command, call: Call, tmp_path: Path
 ) -> None:

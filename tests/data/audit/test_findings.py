@@ -301,6 +301,7 @@ def test_refusals() -> None:
         inventory(datasets.DatasetDict({"train": data["train"].select([])}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (REAL / "brain-tumor-mri").is_dir(), reason="needs the brain tumor MRI data set")
 def test_finds_the_leak_of_the_brain_tumor_data() -> None:
     # The counts of pixel-identical images are those that its README gives and that md5sum confirms.

@@ -157,10 +157,17 @@ def as_arrow(folder: Path, *, file: bool = False) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("format", ["parquet", "arrow stream", "arrow file"])
-@pytest.mark.parametrize("shard", ["train-1", "validation-0"])
-@pytest.mark.parametrize("names", [["b", "a"], ["a", "b", "c"], ["a"]])
+@pytest.mark.parametrize(
+    ("names", "shard", "format", "streaming"),
+    [
+        (["b", "a"], "train-1", "parquet", False),
+        (["b", "a"], "validation-0", "arrow stream", True),
+        (["a", "b", "c"], "validation-0", "parquet", True),
+        (["a", "b", "c"], "train-1", "arrow file", False),
+        (["a"], "train-1", "arrow stream", False),
+        (["a"], "validation-0", "arrow file", True),
+    ],
+)
 def test_shards_that_declare_other_classes(
     tmp_path: Path, streaming: bool, format: str, shard: str, names: list[str]
 ) -> None:

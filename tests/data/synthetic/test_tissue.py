@@ -14,7 +14,7 @@ from sklearn.model_selection import GroupKFold, cross_val_score
 from hf_histo.data.synthetic import tissue
 from hf_histo.errors import HistoError
 
-SIZES = {"train": 360, "val": 60, "test": 240}
+SIZES = {"train": 240, "val": 60, "test": 120}
 
 
 def read(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -51,6 +51,7 @@ def bench(source: tuple[Path, Path], tmp_path: Path) -> Bench:
     return Bench(parse(None, [*folders, *sizes]), BenchmarkOptions(quick=True, repetitions=1, steps=1), tmp_path)
 
 
+@pytest.mark.slow
 def test_commands_are_timed_from_their_start(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The training and the finished one for real; for all, see tests/recipes/test_benchmark.py."""
     really, started = jobs.run, []

@@ -93,7 +93,11 @@ def test_the_same_gradients_under_lora(name: str, target_modules: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "target_modules"), [("test_resnet.r160_in1k", "all-conv"), ("test_vit.r160_in1k", "attention-mlp")]
+    ("name", "target_modules"),
+    [
+        ("test_resnet.r160_in1k", "all-conv"),
+        pytest.param("test_vit.r160_in1k", "attention-mlp", marks=pytest.mark.slow),
+    ],
 )
 def test_a_folded_model_is_one_graph_for_the_compiler(name: str, target_modules: str) -> None:
     """Else each layer is compiled by itself, until there are too many for torch, which then compiles none of them."""
