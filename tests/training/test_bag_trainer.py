@@ -12,13 +12,14 @@ import pytest
 import torch
 from miniature import config, write_backbone, write_bags
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_histo import finetune
 from hf_histo.data import bags
 from hf_histo.data.load import load
 from hf_histo.data.protocol import prepare
 from hf_histo.data.schema import ImageTable
+from hf_histo.errors import HistoError
 from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.files import read_json
@@ -72,7 +73,9 @@ def gradients(run: BagTrainer, seed: int = 0) -> dict[str, torch.Tensor]:
     assert model is not None
     batch = next(iter(run.get_train_dataloader()))
     torch.manual_seed(seed)
-    run.compute_loss(model, run._prepare_inputs(batch)).backward()
+    with run.accelerator.autocast():  # as the model that Trainer prepares
+        loss = run.compute_loss(model, run._prepare_inputs(batch))
+    loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
@@ -218,3 +221,23 @@ def test_labels_and_centers_are_balanced_over_bags(tmp_path: Path, source: tuple
     assert sorted(run.balanced) == ["centers", "labels"]
     batch = next(iter(run.get_train_dataloader()))
     assert len(batch["index"]) == 12 * 6
+
+
+def test_chunks_are_computed_again_in_the_same_precision(tmp_path: Path, source: tuple[Path, Path]) -> None:
+    """In bfloat16, the gradient in chunks is that in one piece, and not far from that in float32."""
+    exact, whole, chunked = (
+        gradients(session(tmp_path, source, *LORA, "--per_device_train_batch_size=3", *more, chunk_size=size))
+        for more, size in (((), 1000), (("--mixed_precision=bf16",), 1000), (("--mixed_precision=bf16",), 4))
+    )
+    for name, expected in exact.items():
+        errors = [float((found[name] - expected).norm() / expected.norm()) for found in (whole, chunked)]
+        assert all(1e-6 < error < 0.3 for error in errors), (name, errors)
+        torch.testing.assert_close(chunked[name], whole[name], rtol=0, atol=0.05 * float(whole[name].abs().max()))
+
+
+def test_several_processes_are_refused(
+    tmp_path: Path, source: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(HistoError, match="--aggregation trains in one process on one device, and this launch has sev"):
+        session(tmp_path, source, *LORA, chunk_size=4)
