@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import PIL.Image
 import pytest
 import timm
 import torch
-from miniature import SIZE, write_adapter, write_backbone, write_hf_vit
+from miniature import OF_SLIDES, SIZE, write_adapter, write_backbone, write_hf_vit
 from timm.data import resolve_data_config
 from torchvision import transforms
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
@@ -28,7 +27,6 @@ from hf_histo.hub import load
 from hf_histo.inference import Classifier
 from hf_histo.models import heads
 from hf_histo.transforms.augmentation import TestTimeViews
-from hf_histo.transforms.preprocessing import Preprocessing
 
 PIXELS = torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
@@ -144,11 +142,6 @@ def test_a_folder_that_exists_is_kept(backbone: Path, tmp_path: Path) -> None:
         export(model, sidecar, tmp_path / "adapter", "merged")
 
 
-def of_slides(adapter: Path, **changes: Any) -> Preprocessing:
-    """The preprocessing that an adapter would have after training on slides, with `changes`."""
-    return replace(load(adapter)[1].preprocessing, mpp=0.5, **{"patch_size": SIZE, **changes})
-
-
 def of_wsinfer(folder: Path, patches: list[PIL.Image.Image]) -> torch.Tensor:
     """What WSInfer (wsinfer.modellib: transforms.py, run_inference.py) does with patches up to the model's output."""
     config = json.loads((folder / "config.json").read_text())
@@ -163,7 +156,7 @@ def of_wsinfer(folder: Path, patches: list[PIL.Image.Image]) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "outputs", "changes"),
     [
-        ("test_resnet.r160_in1k", 1, {}),
+        ("test_resnet.r160_in1k", 1, {"patch_size": SIZE}),
         ("test_vit.r160_in1k", 3, {"patch_size": 24}),
         ("test_resnet.r160_in1k", 3, {"patch_size": 64, "resize_size": 37}),
         ("test_resnet.r160_in1k", 1, {"patch_size": 24, "resize_size": 36, "interpolation": "bicubic", "fit": "pad"}),
@@ -176,11 +169,10 @@ def test_wsinfer_gives_the_calibrated_probabilities(
     backbone = write_backbone(tmp_path / "backbone", name)
     options = {"outputs": outputs, "temperature": 1.7}
     options["lora"] = AdapterOptions(target_modules="last-conv" if "resnet" in name else "attention-qkv")
-    preprocessing = of_slides(write_adapter(tmp_path / "first", backbone, **options), **changes)
-    adapter = write_adapter(tmp_path / "adapter", backbone, preprocessing=preprocessing, **options)
+    adapter = write_adapter(tmp_path / "adapter", backbone, changes=OF_SLIDES | changes, **options)
     export(*load(adapter), tmp_path / "out", "wsinfer")
     # Patches of slides of the resolution of training and of half of it, read at level 0 by WSInfer.
-    size, random = preprocessing.patch_size or 0, np.random.default_rng(1)
+    size, random = changes["patch_size"], np.random.default_rng(1)
     patches = [PIL.Image.fromarray(random.integers(0, 256, (n, n, 3), np.uint8)) for n in (size, 2 * size)]
     output = of_wsinfer(tmp_path / "out", patches)
     # As `slides.read_patch` resizes.
@@ -211,7 +203,7 @@ def test_wsinfer_gives_the_calibrated_probabilities(
 @pytest.mark.parametrize(
     ("options", "changes", "reason"),
     [
-        ({}, None, r"needs the micrometers per pixel .*train it on slides"),
+        ({}, {"mpp": None}, r"needs the micrometers per pixel .*train it on slides"),
         ({"views": TestTimeViews(8)}, {}, r"can't express the mean over 8 views, .*--format onnx"),
         ({"adapt_batch_norm": True}, {}, r"can't express batch-norm statistics of the images at hand"),
         ({"threshold": 0.3}, {}, r"can't express a threshold of 0\.3, where WSInfer chooses"),
@@ -219,11 +211,9 @@ def test_wsinfer_gives_the_calibrated_probabilities(
     ],
 )
 def test_what_wsinfer_can_not_express_is_refused(
-    backbone: Path, tmp_path: Path, options: dict[str, Any], changes: dict[str, Any] | None, reason: str
+    backbone: Path, tmp_path: Path, options: dict[str, Any], changes: dict[str, Any], reason: str
 ) -> None:
-    if changes is not None:
-        options |= {"preprocessing": of_slides(write_adapter(tmp_path / "first", backbone), **changes)}
-    adapter = write_adapter(tmp_path / "adapter", backbone, **options)
+    adapter = write_adapter(tmp_path / "adapter", backbone, changes=OF_SLIDES | changes, **options)
     with pytest.raises(HistoError, match=reason):
         export(*load(adapter), tmp_path / "out", "wsinfer")
     assert not (tmp_path / "out").exists()

@@ -6,17 +6,13 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
-from miniature import SIZE, write_adapter, write_backbone
+from miniature import OF_SLIDES, write_adapter, write_backbone
 from slide_files import write_sparse
-
-from hf_histo.models import backbones
-from hf_histo.transforms import preprocessing
 
 SIDE, SHARE = 100_000, 0.1  # pixels of the slide, and how much of it is tissue: 20,000 tiles of 224 pixels
 
@@ -35,11 +31,7 @@ def memory(processes: list[psutil.Process]) -> int:
 @pytest.mark.slow
 def test_a_slide_of_100_000_pixels_is_predicted_within_2_gib(tmp_path: Path) -> None:
     backbone = write_backbone(tmp_path / "backbone")
-    resolved = preprocessing.resolve(
-        backbones.load(str(backbone), 1, image_size=SIZE).config, str(backbone), SIZE, SIZE
-    )
-    of_slides = replace(resolved, mpp=0.5, patch_size=224)
-    adapter = write_adapter(tmp_path / "adapter", backbone, preprocessing=of_slides)
+    adapter = write_adapter(tmp_path / "adapter", backbone, changes=OF_SLIDES | {"patch_size": 224})
     slide = write_sparse(tmp_path / "large.tif", SIDE, SHARE)
     assert slide.stat().st_size < 10e6
     command = [

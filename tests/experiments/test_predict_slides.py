@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 import slide_files
 import tifffile
-from miniature import SIZE, write_adapter, write_backbone
+from miniature import OF_SLIDES, SIZE, write_adapter, write_backbone
 
 from hf_histo.cli import main
 from hf_histo.config import parse_command
@@ -29,11 +29,9 @@ from hf_histo.experiments import predict_slides as command
 from hf_histo.experiments.predict_slides import predict_slides
 from hf_histo.files import read_json
 from hf_histo.inference import Classifier
-from hf_histo.models import backbones, heads
-from hf_histo.transforms import preprocessing
-from hf_histo.transforms.preprocessing import Preprocessing
+from hf_histo.models import heads
 
-TILE = 64
+TILE = OF_SLIDES["patch_size"]
 
 
 def image(seed: int = 0) -> np.ndarray:
@@ -56,12 +54,6 @@ class Inputs:
         return parse_command(PredictSlidesOptions, None, [str(each) for each in arguments], first="slides")
 
 
-def trained_on_slides(backbone: Path) -> Preprocessing:
-    """The preprocessing of an adapter that was trained on patches of slides."""
-    config = backbones.load(str(backbone), 1, image_size=SIZE).config
-    return replace(preprocessing.resolve(config, str(backbone), SIZE, SIZE), mpp=0.5, patch_size=TILE)
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder = tmp_path_factory.mktemp("slides")
@@ -78,7 +70,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     data[start : start + 1000] = bytes(1000)
     (folder / "torn.tif").write_bytes(data)
     backbone = write_backbone(folder / "backbone")
-    adapter = write_adapter(folder / "adapter", backbone, preprocessing=trained_on_slides(backbone))
+    adapter = write_adapter(folder / "adapter", backbone, changes=OF_SLIDES)
     return Inputs(folder, adapter)
 
 
@@ -338,7 +330,7 @@ def test_an_adapter_of_slide_labels_gives_a_score_and_attention(
     monkeypatch.setattr(command, "slide_heat_map", slide_heat_map)
     backbone = inputs.folder / "backbone"
     head = heads.HeadConfig(aggregation=aggregation, attention_width=8)  # type: ignore[arg-type]
-    adapter = write_adapter(tmp_path / "adapter", backbone, preprocessing=trained_on_slides(backbone), head=head)
+    adapter = write_adapter(tmp_path / "adapter", backbone, changes=OF_SLIDES, head=head)
     predict_slides(replace(inputs, adapter=adapter).options(tmp_path / "out", slides="a.tif"))
     table = pd.read_csv(tmp_path / "out" / "a" / "tiles.csv")
     (row,) = pd.read_csv(tmp_path / "out" / "slides.csv").to_dict("records")

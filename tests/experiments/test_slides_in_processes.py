@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import counted_predict
@@ -14,12 +13,10 @@ import pandas as pd
 import psutil
 import pytest
 import slide_files
-from miniature import SIZE, write_adapter, write_backbone
+from miniature import OF_SLIDES, write_adapter, write_backbone
 
 from hf_histo.data.synthetic.slides import write_tiff
 from hf_histo.inference import Classifier
-from hf_histo.models import backbones
-from hf_histo.transforms import preprocessing
 
 COUNTED = Path(__file__).parents[1] / "support" / "counted_predict.py"
 NAMES = [f"s{number}" for number in range(6)]
@@ -31,10 +28,7 @@ def arguments(tmp_path: Path) -> list[str]:
     for number, name in enumerate(NAMES):
         write_tiff(tmp_path / f"{name}.tif", slide_files.pixels(seed=number))
     backbone = write_backbone(tmp_path / "backbone")
-    resolved = preprocessing.resolve(
-        backbones.load(str(backbone), 1, image_size=SIZE).config, str(backbone), SIZE, SIZE
-    )
-    adapter = write_adapter(tmp_path / "adapter", backbone, preprocessing=replace(resolved, mpp=0.5, patch_size=64))
+    adapter = write_adapter(tmp_path / "adapter", backbone, changes=OF_SLIDES)
     slides = [str(tmp_path / f"{name}.tif") for name in NAMES]
     return [*slides, f"--adapter={adapter}", "--num_workers=0", f"--output_dir={tmp_path / 'out'}"]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import datasets
@@ -27,6 +29,7 @@ from hf_histo.transforms import preprocessing
 
 COUNTS = {"train": 24, "val": 13, "test": 7}
 SIZE = 32
+OF_SLIDES = {"mpp": 0.5, "patch_size": 64}  # what an adapter knows of the slides that it was trained on
 
 
 def write_backbone(folder: Path, name: str = "test_resnet.r160_in1k", seed: int = 0) -> Path:
@@ -53,9 +56,18 @@ def write_hf_vit(folder: Path) -> Path:
     return folder
 
 
-def write_adapter(folder: Path, backbone: Path, *, seed: int = 0, outputs: int = 1, **options: Any) -> Path:
+def write_adapter(
+    folder: Path,
+    backbone: Path,
+    *,
+    seed: int = 0,
+    outputs: int = 1,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
+) -> Path:
     """Save an adapter folder as a run leaves it, with random LoRA weights in place of trained ones.
 
+    `changes` are of the fields of its preprocessing: `OF_SLIDES` for one that was trained on patches of slides.
     `options` are those of `Sidecar`, and of `AdapterOptions` as `lora`.
     """
     torch.manual_seed(seed)
@@ -63,7 +75,7 @@ def write_adapter(folder: Path, backbone: Path, *, seed: int = 0, outputs: int =
     lora = options.pop("lora", None) or AdapterOptions(target_modules="last-conv")
     head = options.get("head")
     model = backbones.load(str(backbone), outputs, image_size=SIZE, head=head)
-    views = preprocessing.resolve(model.config, str(backbone), SIZE, SIZE)
+    views = replace(preprocessing.resolve(model.config, str(backbone), SIZE, SIZE), **changes)
     held = Composition(0, 0, 0, dict.fromkeys(names, 0), {}, copies_of_train=0, groups_of_train=0)
     sidecar = Sidecar(
         **{
