@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -30,9 +31,10 @@ OPTIONS = f"""--image_size={SIZE} --resize_size={SIZE} --num_train_epochs=2 --op
     --weight_averaging=ema --label_smoothing=0.1 --probe_first""".split()
 
 
-def launch(processes: int, arguments: Sequence[str], script: Path = RECIPE) -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+def launch(arguments: Sequence[str], script: Path = RECIPE) -> subprocess.Popen[str]:
+    """Start two processes."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [sys.executable, *launcher, str(script), *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -44,15 +46,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     backbone, data = write_backbone(folder / "backbone"), write_data(folder / "data", COUNTS)
     divide_training(data)
     common = [f"--backbone={backbone}", f"--data={data}", f"--cache_dir={folder / 'cache'}", *OPTIONS]
-    started = {
-        n: launch(n, [*common, f"--output_dir={folder / f'of{n}'}", f"--per_device_train_batch_size={8 // n}"])
-        for n in (1, 2)
-    }
-    for process in started.values():
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-        assert output.count("adapter folder:") == 1  # only one process prints
-    return {n: folder / f"of{n}" for n in started}
+    process = launch([*common, f"--output_dir={folder / 'of2'}", "--per_device_train_batch_size=4"])
+    with pytest.MonkeyPatch.context() as patch:  # the one process is this one
+        alone = [*common, f"--output_dir={folder / 'of1'}", "--per_device_train_batch_size=8"]
+        patch.setattr(sys, "argv", [str(RECIPE), *alone])
+        runpy.run_path(str(RECIPE), run_name="recipe")["main"]()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert output.count("adapter folder:") == 1  # only one process prints
+    return {n: folder / f"of{n}" for n in (1, 2)}
 
 
 def table(run: Path, split: str) -> pd.DataFrame:
@@ -131,7 +133,7 @@ def test_processes_that_differ_are_refused(runs: dict[int, Path], tmp_path: Path
         f"runpy.run_path({str(RECIPE)!r}, run_name='__main__')\n"
     )
     common = [f"--backbone={source / 'backbone'}", f"--cache_dir={source / 'cache'}"]
-    process = launch(2, [*common, *OPTIONS, f"--output_dir={tmp_path / 'run'}"], script)
+    process = launch([*common, *OPTIONS, f"--output_dir={tmp_path / 'run'}"], script)
     output, _ = process.communicate(timeout=300)
     assert process.returncode not in (0, None)
     found = differs.removeprefix("--").split("=")[0] if differs.startswith("--") else "data fingerprint"
@@ -144,7 +146,7 @@ def test_a_process_that_dies_takes_the_launch_down(runs: dict[int, Path], tmp_pa
     """Otherwise the other process would hang in the next reduction."""
     source = runs[1].parent
     common = [f"--backbone={source / 'backbone'}", f"--data={source / 'data'}", f"--cache_dir={source / 'cache'}"]
-    process = launch(2, [*common, *OPTIONS, f"--output_dir={tmp_path / 'run'}", "--num_train_epochs=1000"])
+    process = launch([*common, *OPTIONS, f"--output_dir={tmp_path / 'run'}", "--num_train_epochs=1000"])
     try:
         for _ in range(3000):
             if list((tmp_path / "run").glob("checkpoint-*/trainer_state.json")):
@@ -171,7 +173,7 @@ def test_two_processes_stream_every_image_once(tmp_path: Path) -> None:
     streamed = [f"--data=hub:{shards}", "--streaming", "--per_device_train_batch_size=4", "--target_modules=last-conv"]
     size = [f"--image_size={SIZE}", f"--resize_size={SIZE}", "--num_train_epochs=2"]
     script = Path(__file__).parents[1] / "support" / "streamed.py"
-    process = launch(2, [str(seen), *folders, *streamed, *size], script)
+    process = launch([str(seen), *folders, *streamed, *size], script)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     lines = [path.read_text().splitlines() for path in sorted(seen.iterdir())]
@@ -183,7 +185,7 @@ def test_two_processes_stream_every_image_once(tmp_path: Path) -> None:
 def test_a_model_divided_by_fsdp2_is_the_whole_one(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     backbone = write_backbone(tmp_path / "backbone", "test_vit.r160_in1k")
-    process = launch(2, [str(backbone), str(tmp_path / "out")], Path(__file__).parents[1] / "support" / "sharded.py")
+    process = launch([str(backbone), str(tmp_path / "out")], Path(__file__).parents[1] / "support" / "sharded.py")
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert output.count("weights moved") == 2
