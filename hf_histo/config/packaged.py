@@ -32,7 +32,7 @@ COMMANDS = {
     "reproduce": ("reproduce", 'a published table in one command, "reported" beside "obtained"'),
     "make-slides": ("make_slides", "synthetic pyramidal slides with annotations, to try it all"),
     "push": ("push", "an adapter folder: to the Hub"),
-    "export": ("export", "an adapter: one checkpoint, or ONNX"),
+    "export": ("export", "an adapter: one checkpoint, ONNX, or WSInfer"),
     "app": ("app", "an adapter: a page in the browser"),
     "benchmark": ("benchmark", "how fast this package is on this machine, beside stock practice"),
     "doctor": ("doctor", "what this machine has for a run, and what it lacks"),
