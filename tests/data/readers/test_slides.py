@@ -19,16 +19,33 @@ def write(folder: Path, kind: str, image: np.ndarray, mpp: float = 0.5) -> Path:
     if kind == "dicom":
         write_dicom(folder / "dicom", image, mpp=mpp)
         return folder / "dicom"
+    if kind == "svs":
+        write_svs(folder / "slide.svs", image, mpp)
+        return folder / "slide.svs"
     path = folder / ("slide.ome.tif" if kind == "ome-tiff" else "slide.tif")
     write_tiff(path, image, mpp=mpp, ome=kind == "ome-tiff")
     return path
+
+
+def write_svs(path: Path, image: np.ndarray, mpp: float) -> None:
+    """Levels in tiles and a thumbnail in strips, with the descriptions of Aperio's scanners, which state the mpp."""
+    height, width = image.shape[:2]
+    about = f"Aperio Image Library v12.0.15\r\n{width}x{height} [0,0 {width}x{height}] (240x240) JPEG/RGB Q=70"
+    with tifffile.TiffWriter(path) as file:
+        for step in (1, 2, 4):
+            level = f"{about}|AppMag = 20|MPP = {mpp}" if step == 1 else f"{about} -> {width // step}x{height // step}"
+            pixels = image[::step, ::step][: height // step, : width // step]
+            file.write(pixels, tile=(240, 240), photometric="rgb", compression="zlib", description=level, metadata=None)
+            if step == 1:
+                small = {"photometric": "rgb", "rowsperstrip": 16, "metadata": None}
+                file.write(image[::8, ::8], description=f"{about} -> thumbnail", **small)
 
 
 def noise(height: int = 300, width: int = 520) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("kind", ["tiff", "ome-tiff", "dicom"])
+@pytest.mark.parametrize("kind", ["tiff", "ome-tiff", "dicom", "svs"])
 def test_patches_have_the_pixels_of_the_file(tmp_path: Path, kind: str) -> None:
     image = noise()
     slide = slides.open_slide(write(tmp_path, kind, image))
