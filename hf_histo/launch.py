@@ -207,6 +207,14 @@ def use_cpu() -> bool:
     return asked or not torch.accelerator.is_available()
 
 
+def reading_processes() -> int:
+    """Processes that read for a model beside it: 1 on the CPU, whose cores the model computes on.
+
+    On an accelerator one for each of this process's other cores, up to 8.
+    """
+    return 1 if use_cpu() else min(8, max(1, thread_count(process_count()) - 1))
+
+
 def use_gpu(number: int) -> None:
     """Let this process see one GPU alone where there are several: the one of this number, counted round.
 

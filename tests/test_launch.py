@@ -11,6 +11,8 @@ from pathlib import Path
 import joblib
 import pytest
 
+from hf_histo import launch
+
 CORES = joblib.cpu_count(only_physical_cores=True)
 several_cores = pytest.mark.skipif(CORES < 2, reason="this machine has one core")
 
@@ -130,3 +132,12 @@ def test_imports_are_not_collected_and_in_a_process_of_its_own_never_will_be() -
     words = [sys.executable, "-c", f"import sys{IMPORTING}"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.stdout.split() == ["0", "True", "True"], done.stderr
+
+
+@pytest.mark.parametrize(("on_cpu", "cores", "expected"), [(True, 16, 1), (False, 1, 1), (False, 4, 3), (False, 64, 8)])
+def test_one_process_reads_for_a_model_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: bool, cores: int, expected: int
+) -> None:
+    monkeypatch.setattr(launch, "use_cpu", lambda: on_cpu)
+    monkeypatch.setattr(launch, "thread_count", lambda processes: cores // processes)
+    assert launch.reading_processes() == expected

@@ -89,7 +89,12 @@ class PredictSlidesOptions(AdapterSource):
     top_k: int = option(10, "tiles with the largest probabilities, whose mean is a score of the slide", at_least=1)
     geojson: Literal["tiles", "regions"] = option("tiles", "objects for QuPath: each tile, or merged regions by class")
     batch_size: int = option(64, "tiles at a time", at_least=1)
-    num_workers: int = option(2, "processes that read slides while the model runs", at_least=0)
+    num_workers: int | None = option(
+        None,
+        "processes that read slides while the model runs (default: 1, on an accelerator one for each other core, up to "
+        "8)",
+        at_least=0,
+    )
     mixed_precision: Literal["no", "bf16"] = option("no", "compute in bfloat16, which changes some decisions")
     overwrite: bool = option(False, "replace slides that another adapter or other options predicted")
 

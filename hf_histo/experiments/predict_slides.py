@@ -322,7 +322,7 @@ def _found(job: Job, each: Listed, grid: Grid) -> Found:
     how: dict[str, Any] = {
         "threshold": job.options.threshold,
         "batch_size": job.options.batch_size,
-        "num_workers": job.options.num_workers,
+        "num_workers": launch.reading_processes() if job.options.num_workers is None else job.options.num_workers,
         "mixed_precision": job.options.mixed_precision,
         "description": each.name,
         "is_shared": False,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_histo import launch
 from hf_histo.data.readers import slides
 from hf_histo.data.synthetic import slides as synthetic
 from hf_histo.data.synthetic import tissue
@@ -25,7 +26,6 @@ from hf_histo.experiments.benchmark.timing import Unavailable
 
 LEVEL, FINER = "a level of the slide has the resolution", "the slide has twice the resolution, and is scaled"
 READ, READ_FINER = "reading alone in one process", "reading alone in one process, and scaling"
-WORKERS = 2  # processes that read, the default of `hf_histo predict`
 
 
 def sides(bench: Bench) -> dict[str, Callable[[], float]]:
@@ -52,7 +52,7 @@ def ours(bench: Bench, zoom: int) -> float:
         model(pixel_values=pixels)
     started = time.perf_counter()
     pipeline = bench.pipeline(model, bench.config)
-    forward(model, rows, pipeline, batch_size=bench.batch, num_workers=WORKERS, is_shared=False)
+    forward(model, rows, pipeline, batch_size=bench.batch, num_workers=launch.reading_processes(), is_shared=False)
     return (time.perf_counter() - started) / len(rows)
 
 
