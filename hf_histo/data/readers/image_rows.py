@@ -7,7 +7,7 @@ import logging
 import os
 import unicodedata
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,20 +130,25 @@ def lists_slides(path: Path, options: DataOptions) -> bool:
 
     In a table of images, a column `slide` names their groups.
     """
-    if options.slide_column is not None:
-        return True
-    if options.image_column is not None or path.suffix.lower() == ".npz":
-        return False
+    return _is_of_slides(options, lambda: _names(path))
+
+
+def _names(path: Path) -> Sequence[Any]:
+    """Names of the columns of a table; none of one that has no names or can't be read: its reader names the fault."""
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        return []
     try:
-        names = list(_cells(path).columns) if path.suffix.lower() == ".xlsx" else _head(path)[0]
+        return list(_cells(path).columns) if suffix == ".xlsx" else _head(path)[0]
     except UNREADABLE:
-        return False  # the other readers name the fault
-    return _name_slides(names)
+        return []
 
 
-def _name_slides(names: Sequence[Any]) -> bool:
-    """Whether the usual names of columns are those of a table of slides."""
-    plain = {_plain(str(name)) for name in names}
+def _is_of_slides(options: DataOptions, names: Callable[[], Sequence[Any]]) -> bool:
+    """`lists_slides` of a table whose columns have these `names`, which are read only if no option decides."""
+    if options.slide_column is not None or options.image_column is not None:
+        return options.slide_column is not None
+    plain = {_plain(str(name)) for name in names()}
     return bool(plain & {*NAMED_OF_SLIDES["slide"]}) and not plain & {*NAMED["image"]}
 
 
@@ -180,8 +185,7 @@ def store(source: pd.DataFrame | datasets.Dataset, options: DataOptions, cache_d
         source, images = _frame(source)
     frame = source.rename(columns=str)
     names = list(frame.columns)
-    is_of_slides = options.slide_column is not None or (options.image_column is None and _name_slides(names))
-    named = NAMED_OF_SLIDES if is_of_slides else NAMED
+    named = NAMED_OF_SLIDES if _is_of_slides(options, lambda: names) else NAMED
     kind = next(iter(named))
     column = _column(names, kind, options, "the table", named)
     if column is None:
