@@ -44,6 +44,8 @@ def test_a_slide_of_100_000_pixels_is_predicted_within_2_gib(tmp_path: Path) -> 
         adapter,
         "--output_dir",
         tmp_path / "out",
+        "--num_workers",
+        2,
     ]
     started, largest = time.monotonic(), 0
     process = psutil.Process(subprocess.Popen([*map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}).pid)

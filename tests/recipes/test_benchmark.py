@@ -56,7 +56,6 @@ def test_whole_commands_are_measured(backbone: Path, tmp_path: Path) -> None:
         require_times(found[part])
 
 
-@pytest.mark.slow
 def test_sides_of_the_parts_that_are_asked_for(folder: Path) -> None:
     found = json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
     (name, block), (_, images) = found["blocks"].items()
