@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch
 import xxhash
 from hub_server import CUT, LOST, READ_TOKEN, TOKEN, Hub
 from miniature import SIZE, config
+from recipe_mains import main_of
 
 from hf_histo import hub
 from hf_histo.adapter.folder import verify
@@ -117,7 +117,7 @@ def test_a_new_process_pulls_what_the_recipe_pushed(
 ) -> None:
     push = f"push.py --adapter {adapter} --hub_model_id {NAME} --hub_private --hub_revision v2"
     monkeypatch.setattr(sys, "argv", push.split())
-    runpy.run_path(str(ROOT / "recipes" / "push.py"), run_name="recipe")["main"]()
+    main_of("push.py")()
     out, err = capsys.readouterr()
     assert out == f"uploaded: {server.address}/{NAME}\n"
     assert TOKEN not in err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from adapter_folders import logits
+from recipe_mains import main_of
 
 from hf_histo import hub
 from hf_histo.adapter import ensemble
@@ -22,8 +22,6 @@ from hf_histo.evaluation.predictions import Predictions
 from hf_histo.files import checksum, read_json
 from hf_histo.inference import Classifier, Ensemble
 from hf_histo.result import Result
-
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +71,7 @@ def test_the_commands(members: list[Path], source: tuple[Path, Path], tmp_path: 
         ("predict", [f"--adapter={out}", f"--data={source[1]}", f"--output={tmp_path / 'preds.csv'}"]),
     ):
         monkeypatch.setattr(sys, "argv", [recipe, *arguments])
-        runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="recipe")["main"]()
+        main_of(f"{recipe}.py")()
     printed = capsys.readouterr().out
     assert str(members[1]) in printed and "| ensemble " in printed and f"ensemble folder: {out}" in printed
     probability = 1 / (1 + np.exp(-logits(out, "test")))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from recipe_mains import RECIPES
 
 from hf_histo.config import (
     FOR_CENTERS,
@@ -30,9 +31,8 @@ from hf_histo.config import (
 from hf_histo.config.options import BUILTIN_LEARNING_RATE, RULES
 from hf_histo.errors import HistoError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").rglob("*.yaml"))
+CONFIGS = sorted((RECIPES / "configs").rglob("*.yaml"))
 CONFIGS = [file for file in CONFIGS if file.name != "reported.yaml" and file.parent.name != "sweep"]
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def write(folder: Path, text: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from miniature import write_backbone
 from peft import PeftModel
+from recipe_mains import RECIPES
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -364,7 +365,7 @@ def test_a_pickle_is_never_read(resnet: Path, saved: Path) -> None:
 
 
 def test_vgg16_of_the_brain_mri_report_has_its_number_of_trained_parameters() -> None:
-    options = parse(None, ["--config", str(Path(__file__).parents[2] / "recipes" / "configs" / "mri_vgg16_lora.yaml")])
+    options = parse(None, ["--config", str(RECIPES / "configs" / "mri_vgg16_lora.yaml")])
     with torch.device("meta"):
         model = backbones.load(options.model.backbone, 4, random_weights=True)
         counts = adapters.parameter_counts(adapters.add(model, options.adapter))

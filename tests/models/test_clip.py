@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from open_clip_weights import fuse_attention
+from recipe_mains import main_of
 from safetensors.torch import load_file, save_file
 
 from hf_histo.config import AdapterOptions
@@ -148,7 +148,7 @@ def test_a_registered_model_becomes_a_folder_once_its_pickle_is_converted(
     else:
         (snapshot / clip.CONFIG).write_text(json.dumps({"model_cfg": MODEL, "preprocess_cfg": VIEW}))
         torch.save(original.state_dict(), snapshot / "open_clip_pytorch_model.bin")
-    main = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "import_backbone.py"), run_name="recipe")["main"]
+    main = main_of("import_backbone.py")
     arguments = ["--backbone", name, "--snapshot", str(snapshot), "--output_dir", str(output)]
     monkeypatch.setattr(sys, "argv", ["import_backbone.py", *arguments])
     with pytest.raises(HistoError, match="is a pickle, which can run code") as refused:

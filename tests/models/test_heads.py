@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from miniature import config, write_backbone, write_data
+from recipe_mains import RECIPES
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -21,7 +22,7 @@ from hf_histo.finetune import run_config
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters, backbones, heads
 
-CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
+CONFIGS = RECIPES / "configs"
 DESIGNS = {
     "mlp": "--head=mlp --head_widths=5,4",
     "linear on logits": "--head_on=logits",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +9,9 @@ from pathlib import Path
 
 import pytest
 from miniature import write_backbone
+from recipe_mains import main_of
 
 from hf_histo.launch import run
-
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +26,7 @@ def in_process(
     """Run a recipe's main here, as a process of its own would, without the seconds in which that imports everything."""
 
     def in_process(recipe: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        main = runpy.run_path(str(RECIPES / recipe), run_name="recipe")["main"]
+        main = main_of(recipe)
         monkeypatch.setattr(sys, "argv", [recipe, *map(str, arguments)])
         monkeypatch.setattr("gc.freeze", lambda: None)  # garbage of earlier tests would stay for good
         capsys.readouterr()

@@ -13,9 +13,10 @@ import PIL.Image
 import pytest
 from fixtures import write_challenge
 from miniature import write_data
+from recipe_mains import RECIPES
 from scipy.ndimage import gaussian_filter
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "audit.py"
+RECIPE = RECIPES / "audit.py"
 
 
 Call = Callable[..., subprocess.CompletedProcess[str]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,10 +12,9 @@ import h5py
 import pytest
 from fixtures import damage_chunk, truncate
 from miniature import write_data
+from recipe_mains import RECIPES, main_of
 
 from hf_histo.launch import run
-
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def only_error(text: str) -> str:
@@ -31,7 +29,7 @@ def fails(
     tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
     """Run histo_lora.py's main in this process; return the line it ends in."""
-    main = runpy.run_path(str(RECIPES / "histo_lora.py"), run_name="recipe")["main"]
+    main = main_of("histo_lora.py")
 
     def call(data: Path, *more: str) -> str:
         quick = "--image_size=32 --resize_size=32 --per_device_train_batch_size=8 --num_train_epochs=1"

@@ -13,12 +13,13 @@ from typing import Any
 
 import PIL.Image
 import pytest
+from recipe_mains import RECIPES
 
 from hf_histo.config.experiments import BENCHMARK_PARTS
 from hf_histo.experiments.benchmark import prediction
 from hf_histo.experiments.benchmark.ratios import RATIOS
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "benchmark.py"
+RECIPE = RECIPES / "benchmark.py"
 FIXED = ["--image_size", "32", "--resize_size", "32", "--target_modules", "last-conv"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import statistics
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import PIL.Image
 import pytest
 import yaml
 from miniature import SIZE, divide_training, write_data
+from recipe_mains import RECIPES, main_of
 
 from hf_histo import stages
 from hf_histo.config import Config, parse
@@ -26,7 +26,7 @@ from hf_histo.inference import Classifier
 from hf_histo.launch import run
 from hf_histo.transforms.augmentation import TestTimeViews
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "compare.py"
+RECIPE = RECIPES / "compare.py"
 REPORT = sorted((RECIPE.parent / "configs" / "report").glob("*.yaml"))
 ABLATION = sorted((RECIPE.parent / "configs" / "ablation").glob("*.yaml"))
 ROWS = {"a_linear.yaml": "method: linear\n", "b_balanced.yaml": "method: linear\nhead_dropout: 0.5\n"}
@@ -60,7 +60,7 @@ def rows(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def call(backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     """Run the recipe's main in this process."""
-    main = runpy.run_path(str(RECIPE), run_name="recipe")["main"]
+    main = main_of(RECIPE.name)
 
     def call(rows: list[Path], output: Path, *more: str) -> None:
         quick = f"--image_size={SIZE} --resize_size={SIZE} --num_train_epochs=1 --learning_rate=0.01"

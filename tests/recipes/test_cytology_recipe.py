@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +12,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from recipe_mains import RECIPES, main_of
 from safetensors.torch import load_file
 
 import hf_histo.evaluation.forward
 from hf_histo.config import parse
 from hf_histo.errors import HistoError
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 QUICK = "--image_size=32 --resize_size=32 --per_device_train_batch_size=8 --learning_rate=0.01 --augmentation=flips"
 CONFIG = str(RECIPES / "configs" / "cytology_lora.yaml")
 Call = Callable[..., None]
@@ -53,7 +52,7 @@ def call(backbone: Path, cells: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     """Run a recipe's main in this process, on the cells by default."""
 
     def call(recipe: str, *arguments: str) -> None:
-        main = runpy.run_path(str(RECIPES / recipe), run_name="recipe")["main"]
+        main = main_of(recipe)
         own = [f"--backbone={backbone}", f"--data={cells}", *QUICK.split(), *arguments]
         monkeypatch.setattr(sys, "argv", [recipe, *own])
         main()

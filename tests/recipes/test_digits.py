@@ -15,7 +15,6 @@ from miniature import write_digits
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.inference import Classifier
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 Call = Callable[..., str]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from recipe_mains import RECIPES
 
 from hf_histo.evaluation import calibration, thresholds
 from hf_histo.evaluation import predictions as tables
@@ -17,7 +18,7 @@ from hf_histo.evaluation.ensembling import average
 from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import Predictions
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate_predictions.py"
+RECIPE = RECIPES / "evaluate_predictions.py"
 
 
 Call = Callable[..., subprocess.CompletedProcess[str]]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -34,6 +33,7 @@ from miniature import (
     write_image_table,
     write_shards,
 )
+from recipe_mains import main_of
 from safetensors.torch import load_file
 
 from hf_histo import finetune, hub, library_warnings
@@ -50,7 +50,6 @@ from hf_histo.files import read_json
 from hf_histo.result import Result
 from hf_histo.training import feature_cache, run_folder, trainer
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 RUN_CONFIG = finetune.run_config
 PACKAGE = Path(finetune.__file__).parent
 TRAINING = ("histo_lora", "mri_lora", "digits_lora", "cytology_lora")
@@ -459,7 +458,7 @@ def reached(
             quick |= {name: OPTIONS[name].default for name in ("normalization", "test_time_views")}
         given = [f"--{name}={value}" for name, value in (quick | options).items()]
         monkeypatch.setattr(sys, "argv", [recipe, *own_options.get(recipe, []), *given, *arguments])
-        main = runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="recipe")["main"]
+        main = main_of(f"{recipe}.py")
         with pytest.raises(Reached):
             main()
         return seen

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +12,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from miniature import SIZE, write_image_table
+from recipe_mains import main_of
 
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.files import read_json
 from hf_histo.inference import Classifier
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 QUICK = (f"--image_size={SIZE}", f"--resize_size={SIZE}", "--num_train_epochs=1", "--per_device_train_batch_size=12")
 
 
@@ -33,7 +32,7 @@ def run(table: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory) -
     output = tmp_path_factory.mktemp("run") / "out"
     options = [f"--data={table}", f"--backbone={backbone}", *QUICK]
     options += ["--split_column=none", "--test_centers=Leipzig", "--normalization=rgb", f"--output_dir={output}"]
-    main = runpy.run_path(str(RECIPES / "histo_lora.py"), run_name="recipe")["main"]
+    main = main_of("histo_lora.py")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
         patch.setattr(sys, "argv", ["histo_lora.py", *options])
         patch.setattr("hf_histo.evaluation.figures.run.draw", lambda *arguments, **options: {})

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from miniature import SIZE, divide_training, write_data
+from recipe_mains import main_of
 
 from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.config.commands import AcceptanceStudyOptions
@@ -21,7 +21,6 @@ from hf_histo.evaluation.predictions import Predictions
 from hf_histo.experiments.acceptance_study import study
 from hf_histo.launch import run
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "leave_one_center_out.py"
 Call = Callable[..., None]
 
 
@@ -36,12 +35,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def call(backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     """Run the recipe's main in this process."""
-    main = runpy.run_path(str(RECIPE), run_name="recipe")["main"]
+    main = main_of("leave_one_center_out.py")
 
     def call(output: Path, *more: str) -> None:
         quick = f"--image_size={SIZE} --resize_size={SIZE} --num_train_epochs=1 --method=linear --learning_rate=0.01"
         fixed = f"--data={data} --backbone={backbone} --output_dir={output}"
-        monkeypatch.setattr(sys, "argv", [RECIPE.name, *fixed.split(), *quick.split(), *more])
+        monkeypatch.setattr(sys, "argv", ["leave_one_center_out.py", *fixed.split(), *quick.split(), *more])
         run(main)
 
     return call

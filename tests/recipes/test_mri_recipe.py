@@ -14,7 +14,6 @@ from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.inference import Classifier
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 CLASSES = ("glioma", "none", "pituitary")
 Call = Callable[..., str]
 

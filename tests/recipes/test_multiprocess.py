@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -19,11 +18,12 @@ import pandas as pd
 import psutil
 import pytest
 from miniature import SIZE, divide_training, write_backbone, write_data, write_shards
+from recipe_mains import RECIPES, main_of
 from safetensors.numpy import load_file
 
 from hf_histo.evaluation.predictions import Predictions
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "histo_lora.py"
+RECIPE = RECIPES / "histo_lora.py"
 COUNTS = {"train": 24, "val": 37, "test": 11}
 # SGD, whose step is the gradient itself: Adam would hide a wrong scale and blow up rounding.
 OPTIONS = f"""--image_size={SIZE} --resize_size={SIZE} --num_train_epochs=2 --optimizer=sgd --learning_rate=0.05
@@ -50,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     with pytest.MonkeyPatch.context() as patch:  # the one process is this one
         alone = [*common, f"--output_dir={folder / 'of1'}", "--per_device_train_batch_size=8"]
         patch.setattr(sys, "argv", [str(RECIPE), *alone])
-        runpy.run_path(str(RECIPE), run_name="recipe")["main"]()
+        main_of(RECIPE.name)()
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert output.count("adapter folder:") == 1  # only one process prints

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipe_mains import RECIPES
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 import hf_histo.models
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain_backbone.py"
+RECIPE = RECIPES / "pretrain_backbone.py"
 BUILTIN = Path(next(iter(hf_histo.models.__path__))) / "builtin"
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from miniature import config, write_data
+from recipe_mains import main_of
 
 from hf_histo.config.commands import SoupOptions
 from hf_histo.data.load import load
@@ -19,8 +19,6 @@ from hf_histo.experiments.soup import make_soup
 from hf_histo.files import read_json
 from hf_histo.finetune import run_config
 from hf_histo.inference import Classifier
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "soup.py"
 
 
 def test_the_mean_of_those_that_help(
@@ -35,7 +33,7 @@ def test_the_mean_of_those_that_help(
     capsys.readouterr()
     soup = tmp_path / "soup"
     monkeypatch.setattr(sys, "argv", ["soup", "--adapters", *map(str, runs), f"--data={data}", f"--output_dir={soup}"])
-    runpy.run_path(str(RECIPE), run_name="recipe")["main"]()
+    main_of("soup.py")()
     printed = capsys.readouterr().out
     metrics = read_json(soup / "metrics.json")
     kept = [row["adapter"] for row in metrics["soup"] if row["kept"]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from miniature import SIZE, write_data
+from recipe_mains import RECIPES, main_of
 
 from hf_histo.config import parse
 from hf_histo.launch import run
@@ -23,7 +23,7 @@ optuna = pytest.importorskip("optuna")
 sweep = pytest.importorskip("hf_histo.experiments.sweep")
 
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "sweep.py"
+RECIPE = RECIPES / "sweep.py"
 STUDIES = sorted((RECIPE.parent / "configs" / "sweep").glob("*.yaml"))
 GRID = "grid: {learning_rate: [1.0e-2, 1.0e-4], optimizer: [adam, sgd]}"
 Command = Callable[..., list[str]]
@@ -51,7 +51,7 @@ def command(backbone: Path, data: Path, tmp_path: Path) -> Command:
 @pytest.fixture
 def call(command: Command, monkeypatch: pytest.MonkeyPatch) -> Call:
     """Run the recipe's main in this process."""
-    main = runpy.run_path(str(RECIPE), run_name="recipe")["main"]
+    main = main_of(RECIPE.name)
 
     def call(study: str, *more: str) -> None:
         monkeypatch.setattr(sys, "argv", command(study, *more))

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+from recipe_mains import RECIPES
+
 CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 # A server that imports everything once, and forks.
 _server = multiprocessing.get_context("forkserver")

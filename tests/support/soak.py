@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import psutil
+from recipe_mains import RECIPES
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "histo_lora.py"
+RECIPE = RECIPES / "histo_lora.py"
 OPTIONS = ["--num_workers=2", "--num_train_epochs=100000", "--early_stopping_patience=0", "--logging_steps=100"]
 BOUND = 48  # MiB over three quarters of the time: at an hour, some kilobytes for each update
 EVERY = 5.0  # seconds
