@@ -136,7 +136,8 @@ def agreeing(sidecars: Mapping[str, Sidecar]) -> list[Sidecar]:
             ("data (fingerprint)", first.data.fingerprint, sidecar.data.fingerprint),
         ):
             if ours != its:
-                raise HistoError(f"{name}: {what} is {its}, expected that of {reference}, {ours}, in an ensemble")
+                found = f"{what} is {its}, expected that of {reference}, {ours}, in an ensemble"
+                raise HistoError(f"{name}: {found}; train all members on the same --data and splits")
     return list(sidecars.values())
 
 

@@ -11,7 +11,7 @@ A reader returns the splits of the files. Missing ones are made here:
 A table of images or slides without splits is divided 70/15/15 by label and center, in whole groups. With
 `--test_centers`, `test` is all images of these centers, and `val`, where it is missing, 15 percent of the rest.
 
-Then `--pool_centers` splits the images of `train` and `val` anew. Only that depends on a run's seed.
+Then `--pool_centers` splits the images of `train` and `val` anew. None of this depends on a run's seed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def prepare(config: Config, files: datasets.DatasetDict | None = None) -> datase
     Raises `HistoError` for data that can't be read or split as the options ask.
     """
     data = arranged(config.data, files)
-    return pool_centers(data, seed=config.training.seed) if config.centers.pool_centers else data
+    return pool_centers(data) if config.centers.pool_centers else data
 
 
 def arranged(options: DataOptions, files: datasets.DatasetDict | None = None) -> datasets.DatasetDict:

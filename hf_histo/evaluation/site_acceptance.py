@@ -19,6 +19,7 @@ one may look after each, and stop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -51,10 +52,17 @@ LARGEST_BET = 0.75  # share of what could be bet on, c in Waudby-Smith & Ramdas 
 
 @dataclass(frozen=True)
 class Shift:
-    """Result of a two-sample test: the energy distance, at least 0 up to rounding, and its p-value, in (0, 1]."""
+    """Result of a two-sample test.
+
+    Attributes:
+        distance: energy distance, at least 0 up to rounding.
+        p_value: in (0, 1].
+        groups: numbers of groups that were compared, of the reference and of the new images.
+    """
 
     distance: float
     p_value: float
+    groups: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -72,14 +80,16 @@ class Evidence:
 
     Attributes:
         accuracy: accuracy on `val`, in [0, 1].
+        group_accuracy: the mean over the groups of `val` of the share of their images that are right, in [0, 1].
         tolerance: by how much the accuracy at the site may be lower, in [0, 1].
         shift: test of what the model gives for the site's images, against `val`.
         color_p_value: p-value of the test of color; None where the adapter holds no colors.
         predicted: accuracy at the site, predicted without labels.
-        labeled: confidence sequence for the accuracy from labeled images; None without.
+        labeled: confidence sequence for the mean over the site's groups, from labeled images; None without.
     """
 
     accuracy: float
+    group_accuracy: float
     tolerance: float
     shift: Shift
     color_p_value: float | None
@@ -90,25 +100,28 @@ class Evidence:
 def decide(evidence: Evidence) -> tuple[Verdict, list[str]]:
     """The verdict on a site, and the reasons for it, a sentence each.
 
-    Labels decide where they suffice: "accept" if the accuracy is at least that of `val` minus the tolerance, "refuse"
-    if it is not. Else: "refuse" if the predicted accuracy is lower, "recalibrate" (label some images of the site, set a
-    new threshold or calibrate prediction sets there) if the images differ from those of `val`, "accept" otherwise.
+    Labels decide where they suffice: "accept" if the accuracy, as a mean over groups, is at least that of `val` minus
+    the tolerance, "refuse" if it is not. Else: "refuse" if the predicted accuracy is lower, "recalibrate" (label some
+    images of the site, set a new threshold or calibrate prediction sets there) if the images differ from those of
+    `val`, or if there are too few groups to find a difference, "accept" otherwise.
     """
-    least = evidence.accuracy - evidence.tolerance
-    needed = f"{least:.3f}, which is {evidence.tolerance:g} below that of val"
+    below = f"{evidence.tolerance:g} below that of val"
     signs = []
     if evidence.labeled is not None:
-        low, high = evidence.labeled
-        found = f"by its labels, the accuracy is between {low:.3f} and {high:.3f}"
+        (low, high), least = evidence.labeled, evidence.group_accuracy - evidence.tolerance
+        found = f"by its labels, the accuracy, a mean over groups, is between {low:.3f} and {high:.3f}"
+        needed = f"{least:.3f}, which is {below}"
         if high < least:
             return "refuse", [f"{found}, below {needed}"]
         if low >= least:
             return "accept", [f"{found}, at least {needed}"]
         signs.append(f"{found}, which does not decide about {needed}: label more")
+    least = evidence.accuracy - evidence.tolerance
     if evidence.predicted.high < least:
         found = f"{evidence.predicted.value:.3f} ({evidence.predicted.low:.3f}–{evidence.predicted.high:.3f})"
-        return "refuse", [*signs, f"the accuracy predicted without labels is {found}, below {needed}"]
-    alarms = differences(evidence)
+        because = f"the accuracy predicted without labels is {found}, below {least:.3f}, which is {below}"
+        return "refuse", [*signs, because]
+    alarms = differences(evidence) or blind(evidence)
     if alarms:
         return "recalibrate", [*signs, *alarms]
     return "accept", [*signs, "no difference from val was found in these images"]
@@ -120,14 +133,37 @@ def differences(evidence: Evidence) -> list[str]:
     Where there is one, confidence need not mean the same as on `val`, so that the intervals of the predicted accuracy
     are to be withheld: at a center of other colors, most of them missed the truth (docs/results/unseen_center.md).
     """
-    found, left = [], LEVEL / 2
-    if evidence.color_p_value is not None:
-        left -= COLOR_LEVEL
-        if evidence.color_p_value <= COLOR_LEVEL:
-            found.append(f"the colors differ from those of training ({p_value(evidence.color_p_value)})")
-    if evidence.shift.p_value <= left:
+    found = []
+    if evidence.color_p_value is not None and evidence.color_p_value <= COLOR_LEVEL:
+        found.append(f"the colors differ from those of training ({p_value(evidence.color_p_value)})")
+    if evidence.shift.p_value <= _shift_level(evidence):
         found.append(f"what the model gives differs from what it gives for val ({p_value(evidence.shift.p_value)})")
     return found
+
+
+def blind(evidence: Evidence) -> list[str]:
+    """The tests that have too few groups to find any difference, a clause each.
+
+    Of n and m groups, a permutation test has no p-value below one in the number of ways to divide them, or two where
+    both are as many, since the distance is the same when the sides are exchanged. That of color has none below
+    `COLOR_SHARE` to the power of m.
+    """
+    ours, theirs = evidence.shift.groups
+    ways = math.comb(ours + theirs, theirs)
+    counted = (
+        f"{theirs} groups (slides or patients) here and {ours} to compare them with are too few to find a difference"
+    )
+    found = []
+    if evidence.color_p_value is not None and COLOR_SHARE**theirs > COLOR_LEVEL:
+        found.append(f"{counted} of color: give images of more groups, or --labels")
+    if (2 if ours == theirs else 1) > _shift_level(evidence) * ways:
+        found.append(f"{counted} in what the model gives: give images of more groups, or --labels")
+    return found
+
+
+def _shift_level(evidence: Evidence) -> float:
+    """The level of the test of a shift: half of all, of which that of color has its part where it is made."""
+    return LEVEL / 2 - (0 if evidence.color_p_value is None else COLOR_LEVEL)
 
 
 def p_value(value: float) -> str:
@@ -161,7 +197,8 @@ def shift(reference: Floats, new: Floats, reference_groups: Rows, new_groups: Ro
     side = np.concatenate([np.zeros(len(rows[0])), np.ones(len(rows[1]))])
     sides = np.stack([side, *(random.permutation(side) for _ in range(PERMUTATIONS))], axis=1)
     distances = _energy(cdist(vectors, vectors), sides)
-    return Shift(float(distances[0]), float((distances >= distances[0] - 1e-12).mean()))
+    p_value = float((distances >= distances[0] - 1e-12).mean())
+    return Shift(float(distances[0]), p_value, (len(rows[0]), len(rows[1])))
 
 
 def confidence(predictions: Predictions, threshold: float = 0.5) -> Floats:

@@ -153,7 +153,15 @@ def weighed(
         is_right = labeled.predicted_classes(threshold) == labeled.labels
         shares = site_acceptance.shares_by_group(is_right, group_numbers(labeled))
         sequence = site_acceptance.confidence_sequence(shares)
-    evidence = Evidence(float(right.mean()), tolerance, shift, color_p_value, predicted["atc"], sequence)
+    evidence = Evidence(
+        accuracy=float(right.mean()),
+        group_accuracy=float(site_acceptance.shares_by_group(right, groups).mean()),
+        tolerance=tolerance,
+        shift=shift,
+        color_p_value=color_p_value,
+        predicted=predicted["atc"],
+        labeled=sequence,
+    )
     return evidence, predicted
 
 
@@ -217,5 +225,8 @@ def _rows(evidence: Evidence, predicted: dict[str, Estimate], compared: str, *, 
     rows += [[titles[name], of.value, _interval(of, withheld=withheld)] for name, of in predicted.items()]
     rows.append(["accuracy on val", evidence.accuracy, None])
     if evidence.labeled is not None:
-        rows.append(["accuracy, by labels", None, f"{evidence.labeled[0]:.3f}–{evidence.labeled[1]:.3f}"])
+        rows.append(["accuracy on val, mean over groups", evidence.group_accuracy, None])
+        rows.append(
+            ["accuracy by labels, mean over groups", None, f"{evidence.labeled[0]:.3f}–{evidence.labeled[1]:.3f}"]
+        )
     return rows

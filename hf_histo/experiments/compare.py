@@ -237,7 +237,7 @@ def runs_of(
             for center, fold in held_out_folds(seed).items():
                 yield Run(seed, center, fold)
         else:
-            yield Run(seed, None, folds.pool_centers(data, seed=seed) if config.centers.pool_centers else data)
+            yield Run(seed, None, folds.pool_centers(data) if config.centers.pool_centers else data)
 
 
 @dataclass(frozen=True)

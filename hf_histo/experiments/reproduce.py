@@ -126,8 +126,8 @@ def train(configs: Mapping[StudyRow, Config], chosen: Study, options: ReproduceO
             key = repr(config.data)
             data = loaded[key] = loaded.get(key) or arranged(config.data)
             cells[row] = []
+            own = folds.pool_centers(data) if config.centers.pool_centers else data
             for seed in range(chosen.seed, chosen.seed + chosen.seeds):
-                own = folds.pool_centers(data, seed=seed) if config.centers.pool_centers else data
                 place = options.output_dir / row.name / f"seed-{seed}"
                 cells[row].append(grid.Cell(f"{row.name}: {place.name}", config.at(place, seed), own))
         except HistoError as error:

@@ -33,3 +33,8 @@ def test_an_option_without_effect_is_refused() -> None:
     refuse(Config(), {"pool_centers": "one center is held out"})
     with pytest.raises(HistoError, match=r"--pool_centers is True, which can't act here: one center is held out"):
         refuse(parse(None, ["--pool_centers"]), {"pool_centers": "one center is held out"})
+
+
+def test_pooled_centers_are_split_alike_for_every_seed(data: Path) -> None:
+    found = [prepare(parse(None, [f"--data={data}", "--pool_centers", f"--seed={seed}"])) for seed in (0, 1)]
+    assert fingerprint(found[0]) == fingerprint(found[1])  # so that runs of both can make an ensemble

@@ -24,7 +24,7 @@ from hf_histo.evaluation.site_acceptance import (
     shift,
 )
 
-GOOD = Evidence(0.9, 0.05, Shift(0.0, 0.5), 0.5, Estimate(0.89, 0.84, 0.94))
+GOOD = Evidence(0.9, 0.92, 0.05, Shift(0.0, 0.5, (40, 20)), 0.5, Estimate(0.89, 0.84, 0.94))
 
 
 def test_a_shift_of_groups_is_found_and_alike_groups_are_not() -> None:
@@ -150,22 +150,31 @@ def test_shares_of_groups_in_their_order() -> None:
     assert shares_by_group(right, np.array([7, 3, 7, 3, 5])).tolist() == [1.0, 0.5, 0.0]
 
 
+def shifted(p_value: float, groups: tuple[int, int] = (40, 20)) -> Shift:
+    return Shift(0.4, p_value, groups)
+
+
 @pytest.mark.parametrize(
     ("evidence", "verdict", "reason"),
     [
         (GOOD, "accept", "no difference"),
-        (replace(GOOD, shift=Shift(0.4, 0.012)), "recalibrate", r"what the model gives .*\(p = 0.0120\)"),
-        (replace(GOOD, shift=Shift(0.4, 0.02)), "accept", "no difference"),  # a fourth of 5% is for each of two tests
-        (replace(GOOD, shift=Shift(0.4, 0.02), color_p_value=None), "recalibrate", "what the model gives"),
+        (replace(GOOD, shift=shifted(0.012)), "recalibrate", r"what the model gives .*\(p = 0.0120\)"),
+        (replace(GOOD, shift=shifted(0.02)), "accept", "no difference"),  # a fourth of 5% is for each of two tests
+        (replace(GOOD, shift=shifted(0.02), color_p_value=None), "recalibrate", "what the model gives"),
         (replace(GOOD, color_p_value=0.001), "recalibrate", "the colors differ"),
         (replace(GOOD, predicted=Estimate(0.7, 0.6, 0.8)), "refuse", "predicted without labels is 0.700"),
-        (replace(GOOD, labeled=(0.5, 0.8)), "refuse", "by its labels, .* below 0.850"),
-        (replace(GOOD, labeled=(0.86, 0.95), shift=Shift(1.0, 0.001)), "accept", "at least 0.850"),
+        (replace(GOOD, labeled=(0.5, 0.8)), "refuse", "by its labels, .* below 0.870"),
+        (replace(GOOD, labeled=(0.88, 0.95), shift=shifted(0.001)), "accept", "at least 0.870"),
         (
-            replace(GOOD, labeled=(0.7, 0.95), shift=Shift(1.0, 0.001)),
+            replace(GOOD, labeled=(0.7, 0.95), shift=shifted(0.001)),
             "recalibrate",
             "label more; what the model gives",
         ),
+        # Nothing can be found by so few groups.
+        (replace(GOOD, shift=shifted(0.02, (50, 1))), "recalibrate", "1 groups .* of color.* in what the model gives"),
+        (replace(GOOD, shift=shifted(0.5, (4, 4))), "recalibrate", "in what the model gives: give images of more"),
+        (replace(GOOD, shift=shifted(0.5, (4, 4)), labeled=(0.88, 1.0)), "accept", "at least 0.870"),
+        (replace(GOOD, shift=shifted(0.5, (5, 5))), "accept", "no difference"),
     ],
 )
 def test_the_verdict(evidence: Evidence, verdict: str, reason: str) -> None:
@@ -180,3 +189,14 @@ def test_a_p_value_is_never_shown_as_zero() -> None:
         "p = 0.0001",
         "p < 0.0001",
     ]
+
+
+def test_no_p_value_is_below_what_so_few_groups_allow() -> None:
+    """Sides that could not differ more have the p-values that `blind` counts with, up to chance in the permutations."""
+    for ours, theirs, least in ((4, 4, 2 / 70), (5, 5, 2 / 252), (10, 1, 1 / 11), (6, 2, 1 / 28)):
+        sides = (
+            np.concatenate([np.zeros(ours), np.full(theirs, 9.0)])[:, None] + 0.01 * np.arange(ours + theirs)[:, None]
+        )
+        found = shift(sides[:ours], sides[ours:], np.arange(ours), np.arange(theirs))
+        assert found.groups == (ours, theirs)
+        assert found.p_value == pytest.approx(least, abs=0.012)

@@ -57,19 +57,20 @@ def leave_one_center_out(
     return {center: named(_fold(pool, center, seed, validation_share), data) for center in names}
 
 
-def pool_centers(data: datasets.DatasetDict, *, seed: int, validation_share: float = 0.1) -> datasets.DatasetDict:
+def pool_centers(data: datasets.DatasetDict, *, validation_share: float = 0.1) -> datasets.DatasetDict:
     """Train on all labeled centers: split the images of `train` and `val` anew; other splits stay as they are.
 
     Meant for the final run: `val` then has the same centers as `train` (but other groups), so it can choose a
-    checkpoint but measures nothing about an unseen center. Ids, groups, strata, `validation_share` and errors are as in
-    `leave_one_center_out`; HistoError is also raised if all images are of one center.
+    checkpoint but measures nothing about an unseen center. It does not depend on the seed of a run: none of several runs
+    has trained on the `val` of another, so that they can make an ensemble. Ids, groups, strata, `validation_share` and
+    errors are as in `leave_one_center_out`; HistoError is also raised if all images are of one center.
     """
     _check_share(validation_share)
     pool = _pool(data)
     if len(centers := pool.unique("center")) < 2:
         found = "no image has a known center" if centers == [-1] else f"all images are of center {centers[0]}"
         raise idle_option("pool_centers", True, found)
-    parts = _parts(pool, np.arange(len(pool)), seed, validation_share, "all centers pooled")
+    parts = _parts(pool, np.arange(len(pool)), 0, validation_share, "all centers pooled")
     others = {name: split for name, split in data.items() if name not in POOLED}
     return named(datasets.DatasetDict({**{n: pool.select(rows) for n, rows in parts.items()}, **others}), data)
 
