@@ -150,9 +150,7 @@ def blind(evidence: Evidence) -> list[str]:
     """
     ours, theirs = evidence.shift.groups
     ways = math.comb(ours + theirs, theirs)
-    counted = (
-        f"{theirs} groups (slides or patients) here and {ours} to compare them with are too few to find a difference"
-    )
+    counted = f"{theirs} groups (slides or patients), and {ours} to compare with, are too few to find a difference"
     found = []
     if evidence.color_p_value is not None and COLOR_SHARE**theirs > COLOR_LEVEL:
         found.append(f"{counted} of color: give images of more groups, or --labels")

@@ -226,7 +226,6 @@ def _rows(evidence: Evidence, predicted: dict[str, Estimate], compared: str, *, 
     rows.append(["accuracy on val", evidence.accuracy, None])
     if evidence.labeled is not None:
         rows.append(["accuracy on val, mean over groups", evidence.group_accuracy, None])
-        rows.append(
-            ["accuracy by labels, mean over groups", None, f"{evidence.labeled[0]:.3f}–{evidence.labeled[1]:.3f}"]
-        )
+        low, high = evidence.labeled
+        rows.append(["accuracy by labels, mean over groups", None, f"{low:.3f}–{high:.3f}"])
     return rows

@@ -43,7 +43,7 @@ def test_a_verdict_with_its_page_and_record(
     more = ["--labels", str(site), "--reference", str(site), "--tolerance", "0.99"]
     shown = shown_by("accept.py", *common, str(tmp_path / "labels"), *more)
     found = json.loads((tmp_path / "labels" / "acceptance.json").read_text())
-    assert shown.startswith("accept: by its labels, the accuracy is between")
+    assert shown.startswith("accept: by its labels, the accuracy, a mean over groups, is between")
     assert (found["labeled"], found["compared"]) == (30, "features")
     assert found["evidence"]["shift"]["p_value"] > 0.05
 

@@ -61,9 +61,9 @@ def pool_centers(data: datasets.DatasetDict, *, validation_share: float = 0.1) -
     """Train on all labeled centers: split the images of `train` and `val` anew; other splits stay as they are.
 
     Meant for the final run: `val` then has the same centers as `train` (but other groups), so it can choose a
-    checkpoint but measures nothing about an unseen center. It does not depend on the seed of a run: none of several runs
-    has trained on the `val` of another, so that they can make an ensemble. Ids, groups, strata, `validation_share` and
-    errors are as in `leave_one_center_out`; HistoError is also raised if all images are of one center.
+    checkpoint but measures nothing about an unseen center. It does not depend on a run's seed: none of several runs has
+    trained on the `val` of another, so that they can make an ensemble. Ids, groups, strata, `validation_share` and errors
+    are as in `leave_one_center_out`; HistoError is also raised if all images are of one center.
     """
     _check_share(validation_share)
     pool = _pool(data)
