@@ -107,7 +107,8 @@ class AcceptOptions(TableOptions, AdapterSource):
     labels: str | None = option(None, "a few labeled images of the site: a table or folder", is_path=True)
     reference: str | None = option(
         None,
-        "images like those of val: compare the features of both, instead of log odds with those that the adapter holds",
+        "images like those of val (of a folder, its val): compare the features of both, instead of log odds with those "
+        "that the adapter holds",
         is_path=True,
     )
     tolerance: float = option(0.05, "by how much the accuracy may be lower than on val", at_least=0, below=1)

@@ -53,6 +53,11 @@ def evaluate(options: EvaluateOptions) -> None:
 
     read_files = [*options.predictions, *(options.calibrate_on or ()), *(options.threshold_on or ())]
     require_output(output, read_files, folder=True)
+    evaluated = {Path(path).resolve() for path in options.predictions}
+    for name, paths in (("calibrate_on", options.calibrate_on), ("threshold_on", options.threshold_on)):
+        if both := [path for path in paths or () if Path(path).resolve() in evaluated]:
+            found = f"{both[0]} is among --predictions, and would be judged by what its own labels chose"
+            raise HistoError(f"--{name}: {found}; give the predictions of another split, such as val")
     written = [output / "predictions" / f"{split}.parquet" for split in files]
     for path in filter(None, (options.submission, *written)):
         require_output(path, read_files)

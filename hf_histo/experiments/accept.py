@@ -13,7 +13,7 @@ import pandas as pd
 from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.config import columns_of
 from hf_histo.config.commands import AcceptOptions
-from hf_histo.data.load import load
+from hf_histo.data.load import fingerprint, load
 from hf_histo.data.reading import Reading
 from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
@@ -24,7 +24,7 @@ from hf_histo.evaluation.predictions import Predictions, independent_groups
 from hf_histo.evaluation.reporting import documents
 from hf_histo.evaluation.site_acceptance import Estimate, Evidence, Shift
 from hf_histo.files import atomic_file, require_output, write_json
-from hf_histo.inference import Classifier
+from hf_histo.inference import Classifier, Ensemble
 
 LEAST = 10  # images of a site
 RECORD = "acceptance.json"
@@ -39,8 +39,11 @@ ADVICE = {
 def accept(options: AcceptOptions) -> str:
     """Write acceptance.json and acceptance.html; return the verdict and its reasons as text.
 
+    Column names are those of the tables of the site, `--data` and `--labels`; that of labels is of `--labels` where it
+    is given.
+
     Raises HistoError for fewer than `LEAST` images, an adapter without predictions of `val`, labels that are unknown,
-    and outputs among the inputs.
+    a reference that is the site's own images, or for an ensemble, and outputs among the inputs.
     """
     output = options.output_dir
     require_output(
@@ -52,14 +55,19 @@ def accept(options: AcceptOptions) -> str:
     classifier.sidecar.require_images(f"--adapter {options.adapter}", "accept compares images")
     sidecar, validation = classifier.sidecar, classifier.validation().labeled
     reading = sidecar.preprocessing.reading
-    images = _images("data", options.data, options, reading, **columns_of(options))
+    if options.reference is not None and isinstance(classifier, Ensemble):
+        found = "an ensemble has those of each member"
+        raise HistoError(f"--reference compares the features of one adapter, and {found}; leave it out")
+    columns = columns_of(options)
+    of_data = columns if options.labels is None else columns | {"label_column": None}
+    images = _images("data", options.data, options, reading, **of_data)
     if len(images) < LEAST:
         raise HistoError(f"--data {options.data}: {len(images)} images, expected at least {LEAST}; give more")
     new = classifier.predict(images, batch_size=options.batch_size)
     few = None
     if options.labels is not None:
         few = classifier.predict(
-            _images("labels", options.labels, options, reading), batch_size=options.batch_size
+            _images("labels", options.labels, options, reading, **columns), batch_size=options.batch_size
         ).labeled
         if few.empty:
             raise HistoError(f"--labels {options.labels}: no label is known, expected some; give a column of labels")
@@ -74,12 +82,16 @@ def accept(options: AcceptOptions) -> str:
     )
     verdict, reasons = site_acceptance.decide(evidence)
     compared = "features" if options.reference else "log odds"
+    place = Path(options.adapter).resolve()
+    title = (place.parent if place.name == "adapter" else place).name if place.exists() else options.adapter
     withheld = bool(site_acceptance.differences(evidence))
     write_json(
         output / RECORD,
         {
             "verdict": verdict,
             "reasons": reasons,
+            "adapter": title,
+            "data": fingerprint(images),
             "images": len(new),
             "groups": len(set(group_numbers(new))),
             "labeled": 0 if few is None else len(few),
@@ -95,7 +107,7 @@ def accept(options: AcceptOptions) -> str:
     page = documents.render(
         "accept.html",
         title=f"Is it fit for use at {Path(options.data).name}?",
-        adapter=Path(options.adapter).resolve().parent.name,
+        adapter=title,
         images=len(new),
         groups=len(set(group_numbers(new))),
         labeled=0 if few is None else len(few),
@@ -166,8 +178,13 @@ def weighed(
 
 
 def _images(name: str, source: str, options: AcceptOptions, reading: Reading, **columns: Any) -> datasets.Dataset:
-    """The images of a source that has one split, or those of `--split`. Raises HistoError for several others."""
+    """The images of a source that has one split, or those of `--split`; of a reference, rather those of `val`.
+
+    Raises HistoError for several other splits.
+    """
     data = load(source, cache_dir=options.cache_dir, reading=reading, **columns)
+    if name == "reference" and "val" in data:
+        return data["val"]
     if len(data) > 1 and options.split not in data:
         found = f"has the splits {', '.join(data)}, expected one, or {options.split} among them"
         raise HistoError(f"--{name} {source}: {found}; give --split")
@@ -188,6 +205,10 @@ def _features(classifier: Classifier, images: datasets.Dataset, new: Predictions
     sidecar = classifier.sidecar
     assert options.reference is not None
     reference = _images("reference", options.reference, options, sidecar.preprocessing.reading)
+    if fingerprint(reference) == fingerprint(images):
+        raise HistoError(
+            f"--reference {options.reference}: these are the images of --data; give some like those of val"
+        )
     pipeline = sidecar.pipeline.single_view
     vectors = [
         embedding.features(classifier.model, sidecar.with_known_centers(rows), pipeline) for rows in (reference, images)

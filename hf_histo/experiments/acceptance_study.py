@@ -37,7 +37,7 @@ class SiteStudy:
     """Verdicts on draws of `images` images of one site by one run.
 
     Attributes:
-        images: in each draw.
+        images: in each draw; the mean, where some parts of `val` have fewer than were asked for.
         drop: accuracy on `val` minus that of all images of the site.
         verdicts: share of the draws with each verdict, of "accept", "recalibrate" and "refuse".
         errors: mean absolute error of each way to predict the accuracy of the site's images.
@@ -93,6 +93,8 @@ def study(options: AcceptanceStudyOptions) -> None:
     Raises HistoError as `coverage.stored` does, for centers with too few images, and for other data than the runs'.
     """
     require_output(options.output_dir, [options.runs], folder=True)
+    if min(options.counts) < 1:
+        raise HistoError(f"--counts has {min(options.counts)}, expected 1 or more images in each draw")
     images = None if options.data is None else _images(options.runs, options.data)
     measured: dict[str, dict[int, list[SiteStudy]]] = {}
     for name, splits in stored(options.runs).items():
@@ -130,15 +132,21 @@ def held_out(validation: Site, test: Site, count: int, options: AcceptanceStudyO
 
 
 def alike(validation: Site, test: Site, count: int, options: AcceptanceStudyOptions) -> SiteStudy:
-    """Verdicts on images of random groups of `val`, up to `count` and half of them, against its other groups."""
+    """Verdicts on `count` images of a random half of the groups of `val`, against its other groups.
+
+    Where a half has fewer images, all of them are drawn.
+    """
     groups = group_numbers(validation.predictions)
+    if groups.max() < 1:
+        raise HistoError("val has one group, expected two or more, to judge one half of them by the other")
     draws = []
     for number in range(options.draws):
         random = np.random.default_rng([options.seed, count, number])
         chosen = np.isin(groups, random.permutation(groups.max() + 1)[: (groups.max() + 1) // 2])
         rows = random.permutation(np.flatnonzero(chosen))[:count]
         draws.append((validation.predictions[~chosen], validation[rows]))
-    return _judged(draws, validation, 0.0, count, options)
+    drawn = round(statistics.fmean(len(new.predictions) for _, new in draws))
+    return _judged(draws, validation, 0.0, drawn, options)
 
 
 def accuracy(predictions: Predictions) -> float:
@@ -213,7 +221,7 @@ def _rows(measured: Mapping[str, Mapping[int, list[SiteStudy]]]) -> list[list[ob
     has_colors = any(each.beyond is not None for each in every)
     rows[0] += ["colors beyond the limit", "alarms of color"] if has_colors else []
     for title, by_count in measured.items():
-        for count, found in by_count.items():
+        for found in by_count.values():
             cells: list[object] = [statistics.fmean(each.drop for each in found)]
             cells += [statistics.fmean(each.alarms for each in found)]
             cells += [statistics.fmean(each.verdicts["refuse"] for each in found)]
@@ -223,5 +231,5 @@ def _rows(measured: Mapping[str, Mapping[int, list[SiteStudy]]]) -> list[list[ob
                 cells += [statistics.fmean(each.widths[name] for each in found)]
             if has_colors:
                 cells += [spread(each.beyond for each in found).mean, spread(each.color_alarms for each in found).mean]
-            rows.append([title, count, *cells])
+            rows.append([title, round(statistics.fmean(each.images for each in found)), *cells])
     return rows

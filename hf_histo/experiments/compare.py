@@ -98,6 +98,9 @@ def compare(base: Config, options: CompareOptions) -> None:
 
     shared = next(iter(rows.values())).config.data
     data = arranged(shared)
+    classes = next(iter(data.values())).features["label"].names
+    if len(classes) > 2 and (balanced := [row.published.name for row in rows.values() if row.published.balanced]):
+        raise HistoError(f"--rows {', '.join(balanced)}: balanced is for two classes, found {len(classes)}; drop it")
     held_out_folds = cache(lambda seed: folds.leave_one_center_out(data, seed=seed))  # the same for every row
     runs = {stem: list(runs_of(row.config, data, options, held_out_folds)) for stem, row in rows.items()}
     cells = [
@@ -194,6 +197,9 @@ def read_rows(options: CompareOptions) -> dict[str, Row]:
         if path.stem in rows or row.published.name in [other.published.name for other in rows.values()]:
             raise HistoError(f"--rows {path}: {row.published.name!r} is the name of two rows; rename one")
         for one in rows.values():
+            if options.baseline is not None and config.centers.pool_centers != one.config.centers.pool_centers:
+                found = f"pool_centers is {config.centers.pool_centers}, but not in all rows"
+                raise HistoError(f"--rows {path}: {found}, so that val differs: compare them without --baseline")
             if config.data != one.config.data:
                 raise HistoError(
                     f"--rows {path}: its data is {config.data}, expected that of all rows, {one.config.data}; give it"

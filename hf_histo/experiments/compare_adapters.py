@@ -22,14 +22,15 @@ def compare_adapters(options: CompareAdaptersOptions) -> str:
     adapters, split = options.adapters, options.split
     if options.average and len(adapters) < 2:
         raise HistoError(f"--average is for several adapters, found {adapters[0]} alone; give more, or leave it out")
-    data = load(options.data, cache_dir=options.cache_dir, **columns_of(options))
+    first, *others = adapters
+    classifier = Classifier.from_pretrained(first, backbone=options.backbone)
+    reading = classifier.sidecar.preprocessing.reading
+    data = load(options.data, cache_dir=options.cache_dir, reading=reading, **columns_of(options))
     if split not in data:
         raise HistoError(f"--split {split}: {options.data} has {', '.join(data)}")
     rows = data[split]
     if set(rows["label"][:]) == {-1}:
         raise HistoError(f"--data {options.data}: no label is known in {split}, expected some to compare by")
-    first, *others = adapters
-    classifier = Classifier.from_pretrained(first, backbone=options.backbone)
     for place, adapter in enumerate(others):
         classifier.load_adapter(adapter, f"other{place}", backbone=options.backbone)
     shown = dict(zip(classifier.sidecars, adapters, strict=True))

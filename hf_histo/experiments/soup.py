@@ -7,6 +7,8 @@ inference time", recipe 1: from the best on, each adapter in turn stays if the m
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from hf_histo.adapter.ensemble import agreeing
 from hf_histo.adapter.files import read_metrics
 from hf_histo.config import columns_of
 from hf_histo.config.commands import SoupOptions
-from hf_histo.data.load import load
+from hf_histo.data.load import fingerprint, load
 from hf_histo.data.protocol import complete
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, thresholds
@@ -31,6 +33,8 @@ from hf_histo.inference import Classifier
 from hf_histo.models import adapters
 from hf_histo.models.model_size import account
 from hf_histo.training.run_folder import PREDICTIONS
+
+logger = logging.getLogger(__name__)
 
 
 def make_soup(options: SoupOptions) -> str:
@@ -45,7 +49,7 @@ def make_soup(options: SoupOptions) -> str:
     if len(options.adapters) < 2:
         raise HistoError(f"--adapters: found {len(options.adapters)}, expected two or more to average")
     folders = [hub.fetch(adapter) for adapter in options.adapters]
-    agreeing({str(folder): adapter_folder.verify(folder) for folder in folders})
+    sidecars = agreeing({str(folder): adapter_folder.verify(folder) for folder in folders})
     of_members = [read_metrics(folder) for folder in folders]
     metric, negative = of_members[0]["selection"]["metric"], of_members[0]["splits"]["val"]["negative"]
     own = []
@@ -53,8 +57,15 @@ def make_soup(options: SoupOptions) -> str:
         if found["selection"]["metric"] != metric:
             raise HistoError(f"{folder}: was chosen by {found['selection']['metric']}, expected {metric} as the first")
         own.append(_value(_validation(folder), metric, negative))
-    data = complete(load(options.data, cache_dir=options.cache_dir, **columns_of(options)))
+    reading = sidecars[0].preprocessing.reading
+    data = complete(load(options.data, cache_dir=options.cache_dir, reading=reading, **columns_of(options)))
     _require_val(data, options.data, folders)
+    if fingerprint(data) != sidecars[0].data.fingerprint:
+        logger.warning(
+            "--data %s: val has the images and labels of the runs by their ids, but its content is not theirs "
+            "(fingerprint %s, expected %s); metrics of the mean are of these images",
+            *(options.data, fingerprint(data), sidecars[0].data.fingerprint),
+        )
 
     order = sorted(range(len(folders)), key=lambda place: -own[place])
     classifier = Classifier.from_pretrained(folders[order[0]], backbone=options.backbone)
@@ -126,15 +137,20 @@ def _validation(folder: Path) -> Predictions:
 
 
 def _require_val(data: datasets.DatasetDict, name: str, folders: list[Path]) -> None:
-    """Raise `HistoError` unless `val` of the data are the images that each run was validated on."""
-    here = dict(zip(data["val"]["id"][:], data["val"]["label"][:], strict=True)) if "val" in data else {}
+    """Raise `HistoError` unless `val` of the data are the images, and labels, that each run was validated on."""
+
+    def labels(ids: Iterable[str], numbers: Iterable[int], names: Sequence[str]) -> set[tuple[str, str | None]]:
+        return {(one, names[label] if label >= 0 else None) for one, label in zip(ids, numbers, strict=True)}
+
+    val = data.get("val")
+    here = set() if val is None else labels(val["id"][:], val["label"][:], val.features["label"].names)
     for folder in folders:
         table = _validation(folder)
-        differing = set(here) ^ set(table["id"])
+        differing = {one for one, _ in here ^ labels(table["id"], table["label"], table.label_names)}
         if differing or not here:
             raise HistoError(
-                f"--data {name}: its val differs in {len(differing)} images from that of {folder}, expected the same, "
-                "since another run may have been trained on them; give the data of the runs"
+                f"--data {name}: its val differs in {len(differing)} images, or their labels, from that of {folder}, "
+                "expected the same, since another run may have been trained on them; give the data of the runs"
             )
 
 

@@ -15,10 +15,12 @@ from recipe_mains import main_of
 
 from hf_histo import hub
 from hf_histo.adapter import ensemble
+from hf_histo.config.commands import EnsembleOptions
 from hf_histo.data.load import load
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration
 from hf_histo.evaluation.predictions import Predictions
+from hf_histo.experiments.ensemble import make_ensemble
 from hf_histo.files import checksum, read_json
 from hf_histo.inference import Classifier, Ensemble
 from hf_histo.result import Result
@@ -72,6 +74,9 @@ def test_the_commands(members: list[Path], source: tuple[Path, Path], tmp_path: 
     ):
         monkeypatch.setattr(sys, "argv", [recipe, *arguments])
         main_of(f"{recipe}.py")()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(HistoError, match="empty exists already; choose another one"):
+        make_ensemble(EnsembleOptions(adapters=[*map(str, members)], output_dir=tmp_path / "empty"))
     printed = capsys.readouterr().out
     assert str(members[1]) in printed and "| ensemble " in printed and f"ensemble folder: {out}" in printed
     probability = 1 / (1 + np.exp(-logits(out, "test")))

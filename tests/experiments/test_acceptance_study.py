@@ -56,3 +56,19 @@ def test_a_worse_center_is_found_and_alike_ones_are_accepted(
 def test_more_images_than_there_are(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(HistoError, match="--counts has 500, but a held-out center has 160 images"):
         study(AcceptanceStudyOptions(runs=runs, output_dir=tmp_path / "out", counts=[500]))
+    with pytest.raises(HistoError, match="--counts has 0, expected 1 or more"):
+        study(AcceptanceStudyOptions(runs=runs, output_dir=tmp_path / "out", counts=[20, 0]))
+
+
+def test_half_of_val_has_no_more_images_than_it_has(runs: Path, tmp_path: Path) -> None:
+    study(AcceptanceStudyOptions(runs=runs, output_dir=tmp_path / "out", counts=[160], draws=2))
+    sites = json.loads((tmp_path / "out" / "acceptance_study.json").read_text())["sites"]
+    assert [found["images"] for found in sites["val, the other half"]["160"]] == [80, 80]
+    assert "| val, the other half |     80 |" in (tmp_path / "out" / "acceptance_study.md").read_text()
+
+
+def test_val_of_one_group(runs: Path, tmp_path: Path) -> None:
+    for file in runs.glob("*/adapter/predictions/val.parquet"):
+        Predictions.read(file).assign(group="one").write(file)
+    with pytest.raises(HistoError, match="val has one group, expected two or more"):
+        study(AcceptanceStudyOptions(runs=runs, output_dir=tmp_path / "out", counts=[20], draws=2))

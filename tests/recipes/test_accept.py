@@ -40,12 +40,14 @@ def test_a_verdict_with_its_page_and_record(
     assert 0 < found["evidence"]["shift"]["p_value"] <= 1 and found["evidence"]["labeled"] is None
     assert found["predicted"].keys() == {"atc", "importance"} and found["transductive"] == []
 
-    more = ["--labels", str(site), "--reference", str(site), "--tolerance", "0.99"]
+    alike = write_data(tmp_path / "alike", {"train": 4, "val": 24, "test": 4})
+    more = ["--labels", str(site), "--reference", str(alike), "--tolerance", "0.99"]
     shown = shown_by("accept.py", *common, str(tmp_path / "labels"), *more)
     found = json.loads((tmp_path / "labels" / "acceptance.json").read_text())
     assert shown.startswith("accept: by its labels, the accuracy, a mean over groups, is between")
     assert (found["labeled"], found["compared"]) == (30, "features")
-    assert found["evidence"]["shift"]["p_value"] > 0.05
+    assert found["evidence"]["shift"]["groups"][0] == 12  # two images each of the 24 of val
+    assert found["adapter"] == adapter.parent.name
 
     shown = shown_by("accept.py", *common, str(tmp_path / "plain"))
     assert "already holds acceptance.json" in shown
@@ -76,6 +78,7 @@ def test_where_colors_differ_no_interval_of_the_predicted_accuracy_is_given(
         ("--data FEW", "--data FEW: 4 images, expected at least 10"),
         ("--data SITE --tolerance 1", "--tolerance is 1.0, expected at least 0 and below 1"),
         ("--data ALL --split other", "--data ALL: has the splits train, val, test, expected one"),
+        ("--data SITE --reference SITE", "--reference SITE: these are the images of --data; give some like"),
         ("--data SITE --labels HIDDEN", "--labels HIDDEN: no label is known"),
     ],
 )

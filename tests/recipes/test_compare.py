@@ -247,6 +247,17 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_validated_on_other_images_have_no_paired_difference(
+    call: Call, rows: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pooled = tmp_path / "rows" / "c_pooled.yaml"
+    pooled.write_text("method: linear\npool_centers: true\n")
+    with pytest.raises(SystemExit):
+        call([*rows, pooled], tmp_path / "out", "--baseline=a_linear")
+    assert f"error: --rows {pooled}: pool_centers is True, but not in all rows" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_rows_must_be_configs_of_one_data_set(
     call: Call, rows: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

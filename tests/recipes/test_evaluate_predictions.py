@@ -177,9 +177,11 @@ def test_bad_input_is_one_line(evaluate: Call, files: list[Path], tmp_path: Path
         (["--predictions", files[1], "--balanced", -1], "share is -1.0"),
         (["--predictions", files[1], "--criterion", "f1"], "--criterion is 'f1', which acts only with --threshold_on"),
         (
-            ["--predictions", files[1], "--threshold_on", files[1], "--specificity", 0.9],
+            ["--predictions", files[1], "--threshold_on", files[2], "--specificity", 0.9],
             "--specificity is 0.9, which acts only with --criterion sensitivity",
         ),
+        (["--predictions", files[1], "--threshold_on", files[1]], f"--threshold_on: {files[1]} is among --predictions"),
+        (["--predictions", files[1], "--calibrate_on", files[1]], f"--calibrate_on: {files[1]} is among --predictions"),
         (["--predictions", three, "--threshold", 0.4], "--threshold is for two classes, found 3"),
     ]:
         done = evaluate(*arguments, "--output_dir", output)

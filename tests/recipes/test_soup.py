@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from miniature import config, write_data
@@ -68,5 +70,11 @@ def test_the_mean_of_those_that_help(
     other = write_data(tmp_path / "other", {"train": 8, "val": 5, "test": 4})
     with pytest.raises(HistoError, match="its val differs in"):
         make_soup(SoupOptions(adapters=[*map(str, runs)], data=str(other), output_dir=tmp_path / "new"))
+    relabeled = shutil.copytree(data, tmp_path / "relabeled")
+    with h5py.File(relabeled / "val.h5", "r+") as file:
+        first = next(iter(file.values()))
+        first["label"][...] = 1 - first["label"][()]
+    with pytest.raises(HistoError, match="its val differs in 1 images, or their labels, from that of"):
+        make_soup(SoupOptions(adapters=[*map(str, runs)], data=str(relabeled), output_dir=tmp_path / "new"))
     with pytest.raises(HistoError, match="found 1, expected two or more"):
         make_soup(SoupOptions(adapters=[str(runs[0])], data=str(data), output_dir=tmp_path / "new"))

@@ -62,8 +62,8 @@ def pool_centers(data: datasets.DatasetDict, *, validation_share: float = 0.1) -
 
     Meant for the final run: `val` then has the same centers as `train` (but other groups), so it can choose a
     checkpoint but measures nothing about an unseen center. It does not depend on a run's seed: none of several runs has
-    trained on the `val` of another, so that they can make an ensemble. Ids, groups, strata, `validation_share` and errors
-    are as in `leave_one_center_out`; HistoError is also raised if all images are of one center.
+    trained on the `val` of another, so that they can make an ensemble. Ids, groups, strata, `validation_share` and
+    errors are as in `leave_one_center_out`; HistoError is also raised if all images are of one center.
     """
     _check_share(validation_share)
     pool = _pool(data)

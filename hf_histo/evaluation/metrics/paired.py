@@ -66,7 +66,7 @@ def difference(
 ) -> Difference:
     """Return the accuracy of `ours` minus that of `theirs`; each holds `outcomes` by held-out center, then by seed.
 
-    Raises HistoError where they are not of the same centers, seeds and images.
+    Raises HistoError where they are not of the same centers, seeds and images, which are the same for every seed.
     """
     if ours.keys() != theirs.keys() or any(ours[center].keys() != theirs[center].keys() for center in ours):
         raise HistoError(
@@ -74,13 +74,15 @@ def difference(
         )
     by_image = []  # of each center: a column for each seed
     for center in ours:
-        columns = {}
+        columns: dict[int, pd.Series] = {}
+        first = next(iter(ours[center].values()))
         for seed, table in ours[center].items():
             other = theirs[center][seed]
             if not table.index.sort_values().equals(other.index.sort_values()):
                 raise HistoError(f"center {center}, seed {seed}: the sides predict different images, expected the same")
+            if columns and not table.index.sort_values().equals(first.index.sort_values()):
+                raise HistoError(f"center {center}: seed {seed} has other images than the first, expected the same")
             columns[seed] = table["right"].astype(float) - other["right"].reindex(table.index).astype(float)
-        first = next(iter(ours[center].values()))
         by_image.append(pd.DataFrame(columns).assign(group=first["group"]))
     seeds = list(next(iter(ours.values())))
     by_seed = np.mean([table[seeds].mean() for table in by_image], axis=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from typing import Any
 
 import numpy as np
@@ -225,10 +225,13 @@ def _drop(rows: _Rows, pair: tuple[int, int], classes: tuple[int, ...], random: 
 
 
 def _parts(rows: _Rows, pair: tuple[int, int], random: np.random.Generator) -> list[NDArray[np.bool_]]:
-    """Half of the groups of each center to train on, a quarter to choose the penalty on, and a quarter to test on."""
+    """Half of the groups of each center to train on, a quarter to choose the penalty on, and a quarter to test on.
+
+    A group of both centers is in one part, with the images of both.
+    """
     chosen: tuple[list[str], list[str], list[str]] = ([], [], [])
     for at in pair:
-        names = random.permutation(np.unique(rows.groups[rows.centers == at]))
+        names = random.permutation(np.setdiff1d(rows.groups[rows.centers == at], [*chain(*chosen)]))
         for part, some in zip(chosen, np.split(names, [len(names) // 2, 3 * len(names) // 4]), strict=True):
             part.extend(some)
     return [np.isin(rows.groups, part) for part in chosen]

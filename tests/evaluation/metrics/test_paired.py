@@ -53,6 +53,9 @@ def test_sides_that_are_not_alike_are_refused() -> None:
     other = {"a": {0: ours["a"][0].rename({"0": "9"})}}
     with pytest.raises(HistoError, match="center a, seed 0: the sides predict different images"):
         paired.difference(ours, other)
+    seeds = {"a": {0: ours["a"][0], 1: other["a"][0]}}
+    with pytest.raises(HistoError, match="center a: seed 1 has other images than the first"):
+        paired.difference(seeds, seeds)
     shuffled = {"a": {0: ours["a"][0].iloc[::-1]}}
     assert paired.difference(ours, shuffled).value == 0
 

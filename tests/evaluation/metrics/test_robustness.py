@@ -93,6 +93,16 @@ def test_it_is_withheld_with_the_reason(fault: str) -> None:
     assert (found["index"], found["center"], found["drop"]) == (None, None, None)
 
 
+def test_a_group_of_two_centers_is_in_one_part() -> None:
+    """Features that know the group alone say nothing of the class of other groups, also where both centers have it."""
+    table = images()
+    place = np.arange(len(table)) % 20
+    table = table.assign(group=[f"patient {number}" for number in place], label=place % 2)
+    assert table.groupby("group")["center"].nunique().eq(2).all()
+    found = robustness(np.eye(20)[place], table)["drop"]
+    assert found["balanced_accuracy"] == pytest.approx([0.5] * 5)
+
+
 def test_few_groups() -> None:
     table = images()
     table["group"] = table["center"].map(lambda center: f"slide {center}")
