@@ -78,7 +78,7 @@ def test_where_colors_differ_no_interval_of_the_predicted_accuracy_is_given(
         ("--data FEW", "--data FEW: 4 images, expected at least 10"),
         ("--data SITE --tolerance 1", "--tolerance is 1.0, expected at least 0 and below 1"),
         ("--data ALL --split other", "--data ALL: has the splits train, val, test, expected one"),
-        ("--data SITE --reference SITE", "--reference SITE: these are the images of --data; give some like"),
+        ("--data SITE --reference SITE", "--reference SITE: these are the images of --data; give others"),
         ("--data SITE --labels HIDDEN", "--labels HIDDEN: no label is known"),
     ],
 )
