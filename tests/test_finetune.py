@@ -134,7 +134,8 @@ def test_predictions_are_in_float32_whatever_the_launcher_asks_for(
 def test_robustness_to_the_center(source: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(robustness, "FEWEST", 2)
     options = config(tmp_path / "run", *source, "--num_train_epochs=1", "--target_modules=last-conv", "--robustness")
-    result = run_config(options, load(source[1]))
+    data = load(source[1])
+    result = run_config(options, datasets.DatasetDict({**data, "test_clean": data["test"]}))  # of --split published
     found = json.loads((result.adapter / "metrics.json").read_text())["robustness"]
     assert found["splits"] == ["val", "test"]
     assert {side: found[side]["reason"] for side in ("before", "after")} == {"before": None, "after": None}
