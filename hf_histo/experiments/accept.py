@@ -206,9 +206,7 @@ def _features(classifier: Classifier, images: datasets.Dataset, new: Predictions
     assert options.reference is not None
     reference = _images("reference", options.reference, options, sidecar.preprocessing.reading)
     if fingerprint(reference) == fingerprint(images):
-        raise HistoError(
-            f"--reference {options.reference}: these are the images of --data; give some like those of val"
-        )
+        raise HistoError(f"--reference {options.reference}: these are the images of --data; give others, like val")
     pipeline = sidecar.pipeline.single_view
     vectors = [
         embedding.features(classifier.model, sidecar.with_known_centers(rows), pipeline) for rows in (reference, images)
