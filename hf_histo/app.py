@@ -25,7 +25,7 @@ from hf_histo.data.schema import decode
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.figures.explanation import blend
 from hf_histo.evaluation.reporting.documents import plain
-from hf_histo.files import atomic_folder, require_output
+from hf_histo.files import atomic_folder, require_new, require_output
 from hf_histo.inference import Classifier
 
 MAX_BYTES = 64 * 2**20  # largest uploaded file
@@ -176,8 +176,7 @@ def write_space(target: Path, adapter: Path) -> None:
             "not have; expected 'builtin' or a name on the Hub: hf_histo push --hub_base_model gives one, then give "
             "what was pushed as --adapter"
         )
-    if target.exists():
-        raise HistoError(f"--space_dir {target} exists already; choose another one, or remove it")
+    require_new("--space_dir", target)
     import gradio
 
     title = " or ".join(sidecar.label_names)

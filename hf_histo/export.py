@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.errors import HistoError
-from hf_histo.files import atomic_folder, write_json
+from hf_histo.files import atomic_folder, require_new, write_json
 from hf_histo.models import adapters, clip
 from hf_histo.transforms.preprocessing import Preprocessing
 
@@ -52,8 +52,7 @@ def export(model: nn.Module, sidecar: Sidecar, folder: str | Path, format: str) 
     differ by more than `TOLERANCE` ("onnx" and "wsinfer").
     """
     folder = Path(folder)
-    if folder.exists():
-        raise HistoError(f"--output_dir {folder} exists already; choose another one, or remove it")
+    require_new("--output_dir", folder)
     sidecar.require_images("the adapter", "use hf_histo predict")
     if format == "wsinfer":
         _refuse_beyond_wsinfer(sidecar)

@@ -42,6 +42,12 @@ def require_output(path: str | Path, inputs: Iterable[str | Path | None] = (), *
             raise HistoError(f"output {path}: is the input {source} or inside it, expected another path; choose one")
 
 
+def require_new(option: str, path: Path) -> None:
+    """Raise `HistoError`, naming the option that gave `path`, if it exists."""
+    if path.exists():
+        raise HistoError(f"{option} {path} exists already; choose another one, or remove it")
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it onto `path`, else remove it.

@@ -359,7 +359,7 @@ def _robustness(
     from hf_histo.evaluation.figures.embedding import features
     from hf_histo.evaluation.metrics import robustness
 
-    splits = [split for split in data if split != "train" and not split.endswith("_clean")]  # a part of another
+    splits = [split for split in leakage.whole(data) if split != "train"]
     every = datasets.concatenate_datasets([data[split] for split in splits])
     table = every.select_columns(["label", "center", "group"]).to_pandas()
     known = robustness.known(table)

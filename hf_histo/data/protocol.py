@@ -43,7 +43,11 @@ def prepare(config: Config, files: datasets.DatasetDict | None = None) -> datase
 
     Raises `HistoError` for data that can't be read or split as the options ask.
     """
-    data = arranged(config.data, files)
+    return pooled(config, arranged(config.data, files))
+
+
+def pooled(config: Config, data: datasets.DatasetDict) -> datasets.DatasetDict:
+    """The arranged splits of a run: with `--pool_centers`, those of `folds.pool_centers`."""
     return pool_centers(data) if config.centers.pool_centers else data
 
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from hf_histo.data.splits import leakage
 from hf_histo.evaluation.figures.embedding import embedding_map, features
 from hf_histo.evaluation.metrics import classification
 from hf_histo.models import heads
@@ -43,11 +44,7 @@ def fit(
 
     Returns "selection" of metrics.json: the "value" of the metric, "step" None, and the number of "components".
     """
-    found = {
-        split: features(model, rows, pipeline.single_view)
-        for split, rows in data.items()
-        if not split.endswith("_clean")
-    }
+    found = {split: features(model, data[split], pipeline.single_view) for split in leakage.whole(data)}
 
     score = score_on(found["val"], data["val"]["label"][:], metric, negative)
     names = data["train"].features["label"].names

@@ -121,7 +121,7 @@ def decide(evidence: Evidence) -> tuple[Verdict, list[str]]:
         found = f"{evidence.predicted.value:.3f} ({evidence.predicted.low:.3f}–{evidence.predicted.high:.3f})"
         because = f"the accuracy predicted without labels is {found}, below {least:.3f}, which is {below}"
         return "refuse", [*signs, because]
-    alarms = differences(evidence) or blind(evidence)
+    alarms = differences(evidence) or too_few_groups(evidence)
     if alarms:
         return "recalibrate", [*signs, *alarms]
     return "accept", [*signs, "no difference from val was found in these images"]
@@ -141,7 +141,7 @@ def differences(evidence: Evidence) -> list[str]:
     return found
 
 
-def blind(evidence: Evidence) -> list[str]:
+def too_few_groups(evidence: Evidence) -> list[str]:
     """The tests that have too few groups to find any difference, a clause each.
 
     Of n and m groups, a permutation test has no p-value below one in the number of ways to divide them, or two where

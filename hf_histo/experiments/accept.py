@@ -63,6 +63,11 @@ def accept(options: AcceptOptions) -> str:
     images = _images("data", options.data, options, reading, **of_data)
     if len(images) < LEAST:
         raise HistoError(f"--data {options.data}: {len(images)} images, expected at least {LEAST}; give more")
+    reference = None
+    if options.reference is not None:
+        reference = _images("reference", options.reference, options, reading, prefer="val")
+        if fingerprint(reference) == fingerprint(images):
+            raise HistoError(f"--reference {options.reference}: these are the images of --data; give others, like val")
     new = classifier.predict(images, batch_size=options.batch_size)
     few = None
     if options.labels is not None:
@@ -78,10 +83,10 @@ def accept(options: AcceptOptions) -> str:
         tolerance=options.tolerance,
         labeled=few,
         color_p_value=_color(sidecar, images, group_numbers(new)),
-        shift=None if options.reference is None else _features(classifier, images, new, options),
+        shift=None if reference is None else _features(classifier, reference, images, group_numbers(new)),
     )
     verdict, reasons = site_acceptance.decide(evidence)
-    compared = "features" if options.reference else "log odds"
+    compared = "log odds" if reference is None else "features"
     place = Path(options.adapter).resolve()
     title = (place.parent if place.name == "adapter" else place).name if place.exists() else options.adapter
     withheld = bool(site_acceptance.differences(evidence))
@@ -177,18 +182,21 @@ def weighed(
     return evidence, predicted
 
 
-def _images(name: str, source: str, options: AcceptOptions, reading: Reading, **columns: Any) -> datasets.Dataset:
-    """The images of a source that has one split, or those of `--split`; of a reference, rather those of `val`.
+def _images(
+    name: str, source: str, options: AcceptOptions, reading: Reading, *, prefer: str | None = None, **columns: Any
+) -> datasets.Dataset:
+    """The images of a source: of the split `prefer`, else of `--split`, else those of its one split.
 
     Raises HistoError for several other splits.
     """
     data = load(source, cache_dir=options.cache_dir, reading=reading, **columns)
-    if name == "reference" and "val" in data:
-        return data["val"]
-    if len(data) > 1 and options.split not in data:
+    for split in (prefer, options.split):
+        if split in data:
+            return data[split]
+    if len(data) > 1:
         found = f"has the splits {', '.join(data)}, expected one, or {options.split} among them"
         raise HistoError(f"--{name} {source}: {found}; give --split")
-    return data[options.split] if options.split in data else next(iter(data.values()))
+    return next(iter(data.values()))
 
 
 def _color(sidecar: Sidecar, images: datasets.Dataset, groups: site_acceptance.Rows) -> float | None:
@@ -200,20 +208,18 @@ def _color(sidecar: Sidecar, images: datasets.Dataset, groups: site_acceptance.R
     return site_acceptance.color_p_value(distances, sidecar.colors.limit, groups)
 
 
-def _features(classifier: Classifier, images: datasets.Dataset, new: Predictions, options: AcceptOptions) -> Shift:
-    """The test of a shift on the features of the adapter, against those of `--reference`."""
+def _features(
+    classifier: Classifier, reference: datasets.Dataset, images: datasets.Dataset, new_groups: site_acceptance.Rows
+) -> Shift:
+    """The test of a shift on the features of the adapter: those of the images against those of the reference."""
     sidecar = classifier.sidecar
-    assert options.reference is not None
-    reference = _images("reference", options.reference, options, sidecar.preprocessing.reading)
-    if fingerprint(reference) == fingerprint(images):
-        raise HistoError(f"--reference {options.reference}: these are the images of --data; give others, like val")
     pipeline = sidecar.pipeline.single_view
     vectors = [
         embedding.features(classifier.model, sidecar.with_known_centers(rows), pipeline) for rows in (reference, images)
     ]
     names = independent_groups(pd.Series(reference["group"], dtype=str), pd.Series(reference["id"], dtype=str))
     groups = np.unique(names.to_numpy(str), return_inverse=True)[1]
-    return site_acceptance.shift(vectors[0], vectors[1], groups, group_numbers(new))
+    return site_acceptance.shift(vectors[0], vectors[1], groups, new_groups)
 
 
 def _recorded(estimate: Estimate, *, withheld: bool) -> dict[str, float | None]:

@@ -17,7 +17,7 @@ from hf_histo.config import Config, PredictionOptions, parse, parse_each
 from hf_histo.config.experiments import REPORTED, CompareOptions
 from hf_histo.config.packaged import config_files
 from hf_histo.data.load import fingerprint
-from hf_histo.data.protocol import arranged, refuse
+from hf_histo.data.protocol import arranged, pooled, refuse
 from hf_histo.data.splits import folds
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, thresholds
@@ -238,12 +238,13 @@ def runs_of(
 
     `held_out_folds` maps a seed to the splits of each held-out center.
     """
+    own = pooled(config, data)
     for seed in grid.seeds(config, options.seeds):
         if options.protocol == "leave_one_center_out":
             for center, fold in held_out_folds(seed).items():
                 yield Run(seed, center, fold)
         else:
-            yield Run(seed, None, folds.pool_centers(data) if config.centers.pool_centers else data)
+            yield Run(seed, None, own)
 
 
 @dataclass(frozen=True)

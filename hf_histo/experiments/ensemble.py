@@ -5,11 +5,10 @@ from __future__ import annotations
 from hf_histo import hub
 from hf_histo.adapter import ensemble
 from hf_histo.config.commands import EnsembleOptions
-from hf_histo.errors import HistoError
 from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting.report import overall_table
-from hf_histo.files import require_output
+from hf_histo.files import require_new, require_output
 from hf_histo.training.run_folder import PREDICTIONS
 
 
@@ -19,8 +18,7 @@ def make_ensemble(options: EnsembleOptions) -> str:
     Raises `HistoError` for an output that exists or lies in a member, and as `ensemble.save` does.
     """
     require_output(options.output_dir, options.adapters, folder=True)
-    if options.output_dir.exists():
-        raise HistoError(f"--output_dir {options.output_dir} exists already; choose another one, or remove it")
+    require_new("--output_dir", options.output_dir)
     members = [hub.fetch(adapter) for adapter in options.adapters]
     metrics = ensemble.save(options.output_dir, members)
     parts = []

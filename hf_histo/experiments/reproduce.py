@@ -16,8 +16,7 @@ from hf_histo.config import Config, parse_options
 from hf_histo.config.commands import ReproduceOptions
 from hf_histo.config.experiments import Sharing
 from hf_histo.config.parser import with_options
-from hf_histo.data.protocol import arranged
-from hf_histo.data.splits import folds
+from hf_histo.data.protocol import arranged, pooled
 from hf_histo.data.synthetic import miniature
 from hf_histo.errors import HistoError, did_you_mean
 from hf_histo.evaluation import thresholds
@@ -126,7 +125,7 @@ def train(configs: Mapping[StudyRow, Config], chosen: Study, options: ReproduceO
             key = repr(config.data)
             data = loaded[key] = loaded.get(key) or arranged(config.data)
             cells[row] = []
-            own = folds.pool_centers(data) if config.centers.pool_centers else data
+            own = pooled(config, data)
             for seed in range(chosen.seed, chosen.seed + chosen.seeds):
                 place = options.output_dir / row.name / f"seed-{seed}"
                 cells[row].append(grid.Cell(f"{row.name}: {place.name}", config.at(place, seed), own))

@@ -28,7 +28,7 @@ from hf_histo.evaluation import calibration, thresholds
 from hf_histo.evaluation.metrics import classification
 from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting.report import overall_table
-from hf_histo.files import require_output
+from hf_histo.files import require_new, require_output
 from hf_histo.inference import Classifier
 from hf_histo.models import adapters
 from hf_histo.models.model_size import account
@@ -44,8 +44,7 @@ def make_soup(options: SoupOptions) -> str:
     not that of `--data`; an output that exists; and as `Classifier.load_adapter` and `Classifier.average` do.
     """
     require_output(options.output_dir, [*options.adapters, options.data], folder=True)
-    if options.output_dir.exists():
-        raise HistoError(f"--output_dir {options.output_dir} exists already; choose another one, or remove it")
+    require_new("--output_dir", options.output_dir)
     if len(options.adapters) < 2:
         raise HistoError(f"--adapters: found {len(options.adapters)}, expected two or more to average")
     folders = [hub.fetch(adapter) for adapter in options.adapters]
@@ -60,11 +59,14 @@ def make_soup(options: SoupOptions) -> str:
     reading = sidecars[0].preprocessing.reading
     data = complete(load(options.data, cache_dir=options.cache_dir, reading=reading, **columns_of(options)))
     _require_val(data, options.data, folders)
-    if fingerprint(data) != sidecars[0].data.fingerprint:
+    content, expected = fingerprint(data), sidecars[0].data.fingerprint
+    if content != expected:
         logger.warning(
             "--data %s: val has the images and labels of the runs by their ids, but its content is not theirs "
             "(fingerprint %s, expected %s); metrics of the mean are of these images",
-            *(options.data, fingerprint(data), sidecars[0].data.fingerprint),
+            options.data,
+            content,
+            expected,
         )
 
     order = sorted(range(len(folders)), key=lambda place: -own[place])

@@ -192,7 +192,7 @@ def test_a_p_value_is_never_shown_as_zero() -> None:
 
 
 def test_no_p_value_is_below_what_so_few_groups_allow() -> None:
-    """Sides that could not differ more have the p-value that `blind` counts with, up to chance in the permutations."""
+    """Sides that could not differ more have the p-value of `too_few_groups`, up to chance in the permutations."""
     for ours, theirs, least in ((4, 4, 2 / 70), (5, 5, 2 / 252), (10, 1, 1 / 11), (6, 2, 1 / 28)):
         values = np.where(np.arange(ours + theirs) < ours, 0.0, 9.0) + 0.01 * np.arange(ours + theirs)
         found = shift(values[:ours, None], values[ours:, None], np.arange(ours), np.arange(theirs))

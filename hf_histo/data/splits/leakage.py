@@ -14,6 +14,7 @@ from hf_histo.data.splits.checks import clean, with_families
 logger = logging.getLogger(__name__)
 
 SEARCHED = "near copies were searched for"  # added to the description of data by `grouped`
+CLEAN = "_clean"  # end of the name of a split without copies, see `without_copies`
 LOGGED = ("overlap", "similar_overlap", "shared_groups", "label_conflict", "similar_label_conflict", "repeats")
 
 
@@ -39,6 +40,11 @@ def were_searched(data: datasets.DatasetDict) -> bool:
     return any(SEARCHED in part.info.description for part in data.values())
 
 
+def whole(data: datasets.DatasetDict) -> list[str]:
+    """Names of the splits that are not a part of another, as those of `without_copies` are."""
+    return [name for name in data if not name.endswith(CLEAN)]
+
+
 def without_copies(data: datasets.DatasetDict) -> tuple[datasets.DatasetDict, list[str]]:
     """For each split that holds copies of images of `train` or `val`, add a split without them.
 
@@ -53,7 +59,7 @@ def without_copies(data: datasets.DatasetDict) -> tuple[datasets.DatasetDict, li
     for name, rows in data.items():  # of train and val, all groups are in `seen`
         unseen = np.flatnonzero([group not in seen for group in rows["group"][:]])
         if 0 < len(unseen) < len(rows):
-            others[f"{name}_clean"] = rows.select(unseen)
+            others[name + CLEAN] = rows.select(unseen)
             copies = len(rows) - len(unseen)
-            notes.append(f"{name}: {copies} of {len(rows)} have copies in train or val, {name}_clean is the rest")
+            notes.append(f"{name}: {copies} of {len(rows)} have copies in train or val, {name}{CLEAN} is the rest")
     return datasets.DatasetDict({**data, **others}), notes

@@ -76,11 +76,13 @@ def difference(
     for center in ours:
         columns: dict[int, pd.Series] = {}
         first = next(iter(ours[center].values()))
+        images = first.index.sort_values()
         for seed, table in ours[center].items():
             other = theirs[center][seed]
-            if not table.index.sort_values().equals(other.index.sort_values()):
+            found = table.index.sort_values()
+            if not found.equals(other.index.sort_values()):
                 raise HistoError(f"center {center}, seed {seed}: the sides predict different images, expected the same")
-            if columns and not table.index.sort_values().equals(first.index.sort_values()):
+            if not found.equals(images):
                 raise HistoError(f"center {center}: seed {seed} has other images than the first, expected the same")
             columns[seed] = table["right"].astype(float) - other["right"].reindex(table.index).astype(float)
         by_image.append(pd.DataFrame(columns).assign(group=first["group"]))

@@ -94,7 +94,7 @@ def test_it_is_withheld_with_the_reason(fault: str) -> None:
 
 
 def test_a_group_of_two_centers_is_in_one_part() -> None:
-    """Features that know the group alone say nothing of the class of other groups, also where both centers have it."""
+    """Features that identify the group alone do not predict the class of other groups, if both centers have each."""
     table = images()
     place = np.arange(len(table)) % 20
     table = table.assign(group=[f"patient {number}" for number in place], label=place % 2)
