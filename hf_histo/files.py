@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,18 +52,18 @@ def require_new(option: str, path: Path) -> None:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it onto `path`, else remove it.
 
-    The temporary name keeps the suffix of `path`, for writers that choose a format by it. Raises `HistoError` as
-    `require_output` does.
+    The temporary name keeps the suffix of `path`, for writers that choose a format by it. Who may read the file, the
+    umask decides. Raises `HistoError` as `require_output` does.
     """
     path = Path(path)
     require_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".incomplete{path.suffix}", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = _unfinished(path, path.suffix)
+    temporary.touch(exist_ok=False)
+    mode = _mode(temporary)
     try:
         yield temporary
-        temporary.chmod(0o644)
+        temporary.chmod(mode)  # safetensors, for one, writes a new file in its place, for the owner alone
         _flush(temporary)
         temporary.replace(path)
     finally:
@@ -74,18 +74,19 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success rename it onto `path`, which must not exist, else remove it.
 
-    Raises `HistoError` as `require_output` does.
+    Who may read its files, the umask decides. Raises `HistoError` as `require_output` does.
     """
     path = Path(path)
     require_output(path, folder=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".incomplete", dir=path.parent))
+    temporary = _unfinished(path)
+    temporary.mkdir()
+    mode = _mode(temporary) & 0o666
     try:
         yield temporary
-        temporary.chmod(0o755)
         for file in temporary.rglob("*"):
             if file.is_file():
-                file.chmod(0o644)  # safetensors writes for the owner alone
+                file.chmod(mode)  # see `atomic_file`
                 _flush(file)
         temporary.rename(path)
     finally:
@@ -192,6 +193,15 @@ def read_checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str
         if checksum(folder / name) != content["files"].get(name):
             raise ValueError(f"{name} does not match its checksum in {CHECKSUMS}")
     return content
+
+
+def _unfinished(path: Path, suffix: str = "") -> Path:
+    """A new name beside `path`, by which others know what is not finished."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.incomplete{suffix}")
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def _flush(file: Path) -> None:

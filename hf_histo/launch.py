@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -63,7 +63,7 @@ def run(main: Callable[[], object], *, threads: int | None = None) -> None:
         if rank() > 0:  # the first process logs the same warnings
             logging.getLogger("hf_histo").setLevel(logging.ERROR)
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's tensors from 2 MiB on in huge pages, under Linux
-        _use_threads(threads or thread_count(_first_number(LOCAL_SIZES, 1)))
+        _use_threads(threads or thread_count(_local_count()))
         main()
 
     if os.environ.get("HF_HISTO_TRACEBACK") == "1":
@@ -120,6 +120,11 @@ def process_count() -> int:
     return _first_number(("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"), 1)
 
 
+def _local_count() -> int:
+    """Number of processes of the launch on this machine."""
+    return _first_number(LOCAL_SIZES, 1)
+
+
 def _first_number(names: Sequence[str], default: int) -> int:
     """The number in the first of some environment variables that is set."""
     return next((int(os.environ[name]) for name in names if name in os.environ), default)
@@ -145,11 +150,11 @@ def _chosen_threads() -> str | None:
     """OMP_NUM_THREADS where a person set it; None for the 1 of accelerate and torchrun, which nobody asked for."""
     import psutil
 
-    own = psutil.Process()
+    own, *parents = _processes()
     value: str | None = own.environ().get("OMP_NUM_THREADS")  # as this process was started
     if value != "1":
         return value
-    launchers = [process for process in own.parents() if LAUNCHERS & _words(process)]
+    launchers = [process for process in parents if LAUNCHERS & _words(process)]
     try:
         was_set = any(
             "OMP_NUM_THREADS" in process.environ() or "--num_cpu_threads_per_process" in _words(process)
@@ -160,9 +165,31 @@ def _chosen_threads() -> str | None:
     return value if was_set or not launchers else None
 
 
+def _processes() -> list[psutil.Process]:
+    """This process, the one that started it, and so on, as far as the system shows them."""
+    import psutil
+
+    found = [psutil.Process()]
+    with suppress(psutil.Error):
+        while (parent := found[-1].parent()) is not None:
+            found.append(parent)
+    return found
+
+
+def _line(process: psutil.Process) -> list[str]:
+    """The command that started a process; none where the system hides it, as macOS and `hidepid` do."""
+    import psutil
+
+    try:
+        line: list[str] = process.cmdline()
+    except psutil.Error:
+        return []
+    return line
+
+
 def _words(process: psutil.Process) -> set[str]:
     """The words of a process's command: programs without their folders, options without their values."""
-    words = (Path(word.split("=")[0]).name for word in process.cmdline())
+    words = (Path(word.split("=")[0]).name for word in _line(process))
     return {"--" + word[2:].replace("-", "_") if word.startswith("--") else word for word in words}
 
 
@@ -186,9 +213,7 @@ def command() -> str:
 
     Without `--overwrite_output_dir`, which would start it from the beginning.
     """
-    import psutil
-
-    started = [process.cmdline() for process in (psutil.Process(), *psutil.Process().parents())]
+    started = map(_line, _processes())
     program = sys.argv[0].removeprefix(f"{PROGRAM} ")  # of `hf_histo COMMAND`, the command
     line = ([sys.argv] + [line for line in started if program in line])[-1]
     kept = re.sub(r"\0--overwrite[_-]output[_-]dir(=[^\0]*|\0[^-\0][^\0]*)?(?=\0|$)", "", "\0".join(line))
@@ -212,7 +237,7 @@ def reading_processes() -> int:
 
     On an accelerator one for each of this process's other cores, up to 8.
     """
-    return 1 if use_cpu() else min(8, max(1, thread_count(process_count()) - 1))
+    return 1 if use_cpu() else min(8, max(1, thread_count(_local_count()) - 1))
 
 
 def use_gpu(number: int) -> None:

@@ -38,6 +38,21 @@ def test_a_folder_appears_whole_and_readable(tmp_path: Path) -> None:
     assert [child.name for child in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize(("mask", "file_mode", "folder_mode"), [(0o077, 0o600, 0o700), (0o002, 0o664, 0o775)])
+def test_who_may_read_is_what_the_umask_decides(tmp_path: Path, mask: int, file_mode: int, folder_mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        with atomic_file(tmp_path / "table.csv") as temporary:
+            temporary.unlink()
+            os.close(os.open(temporary, os.O_CREAT, 0o600))  # as safetensors does
+        with atomic_folder(tmp_path / "folder") as temporary:
+            os.close(os.open(temporary / "weights", os.O_CREAT, 0o600))
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("table.csv", "folder/weights", "folder")]
+    assert modes == [file_mode, file_mode, folder_mode]
+
+
 def test_json_refuses_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "metrics.json", {"loss": float("nan")})

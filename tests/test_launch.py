@@ -7,8 +7,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import joblib
+import psutil
 import pytest
 
 from hf_histo import launch
@@ -69,6 +71,20 @@ def test_a_number_that_a_person_chose_holds(scripts: tuple[Path, Path]) -> None:
     assert started([recipe], OMP_NUM_THREADS="3") == "threads 3"
     assert started([launcher, "launch", recipe], OMP_NUM_THREADS="1") == "threads 1"
     assert started([launcher, "--num-cpu-threads-per-process=1", recipe]) == "threads 1"
+
+
+def test_processes_that_the_system_hides(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(process: psutil.Process) -> NoReturn:
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(sys, "argv", ["recipes/histo_lora.py", "--seed", "1"])
+    monkeypatch.setattr(psutil.Process, "cmdline", hidden)
+    assert launch.command() == "recipes/histo_lora.py --seed 1"
+    monkeypatch.setattr(psutil.Process, "environ", lambda process: {"OMP_NUM_THREADS": "1"})
+    assert launch.thread_count() == 1
+    monkeypatch.setattr(psutil.Process, "parent", hidden)
+    assert launch.command() == "recipes/histo_lora.py --seed 1"
+    assert launch.thread_count() == 1
 
 
 def test_what_is_no_number_is_refused(scripts: tuple[Path, Path]) -> None:
@@ -140,4 +156,6 @@ def test_one_process_reads_for_a_model_on_the_cpu(
 ) -> None:
     monkeypatch.setattr(launch, "use_cpu", lambda: on_cpu)
     monkeypatch.setattr(launch, "thread_count", lambda processes: cores // processes)
+    monkeypatch.setenv("WORLD_SIZE", "8")  # on other machines
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert launch.reading_processes() == expected

@@ -60,6 +60,7 @@ _STARTS = {
 }
 # TIFF 6.0, section 8: bit 0, a copy of lower resolution; bit 2, a transparency mask.
 _NEW_SUBFILE_TYPE, _NO_PAGE = 254, 0b101
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 _PPM = re.compile(rb"P6\s+([1-9]\d*)\s+([1-9]\d*)\s+255\s")
 
 
@@ -212,9 +213,10 @@ def rgb(image: PIL.Image.Image, source: str = "image", reading: Reading = DEFAUL
     """A PIL image as uint8 (H, W, 3) in [0, 255], exactly as `decode` reads its file.
 
     EXIF orientation is applied and transparency dropped. 16-bit gray values are divided by 2^(gray_bits - 8), so that
-    the range of `gray_bits` (8 to 16) bits becomes 0 to 255; 16-bit color keeps its high byte. CMYK becomes RGB as PIL
-    does it: each of C, M and Y darkens its complement, K all three, and a color profile is not used. An image that PIL
-    opened but has not decoded yet is decoded from its file; one at another page than the first is that page.
+    the range of `gray_bits` (8 to 16) bits becomes 0 to 255, inverted where a TIFF states that zero is white (a
+    PIL copy of it does not); 16-bit color keeps its high byte. CMYK becomes RGB as PIL does it: each of C, M and Y
+    darkens its complement, K all three, and a color profile is not used. An image that PIL opened but has not decoded
+    yet is decoded from its file; one at another page than the first is that page.
 
     Raises HistoError, starting with `source`, for 16-bit gray without `gray_bits` or with values beyond that range, for
     pixels without a fixed range (32-bit integers, floats), and as `decode` does.
@@ -378,9 +380,11 @@ def _peak(image: PIL.Image.Image) -> int | None:
 def _rgb(image: PIL.Image.Image, gray_bits: int | None) -> NDArray[np.uint8]:
     """The one place where pixels of any kind but DICOM become 8-bit RGB, uint8 (H, W, 3)."""
     check_size(*image.size)
+    zero_is_white = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        return np.stack([_to_8_bits(np.asarray(image), gray_bits)] * 3, axis=-1)
+        gray = _to_8_bits(np.asarray(image), gray_bits)
+        return np.stack([255 - gray if zero_is_white else gray] * 3, axis=-1)  # which PIL inverts in other modes alone
     if image.mode in ("I", "F"):
         raise ValueError(f"pixel mode {image.mode} has no fixed range, expected 8 or 16 bits")
     return np.asarray(image.convert("RGB"))
@@ -473,7 +477,8 @@ class ImageTable(_MapStyle):
         """
         digest = xxhash.xxh3_128(np.array(self.centers, dtype=np.int64).tobytes())
         for image in self._stored():
-            digest.update(f"{self._rows.info.config_name}{image}".encode() if isinstance(image, str) else image)
+            place = f"{slides.VERSION}{self._rows.info.config_name}{image}"
+            digest.update(place.encode() if isinstance(image, str) else image)
         return digest.hexdigest()
 
     def center_name(self, center: int) -> str:

@@ -120,24 +120,36 @@ def write(folder: Path, name: str, content: Mapping[str, Any], text: str) -> Non
     write_json(folder / f"{name}.json", content)
 
 
-def _train(cells: Sequence[Cell], describe: Callable[[Cell, Result], str] | None = None) -> list[Result]:
+def _train(
+    cells: Sequence[Cell], describe: Callable[[Cell, Result], str] | None = None, since: float | None = None
+) -> list[Result]:
     """Train, in order, the cells that no other process trains, until all are finished.
 
     Once one is, the `HistoError` of another is raised when all others are finished as well. That of the first cell is
-    raised at once, since the fault is often that of all.
+    raised at once, since the fault is often that of all. A cell that has failed in another process since the time
+    `since`, by default now, is not tried again.
     """
+    since = time.time() if since is None else since
     finished: list[Result] = []
-    failed: dict[str, HistoError] = {}
+    failed: dict[str, str] = {}
 
     def train(cell: Cell) -> Result | None:
+        error_file = _beside(cell, "error")
+        if known := failure(error_file, since):
+            failed[cell.name] = known
+            return None
         try:
             result = run_config(cell.config, cell.data)
         except HistoError as error:
-            if not finished or launch.process().num_processes > 1:  # those of a launch have to end together
+            if launch.process().num_processes > 1:  # those of a launch have to end together
                 raise
-            failed[cell.name] = error
+            error_file.write_text(str(error), encoding="utf-8")
+            if not finished:
+                raise
+            failed[cell.name] = str(error)
             logger.error("%s failed: %s", cell.name, error)
             return None
+        error_file.unlink(missing_ok=True)
         finished.append(result)
         if describe and launch.is_main_process():
             print(describe(cell, result), flush=True)
@@ -173,6 +185,11 @@ def each_once(
     return [done[place] for place in range(len(items))]
 
 
+def failure(file: Path, since: float) -> str | None:
+    """The error that another process wrote into `file` after the time `since`; None if there is none."""
+    return file.read_text(encoding="utf-8") if file.is_file() and file.stat().st_mtime > since else None
+
+
 @contextmanager
 def _claimed(cell: Cell) -> Iterator[bool]:
     """Yield whether this process has claimed the cell, until the end of the block.
@@ -183,9 +200,14 @@ def _claimed(cell: Cell) -> Iterator[bool]:
     if launch.process().num_processes > 1:
         yield True
         return
-    folder = run_folder.folder_of(cell.config).resolve()
-    with locked(folder.parent / f".{folder.name}.cell.lock") as is_ours:  # .NAME.lock is the run's own
+    with locked(_beside(cell, "cell.lock")) as is_ours:  # .NAME.lock is the run's own
         yield is_ours
+
+
+def _beside(cell: Cell, suffix: str) -> Path:
+    """A hidden file beside a cell's folder."""
+    folder = run_folder.folder_of(cell.config).resolve()
+    return folder.parent / f".{folder.name}.{suffix}"
 
 
 def _check(cells: Sequence[Cell], sharing: Sharing) -> None:
@@ -204,8 +226,8 @@ def _check(cells: Sequence[Cell], sharing: Sharing) -> None:
 def _start(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
     """Train the cells in several processes on this machine, which share its GPUs, and wait for them."""
     context = multiprocessing.get_context("spawn")
-    threads = launch.thread_count(sharing.workers)
-    workers = [context.Process(target=_work, args=(cells, number, threads)) for number in range(sharing.workers)]
+    threads, now = launch.thread_count(sharing.workers), time.time()
+    workers = [context.Process(target=_work, args=(cells, now, number, threads)) for number in range(sharing.workers)]
     try:
         for worker in workers:
             worker.start()
@@ -218,10 +240,10 @@ def _start(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
                 worker.join()
 
 
-def _work(cells: Sequence[Cell], number: int = 0, threads: int | None = None) -> None:
-    """Main function of a worker process of `_start`, with `threads` CPU threads, or of a job."""
+def _work(cells: Sequence[Cell], since: float, number: int = 0, threads: int | None = None) -> None:
+    """Main function of a worker process of `_start`, with `threads` CPU threads, or of a job, started at `since`."""
     launch.use_gpu(number)
-    launch.run(partial(_train, cells), threads=threads)
+    launch.run(partial(_train, cells, since=since), threads=threads)
 
 
 def _submit(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
@@ -235,7 +257,8 @@ def _submit(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
         executor.update_parameters(**{"timeout_min": MINUTES} | _parameters(sharing.job_parameters))
     except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
         raise HistoError(f"--cluster {sharing.cluster}: {' '.join(str(error).split())}") from None
-    jobs = [executor.submit(Job(cells)) for _ in range(sharing.workers)]
+    worker = Job(cells, time.time())
+    jobs = [executor.submit(worker) for _ in range(sharing.workers)]
     print(f"jobs {', '.join(job.job_id for job in jobs)}, logs in {_logs(folder)}", flush=True)
     try:
         for job in jobs:
@@ -248,12 +271,13 @@ def _submit(cells: Sequence[Cell], folder: Path, sharing: Sharing) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """The callable of a cluster job: a worker, which is queued again at a timeout or preemption."""
+    """The callable of a cluster job, submitted at `since`: a worker, queued again at a timeout or preemption."""
 
     cells: Sequence[Cell]
+    since: float
 
     def __call__(self) -> None:
-        _work(self.cells)
+        _work(self.cells, self.since)
 
     def checkpoint(self) -> Any:
         from submitit.helpers import DelayedSubmission

@@ -32,7 +32,7 @@ from hf_histo.errors import HistoError
 from hf_histo.evaluation import slide_maps
 from hf_histo.evaluation.figures.slide_heat_map import slide_heat_map
 from hf_histo.evaluation.predictions import Predictions, decided, harmless
-from hf_histo.experiments.grid import each_once
+from hf_histo.experiments.grid import each_once, failure
 from hf_histo.files import atomic_file, atomic_folder, checksums, locked, read_json, require_output, write_json
 from hf_histo.inference import Classifier, Ensemble
 
@@ -96,7 +96,8 @@ class Job:
 def predict_slides(options: PredictSlidesOptions) -> str:
     """Predict slides, and write a folder for each, and `slides.csv` with a row for each.
 
-    Slides that this adapter and these options have predicted are not predicted again. Returns a summary as text. Raises
+    Slides that this adapter and these options have predicted are not predicted again; those that an earlier command
+    predicted likewise into the same folder keep their rows. Returns a summary as text. Raises
     HistoError for options that don't fit the adapter, for results of another adapter or other options, unless they
     are to be overwritten, and in the end for slides that failed, when all others are predicted.
     """
@@ -113,6 +114,7 @@ def predict_slides(options: PredictSlidesOptions) -> str:
             {"slide": harmless(each.name)} | ({"error": harmless(result)} if isinstance(result, str) else result)
             for each, result in zip(listed, found, strict=True)
         ]
+        rows += _earlier(job, listed)
         columns = sorted({name: None for row in rows for name in row}, key=lambda name: name == "error")
         with atomic_file(table) as temporary:
             pd.DataFrame(rows, columns=columns).to_csv(temporary, index=False)
@@ -169,6 +171,7 @@ def _job(options: PredictSlidesOptions) -> Job:
         )
     threshold = classifier.sidecar.threshold_named(options.threshold)
     made_by = {
+        "version": slides.VERSION,
         "adapter": _fingerprint(classifier),
         **{"mpp": mpp, "patch_size": patch_size, "stride": stride, "threshold": threshold},
         **{name: getattr(options, name) for name in DECIDING},
@@ -206,7 +209,7 @@ def _refuse_others(job: Job, listed: Sequence[Listed]) -> None:
         if not (record := _record(folder)):
             raise HistoError(f"{folder}: exists without a {RECORD}, expected results; choose another --output_dir")
         try:
-            ours = {"slide": _state(each), **job.made_by}
+            ours = _decisive(job, each)
         except (HistoError, OSError):
             continue  # reported when its turn comes
         difference = next((name for name, value in ours.items() if record.get(name) != value), None)
@@ -217,10 +220,14 @@ def _refuse_others(job: Job, listed: Sequence[Listed]) -> None:
             )
 
 
-def _state(each: Listed) -> str:
-    """Hash of the places, sizes and times of a slide's files."""
-    files = {str(path): path for path in slides.files_of(each.path)}
-    return cache.state_of(each.path.parent, files)
+def _decisive(job: Job, each: Listed) -> dict[str, Any]:
+    """What decides a slide's results: how all are predicted, its center, and the places, sizes and times of its files.
+
+    Raises HistoError and OSError as `cache.state_of` does.
+    """
+    folder = each.path.parent
+    files = {path.relative_to(folder).as_posix(): path for path in slides.files_of(each.path)}
+    return {**job.made_by, "slide": cache.state_of(folder, files), "center": each.center}
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -235,7 +242,19 @@ def _scores(job: Job, each: Listed) -> dict[str, Any] | None:
     """The scores of a slide that is predicted already; None if it is not, or was otherwise."""
     record = _record(job.folder(each))
     found = record.pop("scores", None)
-    return found if isinstance(found, dict) and record == {"slide": _state(each), **job.made_by} else None
+    return found if isinstance(found, dict) and record == _decisive(job, each) else None
+
+
+def _earlier(job: Job, listed: Sequence[Listed]) -> list[dict[str, Any]]:
+    """Rows of the other slides in the output folder that were predicted with this adapter and these options."""
+    names = {each.name for each in listed}
+    folders = [path for path in sorted(job.options.output_dir.iterdir()) if path.is_dir() and path.name not in names]
+    records = {folder.name: _record(folder) for folder in folders}
+    return [
+        {"slide": harmless(name), **record["scores"]}
+        for name, record in records.items()
+        if isinstance(record.get("scores"), dict) and job.made_by.items() <= record.items()
+    ]
 
 
 def _settled(job: Job, listed: Sequence[Listed]) -> list[dict[str, Any] | str]:
@@ -247,8 +266,8 @@ def _settled(job: Job, listed: Sequence[Listed]) -> list[dict[str, Any] | str]:
 def _settle(job: Job, each: Listed, started: float) -> dict[str, Any] | str:
     """The scores of a slide, which is predicted if no process has done so, or why it failed."""
     error_file = job.beside(each, "error")
-    if error_file.is_file() and error_file.stat().st_mtime > started:  # another process of this launch tried it
-        return error_file.read_text(encoding="utf-8")
+    if known := failure(error_file, started):  # another process of this launch tried it
+        return known
     try:
         found = _scores(job, each) or _predict(job, each)
     except (HistoError, OSError) as error:
@@ -265,7 +284,7 @@ def _predict(job: Job, each: Listed) -> dict[str, Any]:
     """Predict a slide and write its folder; returns its scores."""
     start, options, names = time.monotonic(), job.options, job.classifier.sidecar.label_names
     slide = slides.open_slide(each.path)
-    state = _state(each)
+    decisive = _decisive(job, each)
     grid = slides.grid(
         slide,
         mpp=job.mpp,
@@ -307,7 +326,7 @@ def _predict(job: Job, each: Listed) -> dict[str, Any]:
         scores["seconds"] = round(time.monotonic() - start, 2)
         if model.transductive:
             scores["transductive"] = ", ".join(model.transductive)
-        write_json(temporary / RECORD, {"slide": state, **job.made_by, "scores": scores})
+        write_json(temporary / RECORD, {**decisive, "scores": scores})
         if folder.exists():  # of another adapter, see `_refuse_others`
             shutil.rmtree(folder)
     return scores
@@ -318,7 +337,8 @@ def _found(job: Job, each: Listed, grid: Grid) -> Found:
     members = job.classifier.members if isinstance(job.classifier, Ensemble) else [job.classifier]
     # What is measured on a slide's tiles is measured on all of them.
     measures = any(member.sidecar.normalizer or member.sidecar.adapt_batch_norm for member in members)
-    chunk, names = len(grid.corners) if measures else CHUNK, job.classifier.sidecar.label_names
+    chunk, sidecar = len(grid.corners) if measures else CHUNK, job.classifier.sidecar
+    names, centers = sidecar.label_names, sidecar.center_names
     how: dict[str, Any] = {
         "threshold": job.options.threshold,
         "batch_size": job.options.batch_size,
@@ -327,21 +347,33 @@ def _found(job: Job, each: Listed, grid: Grid) -> Found:
         "description": each.name,
         "is_shared": False,
     }
-    if job.classifier.sidecar.head.is_of_bags:
-        slide, tiles = job.classifier.predict_bags(table_of(each, grid, grid.corners, names), **how)
+    if sidecar.head.is_of_bags:
+        slide, tiles = job.classifier.predict_bags(table_of(each, grid, grid.corners, names, centers), **how)
         return Found(tiles.probabilities, list(slide.transductive or ()), slide, tiles.attention)
     parts, transductive = [], dict[str, None]()
     for first in range(0, len(grid.corners), chunk):
-        table = job.classifier.predict(table_of(each, grid, grid.corners[first : first + chunk], names), **how)
+        corners = grid.corners[first : first + chunk]
+        table = job.classifier.predict(table_of(each, grid, corners, names, centers), **how)
         parts.append(table.class_probabilities)
         transductive |= dict.fromkeys(table.transductive or ())
     return Found(np.concatenate(parts), list(transductive))
 
 
-def table_of(each: Listed, grid: Grid, corners: NDArray[np.int64], label_names: Sequence[str]) -> datasets.Dataset:
-    """Tiles as a table of the one schema, whose images are read from the slide when they are needed."""
+def table_of(
+    each: Listed,
+    grid: Grid,
+    corners: NDArray[np.int64],
+    label_names: Sequence[str],
+    center_names: Sequence[str] = (),
+) -> datasets.Dataset:
+    """Tiles as a table of the one schema, whose images are read from the slide when they are needed.
+
+    `center_names` are those of the training centers, none where they had numbers: the slide's center is given likewise.
+    """
     count, path = len(corners), each.path.absolute()
     (center,), names = image_rows.numbered(pd.Series([each.center]))
+    if each.center and center_names:
+        center, names = 0, [each.center]
     places = corners.tolist()
     rows = {
         "id": [f"{each.name}_{x}_{y}" for x, y in places],

@@ -266,8 +266,14 @@ def _fault(checkpoint: Path, run: Mapping[str, Any]) -> str | None:
         return f"no complete checkpoint ({error.strerror}: {Path(error.filename or checkpoint).name})"
     except ValueError as error:
         return f"damaged checkpoint ({error})"
-    differing = _differences(effective(current(found)), effective(run), "there", "here")
+    before = _as_now(found)
+    differing = _differences({key: before.get(key) for key in run}, effective(run), "there", "here")
     return f"is of another run: {differing}" if differing else None
+
+
+def _as_now(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded options, completed by the defaults of those that did not exist yet: that is what the run did."""
+    return effective(Config().flat() | current(recorded))
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any], here: str, there: str) -> str:
@@ -315,9 +321,7 @@ def _other_run(run: Run) -> str | None:
         before = None
     if not isinstance(before, dict):
         return f"its {RECORD} is damaged, expected the options of a run"
-    # Options that did not exist when the run was started: it did what their defaults do.
-    before = effective(Config().flat() | current(before))
-    now = effective(run.options)
+    before, now = _as_now(before), effective(run.options)
     changed = [key for key in now if key not in NON_RESULT_OPTIONS and before.get(key) != now[key]]
     if changed:
         return f"holds another run: {', '.join(f'{key} {before.get(key)!r} (now {now[key]!r})' for key in changed)}"

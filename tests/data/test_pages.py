@@ -102,6 +102,19 @@ def test_sixteen_bits_of_either_byte_order(format: str, order: str) -> None:
     assert decode(data, reading=Reading(gray_bits=12))[0].tolist() == [[0, 255, 16]]
 
 
+def test_sixteen_bits_of_which_zero_is_white(tmp_path: Path) -> None:
+    """TIFF 6.0, PhotometricInterpretation 0: WhiteIsZero."""
+    white = encoded(np.array([[0, 4095, 256]], np.uint16), "TIFF", tiffinfo={262: 0})
+    reading = Reading(gray_bits=12)
+    for data in (white, checked(white, "a", reading)):
+        assert decode(data, "a", reading)[0].tolist() == [[255, 0, 239]]
+    (tmp_path / "a.tif").write_bytes(white)
+    with PIL.Image.open(tmp_path / "a.tif") as image:
+        assert rgb(image, "a", reading)[..., 0].tolist() == [[255, 0, 239]]
+        image.load()
+        assert rgb(image, "a", reading)[..., 0].tolist() == [[255, 0, 239]]
+
+
 def test_sixteen_bits_of_a_chosen_page(tmp_path: Path) -> None:
     pages = [np.array([[0, peak]], np.uint16) for peak in (1000, 60000)]
     (tmp_path / "a.tif").write_bytes(tiff(pages))

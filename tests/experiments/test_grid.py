@@ -84,6 +84,24 @@ def test_a_cell_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: 
     assert grid.train(every, tmp_path, Sharing()) == ["cell-0", "cell-1", "cell-2"]
 
 
+def test_a_cell_that_failed_in_a_worker_is_not_tried_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_training(monkeypatch, 0)
+    tried, train = [], grid.run_config
+
+    def faulty(config: Config, data: datasets.DatasetDict) -> Any:
+        tried.append(config.training.seed)
+        if config.training.seed == 1:
+            raise HistoError("the loss is nan")
+        return train(config, data)
+
+    monkeypatch.setattr(grid, "run_config", faulty)
+    since = time.time() - 1
+    for _ in range(2):
+        with pytest.raises(HistoError, match=r"^1 of 3 runs failed, .* the first is cell-1: the loss is nan;"):
+            grid._train(cells(tmp_path, 3), since=since)
+    assert tried == [0, 1, 2, 0, 2]
+
+
 def test_launches_on_one_folder_divide_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_training(monkeypatch, 0.2)
     every = cells(tmp_path, 8)

@@ -21,6 +21,7 @@ from hf_histo.cli import main
 from hf_histo.config import parse_command
 from hf_histo.config.commands import PredictSlidesOptions
 from hf_histo.data.readers import slides
+from hf_histo.data.schema import center_names
 from hf_histo.data.synthetic.slides import write_tiff
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import slide_maps
@@ -310,6 +311,36 @@ def test_a_table_names_slides(inputs: Inputs, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "a" / "tiles.csv").is_file()
     with pytest.raises(HistoError, match="two slides of the name 'a'"):
         predict_slides(inputs.options(tmp_path / "out", slides=f"a.tif {inputs.folder / 'a.tif'}"))
+
+
+def test_a_corrected_center_is_predicted_again(inputs: Inputs, tmp_path: Path) -> None:
+    table, options = tmp_path / "slides.csv", ("--image_root", inputs.folder)
+    table.write_text("slide,center\na.tif,1\nb.tif,1\n")
+    predict_slides(inputs.options(tmp_path / "out", *options, slides=str(table)))
+    table.write_text("slide,center\na.tif,1\nb.tif,2\n")
+    with pytest.raises(HistoError, match="out/b: predicted with another center"):
+        predict_slides(inputs.options(tmp_path / "out", *options, slides=str(table)))
+
+
+def test_a_center_has_a_name_where_those_of_training_have(inputs: Inputs) -> None:
+    grid = slides.Grid(np.zeros((1, 2), np.int64), 64, 64, 64, 0.5)
+    slide = command.Listed("a", inputs.folder / "a.tif", "1")
+    named = command.table_of(slide, grid, grid.corners, ["normal", "tumor"], ["1", "Leipzig"])
+    assert center_names(named) == ["1"]
+    numbered = command.table_of(slide, grid, grid.corners, ["normal", "tumor"])
+    assert center_names(numbered) == [] and numbered["center"][0] == 1
+
+
+def test_slides_of_an_earlier_command_keep_their_rows(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict_slides(inputs.options(tmp_path / "out", slides="b.tif"))
+    monkeypatch.chdir(inputs.folder)
+    arguments = ["a.tif", "--adapter", inputs.adapter, "--output_dir", tmp_path / "out", "--num_workers", 0]
+    predict_slides(parse_command(PredictSlidesOptions, None, list(map(str, arguments)), first="slides"))
+    found = pd.read_csv(tmp_path / "out" / "slides.csv")
+    assert found["slide"].tolist() == ["a", "b"] and (found["tiles"] == 48).all()
+    predict_slides(inputs.options(tmp_path / "out", slides="a.tif"))  # its path written otherwise
 
 
 def test_predict_with_slides_is_this_command(

@@ -77,6 +77,17 @@ def test_a_run_from_before_an_option_existed_resumes_with_its_default(tmp_path: 
     assert "head 'linear' (now 'mlp')" in refusal(folder, "--head=mlp")
 
 
+def test_its_checkpoints_are_resumed_too(tmp_path: Path) -> None:
+    folder = begin(config(tmp_path / "run"))
+    recorded = Run.of(config(folder)).identity
+    kept = complete_checkpoint(folder, 3)
+    write_checksums(kept, run={key: value for key, value in recorded.items() if key != "label_smoothing"})
+    assert checkpoint(config(folder)) == str(kept)
+    assert checkpoint(config(folder, "--label_smoothing=0.1")) is None
+    write_checksums(kept)
+    assert checkpoint(config(folder)) is None
+
+
 def test_other_options_are_refused_by_name(tmp_path: Path) -> None:
     folder = begin(config(tmp_path / "run"))
     message = refusal(folder, "--lora_rank=4", "--learning_rate=0.5")

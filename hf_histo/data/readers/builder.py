@@ -54,7 +54,7 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
     `Path(...)`, since `datasets` replaces that name in builder modules; derive paths from `self.config.directory`.
     """
 
-    VERSION = datasets.Version("1.2.0")  # part of the cache key: raise it where a conversion's output changes
+    VERSION = datasets.Version("1.3.0")  # part of the cache key: raise it where a conversion's output changes
     BUILDER_CONFIG_CLASS = FolderConfig
 
     LAYOUT: ClassVar[str]  # name of the layout, and of its folder in the cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet")  # the formats of `datasets` that are supported here
 OPTIONS = ("gray_bits", "on_bad_image", "page")  # fields of `DataOptions` that have an effect here
 BATCH = 1000  # rows of a stream that are read at a time
-SPLITS = {"validation": "val", "valid": "val", "dev": "val"}
+SPLITS = {"validation": "val", "valid": "val", "dev": "val"}  # a name after those that it starts
+VERSION = "1"  # part of the cache key: raise it where other images or labels are stored
 
 
 def load(
@@ -61,10 +62,10 @@ def load(
         reading: how image files are read; without `gray_bits`, `schema.bits_for` determines it.
 
     Raises `HistoError` for a data set that can't be loaded, has no split `train` or other columns; a label without a
-    class; shards that declare other classes than the rest or expand too far (see `shards`); a local file that changes
-    while it is read; and an image that `schema.decode` refuses, unless `skip_bad_images`.
+    class; two splits for validation; shards that declare other classes than the rest or expand too far (see `shards`);
+    a local file that changes while it is read; and an image that `schema.decode` refuses, unless `skip_bad_images`.
     """
-    root = Path(cache_dir) / "hf_histo_hub" / xxhash.xxh3_128_hexdigest(name.encode())
+    root = Path(cache_dir) / "hf_histo_hub" / xxhash.xxh3_128_hexdigest(f"{VERSION} {name}".encode())
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{root}.lock"):
         cache.discard_damaged(root)
@@ -119,11 +120,24 @@ def _shards_of(
 def _read_all(name: str, found: datasets.DatasetDict, skip: bool, reading: Reading) -> datasets.DatasetDict:
     if "train" not in found:
         raise HistoError(f"--data {name}: has the splits {', '.join(found)}, expected train among them; choose another")
+    _check_splits(name, found)
     peaks = (_brightest(name, rows, reading.page) for rows in found.values())
     reading = replace(reading, gray_bits=schema.bits_for(peaks, reading.gray_bits))
     return datasets.DatasetDict(
         {SPLITS.get(str(split), str(split)): _as_schema(name, rows, skip, reading) for split, rows in found.items()}
     )
+
+
+def _check_splits(name: str, found: Iterable[str]) -> None:
+    """Raise HistoError for two splits that would become one."""
+    known: dict[str, str] = {}
+    for split in map(str, found):
+        ours = SPLITS.get(split, split)
+        if (other := known.setdefault(ours, split)) != split:
+            raise HistoError(
+                f"--data {name}: has the splits {other} and {split}, expected one for {ours}; leave one out of a copy, "
+                "or join them there"
+            )
 
 
 def load_streaming(name: str, *, reading: Reading = DEFAULT_READING) -> datasets.DatasetDict:
@@ -139,6 +153,7 @@ def load_streaming(name: str, *, reading: Reading = DEFAULT_READING) -> datasets
         found = builder.as_streaming_dataset()
     if "train" not in found or not set(SPLITS) & set(found):
         raise HistoError(f"--data {name}: has the splits {', '.join(found)}, expected train and validation; add them")
+    _check_splits(name, found)
     _check_declared(name, builder, found["train"].features)
     data = {}
     for split, rows in found.items():
@@ -252,8 +267,12 @@ def _check_declared(name: str, builder: datasets.DatasetBuilder, features: datas
 def _shards(address: str) -> dict[str, list[str]]:
     """The parquet files in a folder that fsspec can open, by the split that their names start with."""
     storage, folder = fsspec.core.url_to_fs(address)
-    found = {split: storage.glob(f"{folder}/{split}*.parquet") for split in ("train", *SPLITS, "test")}
-    return {split: [storage.unstrip_protocol(file) for file in files] for split, files in found.items() if files}
+    found: dict[str, list[str]] = {split: [] for split in ("train", *SPLITS, "test")}
+    for file in storage.glob(f"{folder}/*.parquet"):
+        split = next((split for split in found if file.rpartition("/")[2].startswith(split)), None)
+        if split is not None:
+            found[split].append(storage.unstrip_protocol(file))
+    return {split: files for split, files in found.items() if files}
 
 
 def named(data: datasets.DatasetDict) -> datasets.DatasetDict:

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -24,7 +24,7 @@ from hf_histo.config import DataOptions
 from hf_histo.data import schema
 from hf_histo.data.readers import shards, slides
 from hf_histo.data.readers.class_folders import SINGLE, SPLITS, split_files
-from hf_histo.data.readers.pixel_tables import UNREADABLE
+from hf_histo.data.readers.pixel_tables import UNREADABLE, texts_of
 from hf_histo.errors import HistoError, did_you_mean
 from hf_histo.files import atomic_folder, regular
 
@@ -196,7 +196,7 @@ def store(source: pd.DataFrame | datasets.Dataset, options: DataOptions, cache_d
     annotations = _column(names, "annotations", options, "the table", named) if "annotations" in named else None
     for paths in () if images else filter(None, (column, annotations)):  # without where they lie on this machine
         frame[paths] = [_below(os.fspath(path), root) if _is_given(path) else "" for path in frame[paths]]
-    table = pa.table({str(name): pa.array(_texts(values)) for name, values in frame.items()})
+    table = pa.table({str(name): pa.array(texts_of(values)) for name, values in frame.items()})
     content = xxhash.xxh3_128(repr(table.to_pydict()).encode())
     for data in images:
         content.update(data)
@@ -236,14 +236,14 @@ def _read_table(path: Path, split: str, options: DataOptions, named: Named) -> p
     if cells.empty:
         raise HistoError(f"{path}: no rows, expected one for each {kind}; add them")
     rows = pd.DataFrame(
-        {role: "" if name is None else _texts(cells[name]) for role, name in columns.items()}, index=cells.index
+        {role: "" if name is None else texts_of(cells[name]) for role, name in columns.items()}, index=cells.index
     )
     rows.insert(0, "where", [f"{path}, row {row}" for row in rows.index])
     for role in (kind, "split", "group", "id"):
         if columns.get(role) is not None:
             _refuse_rows(rows[rows[role] == ""], f"the {role} is blank", "fill it in, or remove the row")
     if columns["split"] is None:
-        rows["split"] = "test" if split == SINGLE and columns["label"] is None else split
+        rows["split"] = "test" if split == SINGLE and kind == "image" and columns["label"] is None else split
         return rows
     known = {spelling: split for split, spellings in SPLITS.items() for spelling in spellings}
     given = rows["split"].str.lower().map(known)
@@ -296,10 +296,8 @@ def _check(rows: pd.DataFrame, kind: str) -> None:
         for value, same in rows[rows[column].duplicated(keep=False)].groupby(column, sort=False):
             raise HistoError(f"{_listed(same)} {what} {value!r}, expected one row per {kind}; remove or correct one")
     rows["label"] = rows["label"].replace("-1", "")
-    for where, one, other in _respelled(rows, "label"):
-        raise HistoError(
-            f"{where}: the label is written in two ways, {one} and {other}, expected one; correct the table"
-        )
+    for where, spellings in _respelled(rows, "label"):
+        raise HistoError(f"{where}: the label is written in {_ways(spellings)}, expected one; correct the table")
     check_groups(rows)
 
 
@@ -318,32 +316,29 @@ def check_groups(rows: pd.DataFrame) -> None:
 
 def _merge_centers(rows: pd.DataFrame) -> None:
     """Merge the spellings of a center, with a warning: apart, it would be on both sides of a held-out test."""
-    for where, one, other in _respelled(rows, "center"):
-        kept = max(one, other, key=lambda found: found.rows)
-        logger.warning(
-            "%s: the center is written in two ways, %s and %s, taken as one: %s", where, one, other, kept.text
-        )
-        rows.loc[rows["center"].isin((one.text, other.text)), "center"] = kept.text
+    for where, spellings in _respelled(rows, "center"):
+        kept = max(spellings, key=spellings.__getitem__)
+        logger.warning("%s: the center is written in %s, taken as one: %s", where, _ways(spellings), kept)
+        rows.loc[rows["center"].isin(spellings), "center"] = kept
 
 
-class _Spelling(NamedTuple):
-    """A value of a column, and the number of rows with it."""
+def _respelled(rows: pd.DataFrame, column: str) -> Iterator[tuple[str, dict[str, int]]]:
+    """Values that differ in capitals, inner spaces or the encoding of a character alone.
 
-    text: str
-    rows: int
+    Yields a row with the second one, and the number of rows with each.
+    """
+    found = dict[str, dict[str, int]]()
+    for value, count in rows[column].value_counts(sort=False).items():
+        plain = " ".join(unicodedata.normalize("NFKC", str(value)).casefold().split())
+        found.setdefault(plain, {})[str(value)] = count
+    for spellings in found.values():
+        if len(spellings) > 1:
+            yield rows.loc[rows[column] == list(spellings)[1], "where"].iloc[0], spellings
 
-    def __str__(self) -> str:
-        return f"{self.text!r} ({self.rows} rows)"
 
-
-def _respelled(rows: pd.DataFrame, column: str) -> Iterator[tuple[str, _Spelling, _Spelling]]:
-    """Values that differ in capitals, inner spaces or the encoding of a character alone, and a row with the second."""
-    counts, spelled = rows[column].value_counts(sort=False), dict[str, str]()
-    for value in counts.index:
-        plain = " ".join(unicodedata.normalize("NFKC", value).casefold().split())
-        if (other := spelled.setdefault(plain, value)) != value:
-            where = rows.loc[rows[column] == value, "where"].iloc[0]
-            yield where, _Spelling(other, counts[other]), _Spelling(value, counts[value])
+def _ways(spellings: Mapping[str, int]) -> str:
+    """Spellings in a message, with the number of rows of each."""
+    return f"{len(spellings)} ways, " + " and ".join(f"{text!r} ({count} rows)" for text, count in spellings.items())
 
 
 def _refuse_rows(rows: pd.DataFrame, fault: str, remedy: str) -> None:
@@ -490,16 +485,6 @@ def _bytes_of(image: dict[str, Any] | None, row: int) -> bytes:
         raise HistoError(f"row {row} of the data set has no image, expected one; leave it out")
     data: bytes = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
     return data
-
-
-def _texts(values: pd.Series[Any]) -> pd.Series[str]:
-    """Cells as texts without spaces around them, "" where blank; whole numbers without decimals."""
-    if pd.api.types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():
-        values = values.astype("Int64")
-    texts = values.astype("string").fillna("").str.strip()
-    if texts.str.fullmatch(r"(-?\d+\.0)?").all():  # integers beside blanks, as pandas writes them
-        texts = texts.str.removesuffix(".0")
-    return texts.astype(str)
 
 
 def _plain(name: str) -> str:

@@ -40,8 +40,8 @@ class TableOfImages(FolderBuilder):
 
     Raises HistoError, naming file and row, for: a column that is missing, or of which there are several; a path outside
     the folder; an image that is missing or can't be decoded (unless such are left out: `--on_bad_image skip`); a blank
-    path, id, split or group; two rows with one id or image; a group in several splits; a label or center that is
-    written in two ways; a class that `train` lacks; and a file that can't be read.
+    path, id, split or group; two rows with one id or image; a group in several splits; a label that is written in
+    two ways; a class that `train` lacks; and a file that can't be read.
     """
 
     LAYOUT = "image_table"

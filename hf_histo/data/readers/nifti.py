@@ -136,6 +136,11 @@ def _read(path: Path) -> NDArray[np.float32]:
                     raise HistoError(f"{path}: shape {shape}, expected three dimensions; export one volume of it")
                 if dtype.kind not in "iuf" or dtype.itemsize > 8:
                     raise HistoError(f"{path}: {dtype}, expected numbers of up to 8 bytes; convert it")
+                if not header["qform_code"] and not header["sform_code"]:
+                    raise HistoError(
+                        f"{path}: qform_code and sform_code are 0, which states no orientation, expected one above 0; "
+                        "export it with its orientation, or set it by nibabel's set_sform"
+                    )
                 if math.prod(shape) > MAX_VOXELS:
                     raise HistoError(f"{path}: shape {shape}, expected at most {MAX_VOXELS:,} voxels; resample it")
                 offset, stored = header.get_data_offset(), path.stat().st_size

@@ -102,9 +102,9 @@ class PixelTables(FolderBuilder):
     temporary file, 2 million values at a time.
 
     Raises HistoError, naming file and row, for a missing label column, a value that is not a number or out of range
-    (unless `--on_bad_image skip` leaves the image out), a number of columns that makes no square image, other columns
-    than those of `train`, duplicate column names, a class that `train` lacks, a range or order that can't be detected,
-    and a parquet file that expands to more than `EXPANSION` times its size.
+    (unless `--on_bad_image skip` leaves the image out), a blank id or group, a number of columns that makes no square
+    image, other columns than those of `train`, duplicate column names, a class that `train` lacks, a range or order
+    that can't be detected, and a parquet file that expands to more than `EXPANSION` times its size.
     """
 
     LAYOUT = "pixel_tables"
@@ -203,8 +203,18 @@ def classes_of(labels: pd.Series[str]) -> list[str]:
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
 
 
+def texts_of(values: pd.Series[Any]) -> pd.Series[str]:
+    """Cells as texts without spaces around them, "" where blank; whole numbers without decimals."""
+    if pd.api.types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():
+        values = values.astype("Int64")
+    texts = values.astype("string").fillna("").str.strip()
+    if texts.str.fullmatch(r"(-?\d+\.0)?").all():  # integers beside blanks, as pandas writes them
+        texts = texts.str.removesuffix(".0")
+    return texts.astype(str)
+
+
 def _described(path: Path) -> pd.DataFrame:
-    """Label ("" where hidden), id (default: the row number) and group ("" where unknown) of each row, as text."""
+    """Label ("" where hidden), id (default: the row number) and group (default: "", unknown) of each row, as text."""
     try:
         columns = {"csv": _csv_columns, "parquet": _parquet_columns, "npz": _npz_columns}[_format(path)](path)
     except UNREADABLE as error:
@@ -214,10 +224,17 @@ def _described(path: Path) -> pd.DataFrame:
     if len({len(values) for values in columns.values()}) > 1:
         found = ", ".join(f"{len(values):,} of {role}" for role, values in columns.items())
         raise HistoError(f"{path}: values of unequal number: {found}, expected as many; export it again")
-    table = pd.DataFrame(columns).astype(str)
+    try:  # as objects, since pandas would round large integers beside nulls
+        table = pd.DataFrame({role: texts_of(pd.Series(values, dtype=object)) for role, values in columns.items()})
+    except UnicodeError as error:
+        raise _unreadable(path, error) from None
     if table.empty:
         raise HistoError(f"{path}: no rows, expected one for each image; export it again")
-    table["label"] = table["label"].str.strip().str.removesuffix(".0").replace({"-1": "", "nan": "", "None": ""})
+    for role in table.columns.drop("label"):
+        for row in np.flatnonzero(table[role] == "")[:1]:
+            found = f"row {row}: the {role} is blank"
+            raise HistoError(f"{path}: {found}, expected a value in each; fill it in, or remove the row")
+    table["label"] = table["label"].str.removesuffix(".0").replace({"-1": "", "nan": "", "None": ""})
     return pd.DataFrame(
         {
             "label": table["label"],

@@ -36,7 +36,8 @@ class TableOfSlides(FolderBuilder):
     A table (as of images, see `image_table.TableOfImages`) is one of slides if it has a column `slide` and none of
     images. It may have columns for label, patient (or case), center, split and annotations. Annotations are the file
     that the table names, else the GeoJSON of the slide's name beside it; with `--annotations_column none` there are
-    none. A folder without a table is the slides beside its GeoJSON files.
+    none. A table without splits, labels and annotations is `test`. A folder without a table is the slides beside its
+    GeoJSON files.
 
     A slide becomes the patches of `slides.grid`. On a slide with annotations, a patch has the class of which they
     cover at least `--min_overlap`; it is left out where they do so for two classes or for none, but has the class
@@ -53,7 +54,7 @@ class TableOfSlides(FolderBuilder):
     out).
     """
 
-    VERSION = datasets.Version("1.0.0")
+    VERSION = datasets.Version(slides.VERSION)
     LAYOUT = "slide_table"
     OPTIONS: ClassVar[tuple[str, ...]] = (
         *("on_bad_image", "mpp", "patch_size", "stride", "min_tissue", "min_overlap", "unannotated", "max_patches"),
@@ -81,7 +82,10 @@ class TableOfSlides(FolderBuilder):
             for row in rows.to_dict("records")
         ]
         rows["annotations"] = np.array(found, object)
-        image_rows.refuse_hidden(rows[rows["annotations"].isna()])
+        hidden = rows["annotations"].isna() & (rows["label"] == "")
+        if hidden.all():
+            rows["split"] = rows["split"].replace(SINGLE, "test")
+        image_rows.refuse_hidden(rows[hidden])
         rows["group"] = rows["group"].where(rows["group"] != "", rows["id"])
         image_rows.check_groups(rows)
         return rows

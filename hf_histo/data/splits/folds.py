@@ -177,8 +177,9 @@ def held_out_centers(data: datasets.DatasetDict, centers: Set[int]) -> tuple[dat
     """All images of some centers as `test`, those of the others as they were in `train` and `val`.
 
     Without `val`, or where nothing of it is left, it is made of `train` as in `leave_one_center_out`. Left out are
-    other images of groups that a held-out center shares, and of other splits than these two. Where images of several
-    splits have one id, ids of `test` get the split as a prefix.
+    other images of groups that a held-out center shares, those of unknown center, which may be a held-out one, and
+    those of other splits than these two. Where images of several splits have one id, ids of `test` get the split as a
+    prefix.
 
     Returns:
         The splits, and a sentence about each kind of images left out.
@@ -198,7 +199,10 @@ def held_out_centers(data: datasets.DatasetDict, centers: Set[int]) -> tuple[dat
         linked = ~masks[split] & np.isin(np.array(rows["group"][:]), sorted(shared))
         if linked.any():
             notes.append(f"{linked.sum():,} images of {split} are left out, whose groups the held-out centers share")
-        rest = np.flatnonzero(~masks[split] & ~linked)
+        unknown = ~linked & (np.array(rows["center"][:]) < 0)
+        if unknown.any():
+            notes.append(f"{unknown.sum():,} images of {split} are left out, whose center is unknown")
+        rest = np.flatnonzero(~masks[split] & ~linked & ~unknown)
         if split in POOLED or len(data) == 1:
             parts["train" if len(data) == 1 else split] = rows.select(rest)
         elif len(rest):

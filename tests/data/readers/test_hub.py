@@ -65,6 +65,34 @@ def test_files_of_a_folder_and_an_official_validation_split(tmp_path: Path) -> N
     assert ImageTable(data["val"])[0]["image"][:, 0, 0].tolist() == [10, 20, 2]
 
 
+TWO_VALIDATION_SPLITS = """---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: train-0.parquet}
+  - {split: validation, path: validation-0.parquet}
+  - {split: dev, path: dev-0.parquet}
+---
+"""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_splits_for_validation_are_refused(tmp_path: Path, streaming: bool) -> None:
+    write_parquet(tmp_path / "data", splits=("train", "validation", "dev"))
+    (tmp_path / "data/README.md").write_text(TWO_VALIDATION_SPLITS)
+    with pytest.raises(HistoError, match="has the splits validation and dev, expected one for val; leave one out of"):
+        load(DataOptions(f"hub:{tmp_path / 'data'}", streaming=streaming), cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("split", ["validation", "valid", "dev"])
+def test_each_shard_of_object_storage_is_of_one_split(tmp_path: Path, split: str, streaming: bool) -> None:
+    write_parquet(tmp_path / "data", splits=("train", split))
+    options = DataOptions(f"hub:file://{tmp_path / 'data'}", streaming=streaming)
+    data = load(options, cache_dir=tmp_path / "cache")
+    assert {split: len(rows) for split, rows in data.items()} == {"train": 20, "val": 20}
+
+
 def test_the_fingerprint_is_that_of_the_contents(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("moved", 0), ("other", 1)):
         write_parquet(tmp_path / name, seed=seed)

@@ -251,7 +251,7 @@ def test_images_outside_the_root(table: pd.DataFrame, file: Path, tmp_path: Path
             {(3, "hospital"): "Leip\u00adzig"},
             r"the center 'Leip\\xadzig', expected printable text of at most 1000 ch",
         ),
-        ({(3, "label"): "Ant"}, r"row 5: the label is written in two ways, 'ant' \(23 rows\) and 'Ant' \(1 rows\)"),
+        ({(3, "label"): "Ant"}, r"row 5: the label is written in 2 ways, 'ant' \(23 rows\) and 'Ant' \(1 rows\)"),
         ({(3, "Image Path"): "./img/0.png"}, r"rows 2, 5 have the id 'img/0\.png', expected one row per image"),
     ],
 )
@@ -282,6 +282,17 @@ def test_spellings_of_a_center_are_merged_with_a_warning(
     assert data["center"] == expected
     for text in ("'leipzig' (1 rows)", "'LEIPZIG' (1 rows)", "taken as one: Leipzig"):
         assert text in caplog.text
+
+
+def test_three_spellings_of_a_center_are_one(table: pd.DataFrame, file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where the first one is neither the most frequent one nor the rarest."""
+    spellings = ["leipzig"] * 4 + ["Leipzig"] * 10 + ["LEIPZIG"] * 2
+    table.loc[table["hospital"] == "Leipzig", "hospital"] = spellings
+    table.to_csv(file, index=False)
+    data = load(file)["full"]
+    assert center_names(data) == sorted(CENTERS)
+    found = "3 ways, 'leipzig' (4 rows) and 'Leipzig' (10 rows) and 'LEIPZIG' (2 rows), taken as one: Leipzig"
+    assert caplog.text.count(found) == caplog.text.count("taken as one") == 1
 
 
 def test_ids_groups_and_splits_that_contradict(table: pd.DataFrame, file: Path) -> None:

@@ -209,6 +209,7 @@ def header(**fields: object) -> bytes:
         (header(scl_slope=1, scl_inter=np.nan), "not a readable NIfTI volume"),
         (header(sform_code=1, srow_x=[0, 0, 0, 0]), "not a readable NIfTI volume"),
         (header(sform_code=1, srow_x=[np.nan] * 4), "not a readable NIfTI volume"),
+        (header(sform_code=0, qform_code=0), "qform_code and sform_code are 0, which states no orientation, expected"),
         (header()[:352] + b"\0" * 1920, "almost no voxel differs from 0, expected different values"),
         (header()[:352] + b"\xff" * 1920, "almost no voxel differs from"),  # all NaN
     ],

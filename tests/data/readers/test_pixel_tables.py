@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -189,6 +190,26 @@ def test_labels_as_a_column(tmp_path: Path) -> None:
     assert load(tmp_path)["train"]["label"][:] == [i % 3 for i in range(9)]
 
 
+@pytest.mark.parametrize("labels", [[2, 10, None, 2, 10, 2], ["2", "10", None, "2", "10", "2"], [2.0, 10, None] * 2])
+def test_nulls_of_a_parquet_table(tmp_path: Path, labels: list[Any]) -> None:
+    """A null label is hidden, and integers beside it keep their text."""
+    pixels = pa.table({f"p{i}": values for i, values in enumerate(smooth(6)[..., 0].reshape(6, -1).T)})
+    ids = pa.array([2**60 + row for row in range(6)])
+    table = pixels.append_column("label", pa.array(labels)).append_column("id", ids)
+    pq.write_table(table, tmp_path / "train.parquet")
+    train = load(tmp_path)["train"]
+    assert train.features["label"].names == ["2", "10"] and train["label"][:3] == [0, 1, -1]
+    assert train["id"][:] == [str(2**60 + row) for row in range(6)]
+    for role, values in {"id": [7, None, 9, 10, 11, 12], "group": ["a", None] * 3}.items():
+        pq.write_table(
+            pixels.append_column("label", pa.array(labels)).append_column(role, pa.array(values)),
+            tmp_path / "train.parquet",
+        )
+        refused(
+            tmp_path, rf"train\.parquet: row 1: the {role} is blank, expected a value in each; fill it in, or remove"
+        )
+
+
 BOUNDED = """
 import resource, sys
 from hf_histo.data.load import load
@@ -259,6 +280,7 @@ def edit(folder: Path, change: object) -> None:
         (lambda t: t.assign(Label="none"), "expected at least two"),
         (lambda t: t[t["Label"] != "glioma"], r"Testing\.csv: class 'glioma', which train\.csv lacks"),
         (lambda t: t[:0], r"train\.csv: no rows"),
+        (lambda t: t.join(pd.Series([*"aabbccdd", ""], name="patient")), r"train\.csv: row 8: the group is blank"),
         (lambda t: t.assign(**{f"pixel_{i}": "5" for i in range(432)}), "state it by --pixel_range"),
         (lambda t: t.assign(**{f"pixel_{i}": "50" for i in range(432)}), "state it by --pixel_order"),
     ],

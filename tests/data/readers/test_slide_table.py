@@ -256,6 +256,27 @@ def test_patches_of_two_classes_are_left_out(
     assert "s0.geojson: left out 6 patches that two classes cover" in caplog.text
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["in a column", "beside"])
+def test_slides_with_annotations_need_no_column_of_labels(copy: Path, named: bool) -> None:
+    rows = pd.read_csv(copy).drop(columns="label").iloc[[0, 1, 3, 4]]
+    if named:
+        for name in rows["slide"]:
+            (copy.parent / name).with_suffix(".geojson").rename(copy.parent / f"{name}.marks.geojson")
+        rows["annotations"] = rows["slide"] + ".marks.geojson"
+    rows.to_csv(copy, index=False)
+    data = load(copy, patch_size=64)
+    assert list(data) == ["full"] and Counter(data["full"]["label"]) == {0: 96, 1: 96}
+    pd.concat([rows, pd.DataFrame({"slide": ["s2.tif"], "patient": "p2"})]).to_csv(copy, index=False)
+    with pytest.raises(HistoError, match=r"slides\.csv, row 6: the label is blank"):
+        load(copy, patch_size=64)
+
+
+def test_slides_without_labels_and_annotations_are_test(copy: Path) -> None:
+    pd.read_csv(copy)[["slide"]].to_csv(copy, index=False)
+    data = load(copy, patch_size=64, annotations_column="none")
+    assert list(data) == ["test"] and set(data["test"]["label"]) == {-1}
+
+
 def test_one_class_is_refused(tmp_path: Path) -> None:
     write_tiff(tmp_path / "a.tif", pixels())
     (tmp_path / "slides.csv").write_text("slide,label\na.tif,x\n", encoding="utf-8")

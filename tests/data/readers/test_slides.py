@@ -111,6 +111,10 @@ def test_what_was_not_scanned_is_white_and_no_tissue(tmp_path: Path) -> None:
     assert (slide.width, slide.height) == shapes[0]
     assert (slides.read_patch(slide, 7 * 256, 7 * 256, 256, 256) == tile).all()
     assert (slides.read_patch(slide, 50_000, 50_000, 256, 256) == 255).all()
+    assert (slides.read_patch(slide, 50_000, 50_000, 300, 256) == 255).all()
+    edge = slides.read_patch(slide, 6.5 * 256, 7 * 256, 256, 128)  # its left half was not scanned
+    assert (edge[:, :63] == 255).all()
+    assert edge[:, 65:].mean() == pytest.approx(tile[:, :128].mean(), abs=1)
 
 
 def test_the_resolution_must_be_known(tmp_path: Path) -> None:

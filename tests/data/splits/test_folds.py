@@ -11,7 +11,14 @@ from fixtures import write_challenge
 
 from hf_histo.data import schema
 from hf_histo.data.load import fingerprint, load
-from hf_histo.data.splits.folds import k_folds, leave_one_center_out, pool_centers, with_test, with_validation
+from hf_histo.data.splits.folds import (
+    held_out_centers,
+    k_folds,
+    leave_one_center_out,
+    pool_centers,
+    with_test,
+    with_validation,
+)
 from hf_histo.errors import HistoError
 
 Rows = list[tuple[int, int, str]]  # label, center, group
@@ -163,6 +170,13 @@ def test_pooling_trains_on_every_labeled_center_and_keeps_the_test(data: dataset
         pool_centers(datasets.DatasetDict(train=split([(0, -1, "a"), (1, -1, "b")])))
     two = pool_centers(datasets.DatasetDict(train=split(rows(0, 60)), val=split(rows(1, 60))))
     assert set(two["train"]["center"]) == set(two["val"]["center"]) == {0, 1}
+
+
+def test_images_of_unknown_center_are_in_no_split_of_held_out_centers(data: datasets.DatasetDict) -> None:
+    data["train"] = split([*rows(0, 60), *rows(3, 40), *rows(-1, 8)])
+    parts, notes = held_out_centers(data, {3})
+    assert set(parts["train"]["center"]) == {0} and set(parts["test"]["center"]) == {3}
+    assert notes[0] == "8 images of train are left out, whose center is unknown"
 
 
 def test_folds_hold_out_every_image_once_and_no_group_twice(data: datasets.DatasetDict) -> None:
