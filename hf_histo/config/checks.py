@@ -24,10 +24,13 @@ Options = Mapping[str, dataclasses.Field[Any]]
 
 
 def check_bounds(group: Any) -> None:
-    """Raise `HistoError` for a value of an options dataclass that is outside its bounds, or not finite."""
+    """Raise `HistoError` for a value of an options dataclass that is outside its bounds, or not finite.
+
+    Of a list, that is each value in it.
+    """
     for option in dataclasses.fields(group):
-        rule, value = rule_of(option), getattr(group, option.name)
-        if not rule.allows(value):
+        rule, given = rule_of(option), getattr(group, option.name)
+        for value in (each for each in (given if isinstance(given, list) else [given]) if not rule.allows(each)):
             infinite = isinstance(value, float) and not abs(value) < float("inf")
             expected = " ".join(filter(None, ["a finite number" if infinite else "", rule.expected()]))
             raise HistoError(f"--{option.name} is {value}, expected {expected}")

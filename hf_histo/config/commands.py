@@ -124,7 +124,7 @@ class AcceptanceStudyOptions:
     data: str | None = option(
         None, "the data of the runs, to test colors as well (default: predictions alone)", is_path=True
     )
-    counts: list[int] = option([20, 50, 100], "numbers of images of a site")
+    counts: list[int] = option([20, 50, 100], "numbers of images of a site", at_least=1)
     draws: int = option(100, "of the images, for each number", at_least=1)
     tolerance: float = option(0.05, "by how much the accuracy may be lower than on val", at_least=0, below=1)
     seed: int = option(0, "of the draws", at_least=0)

@@ -60,7 +60,7 @@ class ParetoOptions(Sharing):
     _argument_group_name = "Pareto sweep"
 
     layers: list[str] = required("presets or regexes of the layers with LoRA, each one of a series")
-    ranks: list[int] = option([1, 2, 4, 8, 16], "of the update")
+    ranks: list[int] = option([1, 2, 4, 8, 16], "of the update", at_least=1)
     seeds: int = option(1, "number of seeds for each combination, counted up from --seed")
     front_split: Literal["val", "test"] = option("val", "whose accuracy is drawn")
 
@@ -109,4 +109,4 @@ class BenchmarkOptions:
     images: int = option(
         512, "that are generated for training, and a fourth as many to predict", at_least=1, needs=WITHOUT_QUICK
     )
-    rows: list[int] = option([1_000, 10_000, 100_000, 1_000_000], "of growing tables", needs=WITHOUT_QUICK)
+    rows: list[int] = option([1_000, 10_000, 100_000, 1_000_000], "of growing tables", at_least=1, needs=WITHOUT_QUICK)

@@ -92,8 +92,6 @@ def study(options: AcceptanceStudyOptions) -> None:
     Raises HistoError as `coverage.stored` does, for centers with too few images, and for other data than the runs'.
     """
     require_output(options.output_dir, [options.runs], folder=True)
-    if min(options.counts) < 1:
-        raise HistoError(f"--counts has {min(options.counts)}, expected 1 or more images in each draw")
     images = None if options.data is None else _images(options.runs, options.data)
     measured: dict[str, dict[int, list[SiteStudy]]] = {}
     for name, splits in stored(options.runs).items():

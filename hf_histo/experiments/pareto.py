@@ -28,8 +28,6 @@ def pareto(config: Config, options: ParetoOptions) -> None:
     """
     folder = config.parent_folder()
     seeds = grid.seeds(config, options.seeds)
-    if not all(rank > 0 for rank in options.ranks):
-        raise HistoError(f"--ranks {options.ranks}, expected numbers of at least 1; correct them")
     reasons = {"method": "LoRA and the classifier alone are compared", "target_modules": "--layers gives the layers"}
     refuse_given(config, reasons)
     chosen = combinations(config, options)

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from hf_histo.config import commands, parse_command
-from hf_histo.config.commands import EvaluateOptions, ExportOptions, ImportBackboneOptions, PredictOptions
+from hf_histo.config.commands import (
+    AcceptanceStudyOptions,
+    EvaluateOptions,
+    ExportOptions,
+    ImportBackboneOptions,
+    PredictOptions,
+)
 from hf_histo.config.options import rule_of
 from hf_histo.errors import HistoError
 
@@ -46,6 +52,11 @@ def test_a_choice_that_overrules_the_adapter(given: list[str], adapts: bool) -> 
         (PredictOptions, ["--adapter", "A"], "required: --data, --output"),
         (PredictOptions, [*NEEDED, "--batch_sise", "4"], "unknown option '--batch_sise'; did you mean '--batch_size'?"),
         (PredictOptions, [*NEEDED, "--batch_size", "0"], "--batch_size is 0, expected at least 1"),
+        (
+            AcceptanceStudyOptions,
+            ["--runs", "R", "--output_dir", "O", "--counts", "20", "0"],
+            "--counts is 0, expected at least 1",
+        ),
         (PredictOptions, [*NEEDED, "--balanced", "--threshold", "0.4"], "--balanced is 0.5.* without --threshold"),
         (ExportOptions, ["--adapter", "A", "--output_dir", "O", "--format", "gguf"], "invalid choice: 'gguf'"),
         (EvaluateOptions, ["--predictions", "P", "--output_dir", "O", "--criterion", "f1"], "only with --threshold_on"),

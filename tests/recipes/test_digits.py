@@ -87,7 +87,7 @@ def test_a_sweep_draws_its_front_and_resumes(call: Call, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--layers all-conv --ranks 0", "--ranks [0]"),
+        ("--layers all-conv --ranks 2 0", "--ranks is 0, expected at least 1"),
         ("--layers all-conv --seeds=0", "--seeds is 0"),
         ("--layers all-conv all-conv --ranks 1", "give all-conv-rank-1 twice"),
         ("--ranks 1", "--layers"),

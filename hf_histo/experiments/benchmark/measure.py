@@ -91,8 +91,6 @@ def _checked(config: Config, options: BenchmarkOptions) -> tuple[list[str], list
     names = options.backbones or [config.model.backbone]
     if len(set(names)) < len(names):
         raise HistoError(f"--backbones {' '.join(names)}: expected each once; leave the other out")
-    if min(options.rows) < 1:
-        raise HistoError(f"--rows {' '.join(map(str, options.rows))}: expected numbers from 1 on")
     if unknown := [part for part in options.parts if part not in BENCHMARK_PARTS]:
         raise HistoError(f"--parts {unknown[0]}: expected some of {', '.join(BENCHMARK_PARTS)}")
     return [part for part in BENCHMARK_PARTS if part in options.parts], names

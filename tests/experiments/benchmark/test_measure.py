@@ -88,7 +88,6 @@ def test_what_was_measured_survives_a_backbone_that_fails(tmp_path: Path, monkey
     [
         ({"parts": ["training", "speed"]}, "--parts speed: expected some of training, pieces, prediction"),
         ({"backbones": ["a", "b", "a"]}, "--backbones a b a: expected each once"),
-        ({"rows": [10, 0]}, "--rows 10 0: expected numbers from 1 on"),
     ],
 )
 def test_options_without_a_meaning_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
