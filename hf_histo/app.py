@@ -22,7 +22,7 @@ from hf_histo.adapter import ensemble
 from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.config.commands import AppOptions
 from hf_histo.data.schema import decode
-from hf_histo.errors import HistoError
+from hf_histo.errors import HistoError, idle_option
 from hf_histo.evaluation.figures.explanation import blend
 from hf_histo.evaluation.reporting.documents import plain
 from hf_histo.files import atomic_folder, require_new, require_output
@@ -63,13 +63,20 @@ def run(options: AppOptions) -> None:
     if not ensemble.is_ensemble(folder):
         Sidecar.read(folder).require_images(f"--adapter {options.adapter}", "use hf_histo predict")
     if options.space_dir:
+        if options.backbone is not None:
+            raise idle_option("backbone", options.backbone, "a Space loads the one that the adapter names")
         return write_space(options.space_dir, folder)
+    gradio = _gradio()
+    classifier = Classifier.from_pretrained(folder, backbone=options.backbone)
+    page(gradio, classifier, card_of(folder)).launch(server_port=options.port, css=STYLE, max_file_size=MAX_BYTES)
+
+
+def _gradio() -> Any:
     try:
         import gradio
     except ImportError:
         raise HistoError("the page needs gradio: pip install 'hf_histo[app]'") from None
-    classifier = Classifier.from_pretrained(folder, backbone=options.backbone)
-    page(gradio, classifier, card_of(folder)).launch(server_port=options.port, css=STYLE, max_file_size=MAX_BYTES)
+    return gradio
 
 
 def card_of(folder: Path) -> str:
@@ -169,17 +176,20 @@ def write_space(target: Path, adapter: Path) -> None:
     Raises HistoError if `target` exists, or the backbone is a local folder.
     """
     require_output(target, [adapter], folder=True)
-    sidecar = Sidecar.read(adapter)
-    if Path(sidecar.backbone.name).is_absolute() and sidecar.method != "full":
-        raise HistoError(
-            f"--space_dir {target}: the backbone is the local folder {sidecar.backbone.name}, which a Space does "
-            "not have; expected 'builtin' or a name on the Hub: hf_histo push --hub_base_model gives one, then give "
-            "what was pushed as --adapter"
-        )
+    members = (
+        [adapter / name for name in ensemble.read(adapter).members] if ensemble.is_ensemble(adapter) else [adapter]
+    )
+    sidecars = [Sidecar.read(folder) for folder in members]
+    for sidecar in sidecars:
+        if Path(sidecar.backbone.name).is_absolute() and sidecar.method != "full":
+            raise HistoError(
+                f"--space_dir {target}: the backbone is the local folder {sidecar.backbone.name}, which a Space does "
+                "not have; expected 'builtin' or a name on the Hub: hf_histo push --hub_base_model gives one, then "
+                "give what was pushed as --adapter"
+            )
     require_new("--space_dir", target)
-    import gradio
-
-    title = " or ".join(sidecar.label_names)
+    gradio = _gradio()
+    title = " or ".join(sidecars[0].label_names)
     settings = {"title": title, "sdk": "gradio", "sdk_version": gradio.__version__}
     settings |= {"python_version": "{}.{}".format(*sys.version_info), "app_file": "app.py"}
     needs = [

@@ -171,14 +171,17 @@ def in_public(folder: Path, here: str, base_model: str | None = None) -> dict[st
 
 
 def _ensemble_in_public(folder: Path, here: str, base_model: str | None) -> dict[str, Path | bytes]:
-    """As `in_public`: the ensemble's own files, which name no path, and those of its members in their folders."""
+    """As `in_public`: the ensemble's own files, which name no path, and those of its members in their folders.
+
+    A member's card keeps its placeholder: the Hub has no name for a folder within a repository.
+    """
     members = ensemble.read(folder).members
     files = ensemble.files_of(folder)
     contents: dict[str, Path | bytes] = {**files}
     if CARD in files:
         contents[CARD] = files[CARD].read_text(encoding="utf-8").replace(HERE, here).encode()
     for member in members:
-        public = in_public(folder / member, f"{here}/{member}", base_model)
+        public = in_public(folder / member, HERE, base_model)
         contents |= {f"{member}/{name}": content for name, content in public.items()}
     return contents
 

@@ -37,6 +37,9 @@ from hf_histo.errors import HistoError, did_you_mean, idle_option
 
 logger = logging.getLogger(__name__)
 
+# Besides `DataOptions`, the options that decide which images and classes the splits of a run have.
+SELECTING = ("pool_centers", "shots", "percentage", "level")
+
 
 def prepare(config: Config, files: datasets.DatasetDict | None = None) -> datasets.DatasetDict:
     """Load `--data`, or take `files`, loaded splits, as `train`, `val` and, where the data has them, `test` and others.

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 
 from hf_histo import hub
+from hf_histo.adapter.sidecar import Sidecar
 from hf_histo.config import columns_of
 from hf_histo.config.commands import AuditOptions
 from hf_histo.data.audit import findings
@@ -38,7 +39,10 @@ def audit(options: AuditOptions) -> None:
         raise HistoError(f"--output_dir {output} already holds an audit.json: pass another folder or --overwrite")
 
     table_options = columns_of(options)
-    data = load(options.data, cache_dir=options.cache_dir, on_bad_image=options.on_bad_image, **table_options)
+    given = {"cache_dir": options.cache_dir, "on_bad_image": options.on_bad_image, **table_options}
+    if options.adapter:  # whose images are read as in its training
+        given["reading"] = Sidecar.read(hub.fetch(options.adapter)).preprocessing.reading
+    data = load(options.data, **given)
     classes = next(iter(data.values())).features["label"].names
     similarity = SIMILARITY if options.similarity is None else options.similarity
     table = inventory(data, similarity=similarity, near=NEAR if options.near else None)
@@ -100,5 +104,5 @@ def features_of(every: datasets.Dataset, adapter: str | None, backbone: str | No
         raise HistoError(f"--adapter {adapter}: holds a whole model, so there is no 'before' to draw; pass an adapter")
     with model.disable_adapter():
         before = embedding.features(model, every, Pipeline(sidecar.preprocessing))
-    after = embedding.features(model, every, sidecar.pipeline.single_view)
+    after = embedding.features(model, sidecar.with_known_centers(every), sidecar.pipeline.single_view)
     return {"before adaptation": before, "after adaptation": after}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -17,7 +18,7 @@ from hf_histo.config import Config, PredictionOptions, parse, parse_each
 from hf_histo.config.experiments import REPORTED, CompareOptions
 from hf_histo.config.packaged import config_files
 from hf_histo.data.load import fingerprint
-from hf_histo.data.protocol import arranged, pooled, refuse
+from hf_histo.data.protocol import SELECTING, arranged, pooled, refuse
 from hf_histo.data.splits import folds
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import calibration, thresholds
@@ -26,7 +27,7 @@ from hf_histo.evaluation.predictions import Predictions
 from hf_histo.evaluation.reporting.report import marked, table
 from hf_histo.evaluation.reporting.summary import METRICS, Spread, bar_chart, best, held_out, spread
 from hf_histo.experiments import grid
-from hf_histo.files import read_json
+from hf_histo.files import CHECKSUMS, atomic_file, checksum, read_json, read_text
 from hf_histo.inference import Classifier
 from hf_histo.training import run_folder
 from hf_histo.transforms.augmentation import TestTimeViews
@@ -74,6 +75,7 @@ class Run:
         return grid.center_folder(row, self.data, self.center, self.seed)
 
 
+MADE_BY = "adapter.txt"  # beside a row's own predictions: the checksum of the adapter that made them
 ECE = "ece"
 WORST_CENTER = "worst_center"  # its accuracy, of the centers of a split
 # Values of a row by split or held-out center, then metric, then seed.
@@ -197,9 +199,10 @@ def read_rows(options: CompareOptions) -> dict[str, Row]:
         if path.stem in rows or row.published.name in [other.published.name for other in rows.values()]:
             raise HistoError(f"--rows {path}: {row.published.name!r} is the name of two rows; rename one")
         for one in rows.values():
-            if options.baseline is not None and config.centers.pool_centers != one.config.centers.pool_centers:
-                found = f"pool_centers is {config.centers.pool_centers}, but not in all rows"
-                raise HistoError(f"--rows {path}: {found}, so that val differs: compare them without --baseline")
+            for name in SELECTING if options.baseline is not None else ():
+                if (value := config.flat()[name]) != (other := one.config.flat()[name]):
+                    found = f"{name} is {value}, but {other} in {one.published.name!r}"
+                    raise HistoError(f"--rows {path}: {found}, so that images differ: compare them without --baseline")
             if config.data != one.config.data:
                 raise HistoError(
                     f"--rows {path}: its data is {config.data}, expected that of all rows, {one.config.data}; give it"
@@ -359,13 +362,19 @@ def robustness(stem: str, rows: dict[str, Row], runs: Sequence[Run], folder: Pat
 def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
     """Predict with an adapter and the prediction options of `config`; return the folder of the predictions.
 
-    The folder is in that of the run; predictions that exist are kept.
+    The folder is in that of the run; predictions that exist are kept, unless they are of another training.
     """
     run = run_folder.Run.of(config, fingerprint(fold))
     run_folder.begin(run)
-    folder = run.folder / run_folder.PREDICTIONS
+    folder, state = run.folder / run_folder.PREDICTIONS, launch.process()
+    made_by, current = folder / MADE_BY, checksum(adapter / CHECKSUMS)
+    if state.is_main_process and not (made_by.is_file() and read_text(made_by) == current):
+        shutil.rmtree(folder, ignore_errors=True)
+        with atomic_file(made_by) as temporary:
+            temporary.write_text(current, encoding="utf-8")
+    state.wait_for_everyone()
     missing = [split for split in fold if split != "train" and not (folder / f"{split}.parquet").is_file()]
-    launch.process().wait_for_everyone()
+    state.wait_for_everyone()
     if missing:
         classifier = Classifier.from_pretrained(adapter)
         for split in missing:
@@ -375,9 +384,9 @@ def predict(adapter: Path, config: Config, fold: datasets.DatasetDict) -> Path:
                 adapt_batch_norm=config.prediction.adapt_batch_norm,
                 batch_size=config.training.per_device_eval_batch_size,
             )
-            if launch.is_main_process():
+            if state.is_main_process:
                 table.write(folder / f"{split}.parquet")
-        launch.process().wait_for_everyone()
+        state.wait_for_everyone()
     return folder
 
 

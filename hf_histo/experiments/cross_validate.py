@@ -58,7 +58,8 @@ def cross_validate(config: Config, options: CrossValidateOptions) -> None:
     names = data[next(iter(data))].features["label"].names
     spreads = {metric: spread(values[metric] for values in runs.values()) for metric in METRICS}
     print(f"\nHeld-out folds of {config.data.data}: mean ± sample deviation (folds: {options.folds})\n")
-    rows = [[name, *values.values()] for name, values in runs.items()]
+    reports = {cells[key].name: result.record["splits"]["test"] for key, result in results.items()}
+    rows = [[report.marked(name, reports[name]), *values.values()] for name, values in runs.items()]
     print(report.table([["held out", *METRICS.values()], *rows, ["mean", *spreads.values()]]))
     for seed, of_seed in pooled.items():
         print(f"\nAll folds together, seed {seed}, 95% intervals over {unit}\n")
@@ -89,8 +90,10 @@ def _done(cell: Cell, result: Result) -> str:
 def _pooled(results: list[Result], config: Config, folder: Path, seed: int) -> dict[str, Any]:
     """Pool the held-out predictions of all folds of a seed, write them as files, and return their report."""
     tables = [Predictions.read(result.adapter / "predictions" / "test.parquet") for result in results]
-    every = pd.concat(tables, ignore_index=True)  # with the class names and `transductive` of all of them
+    every = pd.concat(tables, ignore_index=True)
     assert isinstance(every, Predictions)
+    used = {what: None for table in tables for what in table.transductive or ()}
+    every.attrs = {**tables[0].attrs, "transductive": list(used)}  # pandas drops them where the folds differ
     every.write(folder / "predictions" / f"seed-{seed}.parquet")
     report.confusion_matrix(every, folder / f"confusion-seed-{seed}.png")
     return classification.report(every, negative=class_index(every.label_names, config.data.negative_class))

@@ -110,14 +110,15 @@ def few_shot(base: Config, options: FewShotOptions) -> None:
 def read_shots(options: FewShotOptions) -> list[int]:
     """Parse `--shot_counts`: images per class, or `few_labels.ALL`. Raises HistoError for invalid values."""
     try:
-        shots = [few_labels.ALL if count == ALL_LABELS else int(count) for count in options.shot_counts]
+        numbers = [None if count == ALL_LABELS else int(count) for count in options.shot_counts]
     except ValueError:
         raise HistoError(
             f"--shot_counts is {' '.join(options.shot_counts)}, expected numbers or {ALL_LABELS!r}"
         ) from None
-    if options.seeds < 1 or min(shots) < 0 or len({Path(m).stem for m in options.methods}) < len(options.methods):
+    too_few = any(number is not None and number < 1 for number in numbers)
+    if options.seeds < 1 or too_few or len({Path(m).stem for m in options.methods}) < len(options.methods):
         raise HistoError("--seeds and --shot_counts must be at least 1, --methods have different names; correct them")
-    return shots
+    return [few_labels.ALL if number is None else number for number in numbers]
 
 
 def read_methods(options: FewShotOptions) -> dict[str, Config]:

@@ -88,7 +88,7 @@ def train(
     Raises HistoError as `run_config` does, for the first cell at once and for others in the end, for invalid `sharing`,
     and if a worker ended without finishing its cells.
     """
-    _check(cells, sharing)
+    check(cells, sharing)
     if sharing.workers > 1 or sharing.cluster:
         (_submit if sharing.cluster else _start)(cells, folder, sharing)
         if missing := [cell.name for cell in cells if not run_folder.is_finished(run_folder.folder_of(cell.config))]:
@@ -210,7 +210,8 @@ def _beside(cell: Cell, suffix: str) -> Path:
     return folder.parent / f".{folder.name}.{suffix}"
 
 
-def _check(cells: Sequence[Cell], sharing: Sharing) -> None:
+def check(cells: Sequence[Cell], sharing: Sharing) -> None:
+    """Raise HistoError for invalid `sharing`, and for cells that several processes can't share."""
     if sharing.workers < 1:
         raise HistoError(f"--workers is {sharing.workers}, expected at least 1")
     if sharing.job_parameters and not sharing.cluster:

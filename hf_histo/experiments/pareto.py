@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from hf_histo import launch
-from hf_histo.config import Config, refuse_given
+from hf_histo.config import Config, refuse_given, with_options
 from hf_histo.config.experiments import ParetoOptions
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import prepare
@@ -89,16 +89,21 @@ def pareto(config: Config, options: ParetoOptions) -> None:
 
 
 def combinations(config: Config, options: ParetoOptions) -> dict[str, Config]:
-    """Options of each combination of layers and rank, by the name of its folder."""
-    found = {HEAD_ALONE: replace(config, adapter=replace(config.adapter, method="linear"))}
+    """Options of each combination of layers and rank, by the name of its folder.
+
+    Raises HistoError for two of one name, and a method of peft without a rank.
+    """
+    found = {HEAD_ALONE: with_options(config, {"method": "linear"})}
     for layers in options.layers:
         for rank in options.ranks:
             name = f"{re.sub(r'[^A-Za-z0-9]+', '-', layers).strip('-')}-rank-{rank}"
             if name in found:
                 raise HistoError(f"--layers and --ranks give {name} twice, expected different ones; leave one out")
             alpha = config.adapter.lora_alpha / config.adapter.lora_rank * rank
-            adapter = replace(config.adapter, method="lora", target_modules=layers, lora_rank=rank, lora_alpha=alpha)
-            found[name] = replace(config, adapter=adapter)
+            chosen = {"method": "lora", "target_modules": layers, "lora_rank": rank, "lora_alpha": alpha}
+            found[name] = with_options(config, chosen)
+            if found[name].adapter.lora_rank != rank:
+                raise HistoError(f"--adapter {config.adapter.adapter}: has no rank, expected a method with one")
     return found
 
 

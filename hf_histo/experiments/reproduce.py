@@ -53,6 +53,7 @@ def reproduce(options: ReproduceOptions) -> None:
 
     Raises HistoError for invalid options, and at the end if a row was not run.
     """
+    grid.check([], options)
     chosen = study(options.study)
     rows = select(chosen, options.rows)
     seeds = (1 if options.dry_run else chosen.seeds) if options.seeds is None else options.seeds

@@ -28,11 +28,18 @@ from sqlalchemy.exc import SQLAlchemyError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_histo import launch
-from hf_histo.config import NON_RESULT_OPTIONS, Config, DataOptions, OutputOptions, refuse_given, with_options
+from hf_histo.config import (
+    NON_RESULT_OPTIONS,
+    Config,
+    DataOptions,
+    OutputOptions,
+    refuse_given,
+    with_options,
+)
 from hf_histo.config.experiments import SweepOptions
 from hf_histo.config.packaged import config_file
 from hf_histo.data.load import fingerprint
-from hf_histo.data.protocol import prepare
+from hf_histo.data.protocol import SELECTING, prepare
 from hf_histo.errors import HistoError
 from hf_histo.evaluation.reporting.report import table
 from hf_histo.experiments import grid
@@ -106,7 +113,8 @@ def read_plan(path: str, config: Config) -> Plan:
     refuse_given(config, dict.fromkeys(ranges, "the study varies it"))
     decided = {
         *(field.name for field in dataclasses.fields(DataOptions)),
-        "pool_centers",
+        *SELECTING,
+        "metric_for_best_model",
         "seed",
         *NON_RESULT_OPTIONS,
     }

@@ -13,7 +13,7 @@ import pytest
 from adapter_folders import logits
 from recipe_mains import main_of
 
-from hf_histo import hub
+from hf_histo import app, hub
 from hf_histo.adapter import ensemble
 from hf_histo.config.commands import EnsembleOptions
 from hf_histo.data.load import load
@@ -102,6 +102,8 @@ def test_members_that_do_not_agree(members: list[Path], made: Path, tmp_path: Pa
         ensemble.save(tmp_path / "new", members[:1])
     other = shutil.copytree(members[1], tmp_path / "other")
     (other / "predictions" / "val.parquet").unlink()
+    with pytest.raises(HistoError, match="the backbone is the local folder"):
+        app.write_space(tmp_path / "space", made)
     with pytest.raises(HistoError, match=r"other: holds no predictions/val.parquet"):
         ensemble.save(tmp_path / "new", [members[0], other])
     sidecar = read_json(other / "hf_histo.json")

@@ -128,12 +128,13 @@ def test_the_card_names_a_base_model_that_the_hub_has(results: dict[str, Result]
     sidecar = Sidecar.read(results["frozen"].adapter)
     if on_hub:
         sidecar = dataclasses.replace(
-            sidecar, backbone=dataclasses.replace(sidecar.backbone, name="timm/resnet18.a1_in1k")
+            sidecar, backbone=dataclasses.replace(sidecar.backbone, name="timm/resnet18.a1_in1k", revision="v1")
         )
     card = model_card.card(sidecar, results["frozen"].record)
     assert card.data.base_model == ("timm/resnet18.a1_in1k" if on_hub else None)
     if on_hub:
-        assert "from_pretrained('timm/resnet18.a1_in1k', num_labels=1" in card.text
+        assert "from_pretrained('timm/resnet18.a1_in1k', revision='v1', num_labels=1" in card.text
+        assert "adaptation of `timm/resnet18.a1_in1k` at revision `v1`, trained" in card.text
 
 
 def test_leaks_are_reported(results: dict[str, Result]) -> None:

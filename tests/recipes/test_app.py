@@ -21,6 +21,8 @@ import yaml
 from miniature import write_adapter
 
 from hf_histo import app
+from hf_histo.config.commands import AppOptions
+from hf_histo.errors import HistoError
 from hf_histo.inference import Classifier
 from hf_histo.transforms.color_shift import ColorRange
 
@@ -222,6 +224,16 @@ def test_a_space_needs_a_backbone_that_it_can_have(adapter: Path, tmp_path: Path
     assert done.returncode == 1
     assert "which a Space does not have" in done.stderr
     assert not (tmp_path / "space").exists()
+
+
+def test_a_page_without_gradio_and_a_space_with_an_idle_backbone(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(HistoError, match="--backbone is 'X', which can't act here: a Space loads"):
+        app.run(AppOptions(adapter=str(adapter), backbone="X", space_dir=tmp_path / "space"))
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(HistoError, match="the page needs gradio"):
+        app.run(AppOptions(adapter=str(adapter)))
 
 
 @pytest.mark.skipif("gradio" in MISSING, reason="gradio is not installed")

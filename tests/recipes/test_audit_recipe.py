@@ -7,14 +7,19 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
 from fixtures import write_challenge
-from miniature import write_data
+from miniature import SIZE, write_adapter, write_data
 from recipe_mains import RECIPES
 from scipy.ndimage import gaussian_filter
+
+from hf_histo.data import schema
+from hf_histo.experiments.audit import features_of
+from hf_histo.transforms.stain import CenterNormalizer, Statistics
 
 RECIPE = RECIPES / "audit.py"
 
@@ -114,3 +119,18 @@ def test_bad_input_is_one_line(run: Call, tmp_path: Path) -> None:
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "absent: no such folder" in done.stderr
     assert not (tmp_path / "report").exists()
+
+
+def test_centers_are_those_of_training_by_their_names(backbone: Path, tmp_path: Path) -> None:
+    halle, jena = (Statistics((mean,) * 3, ((0.1, 0, 0), (0, 0.1, 0), (0, 0, 0.1))) for mean in (0.3, 0.6))
+    normalizer = CenterNormalizer("rgb", halle, {0: halle, 1: jena}, (0, 1))
+    adapter = write_adapter(tmp_path / "adapter", backbone, normalizer=normalizer, center_names=["Halle", "Jena"])
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+
+    def features(centers: list[int], names: list[str]) -> np.ndarray:
+        rows = {"id": ["a", "b"], "image": [{"bytes": schema.encode_ppm(pixels), "path": None}] * 2, "label": [0, 1]}
+        kinds = schema.features(["normal", "tumor"], names)
+        every = datasets.Dataset.from_dict({**rows, "center": centers, "group": ["", ""]}, features=kinds)
+        return features_of(every, str(adapter), str(backbone))["after adaptation"]
+
+    assert (features([0, 1], ["Halle", "Jena"]) == features([1, 0], ["Jena", "Halle"])).all()

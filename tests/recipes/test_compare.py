@@ -188,6 +188,9 @@ def test_rows_that_differ_at_prediction_share_a_training(call: Call, rows: list[
     stamp = files["c_views"].stat().st_mtime_ns
     call([views, base], output, "--seeds=1")
     assert files["c_views"].stat().st_mtime_ns == stamp
+    files["c_views"].with_name("adapter.txt").write_text("the checksum of an adapter that was trained again since")
+    call([views, base], output, "--seeds=1")
+    assert files["c_views"].stat().st_mtime_ns > stamp
 
 
 def test_robustness_and_what_is_transductive(
@@ -254,7 +257,7 @@ def test_rows_validated_on_other_images_have_no_paired_difference(
     pooled.write_text("method: linear\npool_centers: true\n")
     with pytest.raises(SystemExit):
         call([*rows, pooled], tmp_path / "out", "--baseline=a_linear")
-    assert f"error: --rows {pooled}: pool_centers is True, but not in all rows" in capsys.readouterr().err
+    assert f"error: --rows {pooled}: pool_centers is True, but False in 'plain'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

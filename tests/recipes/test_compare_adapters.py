@@ -18,12 +18,16 @@ from hf_histo.inference import Classifier
 
 
 def test_the_table_holds_each_adapter_and_the_mean(
-    in_process: Callable[..., subprocess.CompletedProcess[str]], backbone: Path, tmp_path: Path
+    in_process: Callable[..., subprocess.CompletedProcess[str]],
+    backbone: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     data = write_data(tmp_path / "data")
     adapters = [str(write_adapter(tmp_path / name, backbone, seed=seed)) for seed, name in enumerate("ab")]
     done = in_process("compare_adapters.py", "--adapters", *adapters, "--data", data, "--average")
     assert done.returncode == 0, done.stderr
+    assert f"--data {data}: other splits or images than those that {', '.join(adapters)} had" in caplog.text
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert header == ["", "images", "groups (of each class)", "accuracy", "balanced_accuracy", "auroc", "f1"]

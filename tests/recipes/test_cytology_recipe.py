@@ -169,6 +169,7 @@ def test_a_grid_marks_what_used_the_unlabeled_test_images(
         (["--methods", "knn", CONFIG, "--shot_counts", "7"], "train: ASC > ASC-H has 6 images, expected at least 7"),
         (["--methods", "knn", "--config=x.yaml"], "--config is one config, expected the option that takes several"),
         (["--methods", "knn", "--seeds=0"], "--seeds and --shot_counts must be at least 1"),
+        (["--methods", "knn", "--shot_counts", "0", "1"], "--seeds and --shot_counts must be at least 1"),
     ],
 )
 def test_a_grid_that_can_not_be(arguments: list[str], expected: str, call: Call, tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_a_sweep_draws_its_front_and_resumes(call: Call, tmp_path: Path) -> None
     [
         ("--layers all-conv --ranks 2 0", "--ranks is 0, expected at least 1"),
         ("--layers all-conv --seeds=0", "--seeds is 0"),
+        ("--layers all-conv --ranks 4 --adapter ia3", "--adapter ia3: has no rank"),
         ("--layers all-conv all-conv --ranks 1", "give all-conv-rank-1 twice"),
         ("--ranks 1", "--layers"),
         ("--layers no-such --ranks 1", "--target_modules 'no-such' matches no layer"),

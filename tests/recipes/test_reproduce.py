@@ -104,6 +104,8 @@ def test_obtained_by_two_workers(in_process: Run, backbone: Path, tmp_path: Path
         (["dlmi", "--data", "D", "--rows", "5_lore"], "did you mean '5_lora'"),
         (["dlmi", "--dry_run", "--data", "D"], "without --data"),
         (["dlmy"], "invalid choice: 'dlmy'"),
+        (["dlmi", "--dry_run", "--workers", "0"], "--workers is 0"),
+        (["dlmi", "--dry_run", "--job_parameters", "timeout_min=9"], "--job_parameters is for --cluster"),
     ],
 )
 def test_mistakes_are_one_line(in_process: Run, tmp_path: Path, given: list[str], message: str) -> None:

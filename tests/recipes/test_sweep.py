@@ -181,6 +181,8 @@ def test_a_kill_while_a_killed_trial_is_queued_again(
         ("grid: {lora_rnk: [1]}", "did you mean 'lora_rank'"),
         ("grid: {lora_rank: [0]}", "--lora_rank is 0"),
         ("grid: {optimizer: [adagrad]}", "optimizer"),
+        ("grid: {metric_for_best_model: [auroc, loss]}", "metric_for_best_model is the same for all trials"),
+        ("grid: {shots: [1, 2]}", "shots is the same for all trials"),
         ("space: {lora_rank: {low: 1, high: 4}}", "KeyError: 'trials'"),
         ("trials: 3\nspace: {lora_rank: {low: 4}}", "--study"),
         ("[", "--study"),
