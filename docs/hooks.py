@@ -297,7 +297,7 @@ def sidecar() -> str:
         "head": HeadConfig,
         "normalizer": CenterNormalizer,
         "views": TestTimeViews,
-        "colors, normalized_colors": ColorRange,
+        "colors": ColorRange,
         "data": DataRecord,
         "data.splits.NAME": Composition,
     }

@@ -198,9 +198,6 @@ def build(config: Config, data: datasets.DatasetDict, task: Task) -> Setup:
         normalizer=pipeline.normalizer,
         center_names=center_names(data["train"]),
         colors=None if config.data.streaming else ColorRange.fit(ImageTable(data["train"])),
-        normalized_colors=ColorRange.fit(pipeline.read(data["train"]), pipeline.normalizer)
-        if pipeline.normalizer
-        else None,
         views=pipeline.test_time_views,
         adapt_batch_norm=config.prediction.adapt_batch_norm,
         data=DataRecord(

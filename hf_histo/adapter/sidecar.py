@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import datasets
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, ValidationInfo
 
 from hf_histo.adapter.files import SIDECAR
 from hf_histo.data import schema
-from hf_histo.data.schema import ImageTable
 from hf_histo.data.splits.checks import Composition
 from hf_histo.errors import HistoError
 from hf_histo.files import STRICT, read_json, write_json
@@ -129,7 +126,6 @@ class Sidecar:
         views: the test-time views, whose mean logit is the prediction.
         adapt_batch_norm: whether batch-norm statistics are those of the images to predict.
         colors: color statistics of the training images; None if they were streamed, and in folders of older versions.
-        normalized_colors: those after normalization; None without it, and likewise.
         threshold: smallest probability, in [0, 1], at which the second class is predicted.
         thresholds: alternatives by name, for a binary task: "validation" (best balanced accuracy on that split).
         temperature: number that logits are divided by for calibrated probabilities, fitted on the validation split (by
@@ -161,7 +157,6 @@ class Sidecar:
     views: TestTimeViews = SINGLE_VIEW
     adapt_batch_norm: bool = False
     colors: ColorRange | None = None
-    normalized_colors: ColorRange | None = None
     threshold: Probability = 0.5
     thresholds: dict[str, Probability] = dataclasses.field(default_factory=dict)
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -269,19 +264,6 @@ class Sidecar:
         first = 1 + max(len(self.center_names), *self.normalizer.centers)
         numbers = [known.get(schema.center_name(n, names), first + n) if n >= 0 else -1 for n in dataset["center"][:]]
         return dataset.remove_columns("center").add_column("center", numbers)
-
-    def color_distances(self, dataset: datasets.Dataset) -> tuple[NDArray[np.float64], float] | None:
-        """How far the color of each image of a schema table is from that of training, (n,), and the limit of 99%.
-
-        It is the color that the model sees: after normalization, for which centers that training did not see are
-        measured on `dataset`; as stored, where the folder has no colors after normalization. None where it has none.
-        """
-        if self.normalized_colors is not None:
-            known = self.with_known_centers(dataset)
-            pipeline = self.pipeline.extended(known)
-            distances = self.normalized_colors.distances(pipeline.read(known), pipeline.normalizer)
-            return distances, self.normalized_colors.limit
-        return None if self.colors is None else (self.colors.distances(ImageTable(dataset)), self.colors.limit)
 
     def threshold_named(self, name: str | float | None) -> float:
         """The threshold called `name` in `thresholds`, or the number that `name` is; for None, the adapter's own.

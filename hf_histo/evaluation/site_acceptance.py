@@ -4,8 +4,7 @@ Without labels, three signs are tested, together at a level of `LEVEL`, which is
 whose images are as those of `val`, with colors of the training images, is refused or sent to be recalibrated with about
 this probability at most. The test of what the model gives is exact, the other two are not.
 
-- Color, as the model sees it: are more than 2% of the images beyond the limit that 1% of the training images exceed (a
-  binomial test)? With an adapter that normalizes color, it is the color after that.
+- Color: are more than 2% of the images beyond the limit that 1% of the training images exceed (a binomial test)?
 - What the model gives, its log odds of each class, or its features: are they distributed as those of `val` (energy
   distance: Székely & Rizzo 2013, "Energy statistics", Journal of Statistical Planning and Inference 143:1249-1272, with
   a permutation test on one image of each group, since images of a group are alike)? That the output of a classifier
@@ -174,7 +173,7 @@ def color_p_value(distances: Floats, limit: float, groups: Rows) -> float:
     """p-value of the hypothesis that `COLOR_SHARE` of the images are beyond the color limit, against more of them.
 
     Args:
-        distances: of each image from the training colors, (n,), see `Sidecar.color_distances`.
+        distances: of each image from the training colors, (n,), see `ColorRange.distance`.
         limit: that 1% of the training images exceed.
         groups: number of each image's group, (n,); the first image of each is counted, since the others are like it.
     """

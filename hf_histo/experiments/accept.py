@@ -15,6 +15,7 @@ from hf_histo.config import columns_of
 from hf_histo.config.commands import AcceptOptions
 from hf_histo.data.load import fingerprint, load
 from hf_histo.data.reading import Reading
+from hf_histo.data.schema import ImageTable
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import site_acceptance
 from hf_histo.evaluation.figures import embedding
@@ -200,8 +201,11 @@ def _images(
 
 def _color(sidecar: Sidecar, images: datasets.Dataset, groups: site_acceptance.Rows) -> float | None:
     """p-value of the test of color; None where the adapter holds no colors of its training images."""
-    found = sidecar.color_distances(images)
-    return None if found is None else site_acceptance.color_p_value(*found, groups)
+    if sidecar.colors is None:
+        return None
+    table = ImageTable(images)
+    distances = np.array([sidecar.colors.distance(table[row]["image"]) for row in range(len(images))])
+    return site_acceptance.color_p_value(distances, sidecar.colors.limit, groups)
 
 
 def _features(

@@ -17,6 +17,7 @@ from hf_histo.config import DataOptions
 from hf_histo.config.commands import AcceptanceStudyOptions
 from hf_histo.data.load import fingerprint
 from hf_histo.data.protocol import arranged
+from hf_histo.data.schema import ImageTable
 from hf_histo.data.splits import folds
 from hf_histo.errors import HistoError
 from hf_histo.evaluation import site_acceptance
@@ -183,7 +184,7 @@ def _judged(
     )
 
 
-def _images(runs: Path, data: str) -> tuple[datasets.Dataset, dict[str, int]]:
+def _images(runs: Path, data: str) -> tuple[ImageTable, dict[str, int]]:
     """The images that the runs were trained and tested on, and the row of each by its id in their predictions.
 
     Raises HistoError for other data.
@@ -196,16 +197,17 @@ def _images(runs: Path, data: str) -> tuple[datasets.Dataset, dict[str, int]]:
         found = f"its fingerprint is {fingerprint(rows)}, that of the runs {record['data']['fingerprint']}"
         raise HistoError(f"--data {data}: not the data of --runs {runs} ({found}); give that, or leave it out")
     every = datasets.concatenate_datasets([fold["test"] for fold in folds.leave_one_center_out(rows, seed=0).values()])
-    return every, {name: row for row, name in enumerate(every["id"][:])}
+    return ImageTable(every), {name: row for row, name in enumerate(every["id"][:])}
 
 
-def _site(predictions: Predictions, adapter: Path, images: tuple[datasets.Dataset, dict[str, int]] | None) -> Site:
+def _site(predictions: Predictions, adapter: Path, images: tuple[ImageTable, dict[str, int]] | None) -> Site:
     """The site of some predictions, with its distances from the colors that an adapter folder holds, if there are."""
-    if images is None:
+    colors = None if images is None else Sidecar.read(adapter).colors
+    if images is None or colors is None:
         return Site(predictions)
     table, rows = images
-    found = Sidecar.read(adapter).color_distances(table.select([rows[name] for name in predictions["id"]]))
-    return Site(predictions, *(found or ()))
+    distances = [colors.distance(table[rows[name]]["image"]) for name in predictions["id"]]
+    return Site(predictions, np.array(distances), colors.limit)
 
 
 def _rows(measured: Mapping[str, Mapping[int, list[SiteStudy]]]) -> list[list[object]]:

@@ -1,4 +1,4 @@
-"""Distance of an image's color from the colors of the training centers, to warn about unusual images and sites."""
+"""Distance of an image's color from the colors of the training centers, to warn about unusual images."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from hf_histo.data.schema import ImageTable, Sample
+from hf_histo.data.schema import ImageTable
 from hf_histo.files import STRICT
-from hf_histo.transforms.stain import CenterNormalizer
 
 MOST = 1000  # most images measured per center, evenly spread: enough for a mean, a deviation and a 99th percentile
 QUANTILE = 0.99
@@ -44,14 +43,14 @@ class ColorRange:
     limit: Annotated[float, Field(ge=0)]
 
     @classmethod
-    def fit(cls, images: ImageTable, normalizer: CenterNormalizer | None = None) -> ColorRange:
-        """Measure up to `MOST` images of each center, after normalization where there is one; labels are not used."""
+    def fit(cls, images: ImageTable) -> ColorRange:
+        """Measure up to `MOST` images of each center; labels are not used."""
         every, centers = np.array(images.centers), {}
         measured = []
         for center in np.unique(every):
             rows = np.flatnonzero(every == center)
             chosen = rows[np.linspace(0, len(rows) - 1, min(MOST, len(rows))).round().astype(int)]
-            statistics = _measured(images, chosen.tolist(), normalizer)
+            statistics = _measured(images, chosen.tolist())
             measured.append(statistics)
             deviation = np.maximum(statistics.std(0), LEAST_DEVIATION)
             centers[str(center)] = statistics.mean(0).tolist(), deviation.tolist()
@@ -62,23 +61,11 @@ class ColorRange:
         """Distance of a uint8 image (3, H, W) to the nearest training center, in standard deviations."""
         return float(_distances(_statistics(image)[None], self.centers)[0])
 
-    def distances(self, images: ImageTable, normalizer: CenterNormalizer | None = None) -> NDArray[np.float64]:
-        """`distance` (n,) of each image of a table, after normalization where there is one."""
-        return _distances(_measured(images, list(range(len(images))), normalizer), self.centers)
 
-
-def _measured(images: ImageTable, rows: list[int], normalizer: CenterNormalizer | None) -> NDArray[np.float64]:
+def _measured(images: ImageTable, rows: list[int]) -> NDArray[np.float64]:
     """Statistics (n, 6) of the images in `rows`, of which `BATCH` are in memory at a time."""
     batches = (images.__getitems__(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH))
-    return np.stack([_statistics(_seen(sample, normalizer)) for batch in batches for sample in batch])
-
-
-def _seen(sample: Sample, normalizer: CenterNormalizer | None) -> torch.Tensor:
-    """An image, uint8 (3, H, W), normalized if there is a normalizer."""
-    if normalizer is None:
-        return sample["image"]
-    normalized = normalizer(sample["image"][None], np.array([sample["center"]]))[0]
-    return (normalized * 255).round().to(torch.uint8)
+    return np.stack([_statistics(sample["image"]) for batch in batches for sample in batch])
 
 
 def _statistics(image: torch.Tensor) -> NDArray[np.float64]:
