@@ -157,7 +157,10 @@ def check(config: Config, data: datasets.DatasetDict) -> Task:
     if heads.HeadConfig.of(config.model).is_of_bags:
         of_bags = {split: bags.find(rows) for split, rows in data.items()}
     labels = data["val"]["label"][:] if of_bags is None else of_bags["val"].labels
-    possible = classification.of_logits(np.zeros((len(labels), num_outputs)), labels, negative=negative)
+    # Of predictions that are right, so that only the labels of val can make a metric undefined.
+    right = np.eye(max(num_outputs, 2))[np.maximum(labels, 0)]
+    possible = classification.of_logits(right[:, -num_outputs:] * 2 - 1, labels, negative=negative)
+    del possible["n"]
     wanted = config.training.metric_for_best_model
     if wanted not in possible:
         raise HistoError(f"--metric_for_best_model is {wanted!r}, expected one of {', '.join(possible)}")
@@ -268,7 +271,10 @@ def train(
         pipeline=setup.pipeline.extended(data["val"]),
         loss=losses.classification(task.num_outputs, weights),
         compute_metrics=classification.for_trainer(
-            negative=task.negative, centers=centers, center_names=center_names(data["val"])
+            negative=task.negative,
+            centers=centers,
+            center_names=center_names(data["val"]),
+            selection=config.training.metric_for_best_model,
         ),
         callbacks=[CheckpointRecord(run), *callbacks],
         kind=kind,

@@ -23,6 +23,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.lora import LoraLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -242,11 +243,15 @@ def average(model: PeftModel, names: Sequence[str], name: str) -> None:
     head; the rank is the sum of the ranks. (Averaging A and B would not give the mean of the products B A.)
 
     Raises `HistoError` for other methods than LoRA, DoRA among them, whose parameters have no such mean, and for
-    adapters on different layers.
+    adapters on different layers, or on convolutions in groups.
     """
     configs = [config for each in names if isinstance(config := model.peft_config[each], LoraConfig)]
     if len(configs) < len(names):
         raise HistoError(f"adapters {', '.join(names)}: not all are LoRA, and no other has an exact mean; use LoRA")
+    if any(getattr(of.get_base_layer(), "groups", 1) > 1 for of in model.modules() if isinstance(of, LoraLayer)):
+        raise HistoError(
+            f"adapters {', '.join(names)}: on a convolution in groups, where the mean is not exact; no mean"
+        )
     states = [get_peft_model_state_dict(model, adapter_name=each, save_embedding_layers=False) for each in names]
     if any(config.use_dora for config in configs):
         raise HistoError(f"adapters {', '.join(names)}: DoRA among them, whose mean is not exact; expected plain LoRA")

@@ -53,8 +53,9 @@ def adapted(model: nn.Module, batches: Iterable[torch.Tensor]) -> Iterator[None]
     """Within the block, batch norm uses the statistics of `batches` (B, 3, H, W); its own are restored afterwards.
 
     Li et al. 2017, "Revisiting batch normalization for practical domain adaptation" (AdaBN): neither labels nor
-    gradients are used. The statistics are averaged over batches; each batch is normalized by its own statistics while
-    those of later layers are measured. Works with frozen layers as well.
+    gradients are used. The statistics are averaged over batches, each counting by its number of images; it is
+    normalized by its own statistics while those of later layers are measured, so that the result depends a little on
+    how images are batched. Works with frozen layers as well.
 
     Raises `HistoError` if the model has no batch norm.
     """
@@ -65,9 +66,12 @@ def adapted(model: nn.Module, batches: Iterable[torch.Tensor]) -> Iterator[None]
     try:
         for layer in found.values():
             layer.reset_running_stats()
-            layer.momentum = None
+        images = 0
         with torch.no_grad():
             for pixels in batches:
+                images += len(pixels)
+                for layer in found.values():
+                    layer.momentum = len(pixels) / images
                 model(pixel_values=pixels)
         for hook in hooks:
             hook.remove()

@@ -265,9 +265,12 @@ def _within_blocks(chosen: list[str], adaptable: dict[str, nn.Module], blocks: s
     """The `chosen` layers that are in the requested blocks."""
     if blocks == "all":
         return chosen
-    index = {name: int(match["index"]) for name in adaptable if (match := BLOCK.fullmatch(name))}
-    if not index:
-        raise HistoError(f"--lora_blocks is {blocks}, expected all: the backbone has no sequence of transformer blocks")
+    found = {name: match for name in adaptable if (match := BLOCK.fullmatch(name))}
+    index = {name: int(match["index"]) for name, match in found.items()}
+    sequences = {match.string[: match.start("index")] for name, match in found.items() if name in chosen}
+    if len(sequences) != 1:
+        number = f"{len(sequences)} sequences" if sequences else "no sequence"
+        raise HistoError(f"--lora_blocks is {blocks}, expected all: the targets are in {number} of transformer blocks")
     depth = max(index.values()) + 1
     start, end = (max(0, 1 - 3 / depth), 1) if blocks == "top3" else BLOCKS[blocks]
     wanted = range(round(start * depth), round(end * depth))

@@ -37,6 +37,8 @@ def fit(
 ) -> Probe:
     """Fit regressions on 2, 4, 8, ... components; return the one with the best `score`, on a tie the smallest.
 
+    Of two images there is one component.
+
     Components and regression (L2, C = 1) are fitted on the same features.
 
     Args:
@@ -46,7 +48,7 @@ def fit(
         balanced: weight the classes equally (scikit-learn's "balanced").
         score: score of a probe on other images, those of the validation split; larger is better.
 
-    Raises HistoError if a class has no image.
+    Raises HistoError if a class has no image, and for features that are all equal.
     """
     require_every_class(labels, classes)
     analysis = PCA(min(COMPONENTS[-1], *features.shape), random_state=0).fit(features)
@@ -54,8 +56,10 @@ def fit(
     real = variances > 1e-9 * variances[0]  # with few images, or copies, the last components are rounding errors
     to_components = analysis.components_[real] / np.sqrt(variances[real])[:, None]
     scores = (features - analysis.mean_) @ to_components.T
+    if not len(to_components):
+        raise HistoError("the features of all training images are equal, expected different ones; add other images")
     best: Probe | None = None
-    for count in [count for count in COMPONENTS if count <= len(to_components)]:
+    for count in [count for count in COMPONENTS if count <= len(to_components)] or [len(to_components)]:
         regression = LogisticRegression(max_iter=5000, class_weight="balanced" if balanced else None)
         regression.fit(scores[:, :count], labels)
         weight = regression.coef_ @ to_components[:count]

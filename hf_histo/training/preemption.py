@@ -53,8 +53,8 @@ class StopAtCheckpoint(TrainerCallback):
             self.agreed = self.agreed or self.accelerator.check_trigger()
         else:
             self.agreed = self.received is not None
-        # Not at the last step of an epoch: its evaluation follows, and is part of that checkpoint.
-        if self.agreed and (state.epoch or 0) % 1:
+        # Not where the evaluation of an epoch follows, which is part of that checkpoint.
+        if self.agreed and ((state.epoch or 0) % 1 or args.eval_strategy != "epoch"):
             control.should_save = True
         return control
 

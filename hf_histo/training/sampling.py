@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class BalancedSampler(Sampler[int]):
@@ -36,6 +38,18 @@ class BalancedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng([self._seed, self._epoch])
         return iter(random.choice(len(self), len(self), p=self._probabilities).tolist())
+
+
+class FollowEpochs(TrainerCallback):
+    """Sets the epoch of a sampler: accelerate does not where several processes resume within an epoch."""
+
+    def __init__(self, sampler: BalancedSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._sampler.set_epoch(int(state.epoch or 0))
 
 
 class BagSampler(Sampler[list[int]]):

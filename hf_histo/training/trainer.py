@@ -43,7 +43,7 @@ from hf_histo.training import run_folder, trackers
 from hf_histo.training.losses import Loss, shares
 from hf_histo.training.preemption import StopAtCheckpoint
 from hf_histo.training.progress import Progress
-from hf_histo.training.sampling import BalancedSampler
+from hf_histo.training.sampling import BalancedSampler, FollowEpochs
 from hf_histo.training.weight_averaging import WeightAverage
 from hf_histo.transforms.pipeline import Batch, Pipeline, collate
 
@@ -181,17 +181,30 @@ class Trainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint; transformers would use the last weights if the best ones are missing."""
-        # By its step: the recorded path is wrong if the folder of the run was moved.
-        best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
+        best = Path(self._best_checkpoint())
         if not best.is_dir() or (best / CHECKSUMS).is_file():
             run_folder.require_intact(best)
         self.state.best_model_checkpoint = str(best)
         super()._load_best_model()
         self.average = None  # training is over, and the weights are an average
 
+    def _best_checkpoint(self) -> str:
+        """Its path, by its step: the recorded one is wrong if the folder of the run was moved."""
+        return str(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}")
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:  # Any: as transformers declares it
+        """An epoch, unless a resumed run had been ended by early stopping, which transformers forgets."""
+        stopping = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        if any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in stopping):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def _load_callback_state(self) -> None:
         """Restore the state of callbacks in place; transformers would replace them by new objects."""
         super()._load_callback_state()
+        if self.state.best_global_step:  # of a folder that was moved, transformers drops it
+            self.state.best_model_checkpoint = self._best_checkpoint()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, domain_losses.GroupDRO):
                 self.domain_loss = callback
@@ -314,7 +327,9 @@ class Trainer(transformers.Trainer):
         if not self.balanced:
             return super()._get_train_sampler(train_dataset)
         values = np.stack([getattr(self._training_table(), name) for name in self.balanced], axis=1)
-        return BalancedSampler(values, self.args.seed)
+        sampler = BalancedSampler(values, self.args.seed)
+        self.add_callback(FollowEpochs(sampler))
+        return sampler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in transformers, or LoRA+ if `lora_plus_ratio` is above 1.

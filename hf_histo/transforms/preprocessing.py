@@ -230,6 +230,11 @@ def _from_image_processor(source: str) -> Preprocessing:
         if declared.get("crop_pct"):  # ConvNextImageProcessor: `size` is that of the crop, and from 384 pixels on
             resize, fit = (int(size / declared["crop_pct"]), fit) if size < 384 else (size, "squash")  # there is none
         interpolation = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}[int(declared["resample"])]
+        if declared.get("do_resize") is False or declared.get("do_rescale") is False:
+            raise ValueError("do_resize or do_rescale is false")
+        if not math.isclose(factor := declared.get("rescale_factor", 1 / 255), 1 / 255):
+            raise ValueError(f"rescale_factor is {factor}")
+        declared |= {} if declared.get("do_normalize", True) else {"image_mean": (0,) * 3, "image_std": (1,) * 3}
         mean, std = (tuple(float(value) for value in declared[key]) for key in ("image_mean", "image_std"))
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"image_mean is {mean} and image_std {std}")
@@ -238,5 +243,6 @@ def _from_image_processor(source: str) -> Preprocessing:
         reason = " ".join(str(error).split())[:300]
         raise HistoError(
             f"backbone {source}: no usable image processor ({type(error).__name__}: {reason}); expected a "
-            "preprocessor_config.json with size, resample, image_mean and image_std beside its config.json"
+            "preprocessor_config.json with size, resample, image_mean and image_std, which resizes and divides by 255, "
+            "beside its config.json"
         ) from None

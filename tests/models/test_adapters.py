@@ -370,3 +370,12 @@ def test_vgg16_of_the_brain_mri_report_has_its_number_of_trained_parameters() ->
         model = backbones.load(options.model.backbone, 4, random_weights=True)
         counts = adapters.parameter_counts(adapters.add(model, options.adapter))
     assert counts["trainable"] == 315_396
+
+
+def test_a_convolution_in_groups_has_no_exact_mean() -> None:
+    model = backbones.load("test_efficientnet", 1, random_weights=True)
+    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1)
+    adapted = adapters.add(model, AdapterOptions(target_modules=re.escape(name), lora_rank=layer.groups))
+    adapted.add_adapter("other", adapted.peft_config["default"])
+    with pytest.raises(HistoError, match="on a convolution in groups"):
+        adapters.average(adapted, ["default", "other"], "mean")

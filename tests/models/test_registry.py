@@ -172,6 +172,12 @@ def test_blocks_of_a_model_that_has_none() -> None:
         lora_targets.targets(model, None, 2, "mid")
 
 
+def test_blocks_in_several_stages_are_not_numbered_as_one_sequence() -> None:
+    model = backbones.load("convnext_atto", 2, random_weights=True)
+    with pytest.raises(HistoError, match=r"--lora_blocks is top3, .* in 4 sequences of transformer blocks"):
+        lora_targets.targets(model, "mlp", 2, "top3")
+
+
 def test_a_layer_that_is_read_without_being_called_is_refused() -> None:
     """timm's EVA with a bias beside the weights computes with `qkv.weight` itself, past any adapter."""
     model = backbones.load("vit_tiny_patch16_dinov3_qkvb", 2, random_weights=True)

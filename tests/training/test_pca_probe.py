@@ -91,3 +91,10 @@ def test_a_run_leaves_an_adapter_that_predicts_the_same(tmp_path: Path) -> None:
     np.testing.assert_allclose(written["probability"], again["probability"], atol=1e-6)
     assert json.loads((result.adapter / "hf_histo.json").read_text())["method"] == "pca"
     assert run_config(options, data).seconds is None
+
+
+def test_two_images_have_one_component_and_equal_ones_none() -> None:
+    features = np.array([[0.0, 1, 2], [1, 1, 0]])
+    assert fit(features, np.array([0, 1]), classes=2, balanced=False, score=lambda _: 1.0).components == 1
+    with pytest.raises(HistoError, match="the features of all training images are equal"):
+        fit(np.ones((2, 3)), np.array([0, 1]), classes=2, balanced=False, score=lambda _: 1.0)

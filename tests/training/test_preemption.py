@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -15,7 +16,7 @@ import pytest
 import torch
 from miniature import config, write_data
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_histo import finetune, launch, stages
 from hf_histo.data.load import load
@@ -23,6 +24,7 @@ from hf_histo.errors import HistoError
 from hf_histo.files import read_checksums, write_checksums
 from hf_histo.launch import Interrupted
 from hf_histo.training import trainer
+from hf_histo.training.preemption import StopAtCheckpoint
 
 QUICK = ["--target_modules=last-conv", "--lora_dropout=0.1", "--logging_steps=2"]
 
@@ -73,6 +75,15 @@ def test_a_signal_ends_in_a_checkpoint_that_loses_nothing(
     result = finetune.run_config(options, data)
     for name in ("adapter_model.safetensors", "metrics.json", "predictions/val.parquet"):
         assert (result.adapter / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+def test_a_signal_is_heard_at_the_end_of_an_epoch_without_an_evaluation(tmp_path: Path) -> None:
+    stop = StopAtCheckpoint(SimpleNamespace(num_processes=1))  # type: ignore[arg-type]
+    stop.received = signal.SIGTERM
+    for strategy, saves in (("epoch", False), ("steps", True)):
+        arguments = TrainingArguments(str(tmp_path), eval_strategy=strategy, eval_steps=100)
+        control = stop.on_step_end(arguments, TrainerState(epoch=2.0), TrainerControl())
+        assert control.should_save == saves
 
 
 def test_a_second_control_c_ends_at_once(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -512,6 +513,12 @@ def test_what_is_balanced_is_drawn_equally_often(
     cells, counts = np.unique(values, axis=0, return_counts=True)
     assert len(set(counts)) > 1
     sampler = run._get_train_sampler()
+    first = list(sampler)
+    run.state.epoch = 2.5  # where a run resumes, and accelerate does not reach the sampler
+    run.callback_handler.on_epoch_begin(run.args, run.state, run.control)
+    resumed = list(sampler)
+    sampler.set_epoch(2)
+    assert resumed == list(sampler) != first
     drawn = [values[row] for epoch in range(200) for _ in [sampler.set_epoch(epoch)] for row in sampler]
     _, found = np.unique(drawn, axis=0, return_counts=True)
     expected = len(drawn) / len(cells)
@@ -528,6 +535,19 @@ def test_training_stops_when_patience_ends(
     run.train()
     assert run.state.global_step == 3 * epochs
     assert run.state.best_global_step == 3
+
+
+def test_a_run_that_stopped_early_stays_so_where_it_resumes_in_a_moved_folder(
+    tmp_path: Path, source: tuple[Path, Path]
+) -> None:
+    quick = ["--num_train_epochs=7", "--learning_rate=1e-30", "--augmentation=none", "--target_modules=last-conv"]
+    session(tmp_path / "run", source, *quick, "--early_stopping_patience=2").train()
+    moved = shutil.move(tmp_path / "run", tmp_path / "moved")
+    again = session(moved, source, *quick, "--early_stopping_patience=2")
+    again.train(resume_from_checkpoint=str(moved / "checkpoint-9"))
+    assert again.state.global_step == 9
+    assert again.state.best_model_checkpoint == str(moved / "checkpoint-3")
+    assert again.control.should_training_stop
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [("0.5", 3), ("2", 2), ("0", 0)])

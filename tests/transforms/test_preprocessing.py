@@ -200,6 +200,19 @@ def test_a_backbone_without_a_usable_declaration(tmp_path: Path, content: str | 
     assert "\n" not in str(caught.value)
 
 
+def test_what_an_image_processor_leaves_out(tmp_path: Path) -> None:
+    processor = Preprocessing(32, 40, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "crop").image_processor()
+    assert processor
+    processor.do_normalize = False
+    processor.save_pretrained(tmp_path)
+    found = resolve(PreTrainedConfig(), str(tmp_path))
+    assert (found.mean, found.std) == ((0, 0, 0), (1, 1, 1))
+    processor.rescale_factor = 1.0
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(HistoError, match=r"rescale_factor is 1\.0"):
+        resolve(PreTrainedConfig(), str(tmp_path))
+
+
 @pytest.mark.parametrize("fit", ["crop", "squash"])
 @pytest.mark.parametrize("shape", [(50, 71), (71, 50), (40, 40)])
 def test_the_image_processor_gives_the_same_view(fit: str, shape: tuple[int, int], tmp_path: Path) -> None:

@@ -140,12 +140,14 @@ def for_trainer(
     negative: int | None = None,
     centers: Sequence[int] = (),
     center_names: Sequence[str] = (),
+    selection: str | None = None,
 ) -> Callable[[EvalPrediction], dict[str, float]]:
     """Return a `compute_metrics` function for `transformers.Trainer`.
 
     It takes logits of shape (n,), (n, 1) or (n, K), and label ids that are labels (n,) or a tuple that starts with
-    them. Undefined metrics are left out, and so is `loss`, which would replace the Trainer's own `eval_loss`, the value
-    of the training objective.
+    them. Undefined metrics are left out, but `selection`, by which checkpoints are compared, is 0 then (precision where
+    no image is called positive). So is `loss`, which would replace the Trainer's own `eval_loss`, the value of the
+    training objective.
 
     With `centers`, label ids must be (labels, index). `PER_CENTER` metrics of each known center are added as
     `center_<name>/<metric>`, if there are 2 to `MAX_CENTERS`.
@@ -154,6 +156,7 @@ def for_trainer(
         threshold, negative: as in `compute`.
         centers: center of each row of the evaluation set, -1 where unknown.
         center_names: names of the centers; without, their numbers are used.
+        selection: name of the metric that chooses the checkpoint.
     """
     of_row = np.asarray(centers)
     known = np.unique(of_row[of_row >= 0]).tolist() if len(of_row) else []
@@ -166,6 +169,8 @@ def for_trainer(
         logits = np.asarray(evaluation.predictions)
         values = of_logits(logits, labels, threshold=threshold, negative=negative)
         values.pop("loss")
+        if selection in values and values[selection] is None:
+            values[selection] = 0.0
         for center, key in keys.items():
             rows = of_row[index] == center
             own = of_logits(logits[rows], labels[rows], threshold=threshold, negative=negative)

@@ -342,6 +342,9 @@ def test_for_trainer() -> None:
     assert all(type(value) is float for value in values.values())
     with_index = EvalPrediction(predictions=logits, label_ids=(labels, np.arange(50)))
     assert classification.for_trainer()(with_index) == values
+    none = EvalPrediction(predictions=np.full((50, 1), -1.0), label_ids=labels)  # no image is called positive
+    assert "precision" not in classification.for_trainer()(none)
+    assert classification.for_trainer(selection="precision")(none)["precision"] == 0
     assert "auroc" not in classification.for_trainer()(EvalPrediction(predictions=logits, label_ids=np.zeros(50, int)))
     with pytest.raises(HistoError, match="the first ids: 0"):
         classification.for_trainer()(EvalPrediction(predictions=logits * np.nan, label_ids=labels))
