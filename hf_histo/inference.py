@@ -151,17 +151,23 @@ class Classifier:
         self.name, self.folders[name] = name, None
 
     def explain(
-        self, images: Image | Sequence[Image] | datasets.Dataset, classes: Sequence[int], *, center: int | str = -1
+        self,
+        images: Image | Sequence[Image] | datasets.Dataset,
+        classes: Sequence[int],
+        *,
+        center: int | str = -1,
+        rows: Sequence[int] | None = None,
     ) -> list[NDArray[np.float32]]:
         """Where the model sees class `classes[i]` in image i: a map (H, W) in [0, 1] for each, on its own pixels.
 
-        Of the plain view alone; images and center are those of a call. See `explanation.heat_map`.
+        Of the plain view alone; images and center are those of a call. With `rows`, it is of these images, in their
+        order, and the color of an unseen center is still measured on all. See `explanation.heat_map`.
         """
         dataset = images if isinstance(images, datasets.Dataset) else _table(images, center, self.sidecar)
         dataset = self.sidecar.with_known_centers(dataset)
         pipeline = self.sidecar.pipeline.extended(dataset)
         stored, prepared, maps = ImageTable(dataset), pipeline.read(dataset), []
-        for row, chosen in enumerate(classes):
+        for row, chosen in zip(range(len(dataset)) if rows is None else rows, classes, strict=True):
             heat = heat_map(self.model.cpu(), pipeline.evaluate(collate([prepared[row]])), chosen)
             maps.append(pipeline.back(heat, stored[row]["image"]).numpy())
         return maps
@@ -180,14 +186,14 @@ class Classifier:
         certainty = table.class_probabilities[np.arange(len(table)), chosen]
         order = np.argsort(-certainty, kind="stable")
         rows = order[np.linspace(0, len(order) - 1, min(n, len(order))).round().astype(int)]
-        shown = dataset.select(rows)
-        images = [ImageTable(shown)[place]["image"].permute(1, 2, 0).numpy() for place in range(len(rows))]
+        stored = ImageTable(dataset)
+        images = [stored[row]["image"].permute(1, 2, 0).numpy() for row in rows]
         titles = []
         for row in rows:
             label = table["label"].iloc[row]
             truth = f"\nlabel {names[label]}" if label >= 0 else ""
             titles.append(f"{short(table['id'].iloc[row])}\n{names[chosen[row]]}, P = {certainty[row]:.2f}{truth}")
-        explanations(images, self.explain(shown, chosen[rows].tolist()), titles, path)
+        explanations(images, self.explain(dataset, chosen[rows].tolist(), rows=rows.tolist()), titles, path)
 
     def to(self, device: str | torch.device) -> Classifier:
         """Predict on `device` from now on; without this, on the launcher's: an accelerator, where there is one."""
@@ -459,10 +465,15 @@ class Ensemble(Classifier):
         raise HistoError(f"{source}: can't join an ensemble; make one with it: hf_histo ensemble")
 
     def explain(
-        self, images: Image | Sequence[Image] | datasets.Dataset, classes: Sequence[int], *, center: int | str = -1
+        self,
+        images: Image | Sequence[Image] | datasets.Dataset,
+        classes: Sequence[int],
+        *,
+        center: int | str = -1,
+        rows: Sequence[int] | None = None,
     ) -> list[NDArray[np.float32]]:
         """The mean of the members' maps; see `Classifier.explain`."""
-        of_members = [member.explain(images, classes, center=center) for member in self.members]
+        of_members = [member.explain(images, classes, center=center, rows=rows) for member in self.members]
         return [np.mean(maps, axis=0, dtype=np.float32) for maps in zip(*of_members, strict=True)]
 
     def predict(

@@ -40,7 +40,7 @@ from hf_histo.models import adapters
 from hf_histo.models.heads import HeadConfig
 from hf_histo.transforms.augmentation import TestTimeViews
 from hf_histo.transforms.preprocessing import Preprocessing
-from hf_histo.transforms.stain import CenterNormalizer
+from hf_histo.transforms.stain import CenterNormalizer, Statistics
 
 
 @pytest.fixture(scope="module")
@@ -541,6 +541,18 @@ def test_a_map_lies_on_the_pixels_of_its_image(
     assert [heat.shape for heat in maps] == [arrays[0].shape[:2], tall.shape[:2]]
     assert all(heat.min() >= 0 and heat.max() <= 1 for heat in maps)
     assert maps[1][:10].max() == 0  # the center crop does not see the ends
+
+
+def test_the_color_of_a_center_is_measured_on_all_images_for_a_few_maps(run: Path, tmp_path: Path) -> None:
+    normalizer = CenterNormalizer("rgb", Statistics((0.5,) * 3, ((0.2, 0, 0), (0, 0.2, 0), (0, 0, 0.2))), {}, ())
+    classifier = Classifier.from_pretrained(
+        write_adapter(tmp_path / "adapter", run / "backbone", normalizer=normalizer)
+    )
+    data = load(run / "data")["test"]
+    every = classifier.explain(data, [1] * len(data))
+    (chosen,) = classifier.explain(data, [1], rows=[3])
+    assert (chosen == every[3]).all()
+    assert not np.allclose(chosen, classifier.explain(data.select([3]), [1])[0])
 
 
 def test_the_figure_of_explanations(classifier: Classifier, run: Path, tmp_path: Path) -> None:
