@@ -403,7 +403,7 @@ def reached(
         raise seen
 
     def stopped_at_cells(cells: list[grid.Cell], folder: Path, sharing: grid.Sharing, **_: Any) -> None:
-        grid._check(cells, sharing)
+        grid.check(cells, sharing)
         seen.sharing = [getattr(sharing, option.name) for option in dataclasses.fields(grid.Sharing)]
         for cell in cells:
             seen.add(cell.config, cell.data)
