@@ -28,14 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_histo import launch
-from hf_histo.config import (
-    NON_RESULT_OPTIONS,
-    Config,
-    DataOptions,
-    OutputOptions,
-    refuse_given,
-    with_options,
-)
+from hf_histo.config import NON_RESULT_OPTIONS, Config, DataOptions, OutputOptions, refuse_given, with_options
 from hf_histo.config.experiments import SweepOptions
 from hf_histo.config.packaged import config_file
 from hf_histo.data.load import fingerprint
