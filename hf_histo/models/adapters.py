@@ -250,7 +250,7 @@ def average(model: PeftModel, names: Sequence[str], name: str) -> None:
         raise HistoError(f"adapters {', '.join(names)}: not all are LoRA, and no other has an exact mean; use LoRA")
     if any(getattr(of.get_base_layer(), "groups", 1) > 1 for of in model.modules() if isinstance(of, LoraLayer)):
         raise HistoError(
-            f"adapters {', '.join(names)}: on a convolution in groups, whose mean is not exact; expected layers without groups"
+            f"adapters {', '.join(names)}: on a convolution in groups, whose mean is not exact; use layers without"
         )
     states = [get_peft_model_state_dict(model, adapter_name=each, save_embedding_layers=False) for each in names]
     if any(config.use_dora for config in configs):
