@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet")  # the formats of `datasets` that are supported here
 OPTIONS = ("gray_bits", "on_bad_image", "page")  # fields of `DataOptions` that have an effect here
 BATCH = 1000  # rows of a stream that are read at a time
-SPLITS = {"validation": "val", "valid": "val", "dev": "val"}  # a name after those that it starts
+SPLITS = {"validation": "val", "valid": "val", "dev": "val"}  # a longer name before its beginning, see `_shards`
 VERSION = "1"  # part of the cache key: raise it where other images or labels are stored
 
 
